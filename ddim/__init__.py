@@ -1,0 +1,53 @@
+"""Denoising Diffusion Implicit Models (Song, Meng, Ermon, ICLR 2021). `import ddim` needs torch only."""
+
+from ddim.diffusion.noise import initial_noise, slerp, step_noise
+from ddim.diffusion.objective import antithetic_times, per_sample_loss, q_sample, uniform_times
+from ddim.diffusion.sampling import DDIM, SamplerSpec, SigmaHat, State, encode, sample, step, trajectory
+from ddim.diffusion.schedule import (
+    SCHEDULES,
+    NoiseSchedule,
+    cosine_schedule,
+    from_betas,
+    linear_schedule,
+    scaled_linear_schedule,
+)
+from ddim.diffusion.timesteps import (
+    SPACINGS,
+    cosine_tau,
+    linear_tau,
+    quadratic_tau,
+    reference_quad_tau,
+    reference_uniform_tau,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DDIM",
+    "SCHEDULES",
+    "SPACINGS",
+    "NoiseSchedule",
+    "SamplerSpec",
+    "SigmaHat",
+    "State",
+    "antithetic_times",
+    "cosine_schedule",
+    "cosine_tau",
+    "encode",
+    "from_betas",
+    "initial_noise",
+    "linear_schedule",
+    "linear_tau",
+    "per_sample_loss",
+    "q_sample",
+    "quadratic_tau",
+    "reference_quad_tau",
+    "reference_uniform_tau",
+    "sample",
+    "scaled_linear_schedule",
+    "slerp",
+    "step",
+    "step_noise",
+    "trajectory",
+    "uniform_times",
+]

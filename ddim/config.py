@@ -1,0 +1,136 @@
+"""Strict mapping -> spec: the door at which configuration stops (ARCHITECTURE, point 9).
+
+A *spec* is a frozen dataclass. `build` turns a plain mapping (what YAML or a checkpoint holds) into one and refuses
+unknown keys, missing keys and wrong types with a sentence that names the key, the value and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ddim.errors import UserError
+
+Spec = TypeVar("Spec")
+
+
+def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
+    """Build the dataclass `spec_type` from a mapping.
+
+    Args:
+        spec_type: a dataclass type; nested dataclass fields are built from nested mappings.
+        values: plain Python values, as YAML gives them.
+        where: the name of this mapping in messages, for example "sampler".
+
+    Raises:
+        UserError: unknown key, missing key, wrong type, or a value that the spec itself refuses.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where} must be a mapping with the keys {_names(spec_type)}, not {values!r}.")
+    hints = get_type_hints(spec_type)
+    fields = {f.name: f for f in dataclasses.fields(spec_type)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise UserError(f"unknown key {where}.{key}{suggest(str(key), fields)}; allowed: {_names(spec_type)}.")
+    required = [
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing := [name for name in required if name not in values]:
+        raise UserError(f"{where} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    checked = {key: convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
+    try:
+        return spec_type(**checked)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Return `value` as the type `hint` (int, float, bool, str, Literal, X | None, tuple[X, ...], a dataclass).
+
+    An int is taken for a float, a whole-number float or a numeric string never for an int: what is written decides.
+    """
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, hint, where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            allowed = ", ".join(map(str, get_args(hint)))
+            raise UserError(f"{where}={value!r} is not known{suggest(str(value), get_args(hint))}; allowed: {allowed}.")
+        return value
+    if origin is tuple:
+        return _convert_tuple(value, hint, where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where} must be a mapping, not {value!r}.")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{where}={value!r} must be {_type_name(hint)}, not {_type_name(type(value))}.")
+    if hint is float and not math.isfinite(value):
+        raise UserError(f"{where}={value!r} must be a finite number.")
+    return value
+
+
+def _convert_union(value: Any, hint: Any, where: str) -> Any:
+    members = get_args(hint)
+    if value is None and types.NoneType in members:
+        return None
+    others = [m for m in members if m is not types.NoneType]
+    for member in others:
+        try:
+            return convert(value, member, where)
+        except UserError as error:
+            failure = error
+    if len(others) == 1:
+        raise failure
+    raise UserError(f"{where}={value!r} must be {' or '.join(_type_name(m) for m in members)}.")
+
+
+def _convert_tuple(value: Any, hint: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UserError(f"{where}={value!r} must be a list.")
+    members = get_args(hint)
+    if len(members) == 2 and members[1] is Ellipsis:
+        members = (members[0],) * len(value)
+    if len(members) != len(value):
+        raise UserError(f"{where}={list(value)!r} must have {len(members)} entries.")
+    return tuple(convert(v, m, f"{where}[{i}]") for i, (v, m) in enumerate(zip(value, members, strict=True)))
+
+
+def suggest(name: str, allowed: Any) -> str:
+    """Return ' (did you mean X?)' when one of `allowed` is close to `name`, else ''."""
+    near = difflib.get_close_matches(name, [str(a) for a in allowed], n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def choose(kind: str, name: str, registry: Mapping[str, Any]) -> Any:
+    """Return `registry[name]`.
+
+    Raises:
+        UserError: the name is not registered; the message lists those that are.
+    """
+    if name not in registry:
+        raise UserError(f"unknown {kind} {name!r}{suggest(name, registry)}; allowed: {', '.join(registry)}.")
+    return registry[name]
+
+
+def _names(spec_type: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(spec_type))
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -1,0 +1,81 @@
+"""The training objective: L_1 of the paper (Eq. 5 with all weights 1), which is DDPM's L_simple.
+
+|| ε - ε_θ( sqrt(a_t) x_0 + sqrt(1 - a_t) ε, t ) ||²
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ddim.diffusion.noise import TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
+from ddim.diffusion.prediction import PREDICTIONS
+from ddim.diffusion.sampling import Model
+
+REDUCTIONS = ("mean", "sum")
+
+
+def q_sample(x0: Tensor, eps: Tensor, a_t: Tensor) -> Tensor:
+    """Return x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) ε (Eq. 4).
+
+    Args:
+        x0, eps: (B, C, H, W).
+        a_t: alpha_bar at each image's time, float64, broadcastable to x0. The roots are rounded once.
+    """
+    return a_t.sqrt().to(x0.dtype) * x0 + (1 - a_t).sqrt().to(x0.dtype) * eps
+
+
+def per_sample_loss(
+    model: Model,
+    alpha_bar: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    eps: Tensor,
+    *,
+    prediction: str = "eps",
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the loss of each image, float32 (B,).
+
+    Args:
+        model: (x_t, t) -> prediction.
+        alpha_bar: float64 (T+1,) on the device of x0.
+        x0: images in [-1, 1], (B, C, H, W).
+        t: times in 1..T, int64 (B,).
+        eps: standard normal, (B, C, H, W).
+        prediction: a key of PREDICTIONS.
+        reduction: over the C H W dimensions of an image: `mean` (Ho et al.) or `sum` (the released DDIM code).
+    """
+    a_t = alpha_bar[t].reshape(-1, *[1] * (x0.ndim - 1))
+    x_t = q_sample(x0, eps, a_t)
+    target = PREDICTIONS[prediction].target(x0, eps, a_t).to(x0.dtype)
+    square = (model(x_t, t).float() - target) ** 2
+    return square.flatten(1).mean(1) if reduction == "mean" else square.flatten(1).sum(1)
+
+
+def uniform_times(T: int, seed: int, step: int, positions: Sequence[int] | Tensor) -> Tensor:
+    """Return independent uniform times in 1..T for the samples at `positions` of the global batch, int64 (B,)."""
+    words = random_words(seed, TRAINING_TIME, step, positions)[:, 0]
+    return 1 + (words * T >> 32)
+
+
+def antithetic_times(T: int, seed: int, step: int, positions: Sequence[int] | Tensor) -> Tensor:
+    """Return uniform times in antithetic pairs: positions 2m and 2m + 1 get t and T + 1 - t.
+
+    The released code pairs the first half of its batch with the second. Pairing neighbours has the same distribution
+    and makes a sample's time a function of (seed, step, position) alone, whatever the batch size.
+    """
+    positions = torch.as_tensor(positions, dtype=torch.int64)
+    t = uniform_times(T, seed, step, positions // 2)
+    return torch.where(positions % 2 == 0, t, T + 1 - t)
+
+
+def training_noise(seed: int, step: int, positions: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:
+    """Return ε for the samples at `positions` of the global batch of optimiser step `step`, float32 (B, *shape)."""
+    return gaussian(seed, TRAINING_NOISE, step, positions, shape)
+
+
+TIME_SAMPLERS: dict[str, Callable[[int, int, int, Sequence[int] | Tensor], Tensor]] = {
+    "uniform": uniform_times,
+    "antithetic": antithetic_times,
+}

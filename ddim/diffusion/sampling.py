@@ -1,0 +1,305 @@
+"""The method: one step between two noise levels, one loop over times, for sampling and for encoding.
+
+From time t to time s, with a_t = alpha_bar[t] and a_s = alpha_bar[s] (paper, Eq. 12):
+
+    x_s = sqrt(a_s) x̂0 + sqrt(1 - a_s - σ²) ε̂ + σ z,     z ~ N(0, I)
+
+What differs between DDPM, DDIM and everything between is σ. Descending times sample; ascending times encode (Eq. 14).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ddim.diffusion.noise import step_noise
+from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS, x0_and_eps
+from ddim.diffusion.schedule import NoiseSchedule
+from ddim.diffusion.timesteps import SPACINGS, explicit_tau
+
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W)
+
+
+class Coefficients(NamedTuple):
+    """The factors of x̂0, of ε̂ and of fresh noise in one step."""
+
+    x0: float
+    eps: float
+    noise: float
+
+
+class Rule(Protocol):
+    """A choice of σ: from the two noise levels of a step to its three factors."""
+
+    def coefficients(self, a_t: float, a_s: float) -> Coefficients: ...
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """The paper's family: σ = η sqrt((1 - a_s) / (1 - a_t)) sqrt(1 - a_t / a_s) (Eq. 16).
+
+    Attributes:
+        eta: η in [0, 1]. 0 is DDIM, deterministic; 1 is DDPM with the posterior variance. σ is linear in it.
+
+    Raises:
+        ValueError: eta outside [0, 1].
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta={self.eta} must lie in [0, 1]: 0 is DDIM, 1 is DDPM.")
+
+    def coefficients(self, a_t: float, a_s: float) -> Coefficients:
+        """Return the factors of Eq. 12; upward steps (a_s < a_t) exist for eta = 0 only."""
+        noise = self.eta * _posterior_std(a_t, a_s, f"eta={self.eta}") if self.eta else 0.0
+        return Coefficients(math.sqrt(a_s), math.sqrt(1 - a_s - noise**2), noise)
+
+
+@dataclass(frozen=True)
+class SigmaHat:
+    """The larger DDPM noise of section D.3: the fresh noise has std σ̂ = sqrt(1 - a_t / a_s), ε̂ keeps the σ of η = 1.
+
+    The total variance then exceeds that of the marginal. The last step, to a_s = 1, adds no noise; so does the
+    released code. That code also clips x̂0 and derives ε̂ anew: the clip policy `x0_and_eps`.
+    """
+
+    def coefficients(self, a_t: float, a_s: float) -> Coefficients:
+        """Return the factors of section D.3; there are no upward steps."""
+        posterior_std = _posterior_std(a_t, a_s, "sigma_hat")
+        sigma_hat = math.sqrt(1 - a_t / a_s) if a_s < 1 else 0.0
+        return Coefficients(math.sqrt(a_s), math.sqrt(1 - a_s - posterior_std**2), sigma_hat)
+
+
+def _posterior_std(a_t: float, a_s: float, name: str) -> float:
+    if a_s < a_t:
+        raise ValueError(f"{name} cannot go up from alpha_bar={a_t} to {a_s}: encoding is deterministic, use eta=0.")
+    return math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s) if a_s > a_t else 0.0
+
+
+def step(rule: Rule, x0: Tensor, eps: Tensor, a_t: float, a_s: float, noise: Tensor | None = None) -> Tensor:
+    """Go from the noise level a_t to a_s (Eq. 12).
+
+    Args:
+        rule: the choice of σ.
+        x0, eps: x̂0 and ε̂ at a_t, (B, C, H, W).
+        a_t, a_s: alpha_bar at both ends of the step, in (0, 1].
+        noise: z, (B, C, H, W); needed when the rule's factor of it is not 0.
+
+    Raises:
+        ValueError: the step needs noise and got none, or goes up under a stochastic rule.
+    """
+    c = rule.coefficients(a_t, a_s)
+    x_s = c.x0 * x0 + c.eps * eps
+    if c.noise == 0:
+        return x_s
+    if noise is None:
+        raise ValueError(f"{rule} adds noise in this step, but none was given.")
+    return x_s + c.noise * noise
+
+
+class State(NamedTuple):
+    """Where a trajectory stands after a step.
+
+    Attributes:
+        k: the number of this step, 1, 2, ...
+        t: the time that x has now.
+        x: the state, (B, C, H, W).
+        x0: x̂0 as predicted at the start of the step.
+        eps: ε̂, likewise.
+    """
+
+    k: int
+    t: int
+    x: Tensor
+    x0: Tensor
+    eps: Tensor
+
+
+def trajectory(
+    model: Model,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    rule: Rule | None = None,
+    *,
+    prediction: str = "eps",
+    clip: str = "none",
+    seed: int = 0,
+    indices: Sequence[int] | Tensor | None = None,
+) -> Iterator[State]:
+    """Walk x through `times`, one network evaluation a step, and yield the state after each step.
+
+    Args:
+        model: called as model(x_t, t) with paper times t in 1..T, shape (B,). At t = 0, where encoding starts, no
+            network was trained; it is asked at t = 1, its nearest time.
+        schedule: the noise levels the network was trained with.
+        x: the state at times[0], (B, C, H, W); keeps its dtype and device.
+        times: descending to sample, (*reversed(tau), 0); ascending to encode, (0, *tau).
+        rule: DDIM(eta=0) by default.
+        prediction: what the model returns, a key of PREDICTIONS.
+        clip: one of CLIP_POLICIES.
+        seed, indices: address of the noise: image `indices[i]` gets the noise (seed, indices[i], k) at step k.
+            The indices default to 0..B-1, as in `initial_noise(range(B), ...)`.
+
+    Raises:
+        ValueError: an unknown name, a time outside 0..T, or a step that the rule cannot take; before the first
+            network evaluation.
+    """
+    rule = rule or DDIM()
+    indices = range(len(x)) if indices is None else indices
+    _check(schedule, times, rule, prediction, clip)
+    return _walk(model, schedule, x, times, rule, prediction, clip, seed, indices)
+
+
+def _check(schedule: NoiseSchedule, times: Sequence[int], rule: Rule, prediction: str, clip: str) -> None:
+    if prediction not in PREDICTIONS or clip not in CLIP_POLICIES:
+        raise ValueError(
+            f"prediction={prediction!r} must be one of {', '.join(PREDICTIONS)}, "
+            f"and clip={clip!r} one of {', '.join(CLIP_POLICIES)}."
+        )
+    if len(times) < 2:
+        raise ValueError(f"times={list(times)} must hold at least a start and an end.")
+    if prediction == "x0" and 0 in times[:-1]:
+        raise ValueError("a network that predicts x0 says nothing of ε at t=0; start encoding at t=1.")
+    for t, s in pairwise(times):
+        rule.coefficients(schedule[t], schedule[s])
+
+
+def _walk(
+    model: Model,
+    schedule: NoiseSchedule,
+    x: Tensor,
+    times: Sequence[int],
+    rule: Rule,
+    prediction: str,
+    clip: str,
+    seed: int,
+    indices: Sequence[int] | Tensor,
+) -> Iterator[State]:
+    indices = torch.as_tensor(indices, dtype=torch.int64, device=x.device)
+    for k, (t, s) in enumerate(pairwise(times), start=1):
+        a_t, a_s = schedule[t], schedule[s]
+        with torch.no_grad():  # around the step only: the caller's own gradient mode holds between steps
+            output = model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype)
+            x0, eps = x0_and_eps(prediction, clip, output, x, a_t)
+            noisy = rule.coefficients(a_t, a_s).noise != 0
+            noise = step_noise(indices, x.shape[1:], seed, k).to(x.dtype) if noisy else None
+            x = step(rule, x0, eps, a_t, a_s, noise)
+        yield State(k, s, x, x0, eps)
+
+
+def sample(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    tau: Sequence[int],
+    rule: Rule | None = None,
+    *,
+    last_time: int = 0,
+    prediction: str = "eps",
+    clip: str = "none",
+    seed: int = 0,
+    indices: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Return x_0, (B, C, H, W), for the starting points x_T over the increasing times tau; see `trajectory`.
+
+    `last_time` = 0 ends at alpha_bar = 1, as the paper does; 1 ends at alpha_bar[1], as some code bases do.
+    """
+    times = (*reversed(tau), last_time)
+    states = trajectory(model, schedule, x_T, times, rule, prediction=prediction, clip=clip, seed=seed, indices=indices)
+    return _last(states)
+
+
+def encode(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_0: Tensor,
+    tau: Sequence[int],
+    *,
+    prediction: str = "eps",
+    clip: str = "none",
+) -> Tensor:
+    """Return the x_T that deterministic sampling over the same tau leads back to x_0 (section 5.4), (B, C, H, W).
+
+    The sampler's update with the ends of each step swapped: ε̂ comes from the lower time (issue 9 of the released code).
+    """
+    return _last(trajectory(model, schedule, x_0, (0, *tau), DDIM(), prediction=prediction, clip=clip))
+
+
+def _last(states: Iterator[State]) -> Tensor:
+    for state in states:  # noqa: B007 - only the last one is wanted, and no other is kept
+        pass
+    return state.x
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """Everything that decides a sample besides the network, x_T and the seed. Stored with every result.
+
+    Attributes:
+        rule: a key of RULES.
+        eta: η in [0, 1] for `ddim`; null for `sigma_hat`, which has none.
+        S: the number of steps; null with explicit times.
+        spacing: a key of SPACINGS, or `explicit`.
+        times: the explicit times, increasing, in 1..T.
+        clip: one of CLIP_POLICIES.
+        last_time: 0 ends at alpha_bar = 1 (paper); 1 ends at alpha_bar[1] (some code bases).
+
+    Raises:
+        ValueError: an unknown name, or fields that contradict each other.
+    """
+
+    rule: str = "ddim"
+    eta: float | None = 0.0
+    S: int | None = 50
+    spacing: str = "linear"
+    times: tuple[int, ...] | None = None
+    clip: str = "none"
+    last_time: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("rule", self.rule, tuple(RULES)),
+            ("spacing", self.spacing, (*SPACINGS, "explicit")),
+            ("clip", self.clip, CLIP_POLICIES),
+            ("last_time", self.last_time, (0, 1)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
+        if (self.rule == "ddim") != (self.eta is not None):
+            raise ValueError(
+                f"eta={self.eta} does not go with rule={self.rule}: ddim needs an eta in [0, 1], sigma_hat has none."
+            )
+        explicit = self.spacing == "explicit"
+        if explicit != (self.times is not None) or explicit != (self.S is None):
+            raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
+        if self.S is not None and self.S < 1:
+            raise ValueError(f"S={self.S} must be at least 1.")
+        self.build_rule()
+
+    def build_rule(self) -> Rule:
+        """Return the choice of σ."""
+        return RULES[self.rule](self.eta)
+
+    def tau(self, T: int) -> tuple[int, ...]:
+        """Return the increasing times in 1..T.
+
+        Raises:
+            ValueError: S or the explicit times do not fit T.
+        """
+        if self.times is not None:
+            return explicit_tau(T, self.times)
+        assert self.S is not None
+        return SPACINGS[self.spacing](T, self.S)
+
+
+RULES: dict[str, Callable[[float | None], Rule]] = {
+    "ddim": lambda eta: DDIM(eta=0.0 if eta is None else eta),
+    "sigma_hat": lambda eta: SigmaHat(),
+}

@@ -1,0 +1,9 @@
+"""The one exception type whose message is meant for the person at the keyboard."""
+
+
+class UserError(ValueError):
+    """Bad input that the user can put right.
+
+    The message is one clear sentence: what was wrong, what is allowed, what to do. The scripts print it without a
+    traceback and exit with status 2; every other exception is a defect of ours and keeps its traceback.
+    """
