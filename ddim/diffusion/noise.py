@@ -106,7 +106,7 @@ def step_noise(
     step: int,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return the noise of sampling step `step` = 1, 2, ..., float32 (B, *shape); see `initial_noise`, which is step 0."""
+    """Return the noise of sampling step 1, 2, ..., float32 (B, *shape); see `initial_noise`, which is step 0."""
     return gaussian(seed, SAMPLING, step, torch.as_tensor(indices, dtype=torch.int64, device=device), shape)
 
 

@@ -1,0 +1,108 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from ddim import SPACINGS, SamplerSpec, linear_tau, quadratic_tau, reference_quad_tau, reference_uniform_tau
+from ddim.diffusion.timesteps import distinct_evaluations, explicit_tau
+
+EXACT = [name for name in SPACINGS if name not in ("uniform", "quad")]
+
+
+@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("T", [1, 2, 7, 100, 1000])
+def test_rules_give_exactly_S_increasing_times_that_end_at_T(name, T):
+    for S in {1, 2, 3, 10, 50, T // 3, T - 1, T} & set(range(1, T + 1)):
+        tau = SPACINGS[name](T, S)
+        assert len(tau) == S
+        assert tau[0] >= 1
+        assert tau[-1] == T
+        assert all(b > a for a, b in pairwise(tau))
+
+
+@pytest.mark.parametrize("name", SPACINGS)
+@pytest.mark.parametrize("S", [0, -3, 1001])
+def test_impossible_S_is_refused_and_named_with_T(name, S):
+    with pytest.raises(ValueError, match=rf"S={S} .*T=1000"):
+        SPACINGS[name](1000, S)
+
+
+def test_linear_is_the_floor_of_c_i():
+    assert linear_tau(1000, 10) == tuple(range(100, 1001, 100))
+    assert linear_tau(1000, 3) == (333, 666, 1000)
+
+
+def test_quadratic_is_the_floor_of_c_i_squared_where_that_increases():
+    assert quadratic_tau(1000, 10) == tuple(10 * i * i for i in range(1, 11))
+    tau = quadratic_tau(1000, 100)  # c = 0.1: the floors 0, 0, 0, 1, 2, 3, 4, 6, 8, 10, 12 ... repeat at first
+    assert tau[:4] == (1, 2, 3, 4)
+    assert tau[50:] == tuple(i * i // 10 for i in range(51, 101))
+    assert all(t >= i * i // 10 for i, t in enumerate(tau, start=1))
+
+
+# In the released code's indices (ours minus one).
+REFERENCE_QUAD = {
+    10: "0 9 39 88 158 246 355 483 632 800",
+    20: "0 2 8 19 35 55 79 108 141 179 221 268 319 374 434 498 567 640 718 800",
+    50: "0 0 1 2 5 8 11 16 21 26 33 40 47 56 65 74 85 96 107 120 133 146 161 176 191 208 225 242 261 280 299 320 341 "
+    "362 385 408 431 456 481 506 533 560 587 616 645 674 705 736 767 800",
+}
+
+
+@pytest.mark.parametrize("S", REFERENCE_QUAD)
+def test_quad_is_the_released_list(S):
+    assert reference_quad_tau(1000, S) == tuple(int(t) + 1 for t in REFERENCE_QUAD[S].split())
+
+
+@pytest.mark.parametrize("T", [100, 1000, 4000])
+def test_quad_is_the_released_formula_for_every_S(T):
+    for S in range(1, 101):
+        released = np.linspace(0, np.sqrt(T * 0.8), S) ** 2
+        assert reference_quad_tau(T, S) == tuple(int(t) + 1 for t in released)
+
+
+@pytest.mark.parametrize(("S", "distinct"), [(10, 10), (50, 49), (100, 96), (200, 187), (500, 422), (1000, 688)])
+def test_quad_repeats_small_times(S, distinct):
+    assert distinct_evaluations(reference_quad_tau(1000, S)) == distinct
+
+
+@pytest.mark.parametrize(
+    ("S", "steps"), [(10, 10), (100, 100), (1000, 1000), (15, 16), (12, 13), (300, 334), (600, 1000)]
+)
+def test_uniform_keeps_its_surplus_steps(S, steps):
+    tau = reference_uniform_tau(1000, S)
+    assert tau == tuple(t + 1 for t in range(0, 1000, 1000 // S))
+    assert len(tau) == steps
+
+
+def test_explicit_times():
+    assert explicit_tau(1000, [1, 5, 900]) == (1, 5, 900)
+    for bad in ([], [0, 5], [5, 5], [9, 3], [5, 1001]):
+        with pytest.raises(ValueError, match=r"in 1\.\.1000"):
+            explicit_tau(1000, bad)
+
+
+def test_sampler_spec_chooses_the_rule():
+    assert SamplerSpec(S=20, spacing="quad").tau(1000) == reference_quad_tau(1000, 20)
+    assert SamplerSpec(S=None, spacing="explicit", times=(3, 9)).tau(10) == (3, 9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eta": -1.0}, r"eta=-1.0 must lie in \[0, 1\]"),
+        ({"eta": 1.5}, "must lie in"),
+        ({"eta": None}, "ddim needs an eta"),
+        ({"rule": "sigma_hat", "eta": 0.5}, "sigma_hat has none"),
+        ({"rule": "euler"}, "rule='euler' is not known; allowed: ddim, sigma_hat"),
+        ({"spacing": "leading"}, "allowed: linear, quadratic, cosine, uniform, quad, explicit"),
+        ({"clip": "yes"}, "allowed: none, x0, x0_and_eps"),
+        ({"last_time": 2}, "last_time=2"),
+        ({"S": 0}, "S=0"),
+        ({"times": (1, 2)}, "either S"),
+        ({"spacing": "explicit"}, "either S"),
+    ],
+)
+def test_sampler_spec_refuses_contradictions(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerSpec(**fields)
