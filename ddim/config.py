@@ -8,7 +8,8 @@ import dataclasses
 import difflib
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ddim.errors import UserError
@@ -22,7 +23,7 @@ def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     Args:
         spec_type: a dataclass type; nested dataclass fields are built from nested mappings.
         values: plain Python values, as YAML gives them.
-        where: the name of this mapping in messages, for example "sampler".
+        where: the name of this mapping in messages, for example "sampler"; "" at the top.
 
     Raises:
         UserError: unknown key, missing key, wrong type, or a value that the spec itself refuses.
@@ -33,21 +34,30 @@ def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     fields = {f.name: f for f in dataclasses.fields(spec_type)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise UserError(f"unknown key {where}.{key}{suggest(str(key), fields)}; allowed: {_names(spec_type)}.")
+            raise UserError(
+                f"unknown key {_join(where, key)}{suggest(str(key), fields)}; allowed: {_names(spec_type)}."
+            )
     required = [
         name
         for name, f in fields.items()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in required if name not in values]:
-        raise UserError(f"{where} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}.")
-    checked = {key: convert(value, hints[key], f"{where}.{key}") for key, value in values.items()}
-    try:
+        raise UserError(f"{where or 'the configuration'} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}.")
+    checked = {key: convert(value, hints[key], _join(where, key)) for key, value in values.items()}
+    with blame(where):
         return spec_type(**checked)
+
+
+@contextmanager
+def blame(where: str) -> Iterator[None]:
+    """Turn a ValueError of the block into a UserError that says which part of the configuration is at fault."""
+    try:
+        yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{where}: {error}" if where else str(error)) from error
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -125,6 +135,10 @@ def choose(kind: str, name: str, registry: Mapping[str, Any]) -> Any:
     if name not in registry:
         raise UserError(f"unknown {kind} {name!r}{suggest(name, registry)}; allowed: {', '.join(registry)}.")
     return registry[name]
+
+
+def _join(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
 
 
 def _names(spec_type: Any) -> str:

@@ -213,7 +213,7 @@ def sample(
     """
     times = (*reversed(tau), last_time)
     states = trajectory(model, schedule, x_T, times, rule, prediction=prediction, clip=clip, seed=seed, indices=indices)
-    return _last(states)
+    return last_state(states)
 
 
 def encode(
@@ -229,11 +229,12 @@ def encode(
 
     The sampler's update with the ends of each step swapped: ε̂ comes from the lower time (issue 9 of the released code).
     """
-    return _last(trajectory(model, schedule, x_0, (0, *tau), DDIM(), prediction=prediction, clip=clip))
+    return last_state(trajectory(model, schedule, x_0, (0, *tau), DDIM(), prediction=prediction, clip=clip))
 
 
-def _last(states: Iterator[State]) -> Tensor:
-    for state in states:  # noqa: B007 - only the last one is wanted, and no other is kept
+def last_state(states: Iterator[State]) -> Tensor:
+    """Walk to the end of a trajectory and return x, (B, C, H, W); no earlier state is kept."""
+    for state in states:  # noqa: B007 - only the last one is wanted
         pass
     return state.x
 
@@ -286,6 +287,30 @@ class SamplerSpec:
     def build_rule(self) -> Rule:
         """Return the choice of σ."""
         return RULES[self.rule](self.eta)
+
+    def trajectory(
+        self,
+        model: Model,
+        schedule: NoiseSchedule,
+        x_T: Tensor,
+        *,
+        prediction: str = "eps",
+        seed: int = 0,
+        indices: Sequence[int] | Tensor | None = None,
+    ) -> Iterator[State]:
+        """Sample as this spec says; arguments as in `trajectory`."""
+        times = (*reversed(self.tau(schedule.T)), self.last_time)
+        return trajectory(
+            model,
+            schedule,
+            x_T,
+            times,
+            self.build_rule(),
+            prediction=prediction,
+            clip=self.clip,
+            seed=seed,
+            indices=indices,
+        )
 
     def tau(self, T: int) -> tuple[int, ...]:
         """Return the increasing times in 1..T.

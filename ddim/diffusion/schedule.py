@@ -7,6 +7,7 @@
 Times run 1..T and 0 is data, so `alpha_bar[0] = 1` exactly. Everything is float64.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -98,3 +99,40 @@ SCHEDULES: dict[str, Callable[..., NoiseSchedule]] = {
     "cosine": cosine_schedule,
     "custom": from_betas,
 }
+
+
+@dataclass(frozen=True)
+class ScheduleSpec:
+    """A schedule by name, as a configuration gives it.
+
+    Attributes:
+        name: a key of SCHEDULES.
+        T, beta_start, beta_end, betas: arguments of that schedule; null leaves its default.
+
+    Raises:
+        ValueError: an unknown name, an argument that this schedule does not take, or one out of range.
+    """
+
+    name: str = "linear"
+    T: int | None = None
+    beta_start: float | None = None
+    beta_end: float | None = None
+    betas: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in SCHEDULES:
+            raise ValueError(f"name={self.name!r} is not known; allowed: {', '.join(SCHEDULES)}.")
+        takes = inspect.signature(SCHEDULES[self.name]).parameters
+        if unused := [key for key in self._arguments() if key not in takes]:
+            raise ValueError(f"the {self.name} schedule does not take {', '.join(unused)}; leave it null.")
+        if self.name == "custom" and self.betas is None:
+            raise ValueError("the custom schedule needs betas, a list of T numbers in (0, 1).")
+        self.build()
+
+    def build(self) -> NoiseSchedule:
+        """Return the schedule."""
+        return SCHEDULES[self.name](**self._arguments())
+
+    def _arguments(self) -> dict[str, object]:
+        given = {"T": self.T, "beta_start": self.beta_start, "beta_end": self.beta_end, "betas": self.betas}
+        return {key: value for key, value in given.items() if value is not None}

@@ -1,0 +1,9 @@
+"""Images: reading them, their one mapping to [-1, 1], and training batches.
+
+`ddim.data.datamodule` is left out here, so that sampling and evaluation do not wait for the import of Lightning.
+"""
+
+from ddim.data.datasets import DATASETS, DataSpec, load_images
+from ddim.data.images import Images, LazyImages, MemoryImages, to_signed, to_uint8
+
+__all__ = ["DATASETS", "DataSpec", "Images", "LazyImages", "MemoryImages", "load_images", "to_signed", "to_uint8"]

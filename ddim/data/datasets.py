@@ -1,0 +1,209 @@
+"""Data sets by name: what a `DataSpec` says, read into uint8 images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+
+from ddim.config import choose
+from ddim.data.files import FileImages
+from ddim.data.folder import folder_images
+from ddim.data.images import Images, MemoryImages
+from ddim.data.lsun import LSUNImages
+from ddim.errors import UserError
+
+Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Which images, and how they are prepared.
+
+    Args:
+        name: one of DATASETS.
+        size: (H, W) in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        root: folder that holds the data set, or that it is downloaded to.
+        flip: mirror training images left to right at random; it is applied to the batches, not to the stored images.
+        download: fetch missing files where torchvision can (cifar10, celeba).
+        category: of lsun, for example "bedroom".
+        resize: of folder: resize the shorter side and centre-crop images of another size, instead of refusing them.
+        in_memory: of celeba and folder: decode all files at the start. Set it to false when they are too many for that.
+
+    Raises:
+        ValueError: a value out of range, or an option of another data set.
+    """
+
+    name: str
+    size: tuple[int, int]
+    channels: int
+    root: str = "data"
+    flip: bool = True
+    download: bool = True
+    category: str | None = None
+    resize: bool = False
+    in_memory: bool = True
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise ValueError(f"size={list(self.size)} must be two positive numbers of pixels, height and width.")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels={self.channels} must be 1 (grey) or 3 (RGB).")
+        if self.category is not None and self.name != "lsun":
+            raise ValueError(f"category={self.category} is an option of lsun alone; leave it out for {self.name}.")
+        if self.resize and self.name != "folder":
+            raise ValueError(f"resize=true is an option of folder alone; leave it out for {self.name}.")
+        if not self.in_memory and self.name not in ("celeba", "folder"):
+            raise ValueError(f"in_memory=false is an option of celeba and folder; leave it out for {self.name}.")
+
+
+def load_images(spec: DataSpec, split: Split = "train") -> Images:
+    """Read the data set `spec.name`.
+
+    Raises:
+        UserError: unknown name or split, a size or number of channels that the data set does not have, or files that
+            are missing or damaged.
+    """
+    if split not in get_args(Split):
+        raise UserError(f"split={split!r} is not known; allowed: {', '.join(get_args(Split))}.")
+    return choose("data set", spec.name, DATASETS)(spec, split)
+
+
+def cifar10(spec: DataSpec, split: Split) -> Images:
+    """CIFAR-10 (Krizhevsky 2009), 50,000 or 10,000 images, 32x32 RGB."""
+    _require(spec, spec.size == (32, 32) and spec.channels == 3, "size=[32, 32] and channels=3")
+    from torchvision.datasets import CIFAR10
+
+    files = [(name, md5) for name, md5 in CIFAR10.train_list + CIFAR10.test_list]
+    files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
+    make = partial(CIFAR10, train=split == "train")
+    data = _through_torchvision(spec, make, CIFAR10.base_folder, files, f"unpack {CIFAR10.filename} in {spec.root}")
+    return MemoryImages(f"cifar10-{split}", torch.from_numpy(data.data).permute(0, 3, 1, 2))
+
+
+def celeba(spec: DataSpec, split: Split) -> Images:
+    """CelebA (Liu et al. 2015), aligned, with the DDIM paper's crop: 162,770 or 19,962 images, square RGB.
+
+    The crop is the 128x128 pixels around column 89, row 121 (rows 57..184, columns 25..152), resized to `spec.size`
+    by Pillow's bilinear filter: `datasets/__init__.py` of the authors' code.
+    """
+    _require(spec, spec.size[0] == spec.size[1] and spec.channels == 3, "a square size and channels=3")
+    from torchvision.datasets import CelebA
+
+    archive = "img_align_celeba.zip"
+    files = [(name, md5) for _, md5, name in CelebA.file_list if name != archive]
+    make = partial(CelebA, split=split, target_type=[])
+    advice = f"put them there yourself, with the folder img_align_celeba unpacked from {archive}"
+    data = _through_torchvision(spec, make, CelebA.base_folder, files, advice, folder="img_align_celeba")
+    folder = _root(spec) / CelebA.base_folder / "img_align_celeba"
+    images = FileImages(
+        name=f"celeba-{split}",
+        files=[folder / name for name in data.filename],
+        read=partial(_read_celeba, size=spec.size),
+        shape=(3, *spec.size),
+        transform="rows 57..184 and columns 25..152, bilinear, RGB",
+    )
+    return images.load() if spec.in_memory else images
+
+
+def lsun(spec: DataSpec, split: Split) -> Images:
+    """LSUN (Yu et al. 2015), one category from `<root>/<category>_train_lmdb`; split "test" is LSUN's `val`."""
+    _require(spec, spec.channels == 3, "channels=3")
+    if spec.category is None:
+        raise UserError("data.category is missing; name the LSUN category, for example bedroom or church_outdoor.")
+    folder = _root(spec) / f"{spec.category}_{'train' if split == 'train' else 'val'}_lmdb"
+    return LSUNImages(f"lsun-{spec.category}-{split}", folder, spec.size)
+
+
+def digits(spec: DataSpec, split: Split) -> Images:
+    """Handwritten digits that come with scikit-learn: 1,797 images, 8x8 grey.
+
+    They have no standard split: "train" and "test" are both the whole set. Their 17 grey levels 0..16 become
+    round(v * 255 / 16).
+    """
+    _require(spec, spec.size == (8, 8) and spec.channels == 1, "size=[8, 8] and channels=1")
+    from sklearn.datasets import load_digits
+
+    levels = torch.from_numpy(load_digits().images)  # (1797, 8, 8), whole numbers
+    return MemoryImages("digits", (levels * 255 / 16 + 0.5).to(torch.uint8)[:, None])
+
+
+def folder(spec: DataSpec, split: Split) -> Images:
+    """Images in a folder of your own; see `folder_images`."""
+    images = folder_images(_root(spec), split, spec.size, spec.channels, spec.resize)
+    return images if not spec.in_memory else images.load()
+
+
+def _root(spec: DataSpec) -> Path:
+    return Path(spec.root).expanduser()
+
+
+def _require(spec: DataSpec, holds: bool, what: str) -> None:
+    if not holds:
+        got = f"size={list(spec.size)} and channels={spec.channels}"
+        raise UserError(f"data set {spec.name} needs {what}, not {got}.")
+
+
+def _read_celeba(path: Path, size: tuple[int, int]) -> Image.Image:
+    with Image.open(path) as image:
+        if image.size != (178, 218):
+            raise UserError(f"{path} has {image.size} pixels; CelebA's aligned images are 178 wide and 218 high.")
+        return image.convert("RGB").crop((25, 57, 153, 185)).resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def _through_torchvision(
+    spec: DataSpec,
+    make: Callable[..., Any],
+    base: str,
+    files: list[tuple[str, str]],
+    advice: str,
+    folder: str | None = None,
+) -> Any:
+    """Return `make(root, download)`, downloading when files are missing and `spec.download` says so.
+
+    Args:
+        spec: for root and download.
+        make: a torchvision data set without its first argument.
+        base: sub-folder of the root that the files lie in.
+        files: (name, MD5) of what must be there.
+        advice: the way to get the files by hand.
+        folder: a folder that must be there too.
+
+    Raises:
+        UserError: files are missing or damaged, and no download was wanted or it failed.
+    """
+    from filelock import FileLock
+    from torchvision.datasets.utils import check_integrity
+
+    root = _root(spec)
+    cause: Exception
+    try:
+        return make(root, download=False)
+    except RuntimeError as error:  # torchvision's way of saying that files are missing or damaged
+        why, cause = "data.download=false", error
+    if spec.download:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(root / ".download.lock"):  # the processes of one run start together
+                return make(root, download=True)
+        except Exception as error:  # whatever the network, the archive or the downloader came up with
+            why, cause = f"the download failed: {error}", error
+    absent = [name for name, md5 in files if not check_integrity(root / base / name, md5)]
+    if folder is not None and not (root / base / folder).is_dir():
+        absent.append(f"{folder}/")
+    raise UserError(
+        f"{spec.name} lacks these files in {root / base}, or they are damaged: {', '.join(absent)} ({why}); {advice}."
+    ) from cause
+
+
+DATASETS: dict[str, Callable[[DataSpec, Split], Images]] = {
+    "cifar10": cifar10,
+    "celeba": celeba,
+    "lsun": lsun,
+    "digits": digits,
+    "folder": folder,
+}

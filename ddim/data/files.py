@@ -1,0 +1,102 @@
+"""Image files: which of them are read at once or on demand, and how one becomes pixels."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ddim.data.images import LazyImages, MemoryImages
+from ddim.errors import UserError
+
+_SHOW_PROGRESS_ABOVE = 5000  # files
+_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def resize_and_center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale `image` until it just covers `size` = (H, W), with Pillow's bilinear filter, and cut out the centre.
+
+    For a square size this is torchvision's Resize(size) followed by CenterCrop(size).
+    """
+    height, width = size
+    if image.width * height <= image.height * width:  # the width decides
+        scaled = (width, image.height * width // image.width)
+    else:
+        scaled = (image.width * height // image.height, height)
+    image = image.resize(scaled, Image.Resampling.BILINEAR)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """Return a grey or RGB image as uint8 (C, H, W)."""
+    pixels = np.array(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+class FileImages(LazyImages):
+    """Images in files of their own.
+
+    Args:
+        name: see `Images`.
+        files: one per image.
+        read: opens a file and returns the image as it is to be used, grey or RGB and of the size in `shape`. Whatever
+            Pillow raises on a damaged file is reported here.
+        shape: (C, H, W).
+        transform: see `LazyImages`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[Path],
+        read: Callable[[Path], Image.Image],
+        shape: tuple[int, int, int],
+        transform: str,
+    ) -> None:
+        self.name, self.files, self.shape, self.transform = name, files, shape, transform
+        self._read = read
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            return torch.from_numpy(to_pixels(self._read(self.files[index])))
+        except UserError:
+            raise
+        except _UNDECODABLE as error:
+            raise UserError(f"the image file {self.files[index]} cannot be read ({error}); replace it.") from error
+
+    def load(self) -> MemoryImages:
+        """Decode every file into memory, in threads, with a progress bar on a terminal when there are many.
+
+        Raises:
+            UserError: `read` refused a file, or some cannot be decoded; the message counts those and names five.
+        """
+        pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
+        damaged: list[Path] = []
+
+        def decode(index: int) -> None:
+            try:
+                pixels[index] = to_pixels(self._read(self.files[index]))
+            except UserError:
+                raise
+            except _UNDECODABLE:
+                damaged.append(self.files[index])
+
+        with ThreadPoolExecutor() as pool:
+            hidden = None if len(self) > _SHOW_PROGRESS_ABOVE else True  # None: hidden unless stderr is a terminal
+            for _ in tqdm(pool.map(decode, range(len(self))), self.name, len(self), unit="image", disable=hidden):
+                pass
+        if damaged:
+            first = ", ".join(str(file) for file in sorted(damaged)[:5])
+            raise UserError(
+                f"{len(damaged)} of {len(self)} image files cannot be read: {first}"
+                f"{', ...' * (len(damaged) > 5)}; replace or remove them."
+            )
+        return MemoryImages(self.name, torch.from_numpy(pixels))

@@ -1,0 +1,105 @@
+"""Images as uint8 tensors, and the one place where pixels become numbers in [-1, 1] and back."""
+
+import hashlib
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+def to_signed(images_u8: Tensor) -> Tensor:
+    """Map pixels to the range that the diffusion works in: x / 127.5 - 1.
+
+    Args:
+        images_u8: uint8, any shape, 0..255.
+
+    Returns:
+        float32 of the same shape, in [-1, 1].
+
+    Raises:
+        TypeError: the images are not uint8.
+    """
+    if images_u8.dtype != torch.uint8:
+        raise TypeError(f"to_signed takes uint8 images, not {images_u8.dtype}.")
+    return images_u8.float().div_(127.5).sub_(1.0)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Map samples to pixels: (x + 1) / 2 clamped to [0, 1], times 255, rounded half up as in torchvision's save_image.
+
+    Args:
+        x: floating point, any shape; -1 is black and 1 is white, values outside are clamped.
+
+    Returns:
+        uint8 of the same shape; `to_uint8(to_signed(pixels))` is `pixels`.
+
+    Raises:
+        TypeError: x is not floating point.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"to_uint8 takes floating-point samples, not {x.dtype}.")
+    return x.float().add(1.0).div_(2.0).clamp_(0.0, 1.0).mul_(255.0).add_(0.5).to(torch.uint8)
+
+
+class Images(Dataset[Tensor]):
+    """A fixed sequence of images of one shape: `images[i]` is uint8 (C, H, W).
+
+    Attributes:
+        name: data set and split in a few characters that suit a file name, for example "cifar10-train".
+        shape: (C, H, W).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Tensor:
+        """Return image `index`, uint8 (C, H, W)."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return 64 hexadecimal digits that tell this data set from others."""
+
+
+class MemoryImages(Images):
+    """Images held in one tensor.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+    """
+
+    def __init__(self, name: str, images: Tensor) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4 or len(images) == 0:
+            raise ValueError(f"images must be uint8 (N, C, H, W) with N > 0, not {images.dtype} {tuple(images.shape)}.")
+        self.name = name
+        self.images = images.contiguous()
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the pixels, image after image, each channel by channel and row by row."""
+        return hashlib.sha256(self.images.numpy().data).hexdigest()
+
+
+class LazyImages(Images):
+    """Images that are read and decoded when they are asked for.
+
+    Attributes:
+        transform: in words, everything between the stored image and its pixels here.
+    """
+
+    transform: str
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of name, number, shape and transform: the pixels themselves are too many to read."""
+        return hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}".encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""LSUN: one LMDB folder per category and split, read on demand."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddim.data.files import resize_and_center_crop, to_pixels
+from ddim.data.images import LazyImages
+from ddim.errors import UserError
+
+
+class LSUNImages(LazyImages):
+    """The images of one LSUN database: RGB, shorter side resized to `size`, centre-cropped.
+
+    The database is read here and not through torchvision's LSUN, which leaves a pickle with the keys in the current
+    directory, trusts it the next time, and cannot be handed to worker processes.
+
+    Args:
+        name: see `Images`.
+        folder: the LMDB folder, for example data/lsun/bedroom_train_lmdb.
+        size: (H, W).
+
+    Raises:
+        UserError: the package lmdb or the folder is missing.
+    """
+
+    transform = "shorter side bilinear, centre crop, RGB"
+
+    def __init__(self, name: str, folder: Path, size: tuple[int, int]) -> None:
+        if not (folder / "data.mdb").is_file():
+            raise UserError(
+                f"the LSUN database {folder / 'data.mdb'} does not exist; download {folder.name}.zip with the data "
+                "set's own script and unzip it there, or use data=folder."
+            )
+        self.name, self.shape = name, (3, *size)
+        self._folder = folder
+        self._environment: Any = None
+        with self._open().begin() as transaction:
+            # an array, because worker processes would copy a list of millions of objects page by page
+            self._keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)))
+        self.close()
+        if len(self._keys) == 0:
+            raise UserError(f"the LSUN database {folder} is empty; download it again.")
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, index: int) -> Tensor:
+        with self._open().begin(buffers=True) as transaction:
+            image = Image.open(io.BytesIO(transaction.get(bytes(self._keys[index])))).convert("RGB")
+        return torch.from_numpy(to_pixels(resize_and_center_crop(image, self.shape[1:])))
+
+    def close(self) -> None:
+        """Close the database; reading an image opens it again."""
+        if self._environment is not None:
+            self._environment.close()
+        self._environment = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A process that is started with a copy opens the database itself."""
+        return {**self.__dict__, "_environment": None}
+
+    def _open(self) -> Any:
+        if self._environment is None:
+            try:
+                import lmdb
+            except ImportError as error:
+                raise UserError("reading LSUN needs the package lmdb; install ddim with the extra 'lsun'.") from error
+            # Without locks, so that read-only media work, and a forked process may go on using it.
+            self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=False, meminit=False)
+        return self._environment

@@ -1,0 +1,1 @@
+"""Generate samples, measure them and record what was measured."""

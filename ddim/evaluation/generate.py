@@ -1,0 +1,111 @@
+"""Generating exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddim.checkpoints import LoadedModel
+from ddim.config import blame
+from ddim.data.images import to_uint8
+from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.errors import UserError
+
+
+@dataclass(frozen=True)
+class ComputeSpec:
+    """How to compute; what is computed does not depend on it, but for rounding.
+
+    Attributes:
+        device: a torch device, such as cuda or cpu.
+        batch_size: images in one network evaluation.
+        bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
+        channels_last, compile: of the network.
+
+    Raises:
+        ValueError: batch_size below 1.
+    """
+
+    device: str
+    batch_size: int = 250
+    bf16: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+
+
+def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
+    """Move a model to its device and compile it, as `compute` says; returns the same model.
+
+    Raises:
+        UserError: the device is not there.
+    """
+    try:
+        model.network.to(compute.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
+    if compute.channels_last:
+        model.network.to(memory_format=torch.channels_last)
+    if compute.compile:
+        model.network.compile()
+    return model
+
+
+def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
+    """Return the times tau of a sampler on this model's schedule.
+
+    Raises:
+        UserError: the sampler does not fit the schedule.
+    """
+    with blame("sampler"):
+        return sampler.tau(model.spec.schedule.T)
+
+
+@torch.inference_mode()
+def generate(
+    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, title: str = "sampling"
+) -> Tensor:
+    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU.
+
+    Args:
+        model: on its device (`place`).
+        sampler: how to sample.
+        indices: image numbers; image i is the same whatever else is asked for.
+        seed: of x_T and of the noise in between.
+        compute: batch size and precision.
+        title: of the progress bar, which counts network evaluations of one image and shows only on a terminal.
+
+    Raises:
+        UserError: no images are asked for, or the sampler does not fit the schedule.
+    """
+    if len(indices) < 1:
+        raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
+    tau = check_sampler(model, sampler)
+    images = torch.empty(len(indices), *model.spec.image_shape, dtype=torch.uint8)
+    device_type = torch.device(compute.device).type
+    with (
+        tqdm(total=len(indices) * len(tau), desc=title, unit=" evaluations", unit_scale=True, disable=None) as bar,
+        torch.autocast(device_type, torch.bfloat16, enabled=compute.bf16),
+    ):
+        for start in range(0, len(indices), compute.batch_size):
+            batch = indices[start : start + compute.batch_size]
+            x = initial_noise(batch, model.spec.image_shape, seed, device=compute.device)
+            states = sampler.trajectory(
+                model, model.spec.schedule, x, prediction=model.spec.prediction, seed=seed, indices=batch
+            )
+            for state in states:
+                x = state.x
+                bar.update(len(batch))
+            if not bool(torch.isfinite(x).all()):
+                raise UserError(
+                    "the samples are not finite numbers; sample with compute.bf16=false, and if that does not help the "
+                    "checkpoint is of a training that diverged."
+                )
+            images[start : start + len(batch)] = to_uint8(x).cpu()
+    return images

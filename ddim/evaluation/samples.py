@@ -1,0 +1,93 @@
+"""Images from a checkpoint as files: a grid, single PNGs, or an animation of the trajectory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ddim.checkpoints import LoadedModel, load_model
+from ddim.data.images import to_uint8
+from ddim.data.pictures import grid, save_gif, save_png
+from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.errors import UserError
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """See configs/sample.yaml.
+
+    Attributes:
+        checkpoint: path of the model.
+        output_dir: gets the files.
+        compute, sampler: how.
+        n: images, exactly.
+        first: number of the first image; image i of a seed is the same in every call.
+        seed: of the noise.
+        weights: ema or raw.
+        format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
+        overwrite: replace files of an earlier call.
+
+    Raises:
+        ValueError: n below 1, or a negative first.
+    """
+
+    checkpoint: str
+    output_dir: str
+    compute: ComputeSpec
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    n: int = 64
+    first: int = 0
+    seed: int = 0
+    weights: Literal["ema", "raw"] = "ema"
+    format: Literal["grid", "png", "gif"] = "grid"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.first < 0:
+            raise ValueError(f"n={self.n} must be at least 1 and first={self.first} not negative.")
+
+
+def write_samples(spec: SampleSpec) -> list[Path]:
+    """Sample and write; return the path of the grid or animation, or the folder of the single images.
+
+    Raises:
+        UserError: bad input, or files that would be overwritten; before any image is generated.
+    """
+    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
+    check_sampler(model, spec.sampler)
+    indices = range(spec.first, spec.first + spec.n)
+    folder = Path(spec.output_dir)
+    targets = _targets(spec, folder, indices)
+    if not spec.overwrite and (present := next((path for path in targets if path.exists()), None)) is not None:
+        raise UserError(f"{present} exists already; choose another output_dir=..., or overwrite=true to replace it.")
+    if spec.format == "gif":
+        save_gif(_frames(model, spec, indices), targets[0])
+        return targets
+    images = generate(model, spec.sampler, indices, spec.seed, spec.compute)
+    if spec.format == "grid":
+        save_png(grid(images), targets[0])
+        return targets
+    for path, image in zip(targets, images, strict=True):
+        save_png(image, path)
+    return [folder]
+
+
+def _targets(spec: SampleSpec, folder: Path, indices: range) -> list[Path]:
+    if spec.format == "png":
+        return [folder / f"{i:06d}.png" for i in indices]
+    return [folder / f"{spec.format}.{'gif' if spec.format == 'gif' else 'png'}"]
+
+
+@torch.inference_mode()
+def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor]:
+    """Return a grid of x̂0 after each step; all images in one batch, since each frame shows all of them."""
+    x_T = initial_noise(indices, model.spec.image_shape, spec.seed, device=spec.compute.device)
+    states = spec.sampler.trajectory(
+        model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=spec.seed, indices=indices
+    )
+    with torch.autocast(torch.device(spec.compute.device).type, torch.bfloat16, enabled=spec.compute.bf16):
+        return [grid(to_uint8(x).cpu()) for x in (x_T, *(state.x0 for state in states))]

@@ -1,0 +1,162 @@
+"""Tables and plots, made from records and from nothing else.
+
+A table holds cells of one protocol: same model, weights, number of images, seed, reference, extractor and spacing. Rows
+are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing.
+"""
+
+import csv
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddim.evaluation.records import Record, record_key
+
+
+@dataclass
+class Table:
+    """Attributes:
+    metric: what the numbers are, for example fd_digits_classifier_5k.
+    protocol: everything that its cells share.
+    cells: (row label, S) -> record.
+    """
+
+    metric: str
+    protocol: dict[str, Any]
+    cells: dict[tuple[str, int], Record]
+
+    @property
+    def rows(self) -> list[str]:
+        """Row labels: η rising, then σ̂."""
+        return sorted({row for row, _ in self.cells}, key=lambda row: (row.startswith("σ"), row))
+
+    @property
+    def columns(self) -> list[int]:
+        """Numbers of steps, rising."""
+        return sorted({S for _, S in self.cells})
+
+    def value(self, row: str, S: int) -> float | None:
+        """Return the number of a cell, None where there is no record."""
+        record = self.cells.get((row, S))
+        return None if record is None else record["metrics"][self.metric]
+
+    def title(self) -> str:
+        """Return one line that says what was measured."""
+        p = self.protocol
+        return (
+            f"{self.metric}: {p['n']:,} images against {p['reference']['images']:,} of {p['reference']['name']}, "
+            f"{p['model']['weights']} weights {p['model']['weights_hash'][:8]} at step {p['model']['step']:,}, "
+            f"tau {p['spacing']}, seed {p['seed']}"
+        )
+
+    def markdown(self) -> str:
+        """Return the table as Markdown."""
+        lines = [f"| S | {' | '.join(map(str, self.columns))} |", f"|---|{'---|' * len(self.columns)}"]
+        lines += [f"| {row} | {' | '.join(_text(self.value(row, S)) for S in self.columns)} |" for row in self.rows]
+        return "\n".join(lines)
+
+
+def build_tables(records: list[Record]) -> list[Table]:
+    """Sort records into tables, one for each metric and protocol; of records that share a cell the last one stays."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record_key(_protocol(record)), []).append(record)
+    tables = []
+    for group in groups.values():
+        for spacing in sorted({r["spacing"] for r in group} - {"full"}) or ["full"]:
+            members = [r for r in group if r["spacing"] in (spacing, "full")]
+            for metric in group[0]["metrics"]:
+                cells = {(r["label"], r["S"]): r for r in members}
+                tables.append(Table(metric, _protocol(group[0]) | {"spacing": spacing}, cells))
+    return tables
+
+
+def _protocol(record: Record) -> dict[str, Any]:
+    shared = ("model", "n", "seed", "bf16", "pixels", "reference", "metric")
+    return {key: record[key] for key in shared} | {"last_time": record["sampler"]["last_time"]}
+
+
+def write_report(records: list[Record], folder: Path) -> list[Path]:
+    """Write table.md, table.csv, table.json and a plot for each table into `folder`; return their paths."""
+    tables = build_tables(records)
+    paths = [folder / name for name in ("table.md", "table.csv", "table.json")]
+    sections = [f"**{table.title()}**\n\n{table.markdown()}\n" for table in tables]
+    for path, text in zip(paths, ("\n".join(sections), _csv(tables), _json(tables)), strict=True):
+        _write(path, text)
+    for number, table in enumerate(tables):
+        path = folder / (f"plot_{table.metric}.png" if number == 0 else f"plot_{table.metric}_{number}.png")
+        plot(table, path)
+        paths.append(path)
+    return paths
+
+
+def plot(table: Table, path: Path) -> None:
+    """Plot the metric against S, a line for each row, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for row in table.rows:
+        points = [(S, v) for S in table.columns if (v := table.value(row, S)) is not None]
+        axes.plot(*zip(*points, strict=True), marker="o", label=row)
+    axes.set(xscale="log", yscale="log", xlabel="S, steps", ylabel=table.metric)
+    axes.set_xticks(table.columns, [str(S) for S in table.columns])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(table.title(), fontsize=6, wrap=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}_{path.name}")
+    figure.savefig(partial)
+    partial.replace(path)
+
+
+def _csv(tables: list[Table]) -> str:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["metric", "sampler", "S", "value", "n", "spacing", "distinct_evaluations", "seconds", "key"])
+    for table in tables:
+        for row in table.rows:
+            for S in table.columns:
+                if (r := table.cells.get((row, S))) is not None:
+                    value, seconds = r["metrics"][table.metric], round(r["seconds_sampling"], 3)
+                    writer.writerow(
+                        [
+                            table.metric,
+                            row,
+                            S,
+                            value,
+                            r["n"],
+                            r["spacing"],
+                            r["distinct_evaluations"],
+                            seconds,
+                            r["key"],
+                        ]
+                    )
+    return out.getvalue()
+
+
+def _json(tables: list[Table]) -> str:
+    content = [
+        {
+            "metric": table.metric,
+            "protocol": table.protocol,
+            "columns": table.columns,
+            "rows": {row: [table.value(row, S) for S in table.columns] for row in table.rows},
+        }
+        for table in tables
+    ]
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{os.getpid()}_{path.name}")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,137 @@
+"""What a person sees while a network trains: pace, time left, and pictures."""
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from ddim.data.images import to_uint8
+from ddim.data.pictures import grid, save_png
+from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.sampling import SamplerSpec, last_state
+from ddim.training.ema import EMA
+from ddim.training.module import DiffusionModule
+
+log = logging.getLogger(__name__)
+
+
+class Progress(Callback):
+    """Logs throughput and the time left, and says both in the run's log every `every` steps.
+
+    Args:
+        batch_size: the global batch.
+        every: optimiser steps between two reports.
+    """
+
+    def __init__(self, batch_size: int, every: int) -> None:
+        self.batch_size, self.every = batch_size, every
+        self.step, self.since = 0, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Start the clock."""
+        self.step, self.since = trainer.global_step, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
+        """Report, at the end of every `every`-th optimiser step."""
+        step = trainer.global_step
+        if step == self.step or step % self.every:
+            return
+        now = time.perf_counter()
+        pace = (step - self.step) / (now - self.since)
+        self.step, self.since = step, now
+        seconds_left = (trainer.max_steps - step) / pace
+        pl_module.log_dict({"train/images_per_second": pace * self.batch_size, "train/hours_left": seconds_left / 3600})
+        if trainer.is_global_zero:
+            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
+            log.info(
+                "step %d of %d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
+                step,
+                trainer.max_steps,
+                loss,
+                pace,
+                pace * self.batch_size,
+                timedelta(seconds=round(seconds_left)),
+            )
+
+
+@dataclass(frozen=True)
+class GridSpec:
+    """The sample grid of a training run.
+
+    Attributes:
+        every: optimiser steps between two grids; 0 for none.
+        n: images in a grid.
+        seed: of their noise, the same in every grid.
+        sampler: how they are sampled.
+
+    Raises:
+        ValueError: a negative `every`, or n below 1.
+    """
+
+    every: int = 5000
+    n: int = 64
+    seed: int = 0
+    sampler: SamplerSpec = field(default_factory=lambda: SamplerSpec(S=20))
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.n < 1:
+            raise ValueError(f"every={self.every} must be at least 0 and n={self.n} at least 1.")
+
+
+class SampleGrid(Callback):
+    """Samples the same noise again and again with the averaged weights, into `folder` and the loggers.
+
+    Args:
+        spec: what to sample and when.
+        folder: gets step_00001000.png and so on.
+        ema: the average, or None to sample with the raw weights.
+    """
+
+    def __init__(self, spec: GridSpec, folder: Path, ema: EMA | None) -> None:
+        self.spec, self.folder, self.ema = spec, folder, ema
+        self.last = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Do not repeat the grid of the step that a run resumes from."""
+        self.last = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        """Sample at the end of every `every`-th optimiser step, on the first process only (nothing is collective)."""
+        step = trainer.global_step
+        if not self.spec.every or step == self.last or step % self.spec.every or not trainer.is_global_zero:
+            return
+        self.last = step
+        image = grid(self._sample(pl_module))
+        path = self.folder / f"step_{step:08d}.png"
+        save_png(image, path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("samples", [str(path)], step=step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", image, step)
+
+    @torch.no_grad()
+    def _sample(self, module: DiffusionModule) -> Tensor:
+        spec, model = self.spec, module.spec
+        x_T = initial_noise(range(spec.n), model.image_shape, spec.seed, device=module.device)
+        was_training = module.network.training
+        module.network.eval()
+        try:
+            with (
+                self.ema.applied(module) if self.ema else nullcontext(),
+                module.trainer.precision_plugin.forward_context(),
+            ):
+                states = spec.sampler.trajectory(
+                    module.model, model.schedule, x_T, prediction=model.prediction, seed=spec.seed
+                )
+                return to_uint8(last_state(states)).cpu()
+        finally:
+            module.network.train(was_training)

@@ -1,0 +1,64 @@
+"""Where a training run writes its numbers: CSV always, W&B and TensorBoard when asked."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+
+@dataclass(frozen=True)
+class LoggerSpec:
+    """Attributes:
+    wandb, tensorboard: also log there.
+    project, entity, group, tags: of the W&B run.
+    offline: keep the W&B run on this disk; needs no account. `wandb sync` uploads it later.
+    """
+
+    wandb: bool = False
+    tensorboard: bool = False
+    project: str = "ddim"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    offline: bool = False
+
+
+def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) -> list[Logger]:
+    """Return the loggers of the run `name`, all of which write under `folder`.
+
+    Args:
+        spec: which ones.
+        name: of the run.
+        folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after a resumption, so that nothing is
+            overwritten), W&B to wandb/, TensorBoard to tensorboard/.
+        config: plain values to keep with the run.
+    """
+    loggers: list[Logger] = [CSVLogger(folder, name="csv")]
+    if spec.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
+    if spec.wandb:
+        loggers.append(_wandb(spec, name, folder, config))
+    return loggers
+
+
+def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) -> WandbLogger:
+    folder.mkdir(parents=True, exist_ok=True)
+    # The id stays with the run, so that a resumed training goes on in the same W&B run.
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(os.urandom(4).hex())
+    return WandbLogger(
+        name=name,
+        save_dir=folder,
+        project=spec.project,
+        entity=spec.entity,
+        group=spec.group,
+        tags=list(spec.tags),
+        job_type="train",
+        id=id_file.read_text().strip(),
+        resume="allow",
+        offline=spec.offline,
+        config=config,
+    )

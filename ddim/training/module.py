@@ -1,0 +1,123 @@
+"""The LightningModule: it owns no formula, only the order of the calls."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from ddim.checkpoints.model import KEY, ModelSpec
+from ddim.data.order import Batch
+from ddim.diffusion.noise import DROPOUT, random_words
+from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.networks import build_network, zero_based
+
+
+@dataclass(frozen=True)
+class ObjectiveSpec:
+    """Attributes:
+    prediction: what the network learns: eps, x0 or v.
+    reduction: mean (Ho et al.) or sum (the released DDIM code) over the dimensions of an image.
+    times: uniform (Ho et al.) or antithetic (the released DDIM code).
+    """
+
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    reduction: Literal["mean", "sum"] = "mean"
+    times: Literal["uniform", "antithetic"] = "uniform"
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """Adam, as every model of the paper was trained.
+
+    Attributes:
+        lr: learning rate after warm-up.
+        betas, eps, weight_decay: Adam's.
+        warmup: steps over which the learning rate rises linearly to lr; 0 for none.
+        grad_clip: the largest norm of the gradient; null for no clipping.
+
+    Raises:
+        ValueError: a negative number, or a zero learning rate.
+    """
+
+    lr: float = 2e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 5000
+    grad_clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr} must be positive.")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("warmup and weight_decay must not be negative.")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise ValueError(f"grad_clip={self.grad_clip} must be positive, or null for no clipping.")
+
+
+class DiffusionModule(LightningModule):
+    """Trains a network towards the objective; all randomness is addressed by (seed, step, position).
+
+    Args:
+        spec: the model; stored in every checkpoint.
+        objective: the loss.
+        optim: the optimiser.
+        seed: of times, noise and dropout.
+    """
+
+    def __init__(self, spec: ModelSpec, objective: ObjectiveSpec, optim: OptimSpec, seed: int) -> None:
+        super().__init__()
+        self.spec, self.objective, self.optim, self.seed = spec, objective, optim, seed
+        self.network = build_network(spec.network, spec.network_spec)
+        self.model = zero_based(self.network)
+        self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean loss of a micro-batch."""
+        x0, step, positions = batch["images"], batch["step"], batch["positions"]
+        t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
+        eps = training_noise(self.seed, step, positions, x0.shape[1:])
+        with self._addressed_dropout(step, batch_idx):
+            losses = per_sample_loss(
+                self.model,
+                self.alpha_bar,  # type: ignore[arg-type]
+                x0,
+                t,
+                eps,
+                prediction=self.objective.prediction,
+                reduction=self.objective.reduction,
+            )
+        loss = losses.mean()
+        self.log("train/loss", loss, batch_size=len(x0))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """Return Adam with a linear warm-up: at step k = 1, 2, ... the learning rate is lr min(1, k / warmup)."""
+        o = self.optim
+        adam = torch.optim.Adam(
+            self.network.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        )
+        warmup = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: min(1.0, (k + 1) / max(o.warmup, 1)))
+        return {"optimizer": adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the checkpoint describe itself."""
+        checkpoint[KEY] = self.spec.to_dict()
+
+    @contextmanager
+    def _addressed_dropout(self, step: int, batch_idx: int) -> Iterator[None]:
+        """Seed what torch's dropout draws from by (seed, step, micro-batch, process), and leave no trace outside."""
+        if not getattr(self.spec.network_spec, "dropout", 0):
+            yield
+            return
+        trainer = self.trainer
+        micro = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
+        word = int(random_words(self.seed, DROPOUT, step, [micro]))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(word)
+            yield

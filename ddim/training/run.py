@@ -1,0 +1,227 @@
+"""A training run: from a validated spec to checkpoints in a folder."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ddim.checkpoints.model import KEY, ModelSpec, read_checkpoint
+from ddim.config import blame, build, choose
+from ddim.data.datamodule import ImageDataModule
+from ddim.data.datasets import DataSpec, load_images
+from ddim.diffusion.schedule import ScheduleSpec
+from ddim.errors import UserError
+from ddim.networks import NETWORKS
+from ddim.training.callbacks import GridSpec, Progress, SampleGrid
+from ddim.training.ema import EMA, EMASpec
+from ddim.training.loggers import LoggerSpec, build_loggers
+from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """How and how long to train.
+
+    Attributes:
+        max_steps: optimiser steps, those before a resumption included.
+        batch_size: the global batch of one optimiser step, over all processes and accumulated batches.
+        accumulate: micro-batches per optimiser step on each process.
+        accelerator, devices, num_nodes, strategy: Lightning's.
+        precision: 32-true or bf16-mixed; the weights stay float32.
+        channels_last, compile: of the network.
+        num_workers: processes that read images which are not in memory.
+        log_every, checkpoint_every: optimiser steps.
+
+    Raises:
+        ValueError: a number that must be positive is not.
+    """
+
+    max_steps: int = 800_000
+    batch_size: int = 128
+    accumulate: int = 1
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    channels_last: bool = False
+    compile: bool = False
+    num_workers: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 5000
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "accumulate", "num_nodes", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything a training run is made of; see configs/train.yaml.
+
+    Attributes:
+        name: of the run; its folder is output_dir.
+        network: `name`, a key of NETWORKS, and the fields of that network's spec.
+        ckpt_path: null to start, "last" to go on from the newest checkpoint of this run if there is one, or a file.
+        ema: null to train without an average.
+    """
+
+    name: str
+    output_dir: str
+    data: DataSpec
+    network: dict[str, Any]
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    ema: EMASpec | None = field(default_factory=EMASpec)
+    trainer: TrainerSpec = field(default_factory=TrainerSpec)
+    logger: LoggerSpec = field(default_factory=LoggerSpec)
+    grid: GridSpec = field(default_factory=GridSpec)
+    seed: int = 0
+    ckpt_path: str | None = None
+
+    def model_spec(self) -> ModelSpec:
+        """Return the description of the model that this run trains.
+
+        Raises:
+            UserError: the network's fields are wrong, or do not fit the data.
+        """
+        fields = dict(self.network)
+        name = fields.pop("name", "unet")
+        network_spec = build(choose("network", name, NETWORKS)[0], fields, "network")
+        model = ModelSpec(name, network_spec, self.schedule.build(), self.objective.prediction, self.data.name)
+        if model.image_shape != (self.data.channels, *self.data.size):
+            raise UserError(
+                f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
+                f"{(self.data.channels, *self.data.size)}; leave network.channels and network.image_size to the data."
+            )
+        return model
+
+
+def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
+    """Train, and return the path of the last checkpoint.
+
+    Args:
+        spec: the run.
+        config: the same as plain values, to be kept by the loggers.
+
+    Raises:
+        UserError: bad input; before any training step.
+    """
+    folder = Path(spec.output_dir)
+    model = spec.model_spec()
+    with blame("grid.sampler"):
+        spec.grid.sampler.tau(model.schedule.T)
+    checkpoints = folder / "checkpoints"
+    resume = _resume_path(spec, model, checkpoints)
+    _make_folder(checkpoints)
+    images = load_images(spec.data, "train")
+    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed)
+    log.info(
+        "%s: %d images, %s parameters, %d steps of %d images, into %s",
+        spec.name,
+        len(images),
+        f"{sum(p.numel() for p in module.network.parameters()):,}",
+        spec.trainer.max_steps,
+        spec.trainer.batch_size,
+        folder,
+    )
+    if spec.trainer.channels_last:
+        module.network.to(memory_format=torch.channels_last)
+    if spec.trainer.compile:
+        module.network.compile()
+    t = spec.trainer
+    data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
+    trainer = _build_trainer(spec, folder, config)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    last = checkpoints / "last.ckpt"
+    # The steps after the last regular checkpoint would otherwise be lost.
+    trainer.save_checkpoint(last)
+    log.info("trained %d steps; checkpoint: %s", trainer.global_step, last)
+    return last
+
+
+def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> Trainer:
+    t = spec.trainer
+    ema = EMA(spec.ema) if spec.ema else None
+    callbacks: list[Callback] = [ema] if ema else []
+    callbacks += [
+        Progress(t.batch_size, t.log_every),
+        SampleGrid(spec.grid, folder / "samples", ema),
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="step_{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=t.checkpoint_every,
+            save_last=True,
+            save_top_k=1,
+        ),
+    ]
+    return Trainer(
+        accelerator=t.accelerator,
+        devices=t.devices,
+        num_nodes=t.num_nodes,
+        strategy=t.strategy,
+        precision=t.precision,
+        max_steps=t.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=t.accumulate,
+        gradient_clip_val=spec.optim.grad_clip,
+        log_every_n_steps=t.log_every,
+        logger=build_loggers(spec.logger, spec.name, folder, dict(config)),
+        callbacks=callbacks,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        # A bar for people, lines for logs.
+        enable_progress_bar=os.isatty(2),
+        default_root_dir=folder,
+    )
+
+
+def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path | None:
+    """Return the checkpoint to go on from, after checking that it belongs to this model."""
+    last = checkpoints / "last.ckpt"
+    if spec.ckpt_path is None:
+        if last.exists():
+            step = read_checkpoint(last)["global_step"]
+            raise UserError(
+                f"{spec.output_dir} already holds a run at step {step}; go on with ckpt_path=last, or choose another "
+                "name=... to start afresh."
+            )
+        return None
+    if spec.ckpt_path == "last":
+        if not last.exists():
+            return None
+        path = last
+    else:
+        path = Path(spec.ckpt_path)
+    checkpoint = read_checkpoint(path)
+    if differences := ModelSpec.from_dict(checkpoint[KEY]).differences(model):
+        raise UserError(
+            f"{path} holds another model, so this run cannot resume from it ({'; '.join(differences)}); "
+            "use the configuration it was trained with, or choose another name=... to start afresh."
+        )
+    if checkpoint["global_step"] > spec.trainer.max_steps:
+        raise UserError(
+            f"{path} is at step {checkpoint['global_step']}, past trainer.max_steps={spec.trainer.max_steps}; "
+            "raise max_steps to train on."
+        )
+    return path
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another output_dir.") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"cannot write to {folder} (no permission); choose another output_dir.")

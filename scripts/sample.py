@@ -1,0 +1,25 @@
+"""Sample images from a checkpoint: a grid, single files, or an animation.
+
+    python scripts/sample.py checkpoint=PATH n=64
+    python scripts/sample.py checkpoint=PATH n=1000 format=png sampler.S=100 sampler.eta=1.0
+    python scripts/sample.py checkpoint=PATH n=16 format=gif
+    python scripts/sample.py --help
+"""
+
+from typing import Any
+
+from _cli import entry, pick_device
+
+
+def main(config: dict[str, Any]) -> None:
+    """Sample as `config` says and print what was written."""
+    from ddim.config import build
+    from ddim.evaluation.samples import SampleSpec, write_samples
+
+    config["compute"]["device"] = pick_device(config["compute"]["device"])
+    for path in write_samples(build(SampleSpec, config, "")):
+        print(path)
+
+
+if __name__ == "__main__":
+    entry(main, "sample")

@@ -1,0 +1,22 @@
+"""Train a network.
+
+    python scripts/train.py experiment=cifar10          # any file of configs/experiment, or groups and keys one by one
+    python scripts/train.py experiment=cifar10 ckpt_path=last        # go on where it stopped
+    python scripts/train.py --help
+"""
+
+from typing import Any
+
+from _cli import entry
+
+
+def main(config: dict[str, Any]) -> None:
+    """Train as `config` says and print the path of the checkpoint."""
+    from ddim.config import build
+    from ddim.training.run import TrainSpec, train
+
+    print(f"checkpoint: {train(build(TrainSpec, config, ''), config)}")
+
+
+if __name__ == "__main__":
+    entry(main, "train")

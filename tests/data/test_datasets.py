@@ -1,0 +1,240 @@
+"""The named data sets, read from small stand-ins in the layout of the real files."""
+
+import io
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, CelebA
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+from torchvision.transforms.functional import crop, resize
+
+from ddim.config import build
+from ddim.data import DATASETS, DataSpec, load_images
+from ddim.errors import UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "data"
+
+
+def spec(**values):
+    return build(DataSpec, values, "data")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_makes_a_spec_of_a_known_data_set(path, tmp_path):
+    config = OmegaConf.load(path)
+    if path.stem == "folder":
+        assert OmegaConf.missing_keys(config) == {"root", "size"}
+        config.update(root=str(tmp_path), size=[8, 8])
+    made = spec(**OmegaConf.to_container(config, throw_on_missing=True))
+    assert made.name in DATASETS
+    if made.name in ("cifar10", "celeba", "lsun"):  # nothing is there, and what is missing is said, not the size
+        config.update(root=str(tmp_path), download=False)
+        with pytest.raises(UserError, match=r"lacks these files|does not exist; download"):
+            load_images(spec(**OmegaConf.to_container(config)))
+
+
+def test_digits_are_not_mirrored():
+    assert OmegaConf.load(CONFIGS / "digits.yaml").flip is False
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "digits", "size": [8, 0], "channels": 1}, r"size=\[8, 0\] must be two positive"),
+        ({"name": "digits", "size": [8, 8], "channels": 2}, r"channels=2 must be 1 \(grey\) or 3"),
+        ({"name": "digits", "size": [8, 8], "channels": 1, "category": "tower"}, "category=tower is an option of lsun"),
+        ({"name": "digits", "size": [8, 8], "channels": 1, "resize": True}, "resize=true is an option of folder"),
+        ({"name": "lsun", "size": [8, 8], "channels": 3, "in_memory": False}, "in_memory=false is an option of celeba"),
+        ({"name": "folders", "size": [8, 8], "channels": 3}, "unknown data set 'folders' .did you mean folder?"),
+        ({"name": "digits", "size": [16, 16], "channels": 1}, r"digits needs size=\[8, 8\] and channels=1, not size="),
+        ({"name": "cifar10", "size": [64, 64], "channels": 3}, r"cifar10 needs size=\[32, 32\] and channels=3"),
+        ({"name": "celeba", "size": [64, 32], "channels": 3}, "celeba needs a square size and channels=3"),
+        ({"name": "lsun", "size": [8, 8], "channels": 1}, "lsun needs channels=3"),
+        ({"name": "lsun", "size": [8, 8], "channels": 3}, r"data\.category is missing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_words(values, message):
+    with pytest.raises(UserError, match=message):
+        load_images(spec(**values))
+
+
+def test_digits():
+    images = load_images(spec(name="digits", size=[8, 8], channels=1))
+    assert images.images.shape == (1797, 1, 8, 8)
+    assert images.images.unique().tolist() == [int(v * 255 / 16 + 0.5) for v in range(17)]
+    from sklearn.datasets import load_digits
+
+    # level v lies within half a pixel value of v * 255 / 16, everywhere
+    levels = torch.from_numpy(load_digits().data.reshape(1797, 1, 8, 8))
+    assert (images.images.double() - levels * 255 / 16).abs().max() <= 0.5
+    test = load_images(spec(name="digits", size=[8, 8], channels=1), "test")
+    assert test.fingerprint() == images.fingerprint()
+
+
+@pytest.fixture
+def cifar_root(tmp_path, monkeypatch):
+    """Two images per batch file; the third channel tells the row, the second the column, the first the image."""
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    batches = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for b, name in enumerate(batches):
+        data = np.empty((2, 3, 32, 32), dtype=np.uint8)
+        data[:, 0] = np.array([2 * b, 2 * b + 1])[:, None, None]
+        data[:, 1] = np.arange(32)
+        data[:, 2] = np.arange(32)[:, None]
+        with open(tmp_path / "cifar-10-batches-py" / name, "wb") as file:
+            pickle.dump({"data": data.reshape(2, -1), "labels": [0, 1]}, file)
+    with open(tmp_path / "cifar-10-batches-py" / "batches.meta", "wb") as file:
+        pickle.dump({"label_names": ["a", "b"]}, file)
+    # torchvision then asks only whether the files are there
+    monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name in batches[:5]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
+    return tmp_path
+
+
+def test_cifar10(cifar_root):
+    values = {"name": "cifar10", "size": [32, 32], "channels": 3, "root": str(cifar_root), "download": False}
+    train, test = load_images(spec(**values)), load_images(spec(**values), "test")
+    assert train.images.shape == (10, 3, 32, 32)
+    assert train.images[:, 0, 5, 7].tolist() == list(range(10))
+    assert test.images[:, 0, 5, 7].tolist() == [10, 11]
+    assert train.images[3, :, 5, 7].tolist() == [3, 7, 5]
+    assert (train.name, test.name) == ("cifar10-train", "cifar10-test")
+
+
+def test_missing_cifar10_files_are_named(cifar_root, monkeypatch):
+    values = {"name": "cifar10", "size": [32, 32], "channels": 3, "root": str(cifar_root)}
+    base = cifar_root / "cifar-10-batches-py"
+    kept = {name: (base / name).read_bytes() for name in ("data_batch_3", "batches.meta")}
+    for name in kept:
+        (base / name).unlink()
+    absent = r"lacks these files in \S*cifar-10-batches-py, or they are damaged: data_batch_3, batches.meta "
+    with pytest.raises(UserError, match=absent + r"\(data.download=false\); unpack cifar-10-python.tar.gz in"):
+        load_images(spec(**values, download=False))
+
+    def no_network(self):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(CIFAR10, "download", no_network)
+    with pytest.raises(UserError, match=absent + r"\(the download failed: no route to host\)"):
+        load_images(spec(**values))
+
+    def download(self):
+        for name, content in kept.items():
+            (base / name).write_bytes(content)
+
+    monkeypatch.setattr(CIFAR10, "download", download)
+    assert len(load_images(spec(**values))) == 10
+
+
+@pytest.fixture
+def celeba_root(tmp_path, monkeypatch):
+    """Five images: 0, 2 to train, 1 to validate, 3, 4 to test; red tells the column, green the row, blue the image."""
+    base = tmp_path / "celeba"
+    (base / "img_align_celeba").mkdir(parents=True)
+    pixels = np.zeros((218, 178, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(178), np.arange(218)[:, None]
+    names = [f"{i:06d}.jpg" for i in range(5)]
+    for i, name in enumerate(names):
+        pixels[..., 2] = i
+        Image.fromarray(pixels).save(base / "img_align_celeba" / name, format="PNG")  # lossless behind the usual name
+
+    def table(file, columns, values, header):
+        head = [str(len(names)), " ".join(columns)] if header else []
+        rows = [" ".join([name, *map(str, value)]) for name, value in zip(names, values, strict=True)]
+        (base / file).write_text("\n".join(head + rows) + "\n")
+
+    table("list_eval_partition.txt", [], [[0], [1], [0], [2], [2]], header=False)
+    table("identity_CelebA.txt", [], [[1]] * 5, header=False)
+    table("list_attr_celeba.txt", ["Smiling", "Young"], [[1, -1]] * 5, header=True)
+    table("list_bbox_celeba.txt", ["image_id", "x_1", "y_1"], [[1, 2]] * 5, header=True)
+    table("list_landmarks_align_celeba.txt", ["lefteye_x", "lefteye_y"], [[1, 2]] * 5, header=True)
+    monkeypatch.setattr(CelebA, "file_list", [(id_, None, name) for id_, _, name in CelebA.file_list])
+    return tmp_path
+
+
+def celeba_spec(root, size=64, **values):
+    return spec(name="celeba", size=[size, size], channels=3, root=str(root), download=False, **values)
+
+
+def test_celeba_is_cut_where_the_paper_cuts_it(celeba_root):
+    image = load_images(celeba_spec(celeba_root, size=128)).images[0].int()
+    assert torch.equal(image[0], torch.arange(25, 153, dtype=torch.int32).expand(128, 128))
+    assert torch.equal(image[1], torch.arange(57, 185, dtype=torch.int32)[:, None].expand(128, 128))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_celeba_is_resized_as_the_official_code_does(celeba_root, in_memory):
+    train = load_images(celeba_spec(celeba_root, in_memory=in_memory))
+    test = load_images(celeba_spec(celeba_root, in_memory=in_memory), "test")
+    assert [[int(images[i][2, 0, 0]) for i in range(len(images))] for images in (train, test)] == [[0, 2], [3, 4]]
+    with Image.open(celeba_root / "celeba/img_align_celeba/000002.jpg") as image:
+        assert torch.equal(train[1], PILToTensor()(resize(crop(image, 57, 25, 128, 128), 64)))
+
+
+def test_missing_celeba_files_are_named(celeba_root, monkeypatch):
+    base = celeba_root / "celeba"
+    (base / "list_attr_celeba.txt").unlink()
+    (base / "list_eval_partition.txt").unlink()
+    (base / "img_align_celeba").rename(base / "elsewhere")
+    listed = r"lacks these files in \S*celeba, .*: list_attr_celeba.txt, list_eval_partition.txt, img_align_celeba/ "
+    with pytest.raises(UserError, match=listed + r"\(data.download=false\); .* unpacked from img_align_celeba.zip"):
+        load_images(celeba_spec(celeba_root))
+
+    def quota(*arguments):
+        raise RuntimeError("too many users")
+
+    monkeypatch.setattr("torchvision.datasets.celeba.download_file_from_google_drive", quota)
+    with pytest.raises(UserError, match=listed + r"\(the download failed: too many users\)"):
+        load_images(spec(name="celeba", size=[64, 64], channels=3, root=str(celeba_root)))
+
+
+def test_a_celeba_image_that_is_not_the_aligned_one_is_refused(celeba_root):
+    Image.new("RGB", (178, 178)).save(celeba_root / "celeba/img_align_celeba/000000.jpg", format="PNG")
+    with pytest.raises(UserError, match=r"000000\.jpg has \(178, 178\) pixels"):
+        load_images(celeba_spec(celeba_root))
+
+
+@pytest.fixture
+def lsun_root(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    generator = np.random.default_rng(0)
+    images = [Image.fromarray(generator.integers(0, 256, (*s, 3), dtype=np.uint8)) for s in ((40, 50), (60, 33))]
+    folder = str(tmp_path / "bedroom_train_lmdb")
+    with lmdb.open(folder, map_size=1 << 20) as database, database.begin(write=True) as writing:
+        for key, image in zip((b"aa", b"bb"), images, strict=True):
+            image.save(stored := io.BytesIO(), "PNG")
+            writing.put(key, stored.getvalue())
+    return tmp_path, images
+
+
+def test_lsun(lsun_root):
+    root, originals = lsun_root
+    images = load_images(spec(name="lsun", size=[32, 32], channels=3, category="bedroom", root=str(root)))
+    expected = torch.stack([Compose([Resize(32), CenterCrop(32), PILToTensor()])(image) for image in originals])
+    assert torch.equal(torch.stack([images[0], images[1]]), expected)
+    assert len(images) == 2
+    assert images.name == "lsun-bedroom-train"
+    # worker processes read it too, although this one has it open
+    for context in ("fork", "spawn"):
+        loader = DataLoader(images, batch_size=None, sampler=[1, 0], num_workers=1, multiprocessing_context=context)
+        assert torch.equal(torch.stack(list(loader)), expected.flip(0))
+    images.close()
+
+
+def test_missing_lsun_files_are_named(tmp_path, monkeypatch):
+    values = {"name": "lsun", "size": [32, 32], "channels": 3, "category": "tower", "root": str(tmp_path)}
+    with pytest.raises(UserError, match=r"tower_val_lmdb/data\.mdb does not exist; download tower_val_lmdb\.zip"):
+        load_images(spec(**values), "test")
+    (tmp_path / "tower_train_lmdb").mkdir()
+    (tmp_path / "tower_train_lmdb/data.mdb").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(UserError, match="needs the package lmdb; install ddim with the extra 'lsun'"):
+        load_images(spec(**values))

@@ -1,0 +1,188 @@
+"""The U-Net against what is published of it, written down here independently: counts, names, formulas, configs."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from ddim.config import build
+from ddim.networks import NETWORKS, UNet, UNetSpec, build_network
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "network"
+CIFAR10 = UNetSpec(image_size=(32, 32))
+CELEBA = UNetSpec(image_size=(64, 64), ch_mult=(1, 2, 2, 2, 4))
+LSUN = UNetSpec(image_size=(256, 256), ch_mult=(1, 1, 2, 2, 4, 4), dropout=0.0)
+
+
+@pytest.mark.parametrize(("spec", "count"), [(CIFAR10, 35_746_307), (CELEBA, 78_700_803), (LSUN, 113_673_219)])
+def test_parameter_counts_are_the_published_ones(spec: UNetSpec, count: int) -> None:
+    with torch.device("meta"):
+        network = UNet(spec)
+    assert sum(p.numel() for p in network.parameters()) == count
+
+
+def published_cifar10_layout() -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of the original CIFAR-10 file, from the published layout: widths 128, 256, 256, 256."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def layer(name: str, *weight: int) -> None:
+        shapes[f"{name}.weight"] = weight
+        shapes[f"{name}.bias"] = weight[:1]
+
+    def res(name: str, n_in: int, n_out: int) -> None:
+        layer(f"{name}.norm1", n_in)
+        layer(f"{name}.conv1", n_out, n_in, 3, 3)
+        layer(f"{name}.temb_proj", n_out, 512)
+        layer(f"{name}.norm2", n_out)
+        layer(f"{name}.conv2", n_out, n_out, 3, 3)
+        if n_in != n_out:
+            layer(f"{name}.nin_shortcut", n_out, n_in, 1, 1)
+
+    def attention(name: str) -> None:
+        layer(f"{name}.norm", 256)
+        for part in ("q", "k", "v", "proj_out"):
+            layer(f"{name}.{part}", 256, 256, 1, 1)
+
+    layer("temb.dense.0", 512, 128)
+    layer("temb.dense.1", 512, 512)
+    layer("conv_in", 128, 3, 3, 3)
+    down = [[(128, 128), (128, 128)], [(128, 256), (256, 256)], [(256, 256)] * 2, [(256, 256)] * 2]
+    up = [
+        [(384, 128), (256, 128), (256, 128)],  # 256 from below + 128, then 128 + 128
+        [(512, 256), (512, 256), (384, 256)],  # the last skip is the 128-wide output of the first downsampling
+        [(512, 256)] * 3,
+        [(512, 256)] * 3,
+    ]
+    for side, levels in (("down", down), ("up", up)):
+        for i, blocks in enumerate(levels):
+            for j, (n_in, n_out) in enumerate(blocks):
+                res(f"{side}.{i}.block.{j}", n_in, n_out)
+                if i == 1:  # 16 x 16
+                    attention(f"{side}.{i}.attn.{j}")
+    for i, width in enumerate((128, 256, 256)):
+        layer(f"down.{i}.downsample.conv", width, width, 3, 3)
+    for i in (1, 2, 3):
+        layer(f"up.{i}.upsample.conv", 256, 256, 3, 3)
+    res("mid.block_1", 256, 256)
+    attention("mid.attn_1")
+    res("mid.block_2", 256, 256)
+    layer("norm_out", 128)
+    layer("conv_out", 3, 128, 3, 3)
+    return shapes
+
+
+def test_state_dict_is_laid_out_as_the_published_files() -> None:
+    with torch.device("meta"):
+        network = UNet(CIFAR10)
+    assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == published_cifar10_layout()
+
+
+CONFIG_CASES = {
+    "unet_cifar10": (CIFAR10, 3),
+    "unet_celeba": (CELEBA, 3),
+    "unet_lsun": (LSUN, 3),
+    "unet_digits": (UNetSpec((8, 8), 1, 32, (1, 1), 1, (4,), 0.0, 8), 1),
+}
+
+
+def test_every_network_config_is_known_here() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(CONFIG_CASES)
+
+
+@pytest.mark.parametrize("name", CONFIG_CASES)
+def test_config_builds_the_network_that_its_head_comment_counts(name: str) -> None:
+    expected, channels = CONFIG_CASES[name]
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    values = yaml.safe_load(text)
+    assert (values["image_size"], values["channels"]) == ("${data.size}", "${data.channels}")
+    assert set(values) == {"name"} | {f.name for f in dataclasses.fields(UNetSpec)}
+    spec_type, _ = NETWORKS[values.pop("name")]
+    spec = build(spec_type, values | {"image_size": list(expected.image_size), "channels": channels}, "network")
+    assert spec == expected
+    with torch.device("meta"):
+        network = build_network("unet", spec)
+    stated = re.match(r"# ([\d,]+) parameters at (\d+)x(\d+)x(\d+)\.", text)
+    assert stated is not None
+    assert sum(p.numel() for p in network.parameters()) == int(stated[1].replace(",", ""))
+    assert (channels, *expected.image_size) == tuple(int(side) for side in stated.groups()[1:])
+
+
+# ---------------------------------------------------------------------------------- the whole network, transcribed
+
+
+def transcribed_unet(w: dict[str, Tensor], spec: UNetSpec, x: Tensor, t: Tensor) -> Tensor:
+    """DDPM's network as plain formulas over the state dict `w`, without dropout."""
+
+    def swish(h: Tensor) -> Tensor:
+        return h * torch.sigmoid(h)
+
+    def conv(h: Tensor, name: str, **options: int) -> Tensor:
+        return F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], **options)
+
+    def linear(h: Tensor, name: str) -> Tensor:
+        return h @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(h: Tensor, name: str) -> Tensor:
+        groups = h.reshape(h.shape[0], spec.num_groups, -1)
+        groups = groups - groups.mean(2, keepdim=True)
+        groups = groups / (groups.square().mean(2, keepdim=True) + 1e-6).sqrt()
+        return groups.reshape(h.shape) * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+
+    def res(h: Tensor, name: str) -> Tensor:
+        inner = conv(swish(norm(h, f"{name}.norm1")), f"{name}.conv1", padding=1)
+        inner = inner + linear(swish(temb), f"{name}.temb_proj")[:, :, None, None]
+        inner = conv(swish(norm(inner, f"{name}.norm2")), f"{name}.conv2", padding=1)
+        return inner + (conv(h, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in w else h)
+
+    def attention(h: Tensor, name: str) -> Tensor:
+        q, k, v = (conv(norm(h, f"{name}.norm"), f"{name}.{part}").flatten(2) for part in "qkv")
+        weights = (torch.einsum("bci,bcj->bij", q, k) / math.sqrt(h.shape[1])).softmax(2)
+        return h + conv(torch.einsum("bij,bcj->bci", weights, v).reshape(h.shape), f"{name}.proj_out")
+
+    frequencies = torch.tensor([10000 ** (-k / (spec.ch / 2 - 1)) for k in range(spec.ch // 2)])
+    temb = torch.cat([torch.sin(t[:, None] * frequencies), torch.cos(t[:, None] * frequencies)], 1)
+    temb = linear(swish(linear(temb, "temb.dense.0")), "temb.dense.1")
+
+    levels = len(spec.ch_mult)
+    skips = [conv(x, "conv_in", padding=1)]
+    for i in range(levels):
+        for j in range(spec.num_res_blocks):
+            h = res(skips[-1], f"down.{i}.block.{j}")
+            skips.append(attention(h, f"down.{i}.attn.{j}") if min(h.shape[2:]) in spec.attn_resolutions else h)
+        if i < levels - 1:
+            skips.append(conv(F.pad(skips[-1], (0, 1, 0, 1)), f"down.{i}.downsample.conv", stride=2))
+    h = res(attention(res(skips[-1], "mid.block_1"), "mid.attn_1"), "mid.block_2")
+    for i in reversed(range(levels)):
+        for j in range(spec.num_res_blocks + 1):
+            h = res(torch.cat([h, skips.pop()], 1), f"up.{i}.block.{j}")
+            h = attention(h, f"up.{i}.attn.{j}") if min(h.shape[2:]) in spec.attn_resolutions else h
+        if i > 0:
+            h = conv(h.repeat_interleave(2, 2).repeat_interleave(2, 3), f"up.{i}.upsample.conv", padding=1)
+    return conv(swish(norm(h, "norm_out")), "conv_out", padding=1)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        UNetSpec((8, 12), 2, 8, (1, 2, 2), attn_resolutions=(4,), num_groups=4),
+        UNetSpec((8, 8), 1, 8, (2, 1), 1, attn_resolutions=(8, 4), num_groups=2),
+        UNetSpec((5, 3), 3, 8, (1,), attn_resolutions=(), num_groups=4),
+    ],
+)
+@torch.no_grad()
+def test_agrees_with_a_transcription_over_its_state_dict(spec: UNetSpec) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = UNet(dataclasses.replace(spec, init="torch")).eval()
+        for parameter in network.parameters():  # move the biases and norms away from 0 and 1
+            parameter += 0.05 * torch.randn_like(parameter)
+        x, t = torch.randn(3, spec.channels, *spec.image_size), torch.tensor([0, 7, 999])
+    expected = transcribed_unet(network.state_dict(), spec, x, t)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(network(x, t), expected, atol=1e-5, rtol=1e-5)
