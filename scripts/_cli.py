@@ -3,6 +3,7 @@
 Together with the scripts themselves this is the only file that knows Hydra.
 """
 
+import importlib.util
 import logging
 import os
 import re
@@ -30,12 +31,16 @@ def entry(task: Task, config_name: str) -> None:
         task: gets the configuration without Hydra's own part; called once for each job of a sweep.
         config_name: of a file in configs/.
     """
+    if importlib.util.find_spec("ddim") is None:
+        sys.exit("error: the package ddim is not installed; run bash scripts/quickstart.sh, or pip install -e .")
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then hands its exceptions on instead of printing its own summary of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     # Third-party noise at every start: torch's deprecation inside Lightning, and Lightning's advertisements.
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     try:
         main(lambda config: task(_plain(config)))()

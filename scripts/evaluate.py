@@ -17,7 +17,7 @@ from _cli import entry, explain, pick_device
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-failures: list[str] = []
+failures: dict[str, list[str]] = {}  # reason -> cells
 
 
 def main(config: dict[str, Any]) -> dict[str, float] | None:
@@ -26,7 +26,7 @@ def main(config: dict[str, Any]) -> dict[str, float] | None:
     from ddim.evaluation.cells import EvaluateSpec, evaluate_cell, label
 
     config["compute"]["device"] = pick_device(config["compute"]["device"])
-    name = f"{config['sampler']}"
+    name = " ".join(f"{key}={config['sampler'][key]}" for key in ("rule", "eta", "S"))
     try:
         spec = build(EvaluateSpec, config, "")
         name = label(spec.sampler)
@@ -35,7 +35,8 @@ def main(config: dict[str, Any]) -> dict[str, float] | None:
         message = explain(error, "evaluate")
         if message is None:
             traceback.print_exc()
-        failures.append(f"{name}: {message or repr(error)}")
+        failures.setdefault(message or repr(error), []).append(name)
+        print(f"{name}: failed", flush=True)
         return None
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
     seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
@@ -77,5 +78,9 @@ def report(output_dir: str) -> None:
 if __name__ == "__main__":
     entry(main, "evaluate")
     if failures:
-        print(*(f"error: {failure}" for failure in failures), sep="\n", file=sys.stderr)
+        for reason, cells in failures.items():
+            print(
+                f"error: {reason} ({len(cells)} cells: {'; '.join(cells)})" if cells[1:] else f"error: {reason}",
+                file=sys.stderr,
+            )
         sys.exit(2)

@@ -1,9 +1,9 @@
 """Sample images from a checkpoint: a grid, single files, or an animation.
 
-    python scripts/sample.py checkpoint=PATH n=64
-    python scripts/sample.py checkpoint=PATH n=1000 format=png sampler.S=100 sampler.eta=1.0
-    python scripts/sample.py checkpoint=PATH n=16 format=gif
-    python scripts/sample.py --help
+python scripts/sample.py checkpoint=PATH n=64
+python scripts/sample.py checkpoint=PATH n=1000 format=png sampler.S=100 sampler.eta=1.0
+python scripts/sample.py checkpoint=PATH n=16 format=gif
+python scripts/sample.py --help
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Train a network.
 
-    python scripts/train.py experiment=cifar10          # any file of configs/experiment, or groups and keys one by one
-    python scripts/train.py experiment=cifar10 ckpt_path=last        # go on where it stopped
-    python scripts/train.py --help
+python scripts/train.py experiment=cifar10          # any file of configs/experiment, or groups and keys one by one
+python scripts/train.py experiment=cifar10 ckpt_path=last        # go on where it stopped
+python scripts/train.py --help
 """
 
 from typing import Any

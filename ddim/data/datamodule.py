@@ -58,6 +58,8 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Divide the batch among the processes, and move the images to the device where they fit."""
+        if stage != "fit":
+            return
         trainer = self._trainer()
         if not 0 <= trainer.max_steps <= self.max_steps:
             raise UserError(f"the Trainer's max_steps={trainer.max_steps} must lie in 0 .. {self.max_steps}.")

@@ -1,5 +1,6 @@
 """Image files: which of them are read at once or on demand, and how one becomes pixels."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,6 +72,13 @@ class FileImages(LazyImages):
             raise
         except _UNDECODABLE as error:
             raise UserError(f"the image file {self.files[index]} cannot be read ({error}); replace it.") from error
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of what describes the images and of the name and size of each file."""
+        digest = hashlib.sha256(super().fingerprint().encode())
+        for file in self.files:
+            digest.update(f"|{file.name}|{file.stat().st_size}".encode())
+        return digest.hexdigest()
 
     def load(self) -> MemoryImages:
         """Decode every file into memory, in threads, with a progress bar on a terminal when there are many.

@@ -29,7 +29,8 @@ class EvaluateSpec:
 
     Attributes:
         checkpoint: path of the model.
-        output_dir: folder of the sweep: records.jsonl, the tables, a grid of each cell.
+        name: of the sweep.
+        output_dir: its folder: records.jsonl, the tables, a grid of each cell.
         data: the reference set.
         metric, sampler, compute: what to measure, how to sample, how to compute.
         n: number of images, exactly.
@@ -42,6 +43,7 @@ class EvaluateSpec:
     """
 
     checkpoint: str
+    name: str
     output_dir: str
     data: DataSpec
     metric: MetricSpec

@@ -4,6 +4,7 @@ Importing this module imports torch_fidelity (and with it torchvision), which ta
 does so only when an extractor is loaded. Inception is torch-fidelity's own; `load_network` guards its weights file.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,8 @@ from ddim.errors import UserError
 
 INCEPTION = "inception-v3-compat"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+# Only with these weights is a Fréchet distance called FID; as several public evaluation logs give it.
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 DIGITS_WEIGHTS = Path(__file__).parent / "assets" / "digits_classifier.npz"
 MAX_PIXEL_DIMENSION = 4096  # beyond it the covariance and its eigenvalues take minutes and mean nothing
 
@@ -169,36 +172,33 @@ def load_network(name: str, layers: list[str], weights_path: str | None = None) 
         UserError: the weights, or the package that holds them, cannot be had or are not what they should be.
     """
     register_extractors()
-    if weights_path is not None:
-        _check_weights_file(weights_path)
+    downloaded = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS
+    if weights_path is not None and not Path(weights_path).is_file():
+        raise UserError(_missing_inception(f"are not at metric.weights_path={weights_path}"))
+    # Before torch-fidelity loads the file, because it unpickles anything.
+    if weights_path is not None or (name == INCEPTION and downloaded.is_file()):
+        _check_inception(Path(weights_path or downloaded))
     try:
-        return create_feature_extractor(
+        network = create_feature_extractor(
             name, layers, cuda=False, verbose=False, feature_extractor_weights_path=weights_path
         )
     except OSError as error:  # URLError is one
         if name != INCEPTION:
             raise
         raise UserError(_missing_inception(f"cannot be downloaded ({error})")) from error
-    except (RuntimeError, TypeError) as error:
-        if weights_path is None:
-            raise
-        raise UserError(
-            f"metric.weights_path={weights_path} does not fit torch-fidelity's Inception; it must be "
-            f"{INCEPTION_WEIGHTS}."
-        ) from error
+    if name == INCEPTION and weights_path is None:
+        _check_inception(downloaded)
+    return network
 
 
-def _check_weights_file(path: str) -> None:
-    """Refuse a missing file, and one that holds more than tensors, because torch-fidelity unpickles anything."""
-    if not Path(path).is_file():
-        raise UserError(_missing_inception(f"are not at metric.weights_path={path}"))
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+def _check_inception(path: Path) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != INCEPTION_SHA256:
         raise UserError(
-            f"metric.weights_path={path} cannot be read as a file of tensors ({type(error).__name__}); it must be "
-            f"{INCEPTION_WEIGHTS}."
-        ) from error
+            f"{path} is not the Inception network of 2015-12-05 that FID is defined on (SHA-256 {found[:8]}..., not "
+            f"{INCEPTION_SHA256[:8]}...): it is cut short or another file; fetch {INCEPTION_WEIGHTS} again."
+        )
 
 
 def _missing_inception(what: str) -> str:

@@ -5,7 +5,6 @@ Features are extracted once per set of images (`FeatureExtractor`), and every me
 be called FID, or KID, only when the features are Inception's; names are made in one place, `metric_name`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddim.checkpoints import weights_hash
 from ddim.config import choose
 from ddim.errors import UserError
 
@@ -125,11 +125,7 @@ class FeatureExtractor:
 
         Names, shapes, types and values count, so that the device and the file they came from do not.
         """
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return weights_hash(self.network.state_dict())
 
 
 def describe(spec: MetricSpec, extractor: FeatureExtractor) -> dict[str, Any]:

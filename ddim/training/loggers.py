@@ -31,7 +31,7 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: dict[str, A
     Args:
         spec: which ones.
         name: of the run.
-        folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after a resumption, so that nothing is
+        folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after a resumption: nothing is
             overwritten), W&B to wandb/, TensorBoard to tensorboard/.
         config: plain values to keep with the run.
     """

@@ -106,6 +106,13 @@ def test_images_are_resident_by_default_where_memory_is_shared(tmp_path, images,
     assert check.options["with_images"] is False
 
 
+def test_images_stay_off_a_device_that_they_would_fill(images, monkeypatch):
+    data = ImageDataModule(images, BATCH, 0, 1, flip=False)
+    for free, fits in ((4 * images.images.nbytes, True), (4 * images.images.nbytes - 1, False)):
+        monkeypatch.setattr("ddim.data.datamodule._free_memory", lambda device, free=free: free)
+        assert data._fits(images.images, torch.device("meta")) is fits
+
+
 class Spy:
     def __init__(self, function):
         self.function = function

@@ -173,3 +173,14 @@ def test_images_can_be_left_on_disk(tmp_path):
     assert isinstance(lazy, LazyImages)
     assert lazy.shape == memory.shape
     assert torch.equal(torch.stack([lazy[i] for i in range(len(lazy))]), memory.images)
+
+
+def test_images_left_on_disk_are_told_apart_by_their_files(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"{i}.png")
+    before = load(tmp_path, in_memory=False).fingerprint()
+    assert load(tmp_path, in_memory=False).fingerprint() == before
+    noise((4, 6)).save(tmp_path / "1.png")
+    after = load(tmp_path, in_memory=False).fingerprint()
+    (tmp_path / "1.png").rename(tmp_path / "2.png")
+    assert len({before, after, load(tmp_path, in_memory=False).fingerprint()}) == 3

@@ -1,5 +1,7 @@
+
 """The offline extractors, Inception's weights file, and what an extractor is said to be."""
 
+import hashlib
 import json
 import runpy
 import sys
@@ -195,14 +197,17 @@ def test_missing_inception_weights_are_one_sentence(monkeypatch: pytest.MonkeyPa
     assert missing in message
 
 
-def test_a_weights_file_that_is_none_is_refused_before_torch_fidelity_unpickles_it(tmp_path: Path) -> None:
-    pickled_code, other = tmp_path / "code.pth", tmp_path / "other.pth"
-    torch.save({"a": Path("x")}, pickled_code)
-    with pytest.raises(UserError, match="cannot be read as a file of tensors"):
-        FeatureExtractor(MetricSpec("inception", weights_path=str(pickled_code)), "cpu")
-    torch.save({"a": torch.zeros(2)}, other)
-    with pytest.raises(UserError, match="does not fit torch-fidelity's Inception"):
-        FeatureExtractor(MetricSpec("inception", weights_path=str(other)), "cpu")
+def test_another_weights_file_is_refused_before_torch_fidelity_unpickles_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Whether it is named in the configuration or lies where torch-fidelity's download goes."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    other = tmp_path / "hub" / "checkpoints" / INCEPTION_WEIGHTS
+    other.parent.mkdir(parents=True)
+    torch.save({"a": Path("x")}, other)
+    for path in (str(other), None):
+        with pytest.raises(UserError, match="not the Inception network of 2015-12-05"):
+            FeatureExtractor(MetricSpec("inception", weights_path=path), "cpu")
 
 
 def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,6 +224,7 @@ def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
     path = tmp_path / INCEPTION_WEIGHTS
     torch.save(net.state_dict(), path)
+    monkeypatch.setattr("ddim.evaluation.extractors.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     extractor = FeatureExtractor(MetricSpec("inception", ("fd", "is"), weights_path=str(path)), "cpu")
     grey = photographs(2, 32, channels=1)
     features = extractor.extract(grey)
