@@ -1,0 +1,36 @@
+# Sourced by quickstart.sh and test.sh: sets PYTHON to an interpreter that has the project installed.
+#
+# An active virtual or conda environment that holds ddim is used as it is. Otherwise .venv is made beside the README and
+# installed into, once; it is installed anew when pyproject.toml or constraints.txt has changed.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+STAGE="start"
+STARTED=$SECONDS
+trap 'code=$?; [ $code -eq 0 ] || echo "error: failed while: $STAGE (exit status $code). The lines above say why; run the command again when it is mended." >&2' EXIT
+
+stage() { # say what begins, and how long the last stage took
+    [ "$STAGE" = start ] || echo "--- done in $((SECONDS - STARTED)) s"
+    STAGE=$1
+    STARTED=$SECONDS
+    echo "--- $STAGE"
+}
+
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "import ddim" 2>/dev/null; then
+    PYTHON=python
+    echo "--- using the active environment ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
+else
+    stage "making .venv and installing the project (the first time: some minutes and several GB, most of it torch)"
+    PYTHON=.venv/bin/python
+    wanted=$(cat pyproject.toml constraints.txt | cksum)
+    if [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
+        echo "already installed in .venv"
+    else
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            { echo "error: Python 3.11 or newer is needed; $(python3 --version 2>&1) was found." >&2; exit 1; }
+        python3 -m venv .venv ||
+            { echo "error: python3 -m venv failed; on Debian and Ubuntu, apt install python3-venv." >&2; exit 1; }
+        $PYTHON -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,efficientnet,lsun]'
+        echo "$wanted" > .venv/installed
+    fi
+fi
