@@ -121,3 +121,10 @@ def test_slerp_is_equation_67():
         expected = (math.sin(0.7 * theta) * a + math.sin(0.3 * theta) * b) / math.sin(theta)
         assert torch.allclose(slerp(x, y, 0.3)[i].flatten().double(), expected, atol=1e-6)
     assert torch.allclose(slerp(x, x, 0.3), x)
+
+
+def test_slerp_between_neighbours_stays_on_the_sphere():
+    x = torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64)
+    y = torch.tensor([[[[math.cos(0.4), math.sin(0.4)]]]], dtype=torch.float64)
+    expected = torch.tensor([[[[math.cos(0.1), math.sin(0.1)]]]], dtype=torch.float64)
+    assert torch.allclose(slerp(x, y, 0.25), expected, atol=1e-12)
