@@ -3,6 +3,7 @@
 Together with the scripts themselves this is the only file that knows Hydra.
 """
 
+import difflib
 import importlib.util
 import logging
 import os
@@ -10,13 +11,14 @@ import re
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -24,79 +26,117 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 Task = Callable[[dict[str, Any]], Any]
 
 
-def entry(task: Task, config_name: str) -> None:
-    """Run `task` on the composed configuration as plain values; exit with status 2 on a mistake of the user's.
+def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None) -> None:
+    """Run `task` on the composed configuration as plain values; exit with 2 on a mistake of the user's, 1 on ours.
+
+    Each reason is printed once, at the end. A job of a sweep that fails does not take the others down.
 
     Args:
         task: gets the configuration without Hydra's own part; called once for each job of a sweep.
         config_name: of a file in configs/.
+        finish: called after the last job.
     """
     if importlib.util.find_spec("ddim") is None:
         sys.exit("error: the package ddim is not installed; run bash scripts/quickstart.sh, or pip install -e .")
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then hands its exceptions on instead of printing its own summary of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    # Third-party noise at every start: torch's deprecation inside Lightning, and Lightning's advertisements.
+    _silence()
+    failures: Counter[str] = Counter()
+    defects = False
+
+    def guarded(call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
+        nonlocal defects
+        try:
+            return call()
+        except Exception as error:
+            reason = explain(error)
+            defects |= reason is None
+            if wants_traceback or reason is None:
+                traceback.print_exc()
+            failures[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
+
+    def job(config: DictConfig) -> Any:
+        return guarded(lambda: task(_plain(config)), explain)
+
+    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    guarded(main(job), lambda error: explain_hydra(error, config_name))
+    if finish is not None:
+        guarded(finish, explain)
+    for reason, count in failures.items():
+        print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
+    if failures:
+        sys.exit(1 if defects else 2)
+
+
+def _silence() -> None:
+    """Third-party noise at every start: torch's deprecation inside Lightning, and Lightning's advertisements."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
-    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    try:
-        main(lambda config: task(_plain(config)))()
-    except Exception as error:
-        message = explain(error, config_name)
-        if wants_traceback or message is None:
-            traceback.print_exc()
-        if message is not None:
-            print(f"error: {message}", file=sys.stderr)
-        sys.exit(1 if message is None else 2)
 
 
-def pick_device(name: str) -> str:
-    """Return `name`, or for "auto" the accelerator of this machine, or cpu."""
-    if name != "auto":
-        return name
-    import torch
+def pick_device(config: dict[str, Any]) -> None:
+    """Replace compute.device=auto by the accelerator of this machine, or by cpu."""
+    compute = config.get("compute")
+    if isinstance(compute, dict) and compute.get("device") == "auto":
+        import torch
 
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        compute["device"] = "cpu" if accelerator is None else accelerator.type
 
 
-def explain(error: BaseException, config_name: str) -> str | None:
-    """Return one sentence for an error that the user can put right, None for a defect of ours."""
+def explain(error: Exception) -> str | None:
+    """Return one line for an error of a job that the user can put right, None for a defect of ours."""
     from ddim.errors import UserError
 
-    if isinstance(error, UserError):
-        return str(error)
     if isinstance(error, MissingMandatoryValue):
         key = str(error).split(":")[-1].split()[0]
         return f"{key} is required; add {key}=... to the command."
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        unknown = re.search(r"Could not override '([^']+)'", str(error))
-        return _unknown_key(unknown[1], config_name) if unknown else " ".join(str(error).split())
-    if isinstance(error, OSError) and error.filename and "outputs" in _frames(error):
-        return f"cannot write to {error.filename} ({error.strerror}); choose another output_dir=..."
+    if isinstance(error, UserError | OmegaConfBaseException):
+        return " ".join(str(error).split())
     return None
 
 
-def _frames(error: BaseException) -> str:
-    """Return "outputs" when the error came from Hydra making a run's folder or its log file."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    return "outputs" if any("hydra" in Path(name).parts for name in files[-6:]) else ""
+def explain_hydra(error: Exception, config_name: str) -> str:
+    """Return one line for an error before the first job, while Hydra read the command line or made the run's folder."""
+    from ddim.config import suggest
+
+    message = " ".join(str(error).split())
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return f"unknown option {group}={option}{suggest(option, error.options)}; allowed: {', '.join(error.options)}."
+    if isinstance(error, OverrideParseException):
+        reason = message.partition(" See https")[0]
+        return (
+            f"the argument {error.override!r} cannot be read ({reason}); write key=value, and quote special characters."
+        )
+    if isinstance(error, OSError) and error.filename:
+        return f"cannot write to {error.filename} ({error.strerror}); choose another output_dir=..."
+    if unknown := re.search(r"Could not override '([^']+)'", message):
+        return _unknown_key(unknown[1], config_name)
+    return message
 
 
 def _unknown_key(key: str, config_name: str) -> str:
     from ddim.config import suggest
 
+    # The group options of the command line decide which keys there are.
+    given = [argument.split(",")[0] for argument in sys.argv[1:] if (CONFIGS / argument.split("=")[0]).is_dir()]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = hydra.compose(config_name)
-    parent = key.rpartition(".")[0]
-    node = OmegaConf.select(config, parent) if parent else config
-    allowed = [str(k) for k in node] if isinstance(node, DictConfig) else []
-    names = [f"{parent}.{name}" if parent else name for name in allowed]
-    return f"unknown key {key}{suggest(key, names)}; allowed: {', '.join(names)}."
+        config: Any = OmegaConf.to_container(hydra.compose(config_name, given))
+    node, path = config, ""
+    for part in key.split("."):
+        if not isinstance(node.get(part), dict):
+            break
+        node, path = node[part], f"{path}{part}."
+    allowed = [f"{path}{name}" for name in node]
+    inner = {name: f"{group}.{name}" for group, keys in config.items() if isinstance(keys, dict) for name in keys}
+    elsewhere = difflib.get_close_matches(key.rpartition(".")[2], inner, n=1)
+    near = suggest(key, allowed) or (f" (did you mean {inner[elsewhere[0]]}?)" if elsewhere else "")
+    return f"unknown key {key}{near}; allowed: {', '.join(allowed)}."
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -9,78 +9,50 @@
 Cells whose record is already in the output folder are not computed again.
 """
 
-import sys
-import traceback
+from pathlib import Path
 from typing import Any
 
-from _cli import entry, explain, pick_device
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from _cli import entry, pick_device
 
-failures: dict[str, list[str]] = {}  # reason -> cells
+folders: set[Path] = set()  # that got a record
 
 
-def main(config: dict[str, Any]) -> dict[str, float] | None:
-    """Compute one cell; in a sweep a cell that fails does not take the others down."""
+def main(config: dict[str, Any]) -> dict[str, float]:
+    """Compute one cell and print its numbers."""
     from ddim.config import build
     from ddim.evaluation.cells import EvaluateSpec, evaluate_cell, label
 
-    config["compute"]["device"] = pick_device(config["compute"]["device"])
-    name = " ".join(f"{key}={config['sampler'][key]}" for key in ("rule", "eta", "S"))
+    pick_device(config)
+    spec = build(EvaluateSpec, config, "")
+    name = label(spec.sampler)
     try:
-        spec = build(EvaluateSpec, config, "")
-        name = label(spec.sampler)
         record, new = evaluate_cell(spec)
-    except Exception as error:
-        message = explain(error, "evaluate")
-        if message is None:
-            traceback.print_exc()
-        failures.setdefault(message or repr(error), []).append(name)
+    except Exception:
         print(f"{name}: failed", flush=True)
-        return None
+        raise
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
     seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
     print(f"{name}: {values} ({seconds if new else 'already in the records'})", flush=True)
+    folders.add(Path(spec.output_dir))
     return record["metrics"]
 
 
-class Report(Callback):
-    """Writes and prints the table when all cells are done; configs/evaluate.yaml names it."""
-
-    def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After a single cell."""
-        report(config.output_dir)
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """After a sweep."""
-        report(config.output_dir)
-
-
-def report(output_dir: str) -> None:
-    """Write the tables and plots of all records in `output_dir` and print where they are."""
-    from pathlib import Path
-
+def report() -> None:
+    """Write the tables and plots of all records in each folder and print where they are."""
+    if not folders:
+        return
     from ddim.evaluation.cells import RECORDS
     from ddim.evaluation.records import RecordFile
     from ddim.evaluation.tables import write_report
 
-    folder = Path(output_dir)
-    records = RecordFile(folder / RECORDS).read()
-    if not records:
-        return
-    paths = write_report(records, folder)
-    print(f"\n{paths[0].read_text()}")
-    grids = sorted({r["grid"] for r in records if "grid" in r})
-    for path in [*paths, *[folder / grid for grid in grids[-1:]]]:
-        print(path)
+    for folder in sorted(folders):
+        records = RecordFile(folder / RECORDS).read()
+        paths = write_report(records, folder)
+        print(f"\n{paths[0].read_text()}")
+        grids = sorted({r["grid"] for r in records if "grid" in r})
+        for path in [*paths, *[folder / grid for grid in grids[-1:]]]:
+            print(path)
 
 
 if __name__ == "__main__":
-    entry(main, "evaluate")
-    if failures:
-        for reason, cells in failures.items():
-            print(
-                f"error: {reason} ({len(cells)} cells: {'; '.join(cells)})" if cells[1:] else f"error: {reason}",
-                file=sys.stderr,
-            )
-        sys.exit(2)
+    entry(main, "evaluate", finish=report)

@@ -16,7 +16,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.config import build
     from ddim.evaluation.samples import SampleSpec, write_samples
 
-    config["compute"]["device"] = pick_device(config["compute"]["device"])
+    pick_device(config)
     for path in write_samples(build(SampleSpec, config, "")):
         print(path)
 

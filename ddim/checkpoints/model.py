@@ -6,8 +6,7 @@ checkpoint file alone is enough to sample, and it loads with `weights_only=True`
 
 import dataclasses
 import hashlib
-import pickle
-import zipfile
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,10 +84,13 @@ class ModelSpec:
             network = dict(values["network"])
             name = network.pop("name")
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
-            prediction, data = values["prediction"], values["data"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the checkpoint's description of its model is incomplete: {error}.") from error
-        return cls(name, build(choose("network", name, NETWORKS)[0], network, "network"), schedule, prediction, data)
+            network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
+            return cls(name, network_spec, schedule, values["prediction"], values["data"])
+        except KeyError as error:
+            raise UserError(f"the checkpoint's description of its model lacks {error}.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            reason = str(error).rstrip(".")
+            raise UserError(f"the checkpoint's description of its model is not understood: {reason}.") from error
 
     def differences(self, other: "ModelSpec") -> list[str]:
         """Return one phrase for each thing that makes weights of one model useless for the other; [] when none does."""
@@ -154,7 +156,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit the network it describes: {error}") from error
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        raise UserError(f"the weights in {path} do not fit the network it describes: {reason}.") from error
     network.requires_grad_(False).eval()
     return LoadedModel(spec, network, weights, weights_hash(state), int(checkpoint["global_step"]))
 
@@ -170,12 +173,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"there is no checkpoint {path}; give the path of a .ckpt file that scripts/train.py wrote.")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # whatever the bytes of a damaged or foreign file make the reader stumble over
+        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
         raise UserError(
             f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind ({reason})."
         ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    entries = {KEY: Mapping, "state_dict": Mapping, "global_step": int}
+    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in entries.items()):
         raise UserError(f"{path} is not a checkpoint of this project: it does not describe its model.")
     return checkpoint
 
@@ -196,8 +200,8 @@ def _raw_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, T
 
 
 def _ema_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    averages = checkpoint.get("callbacks", {}).get(EMA_STATE)
-    if averages is None:
+    shadow = checkpoint.get("callbacks", {}).get(EMA_STATE, {}).get("shadow")
+    if not shadow:
         raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
     # The average covers parameters; a network's buffers, if it has any, are taken as they are.
-    return {**_raw_weights(checkpoint, path), **averages["shadow"]}
+    return {**_raw_weights(checkpoint, path), **shadow}

@@ -12,8 +12,6 @@ from ddim.diffusion.noise import TRAINING_NOISE, TRAINING_TIME, gaussian, random
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 
-REDUCTIONS = ("mean", "sum")
-
 
 def q_sample(x0: Tensor, eps: Tensor, a_t: Tensor) -> Tensor:
     """Return x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) ε (Eq. 4).
@@ -44,13 +42,14 @@ def per_sample_loss(
         t: times in 1..T, int64 (B,).
         eps: standard normal, (B, C, H, W).
         prediction: a key of PREDICTIONS.
-        reduction: over the C H W dimensions of an image: `mean` (Ho et al.) or `sum` (the released DDIM code).
+        reduction: over the C H W dimensions of an image, a key of REDUCTIONS: `mean` (Ho et al.) or `sum` (the released
+            DDIM code).
     """
     a_t = alpha_bar[t].reshape(-1, *[1] * (x0.ndim - 1))
     x_t = q_sample(x0, eps, a_t)
     target = PREDICTIONS[prediction].target(x0, eps, a_t).to(x0.dtype)
     square = (model(x_t, t).float() - target) ** 2
-    return square.flatten(1).mean(1) if reduction == "mean" else square.flatten(1).sum(1)
+    return REDUCTIONS[reduction](square.flatten(1))
 
 
 def uniform_times(T: int, seed: int, step: int, positions: Sequence[int] | Tensor) -> Tensor:
@@ -75,6 +74,10 @@ def training_noise(seed: int, step: int, positions: Sequence[int] | Tensor, shap
     return gaussian(seed, TRAINING_NOISE, step, positions, shape)
 
 
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # (B, D) -> (B,)
+    "mean": lambda square: square.mean(1),
+    "sum": lambda square: square.sum(1),
+}
 TIME_SAMPLERS: dict[str, Callable[[int, int, int, Sequence[int] | Tensor], Tensor]] = {
     "uniform": uniform_times,
     "antithetic": antithetic_times,

@@ -35,7 +35,8 @@ class Coefficients(NamedTuple):
 class Rule(Protocol):
     """A choice of σ: from the two noise levels of a step to its three factors."""
 
-    def coefficients(self, a_t: float, a_s: float) -> Coefficients: ...
+    def coefficients(self, a_t: float, a_s: float) -> Coefficients:
+        """Return the factors of the step from the level a_t to a_s; ValueError where the rule has no such step."""
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,12 @@ class EvaluateSpec:
         data: the reference set.
         metric, sampler, compute: what to measure, how to sample, how to compute.
         n: number of images, exactly.
-        seed: of their noise.
+        seed: of their noise, 0 .. 2**64 - 1.
         weights: ema or raw.
         grid: images shown in the grid of the cell; 0 for none.
 
     Raises:
-        ValueError: n below 1, or a negative grid.
+        ValueError: n below 1, a seed out of range, or a negative grid.
     """
 
     checkpoint: str
@@ -57,6 +57,8 @@ class EvaluateSpec:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1.")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
 
@@ -99,13 +101,12 @@ def evaluate_cell(spec: EvaluateSpec) -> tuple[Record, bool]:
         "metrics": metrics,
         "S": len(tau),
         "label": row_label(spec.sampler),
-        "spacing": "full" if tau == tuple(range(1, model.spec.schedule.T + 1)) else spec.sampler.spacing,
+        "spacing": _spacing(spec.sampler, tau, model.spec.schedule.T),
         "distinct_evaluations": distinct_evaluations(tau),
         "network_evaluations": spec.n * len(tau),
         "seconds_sampling": sampled - start,
         "seconds_metrics": time.perf_counter() - sampled,
-        "compute": dataclasses.asdict(spec.compute),
-        "checkpoint": spec.checkpoint,
+        "config": dataclasses.asdict(spec),
         **provenance(),
     }
     if spec.grid:
@@ -116,7 +117,8 @@ def evaluate_cell(spec: EvaluateSpec) -> tuple[Record, bool]:
 
 def row_label(sampler: SamplerSpec) -> str:
     """Return how a sampler is named in a table's first column: η=0.5, or σ̂, with a clip policy if there is one."""
-    name = "σ̂" if sampler.rule == "sigma_hat" else f"η={sampler.eta}"
+    plain = sampler.rule if sampler.eta is None else f"{sampler.rule} η={sampler.eta}"
+    name = {"ddim": f"η={sampler.eta}", "sigma_hat": "σ̂"}.get(sampler.rule, plain)
     return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
 
 
@@ -130,6 +132,8 @@ def _identity(
     spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], reference: Images, extractor: FeatureExtractor
 ) -> dict[str, Any]:
     """Everything that decides the numbers, and nothing else: not the batch size, not the device."""
+    # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
+    description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
     return {
         "model": {
             "weights": spec.weights,
@@ -138,6 +142,7 @@ def _identity(
             "schedule": model.spec.schedule.name,
             "T": model.spec.schedule.T,
             "prediction": model.spec.prediction,
+            "description_hash": record_key(description),
         },
         "sampler": {
             "rule": spec.sampler.rule,
@@ -153,14 +158,21 @@ def _identity(
         "reference": {
             "name": reference.name,
             "images": len(reference),
-            "fingerprint": reference.fingerprint(),
+            "fingerprint": _fingerprint(spec.data, spec.metric.reference_split),
         },
         "metric": describe(spec.metric, extractor),
     }
 
 
+def _spacing(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
+    """Return the name of the times; cells with the same name, S and T have the same times."""
+    if tau == tuple(range(1, T + 1)):
+        return "full"
+    return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
+
+
 def _save_grid(images: Tensor, spec: EvaluateSpec, key: str) -> str:
-    rule = "sigma_hat" if spec.sampler.rule == "sigma_hat" else f"eta_{spec.sampler.eta}"
+    rule = spec.sampler.rule if spec.sampler.eta is None else f"{spec.sampler.rule}_eta_{spec.sampler.eta}"
     clip = "" if spec.sampler.clip == "none" else f"_clip_{spec.sampler.clip}"
     steps = spec.sampler.S if spec.sampler.S is not None else len(spec.sampler.times or ())
     name = f"grids/S{steps:04d}_{rule}{clip}_{key[:6]}.png"
@@ -177,6 +189,11 @@ def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -
 @lru_cache(maxsize=1)
 def _images(data: DataSpec, split: Literal["train", "test"]) -> Images:
     return load_images(data, split)
+
+
+@lru_cache(maxsize=1)
+def _fingerprint(data: DataSpec, split: Literal["train", "test"]) -> str:
+    return _images(data, split).fingerprint()
 
 
 def _reference_images(spec: EvaluateSpec) -> Images:

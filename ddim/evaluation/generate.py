@@ -82,7 +82,7 @@ def generate(
         title: of the progress bar, which counts network evaluations of one image and shows only on a terminal.
 
     Raises:
-        UserError: no images are asked for, or the sampler does not fit the schedule.
+        UserError: no images are asked for, the sampler does not fit the schedule, or the samples are not finite.
     """
     if len(indices) < 1:
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
@@ -102,10 +102,19 @@ def generate(
             for state in states:
                 x = state.x
                 bar.update(len(batch))
-            if not bool(torch.isfinite(x).all()):
-                raise UserError(
-                    "the samples are not finite numbers; sample with compute.bf16=false, and if that does not help the "
-                    "checkpoint is of a training that diverged."
-                )
-            images[start : start + len(batch)] = to_uint8(x).cpu()
+            images[start : start + len(batch)] = to_pixels(x)
     return images
+
+
+def to_pixels(x: Tensor) -> Tensor:
+    """Return samples in [-1, 1] as uint8 of the same shape, on the CPU.
+
+    Raises:
+        UserError: a value is infinite or not a number.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise UserError(
+            "the samples are not finite numbers; sample with compute.bf16=false, and if that does not help the "
+            "checkpoint is of a training that diverged."
+        )
+    return to_uint8(x).cpu()

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from ddim.checkpoints import weights_hash
 from ddim.config import choose
@@ -106,7 +107,12 @@ class FeatureExtractor:
         Raises:
             UserError: no images, not uint8, not (N, C, H, W), or of a size that the extractor refuses.
         """
-        batches = [self._extract_batch(batch) for batch in _batches(images, self.spec.batch_size)]
+        count = len(images)  # type: ignore[arg-type]
+        batches = []
+        with tqdm(total=count, desc=f"{self.spec.extractor} features", unit=" images", disable=None) as bar:
+            for batch in _batches(images, self.spec.batch_size):
+                batches.append(self._extract_batch(batch))
+                bar.update(len(batch))
         return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
 
     def _extract_batch(self, images: Tensor) -> Features:

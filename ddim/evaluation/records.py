@@ -29,23 +29,22 @@ class RecordFile:
     def read(self) -> list[Record]:
         """Return all records, oldest first; [] when there is no file.
 
-        A last line that was cut short by a kill is left out: its cell is computed again.
+        A last line without its newline was cut short by a kill and is left out: its cell is computed again.
 
         Raises:
-            UserError: a line in the middle is not JSON.
+            UserError: another line is not JSON.
         """
         if not self.path.exists():
             return []
         records = []
-        lines = self.path.read_text().split("\n")
+        *lines, _ = self.path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             if not line:
                 continue
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number < len(lines):
-                    raise UserError(f"{self.path}, line {number}, is damaged ({error}); delete that line.") from error
+            except ValueError as error:
+                raise UserError(f"{self.path}, line {number}, is damaged ({error}); delete that line.") from error
         return records
 
     def find(self, key: str) -> Record | None:

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel, load_model
-from ddim.data.images import to_uint8
 from ddim.data.pictures import grid, save_gif, save_png
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, to_pixels
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,13 @@ class SampleSpec:
         compute, sampler: how.
         n: images, exactly.
         first: number of the first image; image i of a seed is the same in every call.
-        seed: of the noise.
+        seed: of the noise, 0 .. 2**64 - 1.
         weights: ema or raw.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
         overwrite: replace files of an earlier call.
 
     Raises:
-        ValueError: n below 1, or a negative first.
+        ValueError: n below 1, or image numbers or a seed out of range.
     """
 
     checkpoint: str
@@ -47,8 +46,12 @@ class SampleSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.n < 1 or self.first < 0:
-            raise ValueError(f"n={self.n} must be at least 1 and first={self.first} not negative.")
+        if self.n < 1:
+            raise ValueError(f"n={self.n} must be at least 1.")
+        if not 0 <= self.first <= (1 << 32) - self.n:
+            raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
 
 
 def write_samples(spec: SampleSpec) -> list[Path]:
@@ -79,7 +82,7 @@ def write_samples(spec: SampleSpec) -> list[Path]:
 def _targets(spec: SampleSpec, folder: Path, indices: range) -> list[Path]:
     if spec.format == "png":
         return [folder / f"{i:06d}.png" for i in indices]
-    return [folder / f"{spec.format}.{'gif' if spec.format == 'gif' else 'png'}"]
+    return [folder / ("grid.png" if spec.format == "grid" else "trajectory.gif")]
 
 
 @torch.inference_mode()
@@ -90,4 +93,4 @@ def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor
         model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=spec.seed, indices=indices
     )
     with torch.autocast(torch.device(spec.compute.device).type, torch.bfloat16, enabled=spec.compute.bf16):
-        return [grid(to_uint8(x).cpu()) for x in (x_T, *(state.x0 for state in states))]
+        return [grid(to_pixels(x)) for x in (x_T, *(state.x0 for state in states))]

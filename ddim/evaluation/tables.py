@@ -17,10 +17,12 @@ from ddim.evaluation.records import Record, record_key
 
 @dataclass
 class Table:
-    """Attributes:
-    metric: what the numbers are, for example fd_digits_classifier_5k.
-    protocol: everything that its cells share.
-    cells: (row label, S) -> record.
+    """Numbers of one metric under one protocol.
+
+    Attributes:
+        metric: what the numbers are, for example fd_digits_classifier_5k.
+        protocol: everything that its cells share.
+        cells: (row label, S) -> record.
     """
 
     metric: str
@@ -45,10 +47,11 @@ class Table:
     def title(self) -> str:
         """Return one line that says what was measured."""
         p = self.protocol
+        unusual = (", bfloat16" if p["bf16"] else "") + (", ends at alpha_bar[1]" if p["last_time"] else "")
         return (
             f"{self.metric}: {p['n']:,} images against {p['reference']['images']:,} of {p['reference']['name']}, "
             f"{p['model']['weights']} weights {p['model']['weights_hash'][:8]} at step {p['model']['step']:,}, "
-            f"tau {p['spacing']}, seed {p['seed']}"
+            f"tau {p['spacing']}, seed {p['seed']}{unusual}"
         )
 
     def markdown(self) -> str:
@@ -93,15 +96,17 @@ def write_report(records: list[Record], folder: Path) -> list[Path]:
 
 
 def plot(table: Table, path: Path) -> None:
-    """Plot the metric against S, a line for each row, both axes logarithmic."""
+    """Plot the metric against S, a line for each row, both axes logarithmic unless a value is not positive."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for row in table.rows:
-        points = [(S, v) for S in table.columns if (v := table.value(row, S)) is not None]
+    lines = {row: [(S, v) for S in table.columns if (v := table.value(row, S)) is not None] for row in table.rows}
+    for row, points in lines.items():
         axes.plot(*zip(*points, strict=True), marker="o", label=row)
-    axes.set(xscale="log", yscale="log", xlabel="S, steps", ylabel=table.metric)
+    # An unbiased kernel distance can be negative.
+    positive = all(value > 0 for points in lines.values() for _, value in points)
+    axes.set(xscale="log", yscale="log" if positive else "linear", xlabel="S, steps", ylabel=table.metric)
     axes.set_xticks(table.columns, [str(S) for S in table.columns])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -116,25 +121,12 @@ def plot(table: Table, path: Path) -> None:
 def _csv(tables: list[Table]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["metric", "sampler", "S", "value", "n", "spacing", "distinct_evaluations", "seconds", "key"])
-    for table in tables:
-        for row in table.rows:
-            for S in table.columns:
-                if (r := table.cells.get((row, S))) is not None:
-                    value, seconds = r["metrics"][table.metric], round(r["seconds_sampling"], 3)
-                    writer.writerow(
-                        [
-                            table.metric,
-                            row,
-                            S,
-                            value,
-                            r["n"],
-                            r["spacing"],
-                            r["distinct_evaluations"],
-                            seconds,
-                            r["key"],
-                        ]
-                    )
+    facts = ["n", "spacing", "distinct_evaluations", "seconds_sampling", "key"]
+    writer.writerow(["table", "metric", "sampler", "S", "value", *facts])
+    for number, table in enumerate(tables):
+        for row, S in ((row, S) for row in table.rows for S in table.columns if (row, S) in table.cells):
+            record = table.cells[row, S]
+            writer.writerow([number, table.metric, row, S, table.value(row, S), *(record[fact] for fact in facts)])
     return out.getvalue()
 
 

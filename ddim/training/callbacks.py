@@ -69,11 +69,11 @@ class GridSpec:
     Attributes:
         every: optimiser steps between two grids; 0 for none.
         n: images in a grid.
-        seed: of their noise, the same in every grid.
+        seed: of their noise, the same in every grid; 0 .. 2**64 - 1.
         sampler: how they are sampled.
 
     Raises:
-        ValueError: a negative `every`, or n below 1.
+        ValueError: a negative `every`, n below 1, or a seed out of range.
     """
 
     every: int = 5000
@@ -84,6 +84,8 @@ class GridSpec:
     def __post_init__(self) -> None:
         if self.every < 0 or self.n < 1:
             raise ValueError(f"every={self.every} must be at least 0 and n={self.n} at least 1.")
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
 
 
 class SampleGrid(Callback):

@@ -14,7 +14,9 @@ from ddim.checkpoints.model import EMA_STATE
 
 @dataclass(frozen=True)
 class EMASpec:
-    """Attributes:
+    """The rate of the average.
+
+    Attributes:
         decay: μ in shadow <- μ shadow + (1 - μ) weights, once an optimiser step.
         warmup: use min(μ, (1 + k) / (10 + k)) at step k, so that a short run does not keep its first weights.
 

@@ -1,19 +1,25 @@
 """Where a training run writes its numbers: CSV always, W&B and TensorBoard when asked."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from ddim.errors import UserError
+
 
 @dataclass(frozen=True)
 class LoggerSpec:
-    """Attributes:
-    wandb, tensorboard: also log there.
-    project, entity, group, tags: of the W&B run.
-    offline: keep the W&B run on this disk; needs no account. `wandb sync` uploads it later.
+    """Where a run is logged besides CSV.
+
+    Attributes:
+        wandb, tensorboard: also log there.
+        project, entity, group, tags: of the W&B run.
+        offline: keep the W&B run on this disk; needs no account. `wandb sync` uploads it later.
     """
 
     wandb: bool = False
@@ -62,3 +68,27 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
         offline=spec.offline,
         config=config,
     )
+
+
+@contextmanager
+def ending_wandb(spec: LoggerSpec) -> Iterator[None]:
+    """End the W&B run, if there is one, with the block: the next training of this process is another run.
+
+    Raises:
+        UserError: W&B is wanted online, and nobody is logged in.
+    """
+    if not spec.wandb:
+        yield
+        return
+    import wandb
+
+    failed = 1
+    try:
+        yield
+        failed = 0
+    except wandb.errors.UsageError as error:
+        raise UserError(
+            f"W&B refused to start ({' '.join(str(error).split())}); run `wandb login`, or choose logger=wandb_offline."
+        ) from error
+    finally:
+        wandb.finish(exit_code=failed)

@@ -1,32 +1,45 @@
 """The LightningModule: it owns no formula, only the order of the calls."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from ddim.checkpoints.model import KEY, ModelSpec
+from ddim.config import choose
 from ddim.data.order import Batch
-from ddim.diffusion.noise import DROPOUT, random_words
-from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.diffusion.noise import DROPOUT, WEIGHTS, random_words
+from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.diffusion.prediction import PREDICTIONS
+from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """Attributes:
-    prediction: what the network learns: eps, x0 or v.
-    reduction: mean (Ho et al.) or sum (the released DDIM code) over the dimensions of an image.
-    times: uniform (Ho et al.) or antithetic (the released DDIM code).
+    """The loss, by the names of its parts.
+
+    Attributes:
+        prediction: what the network learns, a key of PREDICTIONS: eps, x0 or v.
+        reduction: over the dimensions of an image, a key of REDUCTIONS: mean (Ho et al.) or sum (the released code).
+        times: a key of TIME_SAMPLERS: uniform (Ho et al.) or antithetic (the released code).
+
+    Raises:
+        UserError: an unknown name.
     """
 
-    prediction: Literal["eps", "x0", "v"] = "eps"
-    reduction: Literal["mean", "sum"] = "mean"
-    times: Literal["uniform", "antithetic"] = "uniform"
+    prediction: str = "eps"
+    reduction: str = "mean"
+    times: str = "uniform"
+
+    def __post_init__(self) -> None:
+        choose("objective.prediction", self.prediction, PREDICTIONS)
+        choose("objective.reduction", self.reduction, REDUCTIONS)
+        choose("objective.times", self.times, TIME_SAMPLERS)
 
 
 @dataclass(frozen=True)
@@ -66,15 +79,20 @@ class DiffusionModule(LightningModule):
         spec: the model; stored in every checkpoint.
         objective: the loss.
         optim: the optimiser.
-        seed: of times, noise and dropout.
+        seed: of the initial weights, times, noise and dropout.
     """
 
     def __init__(self, spec: ModelSpec, objective: ObjectiveSpec, optim: OptimSpec, seed: int) -> None:
         super().__init__()
         self.spec, self.objective, self.optim, self.seed = spec, objective, optim, seed
-        self.network = build_network(spec.network, spec.network_spec)
-        self.model = zero_based(self.network)
+        with _seeded(int(random_words(seed, WEIGHTS, 0, [0]))):
+            self.network = build_network(spec.network, spec.network_spec)
         self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
+
+    @property
+    def model(self) -> Model:
+        """The network behind its time adapter: called with the paper's times."""
+        return zero_based(self.network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch."""
@@ -108,16 +126,31 @@ class DiffusionModule(LightningModule):
         """Let the checkpoint describe itself."""
         checkpoint[KEY] = self.spec.to_dict()
 
-    @contextmanager
-    def _addressed_dropout(self, step: int, batch_idx: int) -> Iterator[None]:
-        """Seed what torch's dropout draws from by (seed, step, micro-batch, process), and leave no trace outside."""
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let Lightning count whole optimiser steps behind it, in the micro-batches of this run.
+
+        Its own count is in those of the run that wrote the checkpoint, whose accumulation may differ, and it holds half
+        a step when a resumed run was saved again before its first step.
+        """
+        past = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        loop = checkpoint["loops"]["fit_loop"]
+        # 1 when saved in the hooks of the batch that ended the step: Lightning then completes that batch itself.
+        uncompleted = checkpoint["global_step"] - loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+        for counts in (loop["epoch_loop.batch_progress"]["total"], loop["epoch_loop.batch_progress"]["current"]):
+            counts.update(ready=past, started=past, processed=past, completed=past - uncompleted)
+
+    def _addressed_dropout(self, step: int, batch_idx: int) -> AbstractContextManager[None]:
+        """Seed what torch's dropout draws from by (seed, step, micro-batch, process)."""
         if not getattr(self.spec.network_spec, "dropout", 0):
-            yield
-            return
+            return nullcontext()
         trainer = self.trainer
         micro = batch_idx % trainer.accumulate_grad_batches * trainer.world_size + trainer.global_rank
-        word = int(random_words(self.seed, DROPOUT, step, [micro]))
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(word)
-            yield
+        return _seeded(int(random_words(self.seed, DROPOUT, step, [micro])), self.device)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch's generators of the CPU and of `device`, and leave no trace of it afterwards."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

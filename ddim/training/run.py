@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints.model import KEY, ModelSpec, read_checkpoint
 from ddim.config import blame, build, choose
@@ -20,10 +21,12 @@ from ddim.errors import UserError
 from ddim.networks import NETWORKS
 from ddim.training.callbacks import GridSpec, Progress, SampleGrid
 from ddim.training.ema import EMA, EMASpec
-from ddim.training.loggers import LoggerSpec, build_loggers
+from ddim.training.loggers import LoggerSpec, build_loggers, ending_wandb
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 
 log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"  # the name that Lightning's save_last gives
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class TrainSpec:
         network: `name`, a key of NETWORKS, and the fields of that network's spec.
         ckpt_path: null to start, "last" to go on from the newest checkpoint of this run if there is one, or a file.
         ema: null to train without an average.
+        seed: of everything random, 0 .. 2**64 - 1.
+
+    Raises:
+        ValueError: the seed is out of range.
     """
 
     name: str
@@ -88,6 +95,10 @@ class TrainSpec:
     grid: GridSpec = field(default_factory=GridSpec)
     seed: int = 0
     ckpt_path: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 64:
+            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
 
     def model_spec(self) -> ModelSpec:
         """Return the description of the model that this run trains.
@@ -142,12 +153,25 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     t = spec.trainer
     data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
     trainer = _build_trainer(spec, folder, config)
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    last = checkpoints / "last.ckpt"
-    # The steps after the last regular checkpoint would otherwise be lost.
-    trainer.save_checkpoint(last)
-    log.info("trained %d steps; checkpoint: %s", trainer.global_step, last)
+    with ending_wandb(spec.logger):
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    last = checkpoints / LAST
+    log.info("trained %d steps; checkpoint: %s", t.max_steps, last)
     return last
+
+
+class SaveAtEnd(Callback):
+    """Keeps the steps after the last regular checkpoint, which would otherwise be lost.
+
+    A callback, for the process that calls `fit` need not be one of those that train.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        trainer.save_checkpoint(self.path, weights_only=False)
 
 
 def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> Trainer:
@@ -164,32 +188,39 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
             every_n_train_steps=t.checkpoint_every,
             save_last=True,
             save_top_k=1,
+            # Otherwise a run whose folder was moved goes on in last-v1.ckpt, beside a last.ckpt that is out of date.
+            enable_version_counter=False,
         ),
+        SaveAtEnd(folder / "checkpoints" / LAST),
     ]
-    return Trainer(
-        accelerator=t.accelerator,
-        devices=t.devices,
-        num_nodes=t.num_nodes,
-        strategy=t.strategy,
-        precision=t.precision,
-        max_steps=t.max_steps,
-        max_epochs=-1,
-        accumulate_grad_batches=t.accumulate,
-        gradient_clip_val=spec.optim.grad_clip,
-        log_every_n_steps=t.log_every,
-        logger=build_loggers(spec.logger, spec.name, folder, dict(config)),
-        callbacks=callbacks,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        # A bar for people, lines for logs.
-        enable_progress_bar=os.isatty(2),
-        default_root_dir=folder,
-    )
+    loggers = build_loggers(spec.logger, spec.name, folder, dict(config))
+    try:
+        return Trainer(
+            accelerator=t.accelerator,
+            devices=t.devices,
+            num_nodes=t.num_nodes,
+            strategy=t.strategy,
+            precision=t.precision,
+            max_steps=t.max_steps,
+            max_epochs=-1,
+            accumulate_grad_batches=t.accumulate,
+            gradient_clip_val=spec.optim.grad_clip,
+            log_every_n_steps=t.log_every,
+            logger=loggers,
+            callbacks=callbacks,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            # A bar for people, lines for logs.
+            enable_progress_bar=os.isatty(2),
+            default_root_dir=folder,
+        )
+    except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path | None:
     """Return the checkpoint to go on from, after checking that it belongs to this model."""
-    last = checkpoints / "last.ckpt"
+    last = checkpoints / LAST
     if spec.ckpt_path is None:
         if last.exists():
             step = read_checkpoint(last)["global_step"]

@@ -1,4 +1,3 @@
-
 """The offline extractors, Inception's weights file, and what an extractor is said to be."""
 
 import hashlib

@@ -1,0 +1,145 @@
+"""Exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import ddim
+from ddim.checkpoints.model import LoadedModel
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.errors import UserError
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place
+
+CPU = ComputeSpec("cpu")
+SAMPLERS = {
+    "ddim": SamplerSpec(S=4),
+    "ddpm": SamplerSpec(eta=1.0, S=4),
+    "sigma_hat": SamplerSpec("sigma_hat", None, S=4, spacing="quadratic", clip="x0_and_eps", last_time=1),
+}
+
+
+@pytest.fixture(scope="module", params=SAMPLERS, ids=list(SAMPLERS))
+def sampler(request: pytest.FixtureRequest) -> SamplerSpec:
+    return SAMPLERS[request.param]
+
+
+def by_hand(model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int) -> Tensor:
+    """The library's own function, and the rounding to pixels written out."""
+    with torch.no_grad():
+        x = ddim.sample(
+            model,
+            model.spec.schedule,
+            ddim.initial_noise(indices, model.spec.image_shape, seed),
+            ddim.SPACINGS[sampler.spacing](model.spec.schedule.T, 4),
+            ddim.SigmaHat() if sampler.rule == "sigma_hat" else ddim.DDIM(float(sampler.eta or 0)),
+            last_time=sampler.last_time,
+            prediction=model.spec.prediction,
+            clip=sampler.clip,
+            seed=seed,
+            indices=indices,
+        )
+    return ((x + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+def levels_apart(a: Tensor, b: Tensor) -> int:
+    return int((a.int() - b.int()).abs().max())
+
+
+@pytest.fixture(scope="module")
+def fifty(model: LoadedModel, sampler: SamplerSpec) -> Tensor:
+    return by_hand(model, sampler, range(50), seed=3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize("n", [1, 7, 50])
+def test_exactly_n_images_and_the_same_for_every_batch_size(
+    model: LoadedModel, sampler: SamplerSpec, fifty: Tensor, n: int, batch_size: int
+) -> None:
+    images = generate(model, sampler, range(n), 3, ComputeSpec("cpu", batch_size))
+    assert images.dtype == torch.uint8
+    assert images.shape == (n, 1, 8, 8)
+    assert levels_apart(images, fifty[:n]) <= 1
+
+
+def test_an_image_does_not_depend_on_which_others_are_asked_for(
+    model: LoadedModel, sampler: SamplerSpec, fifty: Tensor
+) -> None:
+    assert levels_apart(generate(model, sampler, range(13, 20), 3, ComputeSpec("cpu", 4)), fifty[13:20]) <= 1
+    assert levels_apart(generate(model, sampler, range(0, 50, 9), 3, CPU), fifty[::9]) <= 1
+    distinct = {image.numpy().tobytes() for image in fifty}
+    assert len(distinct) == 50
+
+
+def test_another_seed_gives_other_images(model: LoadedModel, sampler: SamplerSpec, fifty: Tensor) -> None:
+    assert levels_apart(generate(model, sampler, range(50), 4, CPU), fifty) > 50
+
+
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_the_prediction_type_comes_from_the_model(model: LoadedModel, prediction: str) -> None:
+    other = dataclasses.replace(model, spec=dataclasses.replace(model.spec, prediction=prediction))
+    images = generate(other, SAMPLERS["ddim"], range(3), 0, CPU)
+    assert levels_apart(images, by_hand(other, SAMPLERS["ddim"], range(3), 0)) <= 1
+    assert levels_apart(images, generate(model, SAMPLERS["ddim"], range(3), 0, CPU)) > 10
+
+
+def test_bfloat16_is_close_but_not_the_same(model: LoadedModel, fifty: Tensor, sampler: SamplerSpec) -> None:
+    images = generate(model, sampler, range(50), 3, ComputeSpec("cpu", bf16=True))
+    difference = (images.int() - fifty.int()).abs().float()
+    assert 0 < difference.mean() < 2.0
+
+
+class Diverged(torch.nn.Module):
+    """Fine but at the last time."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x / t[0]
+
+
+def test_samples_that_are_not_finite_are_refused(model: LoadedModel) -> None:
+    diverged = dataclasses.replace(model, network=Diverged())
+    assert generate(diverged, SamplerSpec(S=1), range(2), 0, CPU).shape == (2, 1, 8, 8)
+    with pytest.raises(UserError, match=r"not finite.*bf16=false"):
+        generate(diverged, SamplerSpec(S=50), range(2), 0, CPU)
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_no_images_are_refused(model: LoadedModel, n: int) -> None:
+    with pytest.raises(UserError, match="n must be at least 1"):
+        generate(model, SAMPLERS["ddim"], range(n), 0, CPU)
+
+
+def test_more_steps_than_times_are_refused_with_both_numbers(model: LoadedModel) -> None:
+    with pytest.raises(UserError, match=r"S=51 .*T=50"):
+        generate(model, SamplerSpec(S=51), range(1), 0, CPU)
+    with pytest.raises(UserError, match=r"^sampler: .*51"):
+        check_sampler(model, SamplerSpec(S=None, spacing="explicit", times=(1, 51)))
+    assert check_sampler(model, SamplerSpec(S=50)) == tuple(range(1, 51))
+
+
+def test_the_progress_bar_shows_on_terminals_only(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
+    generate(model, SAMPLERS["ddim"], range(2), 0, CPU)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_place_moves_and_lays_out_the_network(model: LoadedModel) -> None:
+    network = torch.nn.Conv2d(3, 4, 3)
+    compiled: list[bool] = []
+    network.compile = lambda: compiled.append(True)  # type: ignore[method-assign]  # the real one takes seconds
+    placed = place(dataclasses.replace(model, network=network), ComputeSpec("meta", channels_last=True, compile=True))
+    assert network.weight.device.type == "meta"
+    assert network.weight.is_contiguous(memory_format=torch.channels_last)
+    assert placed.network is network
+    assert compiled == [True]
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:77"])
+def test_a_device_that_is_not_there_is_refused(model: LoadedModel, device: str) -> None:
+    with pytest.raises(UserError, match=f"device={device} cannot be used here .*cpu always can"):
+        place(dataclasses.replace(model, network=torch.nn.Linear(1, 1)), ComputeSpec(device))
+
+
+def test_a_batch_size_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        ComputeSpec("cpu", 0)

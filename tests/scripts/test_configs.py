@@ -1,0 +1,253 @@
+"""Every file of configs/ composes into a spec, and the experiments say what the paper's tables need."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ddim.config import build
+from ddim.data.datasets import DataSpec
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.evaluation.cells import EvaluateSpec, row_label
+from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.metrics import MetricSpec
+from ddim.evaluation.samples import SampleSpec
+from ddim.networks import build_network
+from ddim.training.callbacks import GridSpec
+from ddim.training.ema import EMASpec
+from ddim.training.loggers import LoggerSpec
+from ddim.training.module import ObjectiveSpec, OptimSpec
+from ddim.training.run import TrainerSpec, TrainSpec
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SPECS: dict[str, Any] = {"train": TrainSpec, "evaluate": EvaluateSpec, "sample": SampleSpec}
+NEEDED = {"train": [], "evaluate": ["checkpoint=a.ckpt"], "sample": ["checkpoint=a.ckpt"]}
+# What else must be said where an option leaves something to the user, or where the networks have other levels.
+WITH = {
+    "data=folder": ["data.root=cats", "data.size=[32,32]"],
+    "data=digits": ["network=unet_digits"],
+    "data=celeba": ["network=unet_celeba"],
+    "data=lsun_bedroom": ["network=unet_lsun"],
+    "data=lsun_church": ["network=unet_lsun"],
+    "network=unet_digits": ["data=digits"],
+    "network=unet_celeba": ["data=celeba"],
+    "network=unet_lsun": ["data=lsun_church"],
+    "schedule=custom": ["schedule.betas=[0.1,0.2]", "grid.sampler.S=2"],
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def search_path() -> Iterator[None]:
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield
+
+
+def compose(main: str, *overrides: str, with_hydra: bool = False) -> DictConfig:
+    return hydra.compose(main, [*NEEDED[main], *overrides], return_hydra_config=with_hydra)
+
+
+@cache
+def spec_of(main: str, *overrides: str) -> Any:
+    values = OmegaConf.to_container(compose(main, *overrides), resolve=True, throw_on_missing=True)
+    assert isinstance(values, dict)
+    if "compute" in values:
+        values["compute"]["device"] = "cpu"
+    return build(SPECS[main], values, "")
+
+
+def group_of(main: str) -> list[str]:
+    """The groups in the defaults list of a main config, except the experiments."""
+    defaults = OmegaConf.load(CONFIGS / f"{main}.yaml").defaults
+    names = [next(iter(entry)) for entry in defaults if entry != "_self_"]
+    return [name for name in names if "/" not in name and "@" not in name and name != "experiment"]
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+CHOICES = [(main, f"{group}={option}") for main in SPECS for group in group_of(main) for option in options(group)]
+# The script that an experiment belongs to is named by the command at its head.
+EXPERIMENTS = {
+    name: re.findall(rf"scripts/(\w+)\.py.* experiment={name}\b", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
+    for name in options("experiment")
+}
+
+
+def test_there_is_a_choice_to_test_in_every_group() -> None:
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"experiment"}
+    assert {choice.partition("=")[0] for _, choice in CHOICES} == groups
+
+
+@pytest.mark.parametrize(("main", "choice"), CHOICES, ids=map(":".join, CHOICES))
+def test_every_option_of_every_group_makes_a_spec(main: str, choice: str) -> None:
+    others = [extra for extra in WITH.get(choice, []) if main == "train" or not extra.startswith("network")]
+    spec = spec_of(main, choice, *others)
+    if main == "train":
+        model = spec.model_spec()
+        assert model.image_shape == (spec.data.channels, *spec.data.size)
+        spec.grid.sampler.tau(model.schedule.T)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_makes_a_spec(name: str) -> None:
+    assert EXPERIMENTS[name], "an experiment is headed by its command"
+    [main] = set(EXPERIMENTS[name]) - ({"evaluate"} if "train" in EXPERIMENTS[name] else set())
+    spec = spec_of(main, f"experiment={name}")
+    assert spec.name == {"digits_sweep": "digits", "table1_cifar10_full": "table1_cifar10"}.get(name, name)
+    assert spec.output_dir == f"outputs/{main}/{spec.name}"
+    if main == "train":
+        spec.model_spec()
+    header = (CONFIGS / "experiment" / f"{name}.yaml").read_text().partition("\ndefaults")[0]
+    assert header.startswith("# @package _global_\n")
+    assert re.search(r"Cost|minute", header)
+    assert re.search(r"Expected|FID", header) or name == "digits"
+
+
+def keys(path: str) -> set[str]:
+    return set(OmegaConf.load(CONFIGS / f"{path}.yaml")) - {"defaults", "hydra"}
+
+
+def fields(spec_type: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(spec_type)}
+
+
+@pytest.mark.parametrize(
+    ("group", "spec_type"),
+    [
+        ("compute", ComputeSpec),
+        ("logger", LoggerSpec),
+        ("metric", MetricSpec),
+        ("objective", ObjectiveSpec),
+        ("optim", OptimSpec),
+        ("sampler", SamplerSpec),
+        ("trainer", TrainerSpec),
+    ],
+)
+def test_help_shows_every_key_of_a_group(group: str, spec_type: Any) -> None:
+    for option in options(group):
+        assert keys(f"{group}/{option}") == fields(spec_type), option
+
+
+@pytest.mark.parametrize("main", SPECS)
+def test_help_shows_every_key_at_the_top(main: str) -> None:
+    assert keys(main) | set(group_of(main)) == fields(SPECS[main])
+
+
+def test_help_shows_every_key_below_the_top_of_training() -> None:
+    config = compose("train")
+    assert set(config.ema) == fields(EMASpec)
+    assert set(config.grid) == fields(GridSpec)
+    assert set(config.grid.sampler) == fields(SamplerSpec)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("cifar10", 35_746_307),
+        ("cifar10_official", 35_746_307),
+        ("celeba", 78_700_803),
+        ("bedroom", 113_673_219),
+        ("church", 113_673_219),
+    ],
+)
+def test_the_networks_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    model = spec_of("train", f"experiment={name}").model_spec()
+    with torch.device("meta"):
+        network = build_network(model.network, model.network_spec)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "batch", "lr", "dropout", "flip", "init", "reduction", "times", "warmup"),
+    [
+        ("cifar10", 800_000, 128, 2e-4, 0.1, True, "ddpm", "mean", "uniform", 5000),
+        ("cifar10_official", 800_000, 128, 2e-4, 0.1, True, "torch", "sum", "antithetic", 0),
+        ("celeba", 500_000, 128, 2e-4, 0.1, True, "ddpm", "mean", "uniform", 5000),
+        ("bedroom", 2_400_000, 64, 2e-5, 0.0, True, "ddpm", "mean", "uniform", 5000),
+        ("church", 1_200_000, 64, 2e-5, 0.0, True, "ddpm", "mean", "uniform", 5000),
+    ],
+)
+def test_the_training_recipes_are_the_published_ones(
+    name: str,
+    steps: int,
+    batch: int,
+    lr: float,
+    dropout: float,
+    flip: bool,
+    init: str,
+    reduction: str,
+    times: str,
+    warmup: int,
+) -> None:
+    spec = spec_of("train", f"experiment={name}")
+    assert (spec.trainer.max_steps, spec.trainer.batch_size) == (steps, batch)
+    assert (spec.optim.lr, spec.optim.warmup, spec.optim.grad_clip) == (lr, warmup, 1.0)
+    assert (spec.network["dropout"], spec.network["init"], spec.data.flip) == (dropout, init, flip)
+    assert (spec.objective.prediction, spec.objective.reduction, spec.objective.times) == ("eps", reduction, times)
+    assert (spec.schedule.name, spec.schedule.T) == ("linear", 1000)
+    assert (spec.schedule.beta_start, spec.schedule.beta_end) == (1e-4, 0.02)
+    assert spec.ema == EMASpec(0.9999)
+
+
+def sweep(name: str) -> tuple[EvaluateSpec, dict[str, SamplerSpec], list[int]]:
+    """Return an evaluation experiment: its spec, the sampler of each option that it sweeps over, and its S."""
+    params = compose("evaluate", f"experiment={name}", with_hydra=True).hydra.sweeper.params
+    assert set(params) == {"sampler", "sampler.S"}
+    chosen = {s: spec_of("evaluate", f"experiment={name}", f"sampler={s}").sampler for s in params.sampler.split(",")}
+    return spec_of("evaluate", f"experiment={name}"), chosen, [int(S) for S in str(params["sampler.S"]).split(",")]
+
+
+TABLE1 = ["η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "spacing", "steps", "rows"),
+    [
+        ("table1_cifar10", "cifar10", "quad", [10, 20, 50, 100], TABLE1),
+        ("table1_cifar10_full", "cifar10", "linear", [1000], TABLE1),
+        ("table1_celeba", "celeba", "linear", [10, 20, 50, 100, 1000], TABLE1),
+        ("digits_sweep", "digits", "uniform", [5, 10, 20, 50], ["η=0.0", "η=0.5", "η=1.0", "σ̂"]),
+    ],
+)
+def test_the_sweeps_cover_their_tables(name: str, data: str, spacing: str, steps: list[int], rows: list[str]) -> None:
+    spec, samplers, S = sweep(name)
+    assert spec.data.name == data
+    assert steps == S
+    assert [row_label(sampler) for sampler in samplers.values()] == rows
+    for sampler in samplers.values():
+        assert (sampler.spacing, sampler.clip, sampler.last_time) == (spacing, "none", 0)
+        for count in S:
+            assert len(dataclasses.replace(sampler, S=count).tau(1000)) == count
+    assert (spec.weights, spec.seed, spec.compute.bf16) == ("ema", 0, False)
+    if name.startswith("table1"):
+        assert (spec.n, spec.metric) == (50_000, MetricSpec("inception"))
+        assert spec.metric.reference_split == "train"
+
+
+def test_the_full_chain_of_cifar10_belongs_to_the_same_table() -> None:
+    (quad, _, _), (full, samplers, [S]) = sweep("table1_cifar10"), sweep("table1_cifar10_full")
+    assert dataclasses.replace(full, sampler=quad.sampler) == quad
+    for sampler in samplers.values():
+        assert dataclasses.replace(sampler, S=S).tau(1000) == tuple(range(1, 1001))
+
+
+def test_the_digits_experiments_fit_together() -> None:
+    training, (sweeping, _, _) = spec_of("train", "experiment=digits"), sweep("digits_sweep")
+    named = OmegaConf.load(CONFIGS / "experiment" / "digits_sweep.yaml").checkpoint
+    assert named == f"{training.output_dir}/checkpoints/last.ckpt"
+    assert sweeping.data == training.data
+    assert sweeping.metric.extractor == "digits_classifier"
+
+
+def test_the_defaults_are_those_of_cifar10() -> None:
+    assert spec_of("train") == spec_of("train", "experiment=cifar10")
+    assert spec_of("train").data == DataSpec("cifar10", (32, 32), 3)
+    assert spec_of("evaluate").sampler == spec_of("sample").sampler == SamplerSpec()

@@ -1,0 +1,51 @@
+"""--help answers at once, from the configuration alone, and lists what there is to choose."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "torchvision", "lightning", "torch_fidelity", "matplotlib", "sklearn", "ddim")
+PROGRAM = """
+import os, runpy, sys
+path, *heavy = sys.argv[1:]
+sys.argv = [path, "--help"]
+sys.path.insert(0, os.path.dirname(path))
+try:
+    runpy.run_path(path, run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = [name for name in heavy if name in sys.modules]
+print("loaded:", *loaded)
+"""
+
+
+def show_help(script: str) -> str:
+    command = [sys.executable, "-c", PROGRAM, str(ROOT / "scripts" / f"{script}.py"), *HEAVY]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate"])
+def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
+    text = show_help(script)
+    assert text.splitlines()[-1] == "loaded:"
+    for group in ("data", "network", "sampler", "experiment", "trainer", "metric"):
+        options = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+        assert f"{group}: {', '.join(options)}\n" in text
+    assert f"python scripts/{script}.py" in text
+    for key in {"train": ["ckpt_path", "max_steps"], "sample": ["format", "eta"], "evaluate": ["weights", "eta"]}[
+        script
+    ]:
+        assert f"{key}: " in text
+
+
+def test_the_digits_classifier_script_says_what_it_makes() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "make_digits_classifier.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ddim/evaluation/assets/digits_classifier.npz" in done.stdout
+    assert "--out" in done.stdout

@@ -1,0 +1,158 @@
+"""Train, evaluate, evaluate again, sample: what a person types, and the files that are there afterwards."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddim.checkpoints import load_model
+from ddim.data.pictures import grid
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.evaluation import cells
+from ddim.evaluation.generate import ComputeSpec, generate
+
+Run = Callable[..., Any]
+SWEEP = ("-m", "data=digits", "metric=digits_classifier", "n=20", "compute.device=cpu", "output_dir=out")
+
+
+def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any, Path]) -> None:
+    outcome, folder = training
+    assert outcome.code == 0, outcome.err
+    assert outcome.err == ""
+    assert outcome.out.splitlines()[-1] == "checkpoint: run/checkpoints/last.ckpt"
+    assert "step 4 of 4" in outcome.out
+    model = load_model(folder / "checkpoints" / "last.ckpt")
+    assert (model.step, model.spec.image_shape, model.spec.network_spec.ch) == (4, (1, 8, 8), 16)
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
+    rows = list(csv.DictReader((folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()))
+    assert {row["step"] for row in rows if row["train/loss"]} == {"1", "3"}
+
+
+@pytest.fixture(scope="module")
+def sweep(process: Run, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("evaluation")
+    arguments = (*SWEEP, f"checkpoint={checkpoint}", "sampler=ddim,ddpm", "sampler.S=2,3")
+    return process("evaluate", *arguments, cwd=folder), folder / "out"
+
+
+def test_a_sweep_writes_its_tables_plots_and_grids(sweep: tuple[Any, Path]) -> None:
+    outcome, folder = sweep
+    assert (outcome.code, outcome.err) == (0, "")
+    records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    names = [(r["label"], r["S"]) for r in records]
+    assert names == [("η=0.0", 2), ("η=0.0", 3), ("η=1.0", 2), ("η=1.0", 3)]
+    for record in records:
+        assert (folder / record["grid"]).is_file()
+        line = f"{record['label']} S={record['S']} linear: fd_digits_classifier_20 "
+        assert f"{line}{record['metrics']['fd_digits_classifier_20']:.4g} (" in outcome.out
+    [table] = json.loads((folder / "table.json").read_text())
+    expected = {r["label"]: [] for r in records}
+    for r in records:
+        expected[r["label"]].append(r["metrics"]["fd_digits_classifier_20"])
+    assert (table["columns"], table["rows"]) == ([2, 3], expected)
+    assert len((folder / "table.csv").read_text().splitlines()) == 5
+    assert (folder / "table.md").read_text() in outcome.out
+    for name in ("table.md", "table.csv", "table.json", "plot_fd_digits_classifier_20.png"):
+        assert (folder / name).is_file()
+        assert f"out/{name}" in outcome.out
+    assert "HYDRA" not in outcome.out
+    assert "Launching" not in outcome.out
+
+
+def no_images(*_: Any, **__: Any) -> None:
+    raise AssertionError("images were generated")
+
+
+def test_a_second_run_computes_only_what_is_missing(
+    sweep: tuple[Any, Path], run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = sweep
+    arguments = (*SWEEP, f"checkpoint={checkpoint}", "sampler=ddim,ddpm", f"output_dir={folder}", "sampler.S=2,3")
+    before = (folder / "records.jsonl").read_bytes()
+    table = (folder / "table.md").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(cells, "generate", no_images)
+        outcome = run("evaluate", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.count("(already in the records)") == 4
+    assert table in outcome.out
+    assert (folder / "records.jsonl").read_bytes() == before
+
+
+def test_a_cell_that_fails_does_not_take_the_others_down(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("evaluate", *SWEEP, f"checkpoint={checkpoint}", "sampler=ddim,ddpm", "sampler.S=2000,2")
+    assert outcome.code == 2
+    reason = "sampler: S=2000 steps cannot be chosen from T=1000 times; S must lie in 1..1000."
+    assert outcome.err == f"error: {reason} (2 times)\n"
+    assert outcome.out.count("S=2000 linear: failed") == 2
+    [table] = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert table["columns"] == [2]
+    assert all(values != [None] for values in table["rows"].values())
+    assert len(table["rows"]) == 2
+
+
+def test_a_defect_of_ours_keeps_its_traceback(
+    run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cells, "generate", no_images)
+    outcome = run("evaluate", *SWEEP, f"checkpoint={checkpoint}", "sampler.S=2,3")
+    assert outcome.code == 1
+    assert outcome.err.count("Traceback (most recent call last)") == 2
+    assert outcome.err.count("AssertionError: images were generated") == 2
+    assert outcome.err.splitlines()[-1] == "error: unexpected AssertionError, see the traceback above (2 times)"
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_a_traceback_can_be_asked_for(run: Run) -> None:
+    outcome = run("sample", "checkpoint=nowhere.ckpt", full_error="1")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: there is no checkpoint nowhere.ckpt")
+
+
+def test_damaged_records_are_an_error_and_not_a_warning(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "records.jsonl").write_text("nonsense\n")
+    outcome = run("evaluate", *SWEEP[1:], f"checkpoint={checkpoint}", "sampler.S=2")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: out/records.jsonl, line 1, is damaged")
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_sampling_writes_the_images_of_the_library(process: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("n=4", "seed=3", "sampler=ddpm", "sampler.S=5", "compute.device=cpu", "output_dir=pictures")
+    outcome = process("sample", f"checkpoint={checkpoint}", *arguments, cwd=tmp_path)
+    assert outcome == (0, "pictures/grid.png\n", "")
+    model = load_model(checkpoint)
+    images = grid(generate(model, SamplerSpec(eta=1.0, S=5), range(4), 3, ComputeSpec("cpu")))
+    with Image.open(tmp_path / "pictures" / "grid.png") as picture:
+        assert np.abs(np.array(picture).astype(int) - images[0].numpy()).max() <= 1
+
+
+def test_device_auto_is_one_that_works(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("sample", f"checkpoint={checkpoint}", "n=2", "sampler.S=2", "compute.device=auto", "format=png")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(list((tmp_path / "outputs" / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize(("there", "device"), [(True, "xpu"), (False, "cpu")])
+def test_device_auto_is_the_accelerator_where_there_is_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, there: bool, device: str
+) -> None:
+    from _cli import pick_device  # on the path by the fixture
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("xpu"))
+    config: dict[str, Any] = {"compute": {"device": "auto"}, "n": 1}
+    pick_device(config)
+    assert config == {"compute": {"device": device}, "n": 1}
+    for untouched in ({}, {"compute": None}, {"compute": {"device": "cuda:1"}}):
+        config = dict(untouched)
+        pick_device(config)
+        assert config == untouched

@@ -1,0 +1,304 @@
+"""What holds between the files: who imports whom, and what no file of ours does. Read from the source with ast."""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "ddim").rglob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
+# part of ddim -> the parts it may import besides itself; "" is ddim/__init__.py, the library's front door
+MAY_IMPORT = {
+    "errors": set(),
+    "diffusion": set(),
+    "": {"diffusion"},
+    "config": {"errors"},
+    "networks": {"errors", "config", "diffusion"},
+    "checkpoints": {"errors", "config", "diffusion", "networks"},
+    "data": {"errors", "config", "diffusion", "networks", "checkpoints"},
+    "training": {"errors", "config", "diffusion", "networks", "checkpoints", "data"},
+    "evaluation": {"errors", "config", "diffusion", "networks", "checkpoints", "data"},
+}
+# part of ddim -> the only third-party packages it may import
+ONLY = {"errors": set(), "config": set(), "diffusion": {"torch"}, "": set()}
+HEAVY = {"torchvision", "lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb", "torch_fidelity"}
+LIGHT_PARTS = ("networks", "checkpoints")
+
+# Methods whose contract is written at the class that they come from.
+INHERITED = {
+    "forward",
+    "compute",
+    "get_provided_features_list",
+    "get_default_feature_layer_for_metric",
+    "can_be_compiled",
+}
+
+
+def part(path: Path) -> str:
+    """Return the part of ddim that a file belongs to: a sub-package, or a module at the top."""
+    inside = path.relative_to(ROOT / "ddim").parts
+    return inside[0].removesuffix(".py").removesuffix("__init__")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted module of every import, those inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "." * node.level  # no relative imports: they hide the part they come from
+            elif node.module == "ddim":
+                yield from ((node.lineno, f"ddim.{alias.name}") for alias in node.names)
+            else:
+                yield node.lineno, str(node.module)
+
+
+def wrong_imports(owner: str, tree: ast.AST) -> list[str]:
+    """Return the imports that `owner`, a part of ddim, may not have."""
+    found = []
+    for line, module in imports(tree):
+        top, _, rest = module.partition(".")
+        if top == "ddim":
+            wrong = rest.partition(".")[0] not in MAY_IMPORT[owner] | {owner}
+        elif top in sys.stdlib_module_names:
+            wrong = False
+        else:
+            wrong = (
+                top in {"", "hydra", "omegaconf"}
+                or (owner in ONLY and top not in ONLY[owner])
+                or (owner in LIGHT_PARTS and top in HEAVY)
+            )
+        if wrong:
+            found.append(f"{line}: imports {module}")
+    return found
+
+
+def dotted(node: ast.AST) -> str:
+    """Return a.b.c for such an expression, "" for another."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def global_effects(tree: ast.AST) -> list[str]:
+    """Return prints, seeds and draws of global generators; a seed may be set inside torch.random.fork_rng only."""
+    forked = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and any("fork_rng" in ast.unparse(item) for item in node.items)
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = dotted(node.func)
+        draws = re.fullmatch(r"torch\.(rand\w*|normal|bernoulli|multinomial)|(np|numpy)\.random\..*|random\.\w+", name)
+        seeds = re.fullmatch(r"(torch\.(\w+\.)?)?(manual_seed\w*|set_rng_state\w*)|(.*\.)?seed_everything", name)
+        if name == "print" or draws or (seeds and id(node) not in forked):
+            found.append(f"{node.lineno}: calls {name}")
+    return found
+
+
+def device_names(tree: ast.AST) -> list[str]:
+    """Return strings that name a device, but for comparisons with `.type` and where a file's tensors are loaded to."""
+    fine = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and dotted(node.left).endswith(".type"):
+            fine |= {id(side) for side in node.comparators}
+        if isinstance(node, ast.keyword) and node.arg == "map_location":
+            fine.add(id(node.value))
+    return [
+        f"{node.lineno}: names the device {node.value}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"(cuda|cpu|mps|xpu|tpu)(:\d+)?", node.value)
+        and id(node) not in fine
+    ] + [
+        f"{node.lineno}: calls .cuda()"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "cuda"
+    ]
+
+
+def swallowed_exceptions(tree: ast.AST) -> list[str]:
+    """Return handlers that catch everything and neither raise nor use what they caught, and those that do nothing."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and dotted(node.func).endswith("suppress"):
+            found.append(f"{node.lineno}: suppresses exceptions")
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        everything = node.type is None or dotted(node.type) in ("Exception", "BaseException")
+        inside = [inner for statement in node.body for inner in ast.walk(statement)]
+        reports = any(
+            isinstance(i, ast.Raise) or (isinstance(i, ast.Name) and node.name and i.id == node.name) for i in inside
+        )
+        idle = all(isinstance(statement, ast.Pass | ast.Continue | ast.Expr) for statement in node.body)
+        calls = any(isinstance(i, ast.Call) for i in inside)
+        if (everything and not reports) or (idle and not calls):
+            found.append(f"{node.lineno}: swallows an exception")
+    return found
+
+
+def ambiguous_names(tree: ast.AST) -> list[str]:
+    """Return names that are bound to exactly alpha or sigma, or hold the word prev or next."""
+    bound: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.append((node.lineno, node.id))
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            bound.append((node.lineno, node.attr))
+        elif isinstance(node, ast.arg):
+            bound.append((node.lineno, node.arg))
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            bound.append((node.lineno, node.name))
+        elif isinstance(node, ast.alias) and node.asname:
+            bound.append((node.lineno, node.asname))
+    return [
+        f"{line}: the name {name}"
+        for line, name in bound
+        if name in ("alpha", "alphas", "sigma", "sigmas") or {"prev", "next"} & set(name.lower().split("_"))
+    ]
+
+
+def missing_docstrings(tree: ast.Module) -> list[str]:
+    """Return public modules, classes, functions and methods that say nothing."""
+
+    def walk(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+        for child in node.body:
+            if not isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            if child.name.startswith("_"):
+                continue
+            inherited = isinstance(node, ast.ClassDef) and node.bases and child.name in INHERITED
+            if not ast.get_docstring(child) and not inherited:
+                yield f"{child.lineno}: {child.name} has no docstring"
+            if isinstance(child, ast.ClassDef):
+                yield from walk(child)
+
+    return ([] if ast.get_docstring(tree) else ["1: the module has no docstring"]) + list(walk(tree))
+
+
+def long_functions(tree: ast.AST) -> list[str]:
+    """Return functions of more than 60 lines."""
+    return [
+        f"{node.lineno}: {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60
+    ]
+
+
+RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
+    global_effects: PACKAGE,
+    device_names: PACKAGE,
+    swallowed_exceptions: PACKAGE + SCRIPTS,
+    ambiguous_names: PACKAGE + SCRIPTS,
+    missing_docstrings: PACKAGE + SCRIPTS,
+    long_functions: PACKAGE + SCRIPTS,
+}
+NOT_ALLOWED = {
+    "print(1)": global_effects,
+    "def f():\n    torch.manual_seed(0)": global_effects,
+    "x = torch.randn(3)": global_effects,
+    "np.random.seed(0)": global_effects,
+    "lightning.seed_everything(0)": global_effects,
+    "x.to('cuda')": device_names,
+    "f(device='cpu')": device_names,
+    "x.cuda()": device_names,
+    "try:\n    f()\nexcept Exception:\n    x = 1": swallowed_exceptions,
+    "try:\n    f()\nexcept ValueError:\n    pass": swallowed_exceptions,
+    "try:\n    f()\nexcept:\n    f()": swallowed_exceptions,
+    "with contextlib.suppress(OSError):\n    f()": swallowed_exceptions,
+    "for sigma in x:\n    f(sigma)": ambiguous_names,
+    "def f(alpha):\n    pass": ambiguous_names,
+    "a_prev = 1": ambiguous_names,
+    "'''Text.'''\ndef f():\n    pass": missing_docstrings,
+    "'''Text.'''\nclass A:\n    '''Text.'''\n    def f(self):\n        pass": missing_docstrings,
+    "x = 1": missing_docstrings,
+    "def f():\n" + "    x = 1\n" * 60: long_functions,
+}
+ALLOWED = {
+    "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)": global_effects,
+    "if x.device.type == 'cuda':\n    f()": device_names,
+    "torch.load(path, map_location='cpu')": device_names,
+    "torch.Generator().manual_seed(0)": global_effects,
+    "try:\n    f()\nexcept Exception as error:\n    raise E from error": swallowed_exceptions,
+    "try:\n    f()\nexcept OSError:\n    x = 1": swallowed_exceptions,
+    "axes.grid(alpha=0.3)\nalpha_bar = sigma_hat = next(x)": ambiguous_names,
+    "def f():\n" + "    x = 1\n" * 59: long_functions,
+}
+
+
+def test_every_part_is_in_the_table_of_imports() -> None:
+    assert {part(path) for path in PACKAGE} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("owner", MAY_IMPORT)
+def test_imports_point_downwards(owner: str) -> None:
+    files = [path for path in PACKAGE if part(path) == owner]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{w}" for path in files for w in wrong_imports(owner, ast.parse(path.read_text()))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "line"),
+    [
+        ("diffusion", "import numpy"),
+        ("diffusion", "from ddim.config import build"),
+        ("diffusion", "from ..config import build"),
+        ("networks", "from ddim.checkpoints import load_model"),
+        ("checkpoints", "def f():\n    import torchvision.datasets"),
+        ("checkpoints", "from lightning.pytorch import Trainer"),
+        ("config", "import torch"),
+        ("data", "from ddim.evaluation import cells"),
+        ("training", "import ddim.evaluation.metrics"),
+        ("evaluation", "from ddim.training.ema import EMA"),
+        ("evaluation", "from omegaconf import OmegaConf"),
+        ("errors", "from ddim import DDIM"),
+    ],
+)
+def test_a_wrong_import_is_noticed(owner: str, line: str) -> None:
+    assert wrong_imports(owner, ast.parse(line))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_source_has_no(rule: Callable[[ast.Module], list[str]]) -> None:
+    assert [f"{path.relative_to(ROOT)}:{w}" for path in RULES[rule] for w in rule(ast.parse(path.read_text()))] == []
+
+
+@pytest.mark.parametrize("source", NOT_ALLOWED)
+def test_each_rule_notices_what_it_is_for(source: str) -> None:
+    assert NOT_ALLOWED[source](ast.parse(source))
+
+
+@pytest.mark.parametrize("source", ALLOWED)
+def test_each_rule_lets_pass_what_is_fine(source: str) -> None:
+    assert ALLOWED[source](ast.parse(source)) == []
+
+
+def test_files_stay_readable() -> None:
+    files = [*PACKAGE, *SCRIPTS, *(ROOT / "tests").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
+
+
+def test_the_method_stays_small() -> None:
+    """A core that is read in an hour: lines of code in ddim/diffusion, docstrings, comments and blanks left out."""
+    lines = 0
+    for path in (ROOT / "ddim" / "diffusion").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        lines += len(ast.unparse(tree).splitlines())
+    assert 100 < lines < 650

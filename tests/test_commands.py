@@ -1,0 +1,144 @@
+"""Every command that the documents, configurations and scripts show: its groups, options, keys and values exist."""
+
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ddim.config import build
+from ddim.errors import UserError
+from ddim.evaluation.cells import EvaluateSpec
+from ddim.evaluation.samples import SampleSpec
+from ddim.training.run import TrainSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
+SHOWING = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "outputs/README.md")),
+    *(path for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in (".py", ".sh")),
+    *(path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "scripts/" in path.read_text()),
+]
+SPECS: dict[str, type] = {"train": TrainSpec, "sample": SampleSpec, "evaluate": EvaluateSpec}
+FLAGS = {"-m", "--multirun", "--help"}
+# What stands for a number in a command; other words in capitals stand for text, and so are text.
+NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")
+
+
+def commands(text: str) -> list[tuple[str, ...]]:
+    """Return the words of every `python scripts/X.py ...` in a text, from the script on, without the remark behind."""
+    text = re.sub(r"\\\n\s*", "", text)
+    lines = re.findall(r"(?:python3?|\$PYTHON) (scripts/\w+\.py[^\n`]*)", text)
+    # A remark begins with "#", or is set off by three blanks; punctuation ends the command in running text.
+    return [tuple(shlex.split(re.split(r"\s#|\s{3,}|[;,.)]*(?:\s[&|>]|$)", line)[0])) for line in lines]
+
+
+def one_by_one(overrides: tuple[str, ...]) -> list[list[str]]:
+    """Return overrides without sweeps, in which every value of every sweep occurs."""
+    axes = []
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        sweep = override.is_sweep_override()
+        key = override.get_key_element()
+        axes.append([f"{key}={v}" for v in override.sweep_string_iterator()] if sweep else [override.input_line])
+    return [[axis[i % len(axis)] for axis in axes] for i in range(max(map(len, axes), default=1))]
+
+
+@cache
+def composed(script: str, *overrides: str) -> Any:
+    """Return the configuration, Hydra's own part included."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose(script, list(overrides), return_hydra_config=True)
+
+
+@cache
+def problems(words: tuple[str, ...]) -> list[str]:
+    """Return what is wrong with a command: its script, a flag, group, option or key, or a value that a spec refuses."""
+    path, *arguments = words
+    script = Path(path).stem
+    if not (ROOT / path).is_file():
+        return [f"{path} does not exist"]
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if script not in SPECS:
+        source = (ROOT / path).read_text()
+        return [f"{path} knows no {flag}" for flag in flags if f'"{flag}"' not in source and flag != "--help"]
+    if unknown := set(flags) - FLAGS:
+        return [f"{path} knows no {', '.join(unknown)}"]
+    overrides = tuple(NUMBERS.sub("1", argument) for argument in arguments if argument not in flags)
+    try:
+        if {"-m", "--multirun"} & set(flags):
+            params = composed(script, *one_by_one(overrides)[0]).hydra.sweeper.get("params") or {}
+            given = {override.partition("=")[0] for override in overrides}
+            overrides = (*(f"{key}={value}" for key, value in params.items() if key not in given), *overrides)
+        elif len(one_by_one(overrides)) > 1:
+            return [f"{' '.join(words)}: a list of values needs -m"]
+        for cell in one_by_one(overrides):
+            config = composed(script, *cell)
+            ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            if "--help" not in flags:
+                values: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+                build(SPECS[script], values, "")
+    except (HydraException, OmegaConfBaseException, UserError) as error:
+        return [f"{' '.join(words)}: {' '.join(str(error).split())}"]
+    return []
+
+
+@pytest.mark.parametrize("path", SHOWING, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_names_what_exists(path: Path) -> None:
+    assert [problem for words in commands(path.read_text()) for problem in problems(words)] == []
+
+
+def test_the_readme_shows_every_script_for_users() -> None:
+    shown = {words[0] for words in commands((ROOT / "README.md").read_text())}
+    assert {f"scripts/{script}.py" for script in SPECS} <= shown
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_headed_by_its_command(name: str) -> None:
+    text = (ROOT / "configs" / "experiment" / f"{name}.yaml").read_text()
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert any(f"experiment={name}" in words for words in commands(head))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python scripts/trian.py experiment=digits",
+        "python scripts/train.py experiment=cifar11",
+        "python scripts/train.py experiment=digits --gpu",
+        "python scripts/train.py experiment=digits trainer.max_step=5",
+        "python scripts/train.py experiment=digits trainer.max_steps=many",
+        "python scripts/train.py experiment=digits +speed=5",
+        "python scripts/train.py data=folder data.root=PATH data.size=[64,64] network=unet_celebb",
+        "python scripts/sample.py n=4",
+        "python scripts/sample.py checkpoint=PATH format=mp4",
+        "python scripts/sample.py checkpoint=PATH sampler.eta=0.0,1.0",
+        "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,20 sampler=ddim,ddmp",
+        "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,twenty",
+        "python scripts/evaluate.py -m experiment=digits_sweep sampler.steps=STEPS",
+        "python scripts/make_digits_classifier.py --output FILE",
+    ],
+)
+def test_a_wrong_command_is_noticed(command: str) -> None:
+    (in_block,) = commands(f"```bash\n{command}   # so\n```\n")
+    (in_text,) = commands(f"Run `{command}`, or not.")
+    assert in_block == in_text
+    assert problems(in_block)
+
+
+def test_right_commands_pass() -> None:
+    text = """
+    `python scripts/evaluate.py -m experiment=digits_sweep sampler.S=N` and `python scripts/train.py --help`.
+
+    python scripts/train.py experiment=digits \\
+        trainer.max_steps=STEPS name=NAME     a remark
+    python scripts/make_digits_classifier.py --out FILE && ls
+    """
+    assert [words[-1] for words in commands(text)] == ["sampler.S=N", "--help", "name=NAME", "FILE"]
+    assert [problem for words in commands(text) for problem in problems(words)] == []

@@ -1,0 +1,114 @@
+"""Tiny training runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ddim.checkpoints.model import read_checkpoint
+from ddim.config import build
+from ddim.training.module import DiffusionModule
+from ddim.training.run import TrainSpec, train
+
+TINY = {
+    "data": {"name": "digits", "size": [8, 8], "channels": 1, "flip": True},
+    # With PyTorch's initialisation the output depends on everything from the first step; Ho et al.'s starts at zero.
+    "network": {
+        "image_size": [8, 8],
+        "channels": 1,
+        "ch": 16,
+        "ch_mult": [1],
+        "num_res_blocks": 1,
+        "attn_resolutions": [],
+        "num_groups": 4,
+        "dropout": 0.0,
+        "init": "torch",
+    },
+    "schedule": {"T": 20},
+    "optim": {"lr": 1e-3, "warmup": 3},
+    "ema": {"decay": 0.9},
+    "trainer": {
+        "max_steps": 6,
+        "batch_size": 8,
+        "accelerator": "cpu",
+        "devices": 1,
+        "log_every": 1,
+        "checkpoint_every": 100,
+    },
+    "grid": {"every": 0},
+    "seed": 5,
+}
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes`, mapping by mapping."""
+    return base | {k: merge(base.get(k) or {}, v) if isinstance(v, dict) else v for k, v in changes.items()}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """config("run", trainer={"max_steps": 9}): the plain values of a tiny run in the folder tmp_path/run."""
+    return lambda name="run", **changes: merge(TINY | {"name": name, "output_dir": str(tmp_path / name)}, changes)
+
+
+@pytest.fixture
+def run(config):
+    """run("run", trainer={"max_steps": 9}): train, and return the path of the last checkpoint."""
+
+    def run(name: str = "run", **changes: Any) -> Path:
+        values = config(name, **changes)
+        return train(build(TrainSpec, values, ""), values)
+
+    return run
+
+
+@pytest.fixture
+def killed_run(run, monkeypatch):
+    """killed_run(step, part, ...): the same, stopped short before micro-batch `part` of optimiser step `step`."""
+
+    class Killed(Exception):
+        pass
+
+    def killed_run(step: int, part: int, *args: Any, **changes: Any) -> None:
+        training_step, parts = DiffusionModule.training_step, []
+
+        def die(self, batch, batch_idx):
+            if batch["step"] == step:
+                parts.append(batch_idx)
+                if len(parts) > part:
+                    raise Killed
+            return training_step(self, batch, batch_idx)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DiffusionModule, "training_step", die)
+            with pytest.raises(Killed):
+                run(*args, **changes)
+
+    return killed_run
+
+
+def state(path: Path) -> dict[str, torch.Tensor]:
+    """Return every number of a checkpoint that decides how a training goes on, by name."""
+    checkpoint = read_checkpoint(path)
+    (optimizer,), (scheduler,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    named = {f"raw.{k}": v for k, v in checkpoint["state_dict"].items()}
+    if "EMA" in checkpoint["callbacks"]:
+        named |= {f"ema.{k}": v for k, v in checkpoint["callbacks"]["EMA"]["shadow"].items()}
+    named |= {f"adam.{i}.{k}": v for i, s in optimizer["state"].items() for k, v in s.items()}
+    named["lr"] = torch.tensor([optimizer["param_groups"][0]["lr"], *scheduler["_last_lr"]])
+    named["steps"] = torch.tensor([checkpoint["global_step"], scheduler["last_epoch"]])
+    return named
+
+
+@pytest.fixture
+def same():
+    """same(one, other): two checkpoints agree bitwise; with a tolerance, within it everywhere."""
+
+    def same(one: Path, other: Path, atol: float = 0.0) -> bool:
+        a, b = state(one), state(other)
+        assert a.keys() == b.keys()
+        assert sum(k.startswith("ema.") for k in a) == sum(k.startswith("raw.") for k in a) > 50
+        return all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=atol) for k in a)
+
+    return same

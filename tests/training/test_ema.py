@@ -1,0 +1,159 @@
+"""The average of the weights: what it is, what it leaves alone, and that it is what people sample from."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ddim import initial_noise, linear_schedule, linear_tau, sample
+from ddim.checkpoints import load_model
+from ddim.checkpoints.model import read_checkpoint
+from ddim.config import build
+from ddim.errors import UserError
+from ddim.training.ema import EMA, EMASpec
+from ddim.training.module import DiffusionModule
+from ddim.training.run import TrainSpec
+
+
+def average(spec, weights, batches_per_step=1):
+    """Return the shadow after the initial weights[0] became weights[1], weights[2], ... step by step; float64 (n,)."""
+    module = nn.Module()
+    module.network = nn.Module()
+    module.network.w = nn.Parameter(weights[0].clone())
+    module.network.register_buffer("constant", torch.tensor(0.1))
+    ema, trainer = EMA(spec), SimpleNamespace(global_step=0)
+    ema.on_train_start(trainer, module)
+    for step, w in enumerate(weights[1:], start=1):
+        for batch in range(batches_per_step):
+            if batch == batches_per_step - 1:
+                trainer.global_step = step
+                module.network.w.data.copy_(w)
+            ema.on_train_batch_end(trainer, module, None, None, batch)
+    assert set(ema.shadow) == {"w"}  # no buffers
+    assert torch.equal(module.network.w, weights[-1])
+    return ema.shadow["w"]
+
+
+@pytest.fixture
+def weights():
+    return list(torch.randn(8, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7, 0.999])
+def test_the_average_is_the_closed_form(weights, decay):
+    n = len(weights) - 1
+    expected = decay**n * weights[0] + (1 - decay) * sum(decay ** (n - k) * weights[k] for k in range(1, n + 1))
+    assert torch.allclose(average(EMASpec(decay), weights), expected, rtol=0, atol=1e-14)
+
+
+def test_warm_up_follows_its_formula_until_decay_is_less(weights):
+    expected = weights[0]
+    for k, w in enumerate(weights[1:], start=1):
+        decay = min(0.42, (1 + k) / (10 + k))  # 2/11, 3/12, ... 7/16 = 0.44
+        expected = decay * expected + (1 - decay) * w
+    assert torch.allclose(average(EMASpec(0.42, warmup=True), weights), expected, rtol=0, atol=1e-14)
+    assert not torch.allclose(average(EMASpec(0.42), weights), expected, rtol=0, atol=1e-3)
+
+
+def test_accumulated_batches_are_one_step(weights):
+    assert torch.equal(average(EMASpec(0.7), weights, batches_per_step=3), average(EMASpec(0.7), weights))
+
+
+def test_constant_weights_do_not_drift():
+    weights = [torch.full((3,), 0.1)] * 300
+    assert torch.equal(average(EMASpec(0.9999), weights), weights[0])
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, 2.0])
+def test_a_decay_outside_its_range_is_refused(decay):
+    with pytest.raises(ValueError, match=r"decay=.* must lie in \[0, 1\)"):
+        EMASpec(decay)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_applied_shows_the_average_and_gives_the_weights_back(fails):
+    module = nn.Module()
+    module.network = nn.Linear(3, 2)
+    raw = {k: v.clone() for k, v in module.network.state_dict().items()}
+    ema = EMA(EMASpec())
+    ema.shadow = {k: torch.full_like(v, 0.1) for k, v in raw.items()}
+    shadow = {k: v.clone() for k, v in ema.shadow.items()}
+
+    def look():
+        with ema.applied(module):
+            assert all(torch.equal(v, shadow[k]) for k, v in module.network.state_dict().items())
+            module.network.weight.data.add_(1)  # whatever happens inside
+            if fails:
+                raise KeyError("inside")
+
+    if fails:
+        with pytest.raises(KeyError, match="inside"):
+            look()
+    else:
+        look()
+    assert all(torch.equal(v, raw[k]) for k, v in module.network.state_dict().items())
+    assert all(torch.equal(v, shadow[k]) for k, v in ema.shadow.items())
+
+
+def test_a_checkpoint_alone_gives_the_samples_of_the_average(run, monkeypatch):
+    """The networks at the end of training, averaged and raw, against what load_model makes of the file."""
+    end = {}
+
+    def keep(self, trainer, module):
+        end["raw"] = {k: v.clone() for k, v in module.network.state_dict().items()}
+        with self.applied(module):
+            module.network.eval()
+            end["samples"] = draw(module.model)
+            module.network.train()
+
+    monkeypatch.setattr(EMA, "on_train_end", keep)
+    # Schedule and network of this test, not of load_model's file.
+    x_T, schedule = initial_noise(range(3), (1, 8, 8), seed=1), linear_schedule(20)
+
+    def draw(model):
+        return sample(model, schedule, x_T, linear_tau(20, 5), seed=1)
+
+    path = run(network={"dropout": 0.5}, optim={"lr": 0.01})
+    default, ema, raw = load_model(path), load_model(path, "ema"), load_model(path, weights="raw")
+    assert (default.weights, ema.weights, raw.weights) == ("ema", "ema", "raw")
+    assert default.step == 6
+    assert torch.equal(draw(default), end["samples"])
+    assert torch.equal(draw(ema), end["samples"])
+    assert all(torch.equal(v, end["raw"][k]) for k, v in raw.network.state_dict().items())
+    assert (draw(raw) - draw(ema)).abs().max() > 1e-3
+    assert ema.weights_hash == default.weights_hash != raw.weights_hash
+    assert torch.equal(default.spec.schedule.alpha_bar, schedule.alpha_bar)
+
+
+def test_a_run_without_an_average_has_only_raw_weights(run):
+    path = run(ema=None)
+    assert "EMA" not in read_checkpoint(path)["callbacks"]
+    with pytest.raises(UserError, match=r"last.ckpt holds no averaged weights .* choose weights=raw"):
+        load_model(path)
+    assert load_model(path, "raw").step == 6
+
+
+def test_the_average_of_a_run_is_stored_and_read_back(run, config, monkeypatch):
+    """A resumed run averages on from the shadow, not from the weights."""
+    seen = []
+    on_train_start = EMA.on_train_start
+
+    def record(self, trainer, module):
+        on_train_start(self, trainer, module)
+        seen.append({k: v.clone() for k, v in self.shadow.items()})
+
+    monkeypatch.setattr(EMA, "on_train_start", record)
+    path = run()
+    stored = read_checkpoint(path)["callbacks"]["EMA"]
+    assert stored["decay"] == 0.9
+    assert stored["updates"] == 6
+    run(trainer={"max_steps": 7}, ckpt_path="last")
+    fresh, resumed = seen
+    raw = load_model(path, "raw").network.state_dict()
+    assert all(torch.equal(v, stored["shadow"][k]) for k, v in resumed.items())
+    assert any(not torch.equal(v, raw[k]) for k, v in resumed.items())
+    assert not any(v.requires_grad for v in resumed.values())
+    spec = build(TrainSpec, config(), "")
+    initial = DiffusionModule(spec.model_spec(), spec.objective, spec.optim, spec.seed).network.state_dict()
+    assert all(torch.equal(v, fresh[k]) for k, v in initial.items())

@@ -1,0 +1,156 @@
+"""Where the numbers of a run end up. None of this needs a network or an account."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from ddim.errors import UserError
+from ddim.training.module import DiffusionModule
+
+GRID = {"every": 4, "n": 4, "sampler": {"S": 2}}
+
+
+def losses(path):
+    with path.open() as file:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_csv_is_always_written_and_never_overwritten(run, killed_run, tmp_path, accumulate):
+    folder = tmp_path / "run" / "csv"
+    trainer = {"max_steps": 7, "checkpoint_every": 4, "accumulate": accumulate}
+    killed_run(6, 0, trainer=trainer)
+    first = (folder / "version_0" / "metrics.csv").read_bytes()
+    killed_run(4, accumulate - 1, trainer=trainer, ckpt_path="last")
+    run(trainer=trainer, ckpt_path="last")
+    assert (folder / "version_0" / "metrics.csv").read_bytes() == first
+    one, three = (losses(folder / f"version_{v}" / "metrics.csv") for v in (0, 2))
+    assert (list(one), list(three)) == ([0, 1, 2, 3, 4, 5], [4, 5, 6])
+    run("whole", trainer=trainer)
+    assert one | three == three | one == losses(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")
+
+
+def test_tensorboard_holds_losses_and_grids(run, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(logger={"tensorboard": True}, grid=GRID)
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    scalars = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert scalars == pytest.approx(losses(tmp_path / "run" / "csv" / "version_0" / "metrics.csv"), rel=1e-6)
+    (image,) = events.Images("samples")
+    assert image.step == 4
+    (tmp_path / "shown.png").write_bytes(image.encoded_image_string)
+    shown, saved = (Image.open(p) for p in (tmp_path / "shown.png", tmp_path / "run/samples/step_00000004.png"))
+    assert torch.equal(pil_to_tensor(shown.convert("L")), pil_to_tensor(saved))
+
+
+@pytest.fixture
+def wandb_at(tmp_path, monkeypatch):
+    """Keep everything of W&B below tmp_path, and know no account."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "NETRC", "TMPDIR"):
+        monkeypatch.setenv(name, str(home / name.lower()))
+    (home / "tmpdir").mkdir()
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    monkeypatch.setenv("WANDB_MODE", "online")  # Lightning itself sets it when offline; this brings it back afterwards
+    yield tmp_path
+    wait_for_wandb()
+
+
+def wait_for_wandb():
+    """A finished run reaches its file when W&B's own process gets round to it, at the latest when that ends."""
+    import wandb
+
+    wandb.teardown()
+
+
+def records(path):
+    """Yield the records of a .wandb file: a log in LevelDB's format after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # no header fits: the rest of the block is padding
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(parts)
+            parts = b""
+
+
+def history(path):
+    """Return the rows of a W&B run that have a loss, by optimiser step."""
+    rows = [
+        {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in r.history.item}
+        for r in records(path)
+        if r.HasField("history")
+    ]
+    return {row["trainer/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+def runs(folder: Path):
+    return sorted(folder.glob("wandb/offline-run-*"))
+
+
+OFFLINE = {"wandb": True, "offline": True, "project": "p", "tags": ["a", "b"]}
+
+
+def test_wandb_offline_holds_config_losses_and_grids_and_goes_on_in_one_run(run, wandb_at):
+    folder = wandb_at / "run"
+    before = set(Path.cwd().iterdir())
+    run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 4})
+    run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 7}, ckpt_path="last")
+    run("other", logger=OFFLINE, trainer={"max_steps": 2})
+    wait_for_wandb()
+    one, two = runs(folder)
+    name = (folder / "wandb_id.txt").read_text()
+    assert one.name.endswith(f"-{name}")
+    assert two.name.endswith(f"-{name}")
+    for number, path in enumerate((one, two)):
+        expected = losses(folder / "csv" / f"version_{number}" / "metrics.csv")
+        assert history(path / f"run-{name}.wandb") == pytest.approx(expected, rel=1e-6)
+    (picture,) = (one / "files" / "media").rglob("*.png")
+    assert picture.read_bytes() == (folder / "samples" / "step_00000004.png").read_bytes()
+    (begun,) = [r.run for r in records(one / f"run-{name}.wandb") if r.HasField("run")]
+    assert (begun.project, begun.display_name, list(begun.tags)) == ("p", "run", ["a", "b"])
+    config = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert config["network"]["num_groups"] == 4
+    assert config["seed"] == 5
+    # A sweep trains several networks in one process: the second is another run.
+    (other,) = runs(wandb_at / "other")
+    other_name = (wandb_at / "other" / "wandb_id.txt").read_text()
+    assert other_name != name
+    assert list(history(other / f"run-{other_name}.wandb")) == [0, 1]
+    assert set(Path.cwd().iterdir()) == before
+
+
+def test_a_failed_training_ends_its_wandb_run(killed_run, run, wandb_at):
+    killed_run(2, 0, logger=OFFLINE)
+    run("other", logger=OFFLINE, trainer={"max_steps": 2})
+    wait_for_wandb()
+    for name, exit_code in (("run", 1), ("other", 0)):
+        (folder,) = runs(wandb_at / name)
+        (path,) = folder.glob("*.wandb")
+        assert list(history(path)) == [0, 1]
+        assert [r.exit.exit_code for r in records(path) if r.HasField("exit")] == [exit_code]
+
+
+def test_wandb_without_an_account_is_one_sentence_before_any_step(run, wandb_at, monkeypatch):
+    monkeypatch.setattr(DiffusionModule, "training_step", lambda *args: pytest.fail("trained"))
+    with pytest.raises(UserError, match=r"W&B refused to start .*run `wandb login`, or choose logger=wandb_offline"):
+        run(logger={"wandb": True})

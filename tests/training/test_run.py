@@ -1,0 +1,137 @@
+"""Mistakes of the user's: one clear sentence each, before any training step."""
+
+import re
+
+import pytest
+import torch
+
+from ddim.checkpoints.model import read_checkpoint
+from ddim.config import build
+from ddim.errors import UserError
+from ddim.training.module import DiffusionModule
+from ddim.training.run import TrainSpec
+
+
+@pytest.fixture
+def refused(run, monkeypatch):
+    """refused(...): the message of the UserError that a run ends with before it trains; one sentence."""
+
+    def refused(*args, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(DiffusionModule, "training_step", lambda *args: pytest.fail("trained"))
+            with pytest.raises(UserError) as caught:
+                run(*args, **changes)
+        message = str(caught.value)
+        assert re.fullmatch(r"[^\n]{20,}[.!]", message), message
+        assert not re.search(r"[.!?] +[A-Z]", message), f"more than one sentence: {message}"
+        return message
+
+    return refused
+
+
+@pytest.fixture
+def last(run):
+    """The checkpoint of a run named "run" at step 2."""
+    return run(trainer={"max_steps": 2})
+
+
+def test_a_folder_with_a_run_in_it(refused, last):
+    before = last.read_bytes()
+    message = refused(trainer={"max_steps": 4})
+    assert "already holds a run at step 2; go on with ckpt_path=last, or choose another name=" in message
+    assert last.read_bytes() == before
+
+
+@pytest.mark.parametrize("where", ["last", "path"])
+def test_resuming_from_another_model_lists_every_difference(refused, last, where):
+    changes = {
+        "network": {"ch": 32, "num_groups": 8, "dropout": 0.5, "init": "ddpm"},
+        "schedule": {"T": 30},
+        "objective": {"prediction": "v"},
+        "ckpt_path": "last" if where == "last" else str(last),
+    }
+    message = refused("run" if where == "last" else "another", **changes)
+    assert "holds another model" in message
+    phrases = [
+        "network.ch: 16 and 32",
+        "network.num_groups: 4 and 8",
+        "schedule: linear with T=20 and linear with T=30",
+        "prediction: eps and v",
+    ]
+    assert f"({'; '.join(phrases)})" in message  # but not dropout and init, which change no weight's meaning
+
+
+def test_what_is_no_part_of_the_model_may_change_on_resuming(run, last):
+    path = run(trainer={"max_steps": 3}, network={"dropout": 0.5, "init": "ddpm"}, optim={"lr": 1e-4}, ckpt_path="last")
+    assert read_checkpoint(path)["global_step"] == 3
+
+
+def test_resuming_past_the_end(refused, last):
+    message = refused(trainer={"max_steps": 1}, ckpt_path="last")
+    assert "is at step 2, past trainer.max_steps=1; raise max_steps" in message
+
+
+def test_a_checkpoint_that_is_not_there_or_none(refused, tmp_path):
+    path = tmp_path / "x.ckpt"
+    assert f"there is no checkpoint {path}" in refused(ckpt_path=str(path))
+    assert f"there is no checkpoint {tmp_path}" in refused(ckpt_path=str(tmp_path))
+    path.write_bytes(b"")
+    assert f"{path} cannot be read as a checkpoint" in refused(ckpt_path=str(path))
+    torch.save({"state_dict": {}, "epoch": 3}, path)
+    assert f"{path} is not a checkpoint of this project" in refused(ckpt_path=str(path))
+
+
+def test_a_last_checkpoint_that_was_cut_short(refused, last):
+    last.write_bytes(last.read_bytes()[:-100])
+    for ckpt_path in ("last", None):
+        assert f"{last} cannot be read as a checkpoint" in refused(ckpt_path=ckpt_path)
+
+
+def test_a_folder_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = refused("file/below")
+    assert "cannot write to" in message
+    assert "choose another output_dir" in message
+
+
+MISTAKES = {
+    "channels": ({"network": {"channels": 3}}, r"images of .* \(3, 8, 8\), the data has \(1, 8, 8\)"),
+    "size": ({"network": {"image_size": [16, 16]}}, r"\(1, 16, 16\), the data has \(1, 8, 8\)"),
+    "network key": ({"network": {"dropuot": 0.1}}, r"unknown key network.dropuot \(did you mean dropout\?\); allowed"),
+    "network name": ({"network": {"name": "unett"}}, r"unknown network 'unett' \(did you mean unet\?\); allowed: unet"),
+    "network value": ({"network": {"ch": 6}}, "network: .*num_groups=4"),
+    "data name": ({"data": {"name": "digit"}}, r"unknown data set 'digit' \(did you mean digits\?\); allowed"),
+    "steps of the grid": ({"grid": {"sampler": {"S": 21}}}, "grid.sampler: .*S=21.*20"),
+    "batch": ({"trainer": {"accumulate": 3}}, "batch_size=8 .* multiple of 3"),
+    "seed": ({"seed": -1}, r"seed=-1 must lie in 0 \.\. 2\*\*64 - 1"),
+    "large seed": ({"seed": 1 << 64}, "seed=18446744073709551616 must lie"),
+    "grid seed": ({"grid": {"seed": -1}}, "grid: seed=-1 must lie"),
+    "max_steps": ({"trainer": {"max_steps": 0}}, "trainer: max_steps=0 must be at least 1"),
+    "log_every": ({"trainer": {"log_every": 0}}, "trainer: log_every=0 must be at least 1"),
+    "workers": ({"trainer": {"num_workers": -1}}, "num_workers=-1 must not be negative"),
+    "precision": ({"trainer": {"precision": "16-mixed"}}, "trainer.precision.*16-mixed.*allowed: .*bf16-mixed"),
+    "prediction": ({"objective": {"prediction": "epsilon"}}, "objective.prediction.*epsilon.*allowed: eps"),
+    "decay": ({"ema": {"decay": 1.0}}, "ema: decay=1.0 must lie in"),
+    "learning rate": ({"optim": {"lr": 0.0}}, "optim: lr=0.0 must be positive"),
+    "devices": ({"trainer": {"devices": 0}}, "trainer: .*devices=0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(refused, mistake):
+    changes, message = MISTAKES[mistake]
+    assert re.search(message, refused(**changes))
+
+
+@pytest.mark.parametrize("key", ["accelerator", "strategy"])
+def test_an_unknown_name_of_lightnings_is_passed_on(run, key):
+    with pytest.raises(UserError, match=f"trainer: .*invalid {key} name: `{key}='nonsense'`"):
+        run(trainer={key: "nonsense"})
+
+
+def test_the_model_is_that_of_the_configuration(config):
+    spec = build(TrainSpec, config(objective={"prediction": "x0"}, schedule={"name": "cosine", "T": 9}), "")
+    model = spec.model_spec()
+    assert (model.image_shape, model.prediction, model.schedule.T, model.data) == ((1, 8, 8), "x0", 9, "digits")
+    assert model.schedule.name == "cosine"
+    assert model.network_spec.ch_mult == (1,)
