@@ -77,14 +77,16 @@ def _silence() -> None:
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
 
 
-def pick_device(config: dict[str, Any]) -> None:
-    """Replace compute.device=auto by the accelerator of this machine, or by cpu."""
-    compute = config.get("compute")
-    if isinstance(compute, dict) and compute.get("device") == "auto":
+def pick_device(values: Any, key: str) -> None:
+    """Replace values[key] = "auto" by the accelerator of this machine, or by cpu.
+
+    Apple's GPUs are passed over: they have no float64, in which noise levels and noise are computed.
+    """
+    if isinstance(values, dict) and values.get(key) == "auto":
         import torch
 
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        compute["device"] = "cpu" if accelerator is None else accelerator.type
+        values[key] = "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
 
 
 def explain(error: Exception) -> str | None:

@@ -22,7 +22,7 @@ def main(config: dict[str, Any]) -> dict[str, float]:
     from ddim.config import build
     from ddim.evaluation.cells import EvaluateSpec, evaluate_cell, label
 
-    pick_device(config)
+    pick_device(config.get("compute"), "device")
     spec = build(EvaluateSpec, config, "")
     name = label(spec.sampler)
     try:

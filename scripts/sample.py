@@ -16,7 +16,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.config import build
     from ddim.evaluation.samples import SampleSpec, write_samples
 
-    pick_device(config)
+    pick_device(config.get("compute"), "device")
     for path in write_samples(build(SampleSpec, config, "")):
         print(path)
 

@@ -7,7 +7,7 @@ python scripts/train.py --help
 
 from typing import Any
 
-from _cli import entry
+from _cli import entry, pick_device
 
 
 def main(config: dict[str, Any]) -> None:
@@ -15,6 +15,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.config import build
     from ddim.training.run import TrainSpec, train
 
+    pick_device(config.get("trainer"), "accelerator")
     print(f"checkpoint: {train(build(TrainSpec, config, ''), config)}")
 
 

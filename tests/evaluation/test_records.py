@@ -70,7 +70,9 @@ def test_an_append_waits_for_one_that_is_under_way(tmp_path: Path) -> None:
         process.join(0.3)
         assert process.is_alive()
         file.write(b'"a"}\n')
-    process.join()
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: the process has inherited the file
+    process.join(10)
+    assert process.exitcode == 0
     assert [record["key"] for record in RecordFile(path).read()] == ["a", "b0"]
 
 

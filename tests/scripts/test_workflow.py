@@ -141,18 +141,18 @@ def test_device_auto_is_one_that_works(run: Run, checkpoint: Path, tmp_path: Pat
     assert len(list((tmp_path / "outputs" / "samples").glob("*.png"))) == 2
 
 
-@pytest.mark.parametrize(("there", "device"), [(True, "xpu"), (False, "cpu")])
-def test_device_auto_is_the_accelerator_where_there_is_one(
-    run: Run, monkeypatch: pytest.MonkeyPatch, there: bool, device: str
+@pytest.mark.parametrize(("there", "device"), [("xpu", "xpu"), ("mps", "cpu"), (None, "cpu")])
+def test_device_auto_is_the_accelerator_where_there_is_one_with_float64(
+    run: Run, monkeypatch: pytest.MonkeyPatch, there: str | None, device: str
 ) -> None:
     from _cli import pick_device  # on the path by the fixture
 
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("xpu"))
-    config: dict[str, Any] = {"compute": {"device": "auto"}, "n": 1}
-    pick_device(config)
-    assert config == {"compute": {"device": device}, "n": 1}
-    for untouched in ({}, {"compute": None}, {"compute": {"device": "cuda:1"}}):
-        config = dict(untouched)
-        pick_device(config)
-        assert config == untouched
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device(there or "cpu"))
+    compute: dict[str, Any] = {"device": "auto", "n": 1}
+    pick_device(compute, "device")
+    assert compute == {"device": device, "n": 1}
+    for untouched in ({}, None, {"device": "cuda:1"}):
+        values = dict(untouched) if untouched is not None else None
+        pick_device(values, "device")
+        assert values == untouched
