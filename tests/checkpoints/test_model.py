@@ -226,12 +226,6 @@ def test_the_hash_of_weights_is_that_of_their_names_and_values(same):
     assert set(digest) <= set("0123456789abcdef")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_hash_of_weights_does_not_depend_on_the_device():
-    assert weights_hash({k: v.cuda() for k, v in VALUES.items()}) == weights_hash(VALUES)
-
-
 @pytest.mark.parametrize(
     "other",
     [

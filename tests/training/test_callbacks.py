@@ -26,23 +26,24 @@ def tiles(path):
     return torch.stack([picture[:, r : r + 32 : 4, c : c + 32 : 4] for r, c in ((0, 0), (0, 34), (34, 0))])
 
 
-def sampled(path, weights):
+def sampled(path, weights, prediction="eps"):
     """Return the images of the grid, uint8, sampled from a checkpoint."""
     model = load_model(path, weights)
     x_T = initial_noise(range(N), (1, 8, 8), seed=7)
-    x_0 = sample(model, model.spec.schedule, x_T, linear_tau(20, STEPS), DDIM(eta=1.0), seed=7)
+    x_0 = sample(model, model.spec.schedule, x_T, linear_tau(20, STEPS), DDIM(eta=1.0), prediction=prediction, seed=7)
     return ((x_0 + 1) * 127.5).clamp(0, 255).add(0.5).to(torch.uint8)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_grids_appear_at_their_steps_and_show_the_average(run, tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "prediction"), [(1, "eps"), (2, "v")])
+def test_grids_appear_at_their_steps_and_show_the_average(run, tmp_path, accumulate, prediction):
     trainer = {"max_steps": 5, "accumulate": accumulate, "checkpoint_every": 4}
-    run(grid=GRID, trainer=trainer, network={"dropout": 0.5}, optim={"lr": 0.01})
+    objective = {"prediction": prediction}
+    run(grid=GRID, trainer=trainer, network={"dropout": 0.5}, optim={"lr": 0.01}, objective=objective)
     pictures = sorted((tmp_path / "run" / "samples").iterdir())
     assert [p.name for p in pictures] == ["step_00000002.png", "step_00000004.png"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004.ckpt"
-    assert torch.equal(tiles(pictures[1]), sampled(checkpoint, "ema"))
-    assert not torch.equal(tiles(pictures[1]), sampled(checkpoint, "raw"))
+    assert torch.equal(tiles(pictures[1]), sampled(checkpoint, "ema", prediction))
+    assert not torch.equal(tiles(pictures[1]), sampled(checkpoint, "raw", prediction))
 
 
 def test_without_an_average_the_grid_shows_the_raw_weights(run, tmp_path):
