@@ -219,26 +219,27 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path | None:
-    """Return the checkpoint to go on from, after checking that it belongs to this model."""
+    """Return the checkpoint to go on from, after checking that it belongs to this run."""
     last = checkpoints / LAST
-    if spec.ckpt_path is None:
-        if last.exists():
-            step = read_checkpoint(last)["global_step"]
-            raise UserError(
-                f"{spec.output_dir} already holds a run at step {step}; go on with ckpt_path=last, or choose another "
-                "name=... to start afresh."
-            )
+    path = last if spec.ckpt_path in (None, "last") else Path(str(spec.ckpt_path))
+    if last.exists() and (spec.ckpt_path is None or path.resolve().parent != checkpoints.resolve()):
+        step = read_checkpoint(last)["global_step"]
+        raise UserError(
+            f"{spec.output_dir} already holds a run at step {step}; go on with ckpt_path=last, or choose another "
+            "name=... to start afresh."
+        )
+    if path == last and not last.exists():
         return None
-    if spec.ckpt_path == "last":
-        if not last.exists():
-            return None
-        path = last
-    else:
-        path = Path(spec.ckpt_path)
     checkpoint = read_checkpoint(path)
-    if differences := ModelSpec.from_dict(checkpoint[KEY]).differences(model):
+    differences = ModelSpec.from_dict(checkpoint[KEY]).differences(model)
+    if differences:
         raise UserError(
             f"{path} holds another model, so this run cannot resume from it ({'; '.join(differences)}); "
+            "use the configuration it was trained with, or choose another name=... to start afresh."
+        )
+    if changed := _optimiser_changes(checkpoint, spec.optim):
+        raise UserError(
+            f"{path} was trained with another optimiser ({'; '.join(changed)}), which a resumed run would keep; "
             "use the configuration it was trained with, or choose another name=... to start afresh."
         )
     if checkpoint["global_step"] > spec.trainer.max_steps:
@@ -247,6 +248,13 @@ def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path |
             "raise max_steps to train on."
         )
     return path
+
+
+def _optimiser_changes(checkpoint: Mapping[str, Any], optim: OptimSpec) -> list[str]:
+    """Return what Adam's state would silently override: it carries its own settings."""
+    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
+    kept = {"lr": group["initial_lr"], **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
+    return [f"optim.{k}: {v} and {getattr(optim, k)}" for k, v in kept.items() if v != getattr(optim, k)]
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,0 +1,48 @@
+"""The README's numbers come from records, and the records show what the README says of them."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from ddim.evaluation.records import RecordFile
+from ddim.evaluation.tables import build_tables
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_results.py"))
+
+
+def test_the_readmes_tables_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text()
+    names = [block[2] for block in SCRIPT["BLOCK"].finditer(text)]
+    assert sorted(names) == sorted(path.stem for path in (ROOT / "docs" / "results").glob("*.jsonl"))
+    assert SCRIPT["fill"](text) == text
+    assert SCRIPT["fill"](text.replace("| η=0.0 | 7", "| η=0.0 | 1")) == text  # a typed number does not survive
+
+
+def test_the_digits_show_the_papers_pattern():
+    (table,) = build_tables(RecordFile(ROOT / "docs" / "results" / "digits.jsonl").read())
+    assert table.columns == [5, 10, 20, 50]
+    value = {(row, S): table.value(row, S) for row in table.rows for S in table.columns}
+    for row in table.rows:
+        distances = [value[row, S] for S in table.columns]
+        assert distances == sorted(distances, reverse=True)
+    for S in (5, 10, 20):
+        assert value["σ̂", S] > 2 * max(value[row, S] for row in table.rows if row != "σ̂")
+    for S in (5, 10):
+        assert value["η=0.0", S] < value["η=1.0", S]
+
+
+def test_records_name_no_place_of_the_machine_they_were_made_on():
+    for path in (ROOT / "docs" / "results").glob("*.jsonl"):
+        for record in RecordFile(path).read():
+            config = record["config"]
+            for place in (config["checkpoint"], config["output_dir"], config["data"]["root"]):
+                assert not Path(place).is_absolute()
+            assert not record["revision"].endswith("+changes")
+
+
+def test_records_of_a_sweep_that_is_not_there_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["update_results.py", f"digits={tmp_path}"])
+    with pytest.raises(SystemExit, match=r"error: there are no records .*records\.jsonl"):
+        SCRIPT["main"]()
