@@ -1,6 +1,6 @@
 # Sourced by quickstart.sh and test.sh: sets PYTHON to an interpreter that has the project installed.
 #
-# An active virtual or conda environment that holds ddim is used as it is. Otherwise .venv is made beside the README and
+# An active virtual or conda environment that this checkout is installed in is used as it is. Otherwise .venv is made beside the README and
 # installed into, once; it is installed anew when pyproject.toml or constraints.txt has changed.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -16,7 +16,13 @@ stage() { # say what begins, and how long the last stage took
     echo "--- $STAGE"
 }
 
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -c "import ddim" 2>/dev/null; then
+# -I: only what is installed counts, not the folder ddim/ that lies here.
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && python -I - 2>/dev/null <<'CHECK'
+import pathlib, sys
+import ddim, hydra, lightning, pytest
+sys.exit(pathlib.Path(ddim.__file__).resolve().parents[1] != pathlib.Path.cwd().resolve())
+CHECK
+then
     PYTHON=python
     echo "--- using the active environment ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
 else

@@ -24,6 +24,7 @@ from ddim.networks import NETWORKS, build_network, zero_based
 
 FORMAT = 1
 KEY = "ddim"  # the entry of a checkpoint that holds ModelSpec.to_dict()
+RECIPE = "recipe"  # in that entry: the settings of the training, for resuming
 EMA_STATE = "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, ...}
 NETWORK_PREFIX = "network."  # of the raw weights in `state_dict`
 

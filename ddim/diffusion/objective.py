@@ -47,7 +47,7 @@ def per_sample_loss(
     """
     a_t = alpha_bar[t].reshape(-1, *[1] * (x0.ndim - 1))
     x_t = q_sample(x0, eps, a_t)
-    target = PREDICTIONS[prediction].target(x0, eps, a_t).to(x0.dtype)
+    target = PREDICTIONS[prediction].target(x0, eps, a_t)
     square = (model(x_t, t).float() - target) ** 2
     return REDUCTIONS[reduction](square.flatten(1))
 

@@ -31,12 +31,12 @@ class Prediction(NamedTuple):
 
 def x0_from_eps(eps: Tensor, x_t: Tensor, a_t: float | Tensor) -> Tensor:
     """x̂0 = (x_t - sqrt(1 - a_t) ε) / sqrt(a_t), the paper's f_θ (Eq. 9)."""
-    return (x_t - _sqrt(1 - a_t) * eps) / _sqrt(a_t)
+    return (x_t - _sqrt(1 - a_t, x_t) * eps) / _sqrt(a_t, x_t)
 
 
 def eps_from_x0(x0: Tensor, x_t: Tensor, a_t: float | Tensor) -> Tensor:
     """ε = (x_t - sqrt(a_t) x_0) / sqrt(1 - a_t): Eq. 4 solved for ε; a_t < 1."""
-    return (x_t - _sqrt(a_t) * x0) / _sqrt(1 - a_t)
+    return (x_t - _sqrt(a_t, x_t) * x0) / _sqrt(1 - a_t, x_t)
 
 
 def x0_and_eps(prediction: str, clip: str, output: Tensor, x_t: Tensor, a_t: float) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,9 @@ def x0_and_eps(prediction: str, clip: str, output: Tensor, x_t: Tensor, a_t: flo
     return x0, eps_from_x0(x0, x_t, a_t) if rederive else rule.eps(output, x_t, a_t)
 
 
-def _sqrt(a: float | Tensor) -> float | Tensor:
-    return torch.sqrt(a) if isinstance(a, Tensor) else math.sqrt(a)
+def _sqrt(a: float | Tensor, like: Tensor) -> float | Tensor:
+    """The root of a noise level, taken in double; a tensor of levels is then rounded to the dtype of the images."""
+    return torch.sqrt(a).to(like.dtype) if isinstance(a, Tensor) else math.sqrt(a)
 
 
 PREDICTIONS: dict[str, Prediction] = {
@@ -76,9 +77,9 @@ PREDICTIONS: dict[str, Prediction] = {
         eps=eps_from_x0,
     ),
     "v": Prediction(
-        target=lambda x0, eps, a_t: _sqrt(a_t) * eps - _sqrt(1 - a_t) * x0,
-        x0=lambda output, x_t, a_t: _sqrt(a_t) * x_t - _sqrt(1 - a_t) * output,
-        eps=lambda output, x_t, a_t: _sqrt(1 - a_t) * x_t + _sqrt(a_t) * output,
+        target=lambda x0, eps, a_t: _sqrt(a_t, eps) * eps - _sqrt(1 - a_t, x0) * x0,
+        x0=lambda output, x_t, a_t: _sqrt(a_t, x_t) * x_t - _sqrt(1 - a_t, x_t) * output,
+        eps=lambda output, x_t, a_t: _sqrt(1 - a_t, x_t) * x_t + _sqrt(a_t, x_t) * output,
     ),
 }
 

@@ -59,7 +59,7 @@ class DDIM:
     def coefficients(self, a_t: float, a_s: float) -> Coefficients:
         """Return the factors of Eq. 12; upward steps (a_s < a_t) exist for eta = 0 only."""
         noise = self.eta * _posterior_std(a_t, a_s, f"eta={self.eta}") if self.eta else 0.0
-        return Coefficients(math.sqrt(a_s), math.sqrt(1 - a_s - noise**2), noise)
+        return Coefficients(math.sqrt(a_s), _direction(a_s, noise), noise)
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,18 @@ class SigmaHat:
         """Return the factors of section D.3; there are no upward steps."""
         posterior_std = _posterior_std(a_t, a_s, "sigma_hat")
         sigma_hat = math.sqrt(1 - a_t / a_s) if a_s < 1 else 0.0
-        return Coefficients(math.sqrt(a_s), math.sqrt(1 - a_s - posterior_std**2), sigma_hat)
+        return Coefficients(math.sqrt(a_s), _direction(a_s, posterior_std), sigma_hat)
 
 
 def _posterior_std(a_t: float, a_s: float, name: str) -> float:
     if a_s < a_t:
         raise ValueError(f"{name} cannot go up from alpha_bar={a_t} to {a_s}: encoding is deterministic, use eta=0.")
     return math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s) if a_s > a_t else 0.0
+
+
+def _direction(a_s: float, std: float) -> float:
+    # For std up to that of η = 1 the radicand is not negative, but it can be rounded to just below 0 when a_t << a_s.
+    return math.sqrt(max(0.0, 1 - a_s - std**2))
 
 
 def step(rule: Rule, x0: Tensor, eps: Tensor, a_t: float, a_s: float, noise: Tensor | None = None) -> Tensor:

@@ -85,7 +85,7 @@ def evaluate_cell(spec: EvaluateSpec) -> tuple[Record, bool]:
             f"{reference.shape}; choose the data the model was trained on."
         )
     check_sizes(spec.metric, spec.n, len(reference))
-    identity = _identity(spec, model, tau, reference, extractor)
+    identity = _identity(spec, model, tau, reference)
     key = record_key(identity)
     records = RecordFile(Path(spec.output_dir) / RECORDS)
     if (found := records.find(key)) is not None:
@@ -99,6 +99,7 @@ def evaluate_cell(spec: EvaluateSpec) -> tuple[Record, bool]:
         "key": key,
         **identity,
         "metrics": metrics,
+        "trained_on": model.spec.data,
         "S": len(tau),
         "label": row_label(spec.sampler),
         "spacing": _spacing(spec.sampler, tau, model.spec.schedule.T),
@@ -128,9 +129,7 @@ def label(sampler: SamplerSpec) -> str:
     return f"{row_label(sampler)} {steps} {sampler.spacing}"
 
 
-def _identity(
-    spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], reference: Images, extractor: FeatureExtractor
-) -> dict[str, Any]:
+def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], reference: Images) -> dict[str, Any]:
     """Everything that decides the numbers, and nothing else: not the batch size, not the device."""
     # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
     description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
@@ -160,7 +159,7 @@ def _identity(
             "images": len(reference),
             "fingerprint": _fingerprint(spec.data, spec.metric.reference_split),
         },
-        "metric": describe(spec.metric, extractor),
+        "metric": _extractor_facts(spec.metric, spec.compute.device),
     }
 
 
@@ -203,6 +202,11 @@ def _reference_images(spec: EvaluateSpec) -> Images:
 @lru_cache(maxsize=1)
 def _extractor(metric: MetricSpec, device: str) -> FeatureExtractor:
     return FeatureExtractor(metric, device)
+
+
+@lru_cache(maxsize=1)
+def _extractor_facts(metric: MetricSpec, device: str) -> dict[str, Any]:
+    return describe(metric, _extractor(metric, device))
 
 
 @lru_cache(maxsize=1)

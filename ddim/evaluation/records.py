@@ -85,6 +85,7 @@ def code_revision() -> str:
     """Return the commit of the checkout this package lies in, "+changes" if it was edited, or "unknown"."""
     here = Path(__file__).resolve().parent
     try:
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # else it is the checkout of something else
         revision = _git(here, "rev-parse", "HEAD")
         # The results a run writes lie in the checkout too; only tracked files count as edits.
         return revision + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")

@@ -95,10 +95,11 @@ class SampleGrid(Callback):
         spec: what to sample and when.
         folder: gets step_00001000.png and so on.
         ema: the average, or None to sample with the raw weights.
+        batch_size: the global batch of training; no more images are sampled at once than a device trains on at once.
     """
 
-    def __init__(self, spec: GridSpec, folder: Path, ema: EMA | None) -> None:
-        self.spec, self.folder, self.ema = spec, folder, ema
+    def __init__(self, spec: GridSpec, folder: Path, ema: EMA | None, batch_size: int) -> None:
+        self.spec, self.folder, self.ema, self.batch_size = spec, folder, ema, batch_size
         self.last = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -122,18 +123,22 @@ class SampleGrid(Callback):
 
     @torch.no_grad()
     def _sample(self, module: DiffusionModule) -> Tensor:
-        spec, model = self.spec, module.spec
-        x_T = initial_noise(range(spec.n), model.image_shape, spec.seed, device=module.device)
+        trainer = module.trainer
+        # What fits in a training step fits here.
+        micro = max(1, self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches))
+        batches = torch.arange(self.spec.n, device=module.device).split(micro)
         was_training = module.network.training
         module.network.eval()
         try:
-            with (
-                self.ema.applied(module) if self.ema else nullcontext(),
-                module.trainer.precision_plugin.forward_context(),
-            ):
-                states = spec.sampler.trajectory(
-                    module.model, model.schedule, x_T, prediction=model.prediction, seed=spec.seed
-                )
-                return to_uint8(last_state(states)).cpu()
+            with self.ema.applied(module) if self.ema else nullcontext(), trainer.precision_plugin.forward_context():
+                return torch.cat([self._sample_batch(module, indices) for indices in batches])
         finally:
             module.network.train(was_training)
+
+    def _sample_batch(self, module: DiffusionModule, indices: Tensor) -> Tensor:
+        spec, model = self.spec, module.spec
+        x_T = initial_noise(indices, model.image_shape, spec.seed, device=module.device)
+        states = spec.sampler.trajectory(
+            module.model, model.schedule, x_T, prediction=model.prediction, seed=spec.seed, indices=indices
+        )
+        return to_uint8(last_state(states)).cpu()

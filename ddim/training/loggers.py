@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ddim.errors import UserError
 
@@ -51,9 +52,9 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: dict[str, A
 
 def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) -> WandbLogger:
     folder.mkdir(parents=True, exist_ok=True)
-    # The id stays with the run, so that a resumed training goes on in the same W&B run.
+    # The id stays with the run, so that a resumed training goes on in the same W&B run. Only the first process logs.
     id_file = folder / "wandb_id.txt"
-    if not id_file.exists():
+    if rank_zero_only.rank == 0 and not id_file.exists():
         id_file.write_text(os.urandom(4).hex())
     return WandbLogger(
         name=name,
@@ -63,7 +64,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
         group=spec.group,
         tags=list(spec.tags),
         job_type="train",
-        id=id_file.read_text().strip(),
+        id=id_file.read_text().strip() if id_file.exists() else None,
         resume="allow",
         offline=spec.offline,
         config=config,

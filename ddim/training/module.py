@@ -1,6 +1,6 @@
 """The LightningModule: it owns no formula, only the order of the calls."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from ddim.checkpoints.model import KEY, ModelSpec
+from ddim.checkpoints.model import KEY, RECIPE, ModelSpec
 from ddim.config import choose
 from ddim.data.order import Batch
 from ddim.diffusion.noise import DROPOUT, WEIGHTS, random_words
@@ -80,10 +80,19 @@ class DiffusionModule(LightningModule):
         objective: the loss.
         optim: the optimiser.
         seed: of the initial weights, times, noise and dropout.
+        recipe: plain values, stored in every checkpoint: what else decides the weights.
     """
 
-    def __init__(self, spec: ModelSpec, objective: ObjectiveSpec, optim: OptimSpec, seed: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        objective: ObjectiveSpec,
+        optim: OptimSpec,
+        seed: int,
+        recipe: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
+        self.recipe = dict(recipe or {})
         self.spec, self.objective, self.optim, self.seed = spec, objective, optim, seed
         with _seeded(int(random_words(seed, WEIGHTS, 0, [0]))):
             self.network = build_network(spec.network, spec.network_spec)
@@ -124,7 +133,7 @@ class DiffusionModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint describe itself."""
-        checkpoint[KEY] = self.spec.to_dict()
+        checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let Lightning count whole optimiser steps behind it, in the micro-batches of this run.

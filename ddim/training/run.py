@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ddim.checkpoints.model import KEY, ModelSpec, read_checkpoint
+from ddim.checkpoints.model import KEY, RECIPE, ModelSpec, read_checkpoint
 from ddim.config import blame, build, choose
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec, load_images
@@ -100,6 +100,15 @@ class TrainSpec:
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
 
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides the weights after a number of steps, besides the model: plain values by their keys."""
+        data = {key: getattr(self.data, key) for key in ("name", "category", "flip", "resize")}
+        parts = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
+        parts["ema"] = asdict(self.ema) if self.ema else {"decay": None}
+        parts["trainer"] = {"batch_size": self.trainer.batch_size}
+        values = {f"{part}.{key}": value for part, fields in parts.items() for key, value in fields.items()}
+        return {"seed": self.seed} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
     def model_spec(self) -> ModelSpec:
         """Return the description of the model that this run trains.
 
@@ -136,7 +145,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     resume = _resume_path(spec, model, checkpoints)
     _make_folder(checkpoints)
     images = load_images(spec.data, "train")
-    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed)
+    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
         spec.name,
@@ -180,7 +189,7 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
     callbacks: list[Callback] = [ema] if ema else []
     callbacks += [
         Progress(t.batch_size, t.log_every),
-        SampleGrid(spec.grid, folder / "samples", ema),
+        SampleGrid(spec.grid, folder / "samples", ema, t.batch_size),
         ModelCheckpoint(
             folder / "checkpoints",
             filename="step_{step:08d}",
@@ -237,9 +246,9 @@ def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path |
             f"{path} holds another model, so this run cannot resume from it ({'; '.join(differences)}); "
             "use the configuration it was trained with, or choose another name=... to start afresh."
         )
-    if changed := _optimiser_changes(checkpoint, spec.optim):
+    if changes := _changes(checkpoint[KEY].get(RECIPE, {}), spec.recipe()):
         raise UserError(
-            f"{path} was trained with another optimiser ({'; '.join(changed)}), which a resumed run would keep; "
+            f"{path} was trained with other settings, so this run cannot resume from it ({'; '.join(changes)}); "
             "use the configuration it was trained with, or choose another name=... to start afresh."
         )
     if checkpoint["global_step"] > spec.trainer.max_steps:
@@ -250,11 +259,10 @@ def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path |
     return path
 
 
-def _optimiser_changes(checkpoint: Mapping[str, Any], optim: OptimSpec) -> list[str]:
-    """Return what Adam's state would silently override: it carries its own settings."""
-    (group,) = checkpoint["optimizer_states"][0]["param_groups"]
-    kept = {"lr": group["initial_lr"], **{key: group[key] for key in ("betas", "eps", "weight_decay")}}
-    return [f"optim.{k}: {v} and {getattr(optim, k)}" for k, v in kept.items() if v != getattr(optim, k)]
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return one phrase for each setting that differs; none for a checkpoint that keeps no settings."""
+    keys = {**before, **now} if before else {}
+    return [f"{key}: {before.get(key)} and {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
 
 
 def _make_folder(folder: Path) -> None:

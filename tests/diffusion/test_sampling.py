@@ -83,6 +83,12 @@ def test_sigma_hat_keeps_the_direction_of_eta_one(t, s):
     assert hat.noise >= one.noise
 
 
+@pytest.mark.parametrize("rule", [DDIM(1.0), SigmaHat()])
+def test_rounding_does_not_make_a_radicand_negative(rule):
+    for a_s in np.random.default_rng(0).uniform(0.01, 1, 200):
+        assert rule.coefficients(1e-20, float(a_s)).eps < 1e-7
+
+
 def test_a_repeated_time_is_no_step():
     x, eps = initial_noise([0, 1], SHAPE, 0).double(), initial_noise([2, 3], SHAPE, 0).double()
     a = SCHEDULE[400]

@@ -62,8 +62,34 @@ def test_resuming_from_another_model_lists_every_difference(refused, last, where
 
 
 def test_what_is_no_part_of_the_model_may_change_on_resuming(run, last):
-    path = run(trainer={"max_steps": 3}, network={"dropout": 0.5, "init": "ddpm"}, optim={"lr": 1e-4}, ckpt_path="last")
+    path = run(trainer={"max_steps": 3}, network={"dropout": 0.5, "init": "ddpm"}, ckpt_path="last")
     assert read_checkpoint(path)["global_step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "phrase"),
+    [
+        ({"optim": {"lr": 0.123}}, "optim.lr: "),
+        ({"optim": {"warmup": 77}}, "optim.warmup: "),
+        ({"objective": {"reduction": "sum"}}, "objective.reduction: mean and sum"),
+        ({"seed": 99}, "seed: "),
+        ({"trainer": {"batch_size": 4}}, "trainer.batch_size: "),
+        ({"ema": {"decay": 0.5}}, "ema.decay: "),
+        ({"ema": None}, "ema.decay: "),
+    ],
+)
+def test_resuming_with_other_settings_is_refused(refused, last, changes, phrase):
+    message = refused(**changes, ckpt_path="last")
+    assert "was trained with other settings" in message
+    assert phrase in message
+
+
+def test_another_runs_checkpoint_does_not_replace_this_run(refused, run, last, tmp_path):
+    elsewhere = tmp_path / "copy.ckpt"
+    elsewhere.write_bytes(last.read_bytes())
+    before = last.read_bytes()
+    assert "already holds a run at step 2" in refused(trainer={"max_steps": 4}, ckpt_path=str(elsewhere))
+    assert last.read_bytes() == before
 
 
 def test_resuming_past_the_end(refused, last):
