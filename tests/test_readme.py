@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ddim import quadratic_tau
+from ddim import linear_schedule, quadratic_tau
+from ddim.checkpoints import ModelSpec
+from ddim.networks import UNetSpec, build_network
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -56,6 +58,28 @@ def test_the_library_example_runs_and_is_deterministic() -> None:
     assert all(image.shape == x_0.shape for _, image in shown)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, shown_again, strict=True))
     assert not torch.allclose(shown[-1][1], x_0, atol=0.1)  # eta=1 is another sample than eta=0
+
+
+def test_the_checkpoint_example_runs(tmp_path: Path) -> None:
+    """On a checkpoint of a small untrained network, in the place of the quickstart's."""
+    first, second = blocks(README.read_text(), "python")
+    network_spec = UNetSpec((8, 8), 1, ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
+    spec = ModelSpec("unet", network_spec, linear_schedule(1000))
+    weights = build_network("unet", network_spec).state_dict()
+    content = {
+        "global_step": 0,
+        "state_dict": {f"network.{name}": value for name, value in weights.items()},
+        "callbacks": {"EMA": {"shadow": weights}},
+        "ddim": spec.to_dict(),
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    path = re.search(r'load_model\("([^"]+)"\)', second)
+    assert path is not None
+    setup = "\n".join(line for line in first.splitlines() if line.startswith("from"))
+    names: dict[str, Any] = {}
+    exec(f"{setup}\n{second.replace(path[1], str(tmp_path / 'last.ckpt'))}", names)
+    assert names["x_0"].shape == (16, 1, 8, 8)
+    assert bool(torch.isfinite(names["x_0"]).all())
 
 
 def missing_paths(text: str, folder: Path, root: Path) -> list[str]:

@@ -54,7 +54,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
     folder.mkdir(parents=True, exist_ok=True)
     # The id stays with the run, so that a resumed training goes on in the same W&B run. Only the first process logs.
     id_file = folder / "wandb_id.txt"
-    if rank_zero_only.rank == 0 and not id_file.exists():
+    if rank_zero_only.rank == 0 and not id_file.exists():  # type: ignore[attr-defined]
         id_file.write_text(os.urandom(4).hex())
     return WandbLogger(
         name=name,
