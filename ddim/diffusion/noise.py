@@ -24,6 +24,12 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _CHUNK = 1 << 16  # counters handled at once on a CPU, so that the ten rounds stay in its cache
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless a seed is a 64-bit key, 0 .. 2**64 - 1."""
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed={seed} must lie in 0 .. 2**64 - 1.")
+
+
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int) -> tuple[Tensor, ...]:
     """Return the four 32-bit words (int64 tensors, 0 .. 2**32 - 1) of Philox-4x32-10 at `counter` under the key `seed`.
 
@@ -31,8 +37,7 @@ def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int
         counter: four 32-bit words, int64 tensors that broadcast together (Python ints are taken too).
         seed: the 64-bit key, 0 .. 2**64 - 1.
     """
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed={seed} must lie in 0 .. 2**64 - 1.")
+    check_seed(seed)
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(10):

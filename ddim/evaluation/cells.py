@@ -13,6 +13,7 @@ from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import Images
 from ddim.data.pictures import grid, save_png
+from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.timesteps import distinct_evaluations
 from ddim.errors import UserError
@@ -57,8 +58,7 @@ class EvaluateSpec:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1.")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
+        check_seed(self.seed)
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
 

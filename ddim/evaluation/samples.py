@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.pictures import grid, save_gif, save_png
-from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.noise import check_seed, initial_noise
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, to_pixels
@@ -50,8 +50,7 @@ class SampleSpec:
             raise ValueError(f"n={self.n} must be at least 1.")
         if not 0 <= self.first <= (1 << 32) - self.n:
             raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
+        check_seed(self.seed)
 
 
 def write_samples(spec: SampleSpec) -> list[Path]:

@@ -108,7 +108,7 @@ def plot(table: Table, path: Path) -> None:
     positive = all(value > 0 for points in lines.values() for _, value in points)
     axes.set(xscale="log", yscale="log" if positive else "linear", xlabel="S, steps", ylabel=table.metric)
     axes.set_xticks(table.columns, [str(S) for S in table.columns])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()  # the values of S stand there; on y, minor ticks carry the labels of a narrow range
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(table.title(), fontsize=6, wrap=True)

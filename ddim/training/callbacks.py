@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddim.data.images import to_uint8
 from ddim.data.pictures import grid, save_png
-from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.noise import check_seed, initial_noise
 from ddim.diffusion.sampling import SamplerSpec, last_state
 from ddim.training.ema import EMA
 from ddim.training.module import DiffusionModule
@@ -84,8 +84,7 @@ class GridSpec:
     def __post_init__(self) -> None:
         if self.every < 0 or self.n < 1:
             raise ValueError(f"every={self.every} must be at least 0 and n={self.n} at least 1.")
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
+        check_seed(self.seed)
 
 
 class SampleGrid(Callback):

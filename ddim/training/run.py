@@ -16,6 +16,7 @@ from ddim.checkpoints.model import KEY, RECIPE, ModelSpec, read_checkpoint
 from ddim.config import blame, build, choose
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec, load_images
+from ddim.diffusion.noise import check_seed
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
 from ddim.networks import NETWORKS
@@ -97,8 +98,7 @@ class TrainSpec:
     ckpt_path: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 1 << 64:
-            raise ValueError(f"seed={self.seed} must lie in 0 .. 2**64 - 1.")
+        check_seed(self.seed)
 
     def recipe(self) -> dict[str, Any]:
         """Return what decides the weights after a number of steps, besides the model: plain values by their keys."""
