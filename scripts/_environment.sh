@@ -26,12 +26,12 @@ then
     PYTHON=python
     echo "--- using the active environment ${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
 else
-    stage "making .venv and installing the project (the first time: some minutes and several GB, most of it torch)"
     PYTHON=.venv/bin/python
     wanted=$(cat pyproject.toml constraints.txt | cksum)
     if [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then
-        echo "already installed in .venv"
+        echo "--- using .venv, already installed"
     else
+        stage "making .venv and installing the project (some minutes and several GB, most of it torch)"
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
             { echo "error: Python 3.11 or newer is needed; $(python3 --version 2>&1) was found." >&2; exit 1; }
         python3 -m venv .venv ||

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ddim.config import build, choose
 from ddim.diffusion.prediction import PREDICTIONS
-from ddim.diffusion.sampling import Model
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
 from ddim.networks import NETWORKS, build_network, zero_based
@@ -131,13 +130,8 @@ class LoadedModel:
     step: int
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model of the diffusion: paper times 1..T."""
-        return self.model(x_t, t)
-
-    @property
-    def model(self) -> Model:
-        """The network behind its time adapter."""
-        return zero_based(self.network)
+        """The model of the diffusion: the network behind its time adapter, at paper times 1..T."""
+        return zero_based(self.network)(x_t, t)
 
 
 def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:

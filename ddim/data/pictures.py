@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,20 +42,25 @@ def to_pil(image_u8: Tensor) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def save_png(image_u8: Tensor, path: Path) -> None:
-    """Write a uint8 (C, H, W) image; the file appears whole or not at all."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a name to write to, in the folder of `path`, which is made; `path` then appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    to_pil(image_u8).save(partial, format="PNG")
+    partial = path.with_name(f".{os.getpid()}_{path.name}")
+    yield partial
     partial.replace(path)
+
+
+def save_png(image_u8: Tensor, path: Path) -> None:
+    """Write a uint8 (C, H, W) image."""
+    with whole(path) as partial:
+        to_pil(image_u8).save(partial, format="PNG")
 
 
 def save_gif(frames_u8: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:
     """Write frames, each uint8 (C, H, W), as an endless GIF of about `seconds`; the last frame stays for a second."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Browsers slow down delays under 20 ms.
     durations = [max(20, round(1000 * seconds / len(frames_u8)))] * (len(frames_u8) - 1) + [1000]
     first, *rest = [to_pil(frame) for frame in frames_u8]
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
-    partial.replace(path)
+    with whole(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)

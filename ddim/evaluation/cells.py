@@ -78,7 +78,8 @@ def evaluate_cell(spec: EvaluateSpec) -> tuple[Record, bool]:
         spec.compute,
     )
     tau = check_sampler(model, spec.sampler)
-    reference, extractor = _reference_images(spec), _extractor(spec.metric, spec.compute.device)
+    reference = _images(spec.data, spec.metric.reference_split)
+    extractor = _extractor(spec.metric, spec.compute.device)
     if model.spec.image_shape != reference.shape:
         raise UserError(
             f"the checkpoint makes images of (channels, height, width) {model.spec.image_shape}, the reference set has "
@@ -125,8 +126,13 @@ def row_label(sampler: SamplerSpec) -> str:
 
 def label(sampler: SamplerSpec) -> str:
     """Return a sampler in a few words."""
-    steps = f"S={sampler.S}" if sampler.S is not None else f"{len(sampler.times or ())} times"
+    steps = f"S={_steps(sampler)}" if sampler.times is None else f"{_steps(sampler)} times"
     return f"{row_label(sampler)} {steps} {sampler.spacing}"
+
+
+def _steps(sampler: SamplerSpec) -> int:
+    """Return the number of steps asked for; `uniform` may take more."""
+    return len(sampler.times) if sampler.times is not None else sampler.S or 0
 
 
 def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], reference: Images) -> dict[str, Any]:
@@ -173,8 +179,7 @@ def _spacing(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
 def _save_grid(images: Tensor, spec: EvaluateSpec, key: str) -> str:
     rule = spec.sampler.rule if spec.sampler.eta is None else f"{spec.sampler.rule}_eta_{spec.sampler.eta}"
     clip = "" if spec.sampler.clip == "none" else f"_clip_{spec.sampler.clip}"
-    steps = spec.sampler.S if spec.sampler.S is not None else len(spec.sampler.times or ())
-    name = f"grids/S{steps:04d}_{rule}{clip}_{key[:6]}.png"
+    name = f"grids/S{_steps(spec.sampler):04d}_{rule}{clip}_{key[:6]}.png"
     save_png(grid(images), Path(spec.output_dir) / name)
     return name
 
@@ -193,10 +198,6 @@ def _images(data: DataSpec, split: Literal["train", "test"]) -> Images:
 @lru_cache(maxsize=1)
 def _fingerprint(data: DataSpec, split: Literal["train", "test"]) -> str:
     return _images(data, split).fingerprint()
-
-
-def _reference_images(spec: EvaluateSpec) -> Images:
-    return _images(spec.data, spec.metric.reference_split)
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """Images from a checkpoint as files: a grid, single PNGs, or an animation of the trajectory."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -92,4 +93,4 @@ def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor
         model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=spec.seed, indices=indices
     )
     with torch.autocast(torch.device(spec.compute.device).type, torch.bfloat16, enabled=spec.compute.bf16):
-        return [grid(to_pixels(x)) for x in (x_T, *(state.x0 for state in states))]
+        return [grid(to_pixels(x)) for x in chain([x_T], (state.x0 for state in states))]

@@ -7,11 +7,11 @@ are samplers, columns are numbers of steps. The full chain (S = T) belongs to ev
 import csv
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ddim.data.pictures import whole
 from ddim.evaluation.records import Record, record_key
 
 
@@ -87,7 +87,8 @@ def write_report(records: list[Record], folder: Path) -> list[Path]:
     paths = [folder / name for name in ("table.md", "table.csv", "table.json")]
     sections = [f"**{table.title()}**\n\n{table.markdown()}\n" for table in tables]
     for path, text in zip(paths, ("\n".join(sections), _csv(tables), _json(tables)), strict=True):
-        _write(path, text)
+        with whole(path) as partial:
+            partial.write_text(text)
     for number, table in enumerate(tables):
         path = folder / (f"plot_{table.metric}.png" if number == 0 else f"plot_{table.metric}_{number}.png")
         plot(table, path)
@@ -112,10 +113,8 @@ def plot(table: Table, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     axes.set_title(table.title(), fontsize=6, wrap=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}_{path.name}")
-    figure.savefig(partial)
-    partial.replace(path)
+    with whole(path) as partial:
+        figure.savefig(partial)
 
 
 def _csv(tables: list[Table]) -> str:
@@ -145,10 +144,3 @@ def _json(tables: list[Table]) -> str:
 
 def _text(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3g}"
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}_{path.name}")
-    partial.write_text(text)
-    partial.replace(path)
