@@ -15,17 +15,18 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 # part of ddim -> the parts it may import besides itself; "" is ddim/__init__.py, the library's front door
 MAY_IMPORT = {
     "errors": set(),
+    "files": set(),
     "diffusion": set(),
     "": {"diffusion"},
     "config": {"errors"},
     "networks": {"errors", "config", "diffusion"},
-    "checkpoints": {"errors", "config", "diffusion", "networks"},
-    "data": {"errors", "config", "diffusion", "networks", "checkpoints"},
-    "training": {"errors", "config", "diffusion", "networks", "checkpoints", "data"},
-    "evaluation": {"errors", "config", "diffusion", "networks", "checkpoints", "data"},
+    "checkpoints": {"errors", "files", "config", "diffusion", "networks"},
+    "data": {"errors", "files", "config", "diffusion", "networks", "checkpoints"},
+    "training": {"errors", "files", "config", "diffusion", "networks", "checkpoints", "data"},
+    "evaluation": {"errors", "files", "config", "diffusion", "networks", "checkpoints", "data"},
 }
 # part of ddim -> the only third-party packages it may import
-ONLY = {"errors": set(), "config": set(), "diffusion": {"torch"}, "": set()}
+ONLY = {"errors": set(), "files": set(), "config": set(), "diffusion": {"torch"}, "": set()}
 HEAVY = {"torchvision", "lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb", "torch_fidelity"}
 LIGHT_PARTS = ("networks", "checkpoints")
 

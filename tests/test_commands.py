@@ -13,6 +13,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ddim.checkpoints.exporting import ExportSpec
+from ddim.checkpoints.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.cells import EvaluateSpec
@@ -26,7 +28,13 @@ SHOWING = [
     *(path for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in (".py", ".sh")),
     *(path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "scripts/" in path.read_text()),
 ]
-SPECS: dict[str, type] = {"train": TrainSpec, "sample": SampleSpec, "evaluate": EvaluateSpec}
+SPECS: dict[str, type] = {
+    "train": TrainSpec,
+    "sample": SampleSpec,
+    "evaluate": EvaluateSpec,
+    "import_checkpoint": ImportSpec,
+    "export_checkpoint": ExportSpec,
+}
 FLAGS = {"-m", "--multirun", "--help"}
 # What stands for a number in a command; other words in capitals stand for text, and so are text.
 NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")

@@ -1,114 +1,49 @@
-"""What travels with the weights, and reading it back.
+"""The two files of this project: a training checkpoint, and one set of weights for everything after training.
 
-A training checkpoint is Lightning's file plus one entry, `ddim`: the description of the model in plain values. So a
-checkpoint file alone is enough to sample, and it loads with `weights_only=True`; nothing in it is ever executed.
+A training checkpoint is Lightning's file plus one entry, `ddim`: the description of the model in plain values. A model
+file is safetensors with the same description in its header, as JSON. Either is enough to sample from, and neither ever
+needs code to load.
 """
 
-import dataclasses
 import hashlib
-import re
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddim.config import build, choose
-from ddim.diffusion.prediction import PREDICTIONS
-from ddim.diffusion.schedule import NoiseSchedule
+from ddim.checkpoints.files import Tensors, is_safetensors, read_safetensors, read_torch, write_safetensors
+from ddim.checkpoints.spec import KEY, ModelSpec
+from ddim.config import choose
 from ddim.errors import UserError
-from ddim.networks import NETWORKS, build_network, zero_based
+from ddim.networks import build_network, zero_based
 
-FORMAT = 1
-KEY = "ddim"  # the entry of a checkpoint that holds ModelSpec.to_dict()
-RECIPE = "recipe"  # in that entry: the settings of the training, for resuming
+RECIPE = "recipe"  # in the description of a training checkpoint: the settings of the training, for resuming
 EMA_STATE = "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, ...}
 NETWORK_PREFIX = "network."  # of the raw weights in `state_dict`
+UNLABELLED = "unlabelled"  # weights of which nobody said whether they are averaged
 
 
 @dataclass(frozen=True, eq=False)
-class ModelSpec:
-    """Everything about a model but its weights.
+class StoredModel:
+    """A model as it lies in a file: its description and one set of weights, without a network.
 
     Attributes:
-        network: a key of NETWORKS.
-        network_spec: the spec of that network.
-        schedule: the noise levels it is trained with.
-        prediction: what it predicts, a key of PREDICTIONS.
-        data: the name of the training set, for people to read.
-
-    Images are float tensors (C, H, W) in [-1, 1]; networks take the times 0..T-1.
+        spec: its description.
+        state: the weights by the names of the network's parameters.
+        weights: "ema", "raw" or "unlabelled".
+        step: optimiser steps behind them; None when the file does not say.
+        origin: where the weights were imported from, for people to read; {} for those trained here.
     """
 
-    network: str
-    network_spec: Any
-    schedule: NoiseSchedule
-    prediction: str = "eps"
-    data: str = ""
-
-    def __post_init__(self) -> None:
-        choose("prediction", self.prediction, PREDICTIONS)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return (self.network_spec.channels, *self.network_spec.image_size)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values and one tensor, as stored in a checkpoint."""
-        network_spec = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self.network_spec).items()
-        }
-        return {
-            "format": FORMAT,
-            "network": {"name": self.network, **network_spec},
-            "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar},
-            "prediction": self.prediction,
-            "image": {"shape": list(self.image_shape), "range": [-1.0, 1.0]},
-            "data": self.data,
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ModelSpec":
-        """Read what `to_dict` wrote.
-
-        Raises:
-            UserError: another format, or an entry that is missing or not understood.
-        """
-        if values.get("format") != FORMAT:
-            raise UserError(f"the checkpoint has format {values.get('format')!r}; this version reads format {FORMAT}.")
-        try:
-            network = dict(values["network"])
-            name = network.pop("name")
-            schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
-            network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
-            return cls(name, network_spec, schedule, values["prediction"], values["data"])
-        except KeyError as error:
-            raise UserError(f"the checkpoint's description of its model lacks {error}.") from error
-        except (TypeError, ValueError, AttributeError) as error:
-            reason = str(error).rstrip(".")
-            raise UserError(f"the checkpoint's description of its model is not understood: {reason}.") from error
-
-    def differences(self, other: "ModelSpec") -> list[str]:
-        """Return one phrase for each thing that makes weights of one model useless for the other; [] when none does."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        found = [
-            f"network.{key}: {mine['network'].get(key)} and {theirs['network'].get(key)}"
-            for key in {**mine["network"], **theirs["network"]}
-            # These two change how a network is trained, not what its weights mean.
-            if key not in ("dropout", "init") and mine["network"].get(key) != theirs["network"].get(key)
-        ]
-        if not torch.equal(self.schedule.alpha_bar, other.schedule.alpha_bar):
-            found.append(
-                f"schedule: {self.schedule.name} with T={self.schedule.T} and "
-                f"{other.schedule.name} with T={other.schedule.T}"
-            )
-        if self.prediction != other.prediction:
-            found.append(f"prediction: {self.prediction} and {other.prediction}")
-        return found
+    spec: ModelSpec
+    state: Tensors
+    weights: str
+    step: int | None
+    origin: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,16 +53,16 @@ class LoadedModel:
     Attributes:
         spec: its description.
         network: in eval mode, on the CPU, parameters without gradients.
-        weights: "ema" or "raw".
+        weights: "ema", "raw" or "unlabelled".
         weights_hash: SHA-256 of the weights that were taken.
-        step: optimiser steps behind them.
+        step: optimiser steps behind them; None when the file does not say.
     """
 
     spec: ModelSpec
     network: nn.Module
     weights: str
     weights_hash: str
-    step: int
+    step: int | None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The model of the diffusion: the network behind its time adapter, at paper times 1..T."""
@@ -138,23 +73,68 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
     """Rebuild a network from a checkpoint alone.
 
     Args:
-        path: a file that `scripts/train.py` wrote.
+        path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.
         weights: "ema" for the averaged weights, "raw" for those that the optimiser moves.
 
     Raises:
-        UserError: no such file, a damaged or foreign one, or weights that do not fit its own description.
+        UserError: no such file, a damaged or foreign one, one without those weights, or weights that do not fit its
+            own description.
     """
-    checkpoint = read_checkpoint(path)
-    spec = ModelSpec.from_dict(checkpoint[KEY])
-    state = choose("weights", weights, {"ema": _ema_weights, "raw": _raw_weights})(checkpoint, path)
-    network = build_network(spec.network, spec.network_spec)
+    stored = read_model(path, weights)
+    network = build_network(stored.spec.network, stored.spec.network_spec)
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(stored.state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise UserError(f"the weights in {path} do not fit the network it describes: {reason}.") from error
     network.requires_grad_(False).eval()
-    return LoadedModel(spec, network, weights, weights_hash(state), int(checkpoint["global_step"]))
+    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step)
+
+
+def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
+    """Return what a file of this project holds, without building a network; see `load_model`."""
+    choose("weights", weights, {"ema": None, "raw": None})
+    path = Path(path)
+    if path.is_file() and is_safetensors(path):
+        return _read_model_file(path, weights)
+    checkpoint = read_checkpoint(path)
+    sets = weight_sets(checkpoint)
+    if weights not in sets:
+        raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
+    return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), sets[weights], weights, checkpoint["global_step"])
+
+
+def save_model(model: StoredModel, path: Path) -> None:
+    """Write a model file: the weights under the network's own names, everything else in the header."""
+    write_safetensors(path, model.state, header(model))
+
+
+def header(model: StoredModel) -> dict[str, str]:
+    """Return the metadata of a model file."""
+    description = model.spec.to_dict()
+    description["schedule"]["alpha_bar"] = model.spec.schedule.alpha_bar.tolist()  # JSON keeps every digit of a float64
+    facts = {"weights": model.weights, "step": model.step, "origin": model.origin}
+    return {KEY: json.dumps({**description, **facts})}
+
+
+def read_header(metadata: Mapping[str, str], path: Path) -> tuple[ModelSpec, dict[str, Any]]:
+    """Return the description in a header, and the facts beside it: weights, step, origin.
+
+    Raises:
+        UserError: it has none, or one that is not understood.
+    """
+    if KEY not in metadata:
+        raise UserError(
+            f"{path} is not a checkpoint of this project: it does not describe its model; make one of it with "
+            "scripts/import_checkpoint.py."
+        )
+    try:
+        values = json.loads(metadata[KEY])
+        facts = {key: values[key] for key in ("weights", "step", "origin")}
+        values["schedule"]["alpha_bar"] = torch.tensor(values["schedule"]["alpha_bar"], dtype=torch.float64)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the description of the model in {path} is not understood ({error}).") from error
+    return ModelSpec.from_dict(values), facts
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -163,20 +143,28 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a damaged one, one that needs code to load, or one that is not ours.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; give the path of a .ckpt file that scripts/train.py wrote.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the bytes of a damaged or foreign file make the reader stumble over
-        reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
+    checkpoint = read_torch(Path(path))
+    if not is_training_checkpoint(checkpoint):
         raise UserError(
-            f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind ({reason})."
-        ) from error
-    entries = {KEY: Mapping, "state_dict": Mapping, "global_step": int}
-    if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), kind) for k, kind in entries.items()):
-        raise UserError(f"{path} is not a checkpoint of this project: it does not describe its model.")
+            f"{path} is not a checkpoint of this project: it does not describe its model; if it is a published one, "
+            "make one of it with scripts/import_checkpoint.py."
+        )
     return checkpoint
+
+
+def is_training_checkpoint(content: Any) -> bool:
+    """Whether the content of a file is that of a training checkpoint of this project."""
+    entries = {KEY: Mapping, "state_dict": Mapping, "global_step": int}
+    return isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in entries.items())
+
+
+def weight_sets(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
+    """Return the weights in a training checkpoint: "raw", and "ema" if it was trained with an average."""
+    state = checkpoint["state_dict"]
+    raw = {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
+    shadow = checkpoint.get("callbacks", {}).get(EMA_STATE, {}).get("shadow")
+    # The average covers parameters; a network's buffers, if it has any, are taken as they are.
+    return {"raw": raw, "ema": raw | shadow} if shadow else {"raw": raw}
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
@@ -189,14 +177,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _raw_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    state = checkpoint["state_dict"]
-    return {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
-
-
-def _ema_weights(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    shadow = checkpoint.get("callbacks", {}).get(EMA_STATE, {}).get("shadow")
-    if not shadow:
-        raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
-    # The average covers parameters; a network's buffers, if it has any, are taken as they are.
-    return {**_raw_weights(checkpoint, path), **shadow}
+def _read_model_file(path: Path, weights: str) -> StoredModel:
+    state, metadata = read_safetensors(path)
+    spec, facts = read_header(metadata, path)
+    if facts["weights"] not in (weights, UNLABELLED):
+        raise UserError(f"{path} holds {facts['weights']} weights only; choose weights={facts['weights']}.")
+    return StoredModel(spec, state, **facts)

@@ -1,14 +1,14 @@
 """Pictures for people: grids and animations of uint8 images."""
 
 import math
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from ddim.files import whole
 
 
 def grid(images_u8: Tensor, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Tensor:
@@ -40,15 +40,6 @@ def to_pil(image_u8: Tensor) -> Image.Image:
     """Return a uint8 (C, H, W) tensor as a PIL image, grey for one channel."""
     pixels = image_u8.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a name to write to, in the folder of `path`, which is made; `path` then appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}_{path.name}")
-    yield partial
-    partial.replace(path)
 
 
 def save_png(image_u8: Tensor, path: Path) -> None:

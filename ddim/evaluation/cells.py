@@ -141,7 +141,7 @@ def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], refe
     description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
     return {
         "model": {
-            "weights": spec.weights,
+            "weights": model.weights,
             "weights_hash": model.weights_hash,
             "step": model.step,
             "schedule": model.spec.schedule.name,

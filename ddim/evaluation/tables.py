@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ddim.data.pictures import whole
 from ddim.evaluation.records import Record, record_key
+from ddim.files import whole
 
 
 @dataclass
@@ -48,9 +48,10 @@ class Table:
         """Return one line that says what was measured."""
         p = self.protocol
         unusual = (", bfloat16" if p["bf16"] else "") + (", ends at alpha_bar[1]" if p["last_time"] else "")
+        step = "" if p["model"]["step"] is None else f" at step {p['model']['step']:,}"
         return (
             f"{self.metric}: {p['n']:,} images against {p['reference']['images']:,} of {p['reference']['name']}, "
-            f"{p['model']['weights']} weights {p['model']['weights_hash'][:8]} at step {p['model']['step']:,}, "
+            f"{p['model']['weights']} weights {p['model']['weights_hash'][:8]}{step}, "
             f"tau {p['spacing']}, seed {p['seed']}{unusual}"
         )
 

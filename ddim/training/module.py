@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from ddim.checkpoints.model import KEY, RECIPE, ModelSpec
+from ddim.checkpoints import ModelSpec
+from ddim.checkpoints.model import RECIPE
+from ddim.checkpoints.spec import KEY
 from ddim.config import choose
 from ddim.data.order import Batch
 from ddim.diffusion.noise import DROPOUT, WEIGHTS, random_words

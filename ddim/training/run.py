@@ -12,7 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ddim.checkpoints.model import KEY, RECIPE, ModelSpec, read_checkpoint
+from ddim.checkpoints import ModelSpec
+from ddim.checkpoints.model import RECIPE, read_checkpoint
+from ddim.checkpoints.spec import KEY
 from ddim.config import blame, build, choose
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec, load_images

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim.checkpoints.model import EMA_STATE, KEY, NETWORK_PREFIX, LoadedModel, ModelSpec, load_model
+from ddim.checkpoints import LoadedModel, ModelSpec, load_model
+from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX
+from ddim.checkpoints.spec import KEY
 from ddim.diffusion.schedule import linear_schedule
 from ddim.evaluation.generate import ComputeSpec, place
 from ddim.networks import UNetSpec, build_network

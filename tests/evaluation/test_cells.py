@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ddim.checkpoints.model import LoadedModel, load_model
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec
 from ddim.data.pictures import grid
 from ddim.diffusion.sampling import SamplerSpec

@@ -1,0 +1,110 @@
+"""The model card of an exported folder: what is in it, what was measured with it, how to sample from it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ddim.checkpoints.model import StoredModel, weights_hash
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured number.
+
+    Attributes:
+        metric: its name with the number of images, for example fid_50k.
+        reference: the data set that it is measured against.
+        sampler: how the images were made, in words.
+        value: the number.
+        protocol: one line with everything that it depends on.
+    """
+
+    metric: str
+    reference: str
+    sampler: str
+    value: float
+    protocol: str
+
+
+def model_card(name: str, model: StoredModel, results: Sequence[Result], license: str | None) -> str:
+    """Return the README.md of a model: YAML front matter as the hub reads it, and Markdown for people."""
+    spec = model.spec
+    height, width = spec.network_spec.image_size
+    step = "" if model.step is None else f" at step {model.step:,}"
+    averaged = {"ema": "averaged (EMA)", "raw": "raw, not averaged,"}.get(
+        model.weights, "whether averaged is not known,"
+    )
+    source = f", imported from `{model.origin['file']}`" if "file" in model.origin else ""
+    data = f" trained on {spec.data}" if spec.data else ""
+    parameters = sum(value.numel() for value in model.state.values())
+    noise = f"noise schedule {spec.schedule.name} with T={spec.schedule.T}"
+    return f"""\
+{_front_matter(name, model, results, license)}
+# {name}
+
+DDPM's U-Net{data}: {spec.network_spec.channels}x{height}x{width} images in [-1, 1],
+{parameters:,} parameters, {noise}, prediction {spec.prediction}.
+Weights: {averaged} SHA-256 `{weights_hash(model.state)[:16]}`{step}{source}.
+
+```python
+from diffusers import DDIMPipeline
+
+pipeline = DDIMPipeline.from_pretrained("PATH")     # this folder
+images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images
+```
+
+The scheduler neither clips nor thresholds, and ends at alpha_bar = 1, as the DDIM paper does. Its times are every
+(T // steps)-th one from 0 on: the released DDIM code's `uniform` rule where the number of steps divides T. The rule
+`quad`, which the paper's CIFAR-10 numbers were made with, does not exist in diffusers.
+
+## Results
+
+{_results(results)}
+
+## Citation
+
+```bibtex
+@inproceedings{{song2021denoising,
+  title     = {{Denoising Diffusion Implicit Models}},
+  author    = {{Song, Jiaming and Meng, Chenlin and Ermon, Stefano}},
+  booktitle = {{International Conference on Learning Representations}},
+  year      = {{2021}}
+}}
+```
+"""
+
+
+def _front_matter(name: str, model: StoredModel, results: Sequence[Result], license: str | None) -> str:
+    values: dict[str, object] = {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
+    }
+    if license:
+        values["license"] = license
+    if model.spec.data:
+        values["datasets"] = [model.spec.data]
+    if results:
+        entries = [
+            {
+                "task": {"type": "unconditional-image-generation"},
+                "dataset": {"name": result.reference, "type": result.reference},
+                "metrics": [
+                    {"type": result.metric, "name": f"{result.metric}, {result.sampler}", "value": result.value}
+                ],
+            }
+            for result in results
+        ]
+        values["model-index"] = [{"name": name, "results": entries}]
+    # JSON is YAML.
+    return "\n".join(
+        ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()), "---"]
+    )
+
+
+def _results(results: Sequence[Result]) -> str:
+    if not results:
+        return "None were recorded for these weights."
+    lines = ["| metric | sampler | value | protocol |", "|---|---|---|---|"]
+    lines += [f"| {r.metric} | {r.sampler} | {r.value:.4g} | {r.protocol} |" for r in results]
+    return "\n".join(lines)

@@ -1,0 +1,100 @@
+"""What travels with the weights: the description of a model in plain values."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ddim.config import build, choose
+from ddim.diffusion.prediction import PREDICTIONS
+from ddim.diffusion.schedule import NoiseSchedule
+from ddim.errors import UserError
+from ddim.networks import NETWORKS
+
+FORMAT = 1
+KEY = "ddim"  # the entry of a file that holds this description
+
+
+@dataclass(frozen=True, eq=False)
+class ModelSpec:
+    """Everything about a model but its weights.
+
+    Attributes:
+        network: a key of NETWORKS.
+        network_spec: the spec of that network.
+        schedule: the noise levels it is trained with.
+        prediction: what it predicts, a key of PREDICTIONS.
+        data: the name of the training set, for people to read.
+
+    Images are float tensors (C, H, W) in [-1, 1]; networks take the times 0..T-1.
+    """
+
+    network: str
+    network_spec: Any
+    schedule: NoiseSchedule
+    prediction: str = "eps"
+    data: str = ""
+
+    def __post_init__(self) -> None:
+        choose("prediction", self.prediction, PREDICTIONS)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.network_spec.channels, *self.network_spec.image_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values and one tensor, as stored in a checkpoint."""
+        network_spec = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self.network_spec).items()
+        }
+        return {
+            "format": FORMAT,
+            "network": {"name": self.network, **network_spec},
+            "schedule": {"name": self.schedule.name, "alpha_bar": self.schedule.alpha_bar},
+            "prediction": self.prediction,
+            "image": {"shape": list(self.image_shape), "range": [-1.0, 1.0]},
+            "data": self.data,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelSpec":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            UserError: another format, or an entry that is missing or not understood.
+        """
+        if values.get("format") != FORMAT:
+            raise UserError(f"the checkpoint has format {values.get('format')!r}; this version reads format {FORMAT}.")
+        try:
+            network = dict(values["network"])
+            name = network.pop("name")
+            schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
+            network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
+            return cls(name, network_spec, schedule, values["prediction"], values["data"])
+        except KeyError as error:
+            raise UserError(f"the checkpoint's description of its model lacks {error}.") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            reason = str(error).rstrip(".")
+            raise UserError(f"the checkpoint's description of its model is not understood: {reason}.") from error
+
+    def differences(self, other: "ModelSpec") -> list[str]:
+        """Return one phrase for each thing that makes weights of one model useless for the other; [] when none does."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        found = [
+            f"network.{key}: {mine['network'].get(key)} and {theirs['network'].get(key)}"
+            for key in {**mine["network"], **theirs["network"]}
+            # These two change how a network is trained, not what its weights mean.
+            if key not in ("dropout", "init") and mine["network"].get(key) != theirs["network"].get(key)
+        ]
+        if not torch.equal(self.schedule.alpha_bar, other.schedule.alpha_bar):
+            found.append(
+                f"schedule: {self.schedule.name} with T={self.schedule.T} and "
+                f"{other.schedule.name} with T={other.schedule.T}"
+            )
+        if self.prediction != other.prediction:
+            found.append(f"prediction: {self.prediction} and {other.prediction}")
+        return found

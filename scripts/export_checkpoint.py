@@ -1,0 +1,56 @@
+"""Write a checkpoint in the layout of another code base, to hand it on.
+
+python scripts/export_checkpoint.py checkpoint=PATH out=FOLDER                       # a folder of diffusers
+python scripts/export_checkpoint.py checkpoint=PATH out=FILE layout=safetensors      # or layout=flat
+python scripts/export_checkpoint.py --help
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _cli import entry
+
+if TYPE_CHECKING:
+    from ddim.checkpoints.card import Result
+
+
+def main(config: dict[str, Any]) -> None:
+    """Export as `config` says and print what was written."""
+    from ddim.checkpoints.exporting import ExportSpec, export_checkpoint
+    from ddim.config import build
+
+    spec = build(ExportSpec, config, "")
+    paths, warnings = export_checkpoint(spec, lambda weights_hash: results(spec.records, weights_hash))
+    for path in paths:
+        print(path)
+    for warning in warnings:
+        print(f"warning: {warning}.", file=sys.stderr)
+
+
+def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
+    """Return what a file of records says about these weights; () without a file."""
+    if records is None:
+        return ()
+    from ddim.checkpoints.card import Result
+    from ddim.errors import UserError
+    from ddim.evaluation.records import RecordFile
+    from ddim.evaluation.tables import build_tables
+
+    if not Path(records).is_file():
+        raise UserError(f"there is no file of records {records}; evaluate.py writes one, records.jsonl.")
+    found = [record for record in RecordFile(Path(records)).read() if record["model"]["weights_hash"] == weights_hash]
+    if not found:
+        raise UserError(f"{records} has no record of these weights; evaluate them first, or leave records out.")
+    return [
+        Result(table.metric, table.protocol["reference"]["name"], f"{row} S={S}", value, table.title())
+        for table in build_tables(found)
+        for row in table.rows
+        for S in table.columns
+        if (value := table.value(row, S)) is not None
+    ]
+
+
+if __name__ == "__main__":
+    entry(main, "export_checkpoint")
