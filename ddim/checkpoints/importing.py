@@ -11,7 +11,7 @@ from ddim.checkpoints.files import Tensors
 from ddim.checkpoints.layouts import Source, read_source
 from ddim.checkpoints.model import UNLABELLED, StoredModel, save_model, weights_hash
 from ddim.checkpoints.parameters import Parameters, in_words
-from ddim.checkpoints.published import DOWNLOADS, HUB_RAW_CIFAR10, PRESETS, Published, checksums
+from ddim.checkpoints.published import BY_HAND, DOWNLOADS, HUB_RAW_CIFAR10, PRESETS, Published, checksums
 from ddim.checkpoints.spec import ModelSpec
 from ddim.config import build, choose
 from ddim.diffusion.schedule import ScheduleSpec, linear_schedule
@@ -71,6 +71,11 @@ class ImportSpec:
         if (self.source is None) == (self.download is None):
             names = ", ".join(DOWNLOADS)
             raise ValueError(f"give either source=PATH or download=NAME, one of {names}.")
+        if self.download in BY_HAND:
+            raise ValueError(
+                f"{self.download} can only be fetched by hand, in a browser: {BY_HAND[self.download]}; then give its "
+                f"path, source=PATH trained_on={self.download}."
+            )
         if self.download is not None:
             choose("download", self.download, DOWNLOADS)
         if self.preset is not None:

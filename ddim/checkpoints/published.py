@@ -68,6 +68,10 @@ DOWNLOADS: dict[str, Published] = {
     )
 }
 
+# The training list of the released DDIM code for CelebA. Its host asks people for a confirmation, and no checksum of it
+# is published.
+BY_HAND = {"celeba": "https://drive.google.com/file/d/1R_H-fJYXSH79wfSKs9D-fuKQVan5L-GR/view"}
+
 # One upload in two formats, by the SHA-256 that the hub shows. They are raw weights: people who evaluated them measured
 # an FID of 12.4, near the 12.1 of the raw file above, where the averaged one gives 3.2.
 HUB_RAW_CIFAR10 = "ddpm-cifar10-32"
