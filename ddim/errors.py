@@ -1,4 +1,4 @@
-"""The one exception type whose message is meant for the person at the keyboard."""
+"""The exception types whose messages are meant for the person at the keyboard."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message is one clear sentence: what was wrong, what is allowed, what to do. The scripts print it without a
     traceback and exit with status 2; every other exception is a defect of ours and keeps its traceback.
     """
+
+
+class Interrupted(Exception):
+    """The run was told to stop and saved its state; it can go on. The scripts exit with status 75, "try again"."""

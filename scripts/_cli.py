@@ -23,11 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+TRY_AGAIN = 75  # the exit status of a run that was stopped and saved (EX_TEMPFAIL)
 Task = Callable[[dict[str, Any]], Any]
 
 
 def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None) -> None:
-    """Run `task` on the composed configuration as plain values; exit with 2 on a mistake of the user's, 1 on ours.
+    """Run `task` on the composed configuration as plain values; exit with 2 on a mistake of the user's, 1 on
+    ours, 75 when the run was told to stop and can go on.
 
     Each reason is printed once, at the end. A job of a sweep that fails does not take the others down.
 
@@ -43,12 +45,17 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _silence()
     failures: Counter[str] = Counter()
-    defects = False
+    defects = interrupted = False
 
     def guarded(call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
-        nonlocal defects
+        nonlocal defects, interrupted
+        from ddim.errors import Interrupted
+
         try:
             return call()
+        except Interrupted as error:
+            interrupted = True
+            print(error, file=sys.stderr)
         except Exception as error:
             reason = explain(error)
             defects |= reason is None
@@ -67,12 +74,13 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
         print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
     if failures:
         sys.exit(1 if defects else 2)
+    if interrupted:
+        sys.exit(TRY_AGAIN)
 
 
 def _silence() -> None:
     """Third-party noise at every start: torch's deprecation inside Lightning, and Lightning's advertisements."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
 

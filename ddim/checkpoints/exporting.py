@@ -27,7 +27,7 @@ class ExportSpec:
         checkpoint: path of the model.
         out: path of the folder (diffusers) or file (safetensors, flat) to write.
         layout: diffusers, safetensors or flat.
-        weights: ema or raw.
+        weights: ema, raw, or ema_RATE for another average of the training.
         records: path of a file of records; those of these weights go into the model card. For diffusers only.
         license: of the weights, for the model card, for example mit or cc-by-nc-4.0; null says nothing.
         overwrite: replace files that are there.
@@ -39,7 +39,7 @@ class ExportSpec:
     checkpoint: str
     out: str
     layout: Literal["diffusers", "safetensors", "flat"] = "diffusers"
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     records: str | None = None
     license: str | None = None
     overwrite: bool = False

@@ -59,7 +59,7 @@ class ImportSpec:
     download: str | None = None
     out: str | None = None
     layout: Literal["auto", "flat", "official", "diffusers", "lightning", "safetensors"] = "auto"
-    weights: Literal["auto", "ema", "raw"] = "auto"
+    weights: str = "auto"
     preset: str | None = None
     network: dict[str, Any] | None = None
     schedule: ScheduleSpec | None = None

@@ -7,6 +7,7 @@ needs code to load.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ddim.checkpoints.files import Tensors, is_safetensors, read_safetensors, read_torch, write_safetensors
+from ddim.checkpoints.seal import damaged, sealed
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
 from ddim.errors import UserError
 from ddim.networks import build_network, zero_based
 
+SEALED = "sealed"  # in the description of a training checkpoint: true when the file was written with a checksum
 RECIPE = "recipe"  # in the description of a training checkpoint: the settings of the training, for resuming
-EMA_STATE = "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, ...}
+EMA_STATE = (
+    "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
+)
 NETWORK_PREFIX = "network."  # of the raw weights in `state_dict`
 UNLABELLED = "unlabelled"  # weights of which nobody said whether they are averaged
 
@@ -74,7 +79,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
 
     Args:
         path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.
-        weights: "ema" for the averaged weights, "raw" for those that the optimiser moves.
+        weights: "ema" for the averaged weights, "raw" for those that the optimiser moves, "ema_RATE" for another
+            average.
 
     Raises:
         UserError: no such file, a damaged or foreign one, one without those weights, or weights that do not fit its
@@ -93,15 +99,17 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
     """Return what a file of this project holds, without building a network; see `load_model`."""
-    choose("weights", weights, {"ema": None, "raw": None})
+    if not re.fullmatch(r"raw|ema(_[\d.e-]+)?", weights):
+        choose("weights", weights, {"ema": None, "raw": None, "ema_RATE": None})
     path = Path(path)
     if path.is_file() and is_safetensors(path):
         return _read_model_file(path, weights)
     checkpoint = read_checkpoint(path)
     sets = weight_sets(checkpoint)
-    if weights not in sets:
+    if weights == "ema" and weights not in sets:
         raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
-    return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), sets[weights], weights, checkpoint["global_step"])
+    state = choose("weights", weights, sets)
+    return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
 
 
 def save_model(model: StoredModel, path: Path) -> None:
@@ -143,12 +151,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, a damaged one, one that needs code to load, or one that is not ours.
     """
-    checkpoint = read_torch(Path(path))
+    path = Path(path)
+    has_seal = path.is_file() and sealed(path)
+    checkpoint = read_torch(path)
     if not is_training_checkpoint(checkpoint):
         raise UserError(
             f"{path} is not a checkpoint of this project: it does not describe its model; if it is a published one, "
             "make one of it with scripts/import_checkpoint.py."
         )
+    if checkpoint[KEY].get(SEALED) and not has_seal:
+        raise damaged(path)
     return checkpoint
 
 
@@ -159,12 +171,13 @@ def is_training_checkpoint(content: Any) -> bool:
 
 
 def weight_sets(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
-    """Return the weights in a training checkpoint: "raw", and "ema" if it was trained with an average."""
-    state = checkpoint["state_dict"]
+    """Return the weights in a training checkpoint: "raw"; "ema", the first average; "ema_RATE" for each other one."""
+    state, average = checkpoint["state_dict"], checkpoint.get("callbacks", {}).get(EMA_STATE, {})
     raw = {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
-    shadow = checkpoint.get("callbacks", {}).get(EMA_STATE, {}).get("shadow")
+    shadows = {"ema": average["shadow"]} if average.get("shadow") else {}
+    shadows |= {f"ema_{rate}": shadow for rate, shadow in average.get("others", {}).items()}
     # The average covers parameters; a network's buffers, if it has any, are taken as they are.
-    return {"raw": raw, "ema": raw | shadow} if shadow else {"raw": raw}
+    return {"raw": raw} | {label: raw | shadow for label, shadow in shadows.items()}
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

@@ -36,7 +36,7 @@ class EvaluateSpec:
         metric, sampler, compute: what to measure, how to sample, how to compute.
         n: number of images, exactly.
         seed: of their noise, 0 .. 2**64 - 1.
-        weights: ema or raw.
+        weights: ema, raw, or ema_RATE for another average of the training.
         grid: images shown in the grid of the cell; 0 for none.
 
     Raises:
@@ -52,7 +52,7 @@ class EvaluateSpec:
     compute: ComputeSpec
     n: int = 50_000
     seed: int = 0
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     grid: int = 64
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class SampleSpec:
         n: images, exactly.
         first: number of the first image; image i of a seed is the same in every call.
         seed: of the noise, 0 .. 2**64 - 1.
-        weights: ema or raw.
+        weights: ema, raw, or ema_RATE for another average of the training.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
         overwrite: replace files of an earlier call.
 
@@ -42,7 +42,7 @@ class SampleSpec:
     n: int = 64
     first: int = 0
     seed: int = 0
-    weights: Literal["ema", "raw"] = "ema"
+    weights: str = "ema"
     format: Literal["grid", "png", "gif"] = "grid"
     overwrite: bool = False
 

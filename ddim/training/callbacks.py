@@ -17,6 +17,8 @@ from ddim.data.images import to_uint8
 from ddim.data.pictures import grid, save_png
 from ddim.diffusion.noise import check_seed, initial_noise
 from ddim.diffusion.sampling import SamplerSpec, last_state
+from ddim.errors import UserError
+from ddim.training.checkpoints import Checkpoints
 from ddim.training.ema import EMA
 from ddim.training.module import DiffusionModule
 
@@ -59,6 +61,46 @@ class Progress(Callback):
                 pace,
                 pace * self.batch_size,
                 timedelta(seconds=round(seconds_left)),
+            )
+
+
+class Guard(Callback):
+    """Says when steps were skipped because their gradient was not finite, and ends a training that only skips.
+
+    The count is kept on the device and looked at every `every` steps: to look is to wait for the device.
+
+    Args:
+        every: optimiser steps between two looks.
+        most: skipped steps in a row that end the training.
+    """
+
+    def __init__(self, every: int, most: int) -> None:
+        self.every, self.most = every, most
+        self.step, self.reported = 0, 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
+        """Look, at the end of every `every`-th optimiser step.
+
+        Raises:
+            UserError: too many in a row were skipped; the last checkpoint and the weights before them are whole.
+        """
+        step = trainer.global_step
+        if step == self.step or step % self.every:
+            return
+        self.step = step
+        skipped, in_row = pl_module.skipped.tolist()
+        pl_module.log("train/skipped_steps", float(skipped))
+        if skipped > self.reported and trainer.is_global_zero:
+            log.warning("step %d: %d steps so far had no finite gradient and were skipped", step, skipped)
+        self.reported = skipped
+        if in_row >= self.most:
+            # Before the checkpoint callback, which comes last: this step is not saved yet.
+            checkpoint = trainer.checkpoint_callback
+            if isinstance(checkpoint, Checkpoints):
+                checkpoint.save(trainer)
+            raise UserError(
+                f"the last {in_row} steps up to step {step} had no finite gradient, so the training has diverged; the "
+                "state is saved. Try a smaller optim.lr, a longer optim.warmup, or trainer.precision=32-true."
             )
 
 

@@ -14,34 +14,43 @@ from ddim.checkpoints.model import EMA_STATE
 
 @dataclass(frozen=True)
 class EMASpec:
-    """The rate of the average.
+    """The rate of the average, or of several.
 
     Attributes:
-        decay: μ in shadow <- μ shadow + (1 - μ) weights, once an optimiser step.
+        decay: μ in shadow <- μ shadow + (1 - μ) weights, once an optimiser step. Of a list, the first is the one called
+            ema; another is evaluated with weights=ema_RATE.
         warmup: use min(μ, (1 + k) / (10 + k)) at step k, so that a short run does not keep its first weights.
 
     Raises:
-        ValueError: decay outside [0, 1).
+        ValueError: a rate outside [0, 1), none, or one given twice.
     """
 
-    decay: float = 0.9999
+    decay: float | tuple[float, ...] = 0.9999
     warmup: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay={self.decay} must lie in [0, 1).")
+        for rate in self.rates:
+            if not 0 <= rate < 1:
+                raise ValueError(f"decay={rate} must lie in [0, 1).")
+        if len(set(self.rates)) != len(self.rates) or not self.rates:
+            raise ValueError(f"decay={list(self.rates)} must hold at least one rate, and none twice.")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Every rate, the first being that of the average called ema."""
+        return self.decay if isinstance(self.decay, tuple) else (self.decay,)
 
 
 class EMA(Callback):
-    """Averages the parameters of `module.network`.
+    """Averages the parameters of `module.network`, at one rate or several.
 
-    Parameters only: a schedule kept in a buffer must not drift. The average starts at the initial weights, steps once
+    Parameters only: a schedule kept in a buffer must not drift. An average starts at the initial weights, steps once
     an optimiser step whatever the accumulation, and is stored in the checkpoint beside the raw weights.
     """
 
     def __init__(self, spec: EMASpec) -> None:
         self.spec = spec
-        self.shadow: dict[str, Tensor] = {}
+        self.shadows: dict[float, dict[str, Tensor]] = {rate: {} for rate in spec.rates}
         self.updates = 0
 
     @property
@@ -49,26 +58,31 @@ class EMA(Callback):
         """The name of this callback's entry in a checkpoint."""
         return EMA_STATE
 
+    @property
+    def shadow(self) -> dict[str, Tensor]:
+        """The first average, by the names of the network's parameters."""
+        return self.shadows[self.spec.rates[0]]
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the initial weights, or move a restored average to the device."""
-        for name, parameter in _parameters(pl_module):
-            source = self.shadow.get(name, parameter.detach())
-            self.shadow[name] = torch.empty_like(parameter).copy_(source).detach()
+        for shadow in self.shadows.values():
+            for name, parameter in _parameters(pl_module):
+                source = shadow.get(name, parameter.detach())
+                shadow[name] = torch.empty_like(parameter).copy_(source).detach()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Move the average, if this batch ended an optimiser step."""
         if trainer.global_step <= self.updates:
             return
         self.updates = trainer.global_step
-        decay = self.spec.decay
-        if self.spec.warmup:
-            decay = min(decay, (1 + self.updates) / (10 + self.updates))
         weights = [parameter.detach() for _, parameter in _parameters(pl_module)]
-        torch._foreach_lerp_(list(self.shadow.values()), weights, 1 - decay)
+        for rate, shadow in self.shadows.items():
+            decay = min(rate, (1 + self.updates) / (10 + self.updates)) if self.spec.warmup else rate
+            torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Put the average into `module.network` and take it out again.
+        """Put the first average into `module.network` and take it out again.
 
         The raw weights come back bitwise, also after an exception.
         """
@@ -81,12 +95,16 @@ class EMA(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"decay": self.spec.decay, "updates": self.updates, "shadow": self.shadow}
+        first, *others = self.spec.rates
+        rest = {f"{rate:g}": self.shadows[rate] for rate in others}
+        return {"decay": first, "updates": self.updates, "shadow": self.shadow, "others": rest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what a checkpoint kept."""
+        first, *others = self.spec.rates
         self.updates = state_dict["updates"]
-        self.shadow = dict(state_dict["shadow"])
+        self.shadows = {first: dict(state_dict["shadow"])}
+        self.shadows |= {rate: dict(state_dict["others"][f"{rate:g}"]) for rate in others}
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -1,5 +1,6 @@
 """The LightningModule: it owns no formula, only the order of the calls."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -85,6 +86,10 @@ class DiffusionModule(LightningModule):
         recipe: plain values, stored in every checkpoint: what else decides the weights.
     """
 
+    adam: torch.optim.Adam
+    skipped: Tensor
+    quarters: Tensor
+
     def __init__(
         self,
         spec: ModelSpec,
@@ -99,6 +104,10 @@ class DiffusionModule(LightningModule):
         with _seeded(int(random_words(seed, WEIGHTS, 0, [0]))):
             self.network = build_network(spec.network, spec.network_spec)
         self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
+        # Steps without a finite gradient: all of this process, and those in a row up to now.
+        self.register_buffer("skipped", torch.zeros(2, dtype=torch.int64), persistent=False)
+        # Sums and numbers of losses at times in each quarter of 1..T since they were logged.
+        self.register_buffer("quarters", torch.zeros(2, 4), persistent=False)
 
     @property
     def model(self) -> Model:
@@ -122,16 +131,46 @@ class DiffusionModule(LightningModule):
             )
         loss = losses.mean()
         self.log("train/loss", loss, batch_size=len(x0))
+        quarter = (t - 1) * 4 // self.spec.schedule.T
+        values = torch.stack([losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)])
+        self.quarters.index_add_(1, quarter, values)
         return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of the whole gradient, and let Adam skip a step whose gradient is not finite.
+
+        All on the device: fused Adam reads `found_inf` there. After the sum over processes all of them agree.
+        """
+        parameters = list(self.network.parameters())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
+        skip = ~norm.isfinite()
+        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
+        self.skipped[0] += skip
+        self.skipped[1] = (self.skipped[1] + 1) * skip
+        self.log("train/gradient_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Log the mean loss in each quarter of the times, since it was logged last."""
+        trainer = self.trainer
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        means = self.quarters[0] / self.quarters[1]
+        self.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(means)})
+        self.quarters.zero_()
 
     def configure_optimizers(self) -> Any:
         """Return Adam with a linear warm-up: at step k = 1, 2, ... the learning rate is lr min(1, k / warmup)."""
         o = self.optim
-        adam = torch.optim.Adam(
-            self.network.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay
+        self.adam = torch.optim.Adam(
+            self.network.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, weight_decay=o.weight_decay, fused=True
         )
-        warmup = torch.optim.lr_scheduler.LambdaLR(adam, lambda k: min(1.0, (k + 1) / max(o.warmup, 1)))
-        return {"optimizer": adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+        warmup = torch.optim.lr_scheduler.LambdaLR(self.adam, lambda k: min(1.0, (k + 1) / max(o.warmup, 1)))
+        return {"optimizer": self.adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint describe itself."""

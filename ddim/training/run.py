@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
@@ -20,16 +19,15 @@ from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec, load_images
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.schedule import ScheduleSpec
-from ddim.errors import UserError
+from ddim.errors import Interrupted, UserError
 from ddim.networks import NETWORKS
-from ddim.training.callbacks import GridSpec, Progress, SampleGrid
+from ddim.training.callbacks import GridSpec, Guard, Progress, SampleGrid
+from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, newest_whole
 from ddim.training.ema import EMA, EMASpec
 from ddim.training.loggers import LoggerSpec, build_loggers, ending_wandb
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 
 log = logging.getLogger(__name__)
-
-LAST = "last.ckpt"  # the name that Lightning's save_last gives
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,9 @@ class TrainerSpec:
         channels_last, compile: of the network.
         num_workers: processes that read images which are not in memory.
         log_every, checkpoint_every: optimiser steps.
+        keep_last: how many of the newest checkpoints stay.
+        keep_every: checkpoints whose step is a multiple of it stay for good; 0 for none.
+        max_skipped: steps in a row that may be skipped because their gradient is not finite.
 
     Raises:
         ValueError: a number that must be positive is not.
@@ -63,11 +64,25 @@ class TrainerSpec:
     num_workers: int = 0
     log_every: int = 100
     checkpoint_every: int = 5000
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "accumulate", "num_nodes", "log_every", "checkpoint_every"):
+        for name in (
+            "max_steps",
+            "batch_size",
+            "accumulate",
+            "num_nodes",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+            "max_skipped",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every={self.keep_every} must not be negative; 0 keeps none for good.")
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,8 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         config: the same as plain values, to be kept by the loggers.
 
     Raises:
-        UserError: bad input; before any training step.
+        UserError: bad input, before any training step; or the training cannot go on.
+        Interrupted: it was told to stop (SIGTERM, SIGUSR1), and its state is saved.
     """
     folder = Path(spec.output_dir)
     model = spec.model_spec()
@@ -167,22 +183,11 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     with ending_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     last = checkpoints / LAST
+    step = read_checkpoint(last)["global_step"]
+    if step < t.max_steps:
+        raise Interrupted(f"stopped at step {step} of {t.max_steps} and saved it; go on with ckpt_path=last.")
     log.info("trained %d steps; checkpoint: %s", t.max_steps, last)
     return last
-
-
-class SaveAtEnd(Callback):
-    """Keeps the steps after the last regular checkpoint, which would otherwise be lost.
-
-    A callback, for the process that calls `fit` need not be one of those that train.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
-        trainer.save_checkpoint(self.path, weights_only=False)
 
 
 def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> Trainer:
@@ -192,17 +197,8 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
     callbacks += [
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, folder / "samples", ema, t.batch_size),
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="step_{step:08d}",
-            auto_insert_metric_name=False,
-            every_n_train_steps=t.checkpoint_every,
-            save_last=True,
-            save_top_k=1,
-            # Otherwise a run whose folder was moved goes on in last-v1.ckpt, beside a last.ckpt that is out of date.
-            enable_version_counter=False,
-        ),
-        SaveAtEnd(folder / "checkpoints" / LAST),
+        Guard(t.log_every, t.max_skipped),
+        Checkpoints(folder / "checkpoints", t.checkpoint_every, t.keep_last, t.keep_every),
     ]
     loggers = build_loggers(spec.logger, spec.name, folder, dict(config))
     try:
@@ -219,6 +215,7 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
             log_every_n_steps=t.log_every,
             logger=loggers,
             callbacks=callbacks,
+            plugins=[WholeCheckpointIO()],
             use_distributed_sampler=False,
             enable_model_summary=False,
             # A bar for people, lines for logs.
@@ -230,18 +227,21 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
 
 
 def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path | None:
-    """Return the checkpoint to go on from, after checking that it belongs to this run."""
-    last = checkpoints / LAST
-    path = last if spec.ckpt_path in (None, "last") else Path(str(spec.ckpt_path))
-    if last.exists() and (spec.ckpt_path is None or path.resolve().parent != checkpoints.resolve()):
-        step = read_checkpoint(last)["global_step"]
+    """Return the checkpoint to go on from, after checking that it is whole and belongs to this run."""
+    path = None if spec.ckpt_path in (None, "last") else Path(str(spec.ckpt_path))
+    here = path is None or path.resolve().parent == checkpoints.resolve()
+    newest = newest_whole(checkpoints) if path is None or not here else None
+    if newest and (spec.ckpt_path is None or not here):
         raise UserError(
-            f"{spec.output_dir} already holds a run at step {step}; go on with ckpt_path=last, or choose another "
-            "name=... to start afresh."
+            f"{spec.output_dir} already holds a run at step {newest[1]['global_step']}; go on with ckpt_path=last, or "
+            "choose another name=... to start afresh."
         )
-    if path == last and not last.exists():
+    if path is not None:
+        checkpoint = read_checkpoint(path)
+    elif newest:
+        path, checkpoint = newest
+    else:
         return None
-    checkpoint = read_checkpoint(path)
     differences = ModelSpec.from_dict(checkpoint[KEY]).differences(model)
     if differences:
         raise UserError(

@@ -77,7 +77,7 @@ def test_applied_shows_the_average_and_gives_the_weights_back(fails):
     module.network = nn.Linear(3, 2)
     raw = {k: v.clone() for k, v in module.network.state_dict().items()}
     ema = EMA(EMASpec())
-    ema.shadow = {k: torch.full_like(v, 0.1) for k, v in raw.items()}
+    ema.shadow.update({k: torch.full_like(v, 0.1) for k, v in raw.items()})
     shadow = {k: v.clone() for k, v in ema.shadow.items()}
 
     def look():

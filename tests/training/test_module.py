@@ -39,7 +39,7 @@ def plain_loop(spec, module):
     """Train as `train` does, without Lightning; return the losses, the weights and their average."""
     network, model, alpha_bar = module.network, module.model, spec.schedule.build().alpha_bar
     T, o, decay = len(alpha_bar) - 1, spec.objective, spec.ema.decay
-    adam = torch.optim.Adam(network.parameters(), betas=spec.optim.betas, eps=spec.optim.eps)
+    adam = torch.optim.Adam(network.parameters(), betas=spec.optim.betas, eps=spec.optim.eps, fused=True)
     average = {name: p.detach().double() for name, p in network.named_parameters()}
     losses = []
     data = MicroBatches(load_images(spec.data), spec.trainer.batch_size, spec.seed, spec.trainer.max_steps)

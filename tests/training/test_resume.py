@@ -51,8 +51,7 @@ def test_a_finished_run_can_be_extended_by_path_into_another_folder(run, same, t
     options = {"network": DROPOUT}
     whole = run("whole", **options, trainer={"max_steps": 9})
     first = run("first", **options, trainer={"max_steps": 5})
-    with pytest.warns(UserWarning, match="dirpath has changed"):
-        second = run("second", **options, trainer={"max_steps": 9}, ckpt_path=str(first))
+    second = run("second", **options, trainer={"max_steps": 9}, ckpt_path=str(first))
     assert second == tmp_path / "second" / "checkpoints" / "last.ckpt"
     assert same(whole, second)
     assert read_checkpoint(first)["global_step"] == 5
@@ -72,8 +71,7 @@ def test_last_starts_a_run_that_has_no_checkpoint(run, same):
 def test_a_moved_run_keeps_its_last_checkpoint_up_to_date(run, killed_run, tmp_path):
     last = run("here", trainer={"max_steps": 6, "checkpoint_every": 4})
     shutil.move(tmp_path / "here", tmp_path / "there")
-    with pytest.warns(UserWarning, match="dirpath has changed"):
-        killed_run(10, 0, "there", trainer={"max_steps": 20, "checkpoint_every": 4}, ckpt_path="last")
+    killed_run(10, 0, "there", trainer={"max_steps": 20, "checkpoint_every": 4}, ckpt_path="last")
     folder = tmp_path / "there" / "checkpoints"
     assert read_checkpoint(folder / last.name)["global_step"] == 8
     assert not list(folder.glob("last-*"))

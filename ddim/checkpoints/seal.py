@@ -1,0 +1,61 @@
+"""A checksum at the end of a file, so that damage is noticed before anything is loaded.
+
+torch writes zip archives and does not look at their checksums when it reads them. An archive may end in a comment; ours
+holds the SHA-256 of everything before it, the length of the comment included.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+from ddim.errors import UserError
+
+_PREFIX = b"ddim-sha256:"
+_LENGTH = len(_PREFIX) + 64  # 64 hexadecimal digits
+_BLOCK = 1 << 20
+
+
+def seal(path: Path) -> None:
+    """Append the checksum to an archive without a comment that was just written, and bring it all onto the disk."""
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)  # the last field of an archive: the length of its comment
+        file.write(_LENGTH.to_bytes(2, "little"))
+        digest = _digest(file, file.tell())
+        file.write(_PREFIX + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sealed(path: Path) -> bool:
+    """Whether a file ends in a checksum at all.
+
+    Raises:
+        UserError: it does, and what is before the checksum is not what was written.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END) - _LENGTH
+        file.seek(max(size, 0))
+        end = file.read()
+        if not end.startswith(_PREFIX):
+            return False
+        if end != _PREFIX + _digest(file, size):
+            raise damaged(path)
+    return True
+
+
+def damaged(path: Path) -> UserError:
+    """Return the error for a file whose checksum is wrong, or missing where there was one."""
+    return UserError(
+        f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind (its checksum is wrong)."
+    )
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0:
+        block = file.read(min(_BLOCK, size))
+        digest.update(block)
+        size -= len(block)
+    return digest.hexdigest().encode()

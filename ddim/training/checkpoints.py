@@ -1,0 +1,160 @@
+"""Checkpoints of a run: written whole and sealed, a few of them kept, the newest whole one found again."""
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from ddim.checkpoints.model import SEALED, read_checkpoint
+from ddim.checkpoints.seal import seal
+from ddim.checkpoints.spec import KEY
+from ddim.errors import UserError
+from ddim.files import whole
+
+log = logging.getLogger(__name__)
+
+LAST = "last.ckpt"
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send some time before they kill
+ASK_EVERY = 10  # steps between two questions whether any process was told to stop
+
+
+class WholeCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint so that its name stands for a whole, sealed file at any moment."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write to another name, seal, flush to the disk, then take the name.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written to; what was there before is untouched.
+        """
+        path = Path(path)
+        try:
+            with whole(path) as partial:
+                if KEY in checkpoint:  # else it is a file that Lightning hands from one process to another
+                    checkpoint[KEY][SEALED] = True
+                with partial.open("wb") as file:
+                    torch.save(checkpoint, file)
+                seal(partial)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else error.strerror or str(error)
+            raise UserError(
+                f"the checkpoint {path} of step {checkpoint['global_step']} cannot be written ({reason}); the ones "
+                "before are intact. Make room and go on with ckpt_path=last."
+            ) from error
+
+
+class Checkpoints(Checkpoint):
+    """Saves every so many steps and at the end, keeps the newest few, and saves when the run is told to stop.
+
+    Files are `step_XXXXXXXX.ckpt`; `last.ckpt` is the newest of them by another name (a hard link where the file
+    system knows those, else a second file).
+
+    Args:
+        folder: gets the files.
+        every: optimiser steps between two.
+        keep_last: how many of the newest stay.
+        keep_every: those whose step is a multiple of it stay for good; 0 for none.
+    """
+
+    def __init__(self, folder: Path, every: int, keep_last: int, keep_every: int) -> None:
+        self.folder, self.every, self.keep_last, self.keep_every = folder, every, keep_last, keep_every
+        self.step = self.saved = 0  # the newest step, and the newest that was saved
+        self.signal: int | None = None  # that came
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to listen, until Lightning restores the handlers of before at the end of the training.
+
+        Not with Lightning's own handlers, which wait for other processes inside the handler.
+        """
+        self.step = self.saved = trainer.global_step
+        self.signal = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in STOPPING:
+                signal.signal(number, self._note)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Save at the end of a step at which a checkpoint is due, and end the training if it was told to stop."""
+        if trainer.global_step == self.step:  # in the middle of accumulated batches
+            return
+        self.step = trainer.global_step
+        if self._told_to_stop(trainer):
+            log.warning("told to stop at step %d of %d; saving", self.step, trainer.max_steps)
+            trainer.should_stop = True
+        if trainer.should_stop or self.step % self.every == 0:
+            self.save(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the steps after the last regular checkpoint, which would otherwise be lost."""
+        if trainer.global_step != self.saved or not (self.folder / LAST).exists():
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint of this step, give it the name of the last one, and remove those that are not kept."""
+        self.saved = trainer.global_step
+        path = self.folder / f"step_{self.saved:08d}.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        if trainer.is_global_zero:
+            _link(path, self.folder / LAST)
+            for old in _steps(self.folder)[self.keep_last :]:
+                if old != path and (not self.keep_every or _step(old) % self.keep_every):
+                    old.unlink()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+
+    def _told_to_stop(self, trainer: Trainer) -> bool:
+        """Whether any process was told to; all of them must come to the same answer at the same step."""
+        if trainer.world_size == 1:
+            return self.signal is not None
+        if self.step % ASK_EVERY:
+            return False
+        return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+
+
+def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint of a run that is whole, and its content; None when there are no checkpoints at all.
+
+    Raises:
+        UserError: there are some, and all are damaged.
+    """
+    paths = [path for path in (folder / LAST, *_steps(folder)) if path.exists()]
+    for path in paths:
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            log.warning("%s Trying the one before.", error)
+        else:
+            return path, checkpoint
+    if paths:
+        names = ", ".join(path.name for path in paths)
+        raise UserError(f"every checkpoint in {folder} is damaged ({names}); choose another name=... to start afresh.")
+    return None
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run by their steps, the newest first."""
+    return sorted(folder.glob("step_*.ckpt"), key=_step, reverse=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _link(path: Path, name: Path) -> None:
+    """Give a file another name, which until now may be that of another file."""
+    with whole(name) as partial:
+        try:
+            os.link(path, partial)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, partial)

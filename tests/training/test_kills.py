@@ -1,0 +1,82 @@
+"""A training that is killed again and again, at any moment, ends with the same bits. DDIM_KILLS=30 tries more of them."""
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ddim.checkpoints.model import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+KILLS = int(os.environ.get("DDIM_KILLS", "3"))
+EVERY, STEPS = 40, 400 + 40 * KILLS
+OPTIONS = [
+    "experiment=digits",
+    "network.dropout=0.1",
+    "network.ch=16",
+    "network.num_groups=4",
+    "data.flip=true",
+    "ema.decay=[0.999,0.9]",
+    "grid.every=0",
+    f"trainer.max_steps={STEPS}",
+    f"trainer.checkpoint_every={EVERY}",
+    "trainer.log_every=20",
+    "ckpt_path=last",
+]
+
+
+def start(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "scripts" / "train.py", *OPTIONS, f"output_dir={folder}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder.parent
+    )
+
+
+def wait_for(process: subprocess.Popen, happens, seconds: float = 120.0) -> bool:
+    """Return whether something happened before the process ended."""
+    end = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < end:
+        if happens():
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def step(folder: Path) -> int:
+    last = folder / "checkpoints" / "last.ckpt"
+    return read_checkpoint(last)["global_step"] if last.exists() else 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, same):
+    whole, killed, generator = tmp_path / "whole", tmp_path / "killed", random.Random(KILLS)
+    assert start(whole).wait() == 0
+    checkpoints = killed / "checkpoints"
+    moments = []
+    for k in range(KILLS):
+        before = step(killed)
+        process = start(killed)
+        if k % 3 == 0:  # while a checkpoint is written
+            moments.append("saving" if wait_for(process, lambda: any(checkpoints.glob(".*_step_*"))) else "ended")
+        elif k % 3 == 1:  # some time after a new checkpoint, at any place in a step
+            newer = wait_for(process, lambda before=before: step(killed) > before)
+            time.sleep(generator.uniform(0, 0.3))
+            moments.append("training" if newer else "ended")
+        else:  # at any time from its start on, often before the first step: two kills in a row
+            time.sleep(generator.uniform(0.5, 8))
+            moments.append("anywhere")
+        process.kill()
+        process.wait()
+        assert step(killed) >= before  # nothing of what was saved is lost
+    assert "ended" not in moments
+    assert step(killed) < STEPS
+    assert start(killed).wait() == 0
+    assert same(whole / "checkpoints" / "last.ckpt", checkpoints / "last.ckpt")
+    others = [read_checkpoint(f / "checkpoints" / "last.ckpt")["callbacks"]["EMA"]["others"] for f in (whole, killed)]
+    assert all((others[0]["0.9"][name] == others[1]["0.9"][name]).all() for name in others[0]["0.9"])
+    assert not list(checkpoints.glob(".*")) or len(list(checkpoints.glob(".*"))) <= KILLS  # rests of killed saves
