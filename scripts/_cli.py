@@ -4,6 +4,7 @@ Together with the scripts themselves this is the only file that knows Hydra.
 """
 
 import difflib
+import errno
 import importlib.util
 import logging
 import os
@@ -44,8 +45,11 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
     # Hydra then hands its exceptions on instead of printing its own summary of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     _silence()
+    # The processes of a launcher find this file where its jobs say it is.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     failures: Counter[str] = Counter()
     defects = interrupted = False
+    here = os.getpid()
 
     def guarded(call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
         nonlocal defects, interrupted
@@ -57,6 +61,8 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
             interrupted = True
             print(error, file=sys.stderr)
         except Exception as error:
+            if os.getpid() != here:  # a job in another process, whose counts nobody would see: let the launcher report
+                raise
             reason = explain(error)
             defects |= reason is None
             if wants_traceback or reason is None:
@@ -64,6 +70,7 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
             failures[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
 
     def job(config: DictConfig) -> Any:
+        _silence()  # again in the processes of a launcher
         return guarded(lambda: task(_plain(config)), explain)
 
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
@@ -104,6 +111,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingMandatoryValue):
         key = str(error).split(":")[-1].split()[0]
         return f"{key} is required; add {key}=... to the command."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); make room."
     if isinstance(error, UserError | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None

@@ -13,10 +13,14 @@ from _cli import entry, pick_device
 def main(config: dict[str, Any]) -> None:
     """Train as `config` says and print the path of the checkpoint."""
     from ddim.config import build
-    from ddim.training.run import TrainSpec, train
+    from ddim.training.run import TrainSpec, dry_run, train
 
     pick_device(config.get("trainer"), "accelerator")
-    print(f"checkpoint: {train(build(TrainSpec, config, ''), config)}")
+    spec = build(TrainSpec, config, "")
+    if spec.dry_run:
+        print("\n".join(dry_run(spec)))
+    else:
+        print(f"checkpoint: {train(spec, config)}")
 
 
 if __name__ == "__main__":

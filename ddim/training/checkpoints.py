@@ -45,13 +45,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 with partial.open("wb") as file:
                     torch.save(checkpoint, file)
                 seal(partial)
-        except OSError as error:
+        except (OSError, RuntimeError) as failure:
+            # torch's writer stumbles once more on its way out and hides the reason behind that.
+            error = failure if isinstance(failure, OSError) else failure.__context__
+            if not isinstance(error, OSError):
+                raise
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             reason = "the disk is full" if full else error.strerror or str(error)
             raise UserError(
                 f"the checkpoint {path} of step {checkpoint['global_step']} cannot be written ({reason}); the ones "
                 "before are intact. Make room and go on with ckpt_path=last."
-            ) from error
+            ) from failure
 
 
 class Checkpoints(Checkpoint):
@@ -79,6 +83,9 @@ class Checkpoints(Checkpoint):
         """
         self.step = self.saved = trainer.global_step
         self.signal = None
+        if trainer.is_global_zero:
+            for rest in self.folder.glob(".*.ckpt"):  # of a save that was killed
+                rest.unlink()
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in STOPPING:
                 signal.signal(number, self._note)

@@ -1,7 +1,7 @@
 """Where a training run writes its numbers: CSV always, W&B and TensorBoard when asked."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ class LoggerSpec:
     offline: bool = False
 
 
-def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) -> list[Logger]:
+def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str, Any]) -> list[Logger]:
     """Return the loggers of the run `name`, all of which write under `folder`.
 
     Args:
@@ -46,7 +46,7 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: dict[str, A
     if spec.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
     if spec.wandb:
-        loggers.append(_wandb(spec, name, folder, config))
+        loggers.append(_wandb(spec, name, folder, dict(config)))
     return loggers
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
@@ -17,6 +18,7 @@ from ddim.checkpoints.spec import KEY
 from ddim.config import blame, build, choose
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec, load_images
+from ddim.data.images import Images
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import Interrupted, UserError
@@ -26,6 +28,7 @@ from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, newe
 from ddim.training.ema import EMA, EMASpec
 from ddim.training.loggers import LoggerSpec, build_loggers, ending_wandb
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
+from ddim.training.plan import Stopwatch, plan
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class TrainSpec:
         ckpt_path: null to start, "last" to go on from the newest checkpoint of this run if there is one, or a file.
         ema: null to train without an average.
         seed: of everything random, 0 .. 2**64 - 1.
+        dry_run: say what the run would be, after a few steps of it, instead of training.
 
     Raises:
         ValueError: the seed is out of range.
@@ -113,6 +117,7 @@ class TrainSpec:
     grid: GridSpec = field(default_factory=GridSpec)
     seed: int = 0
     ckpt_path: str | None = None
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -156,14 +161,11 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         Interrupted: it was told to stop (SIGTERM, SIGUSR1), and its state is saved.
     """
     folder = Path(spec.output_dir)
-    model = spec.model_spec()
-    with blame("grid.sampler"):
-        spec.grid.sampler.tau(model.schedule.T)
+    model = _checked_model(spec)
     checkpoints = folder / "checkpoints"
     resume = _resume_path(spec, model, checkpoints)
     _make_folder(checkpoints)
-    images = load_images(spec.data, "train")
-    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
+    images, module, data = _prepare(spec, model)
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
         spec.name,
@@ -173,34 +175,75 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         spec.trainer.batch_size,
         folder,
     )
-    if spec.trainer.channels_last:
-        module.network.to(memory_format=torch.channels_last)
-    if spec.trainer.compile:
-        module.network.compile()
-    t = spec.trainer
-    data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
-    trainer = _build_trainer(spec, folder, config)
+    trainer = _build_trainer(
+        spec, folder, _callbacks(spec, folder), build_loggers(spec.logger, spec.name, folder, config)
+    )
     with ending_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    last = checkpoints / LAST
-    step = read_checkpoint(last)["global_step"]
-    if step < t.max_steps:
-        raise Interrupted(f"stopped at step {step} of {t.max_steps} and saved it; go on with ckpt_path=last.")
-    log.info("trained %d steps; checkpoint: %s", t.max_steps, last)
+    last, steps = checkpoints / LAST, spec.trainer.max_steps
+    # The process that called `fit` need not be one that trained, and those of other nodes may not see the file.
+    step = read_checkpoint(last)["global_step"] if last.exists() else trainer.global_step
+    if step < steps:
+        raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with ckpt_path=last.")
+    log.info("trained %d steps; checkpoint: %s", steps, last)
     return last
 
 
-def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> Trainer:
+def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
+    """Return, in lines for people, what a run is going to be, after `steps` real steps of which nothing is kept.
+
+    Raises:
+        UserError: bad input, as from `train`.
+    """
+    model = _checked_model(spec)
+    folder = Path(spec.output_dir)
+    resume = _resume_path(spec, model, folder / "checkpoints")
+    images, module, data = _prepare(spec, model)
+    stopwatch = Stopwatch(first=2)
+    callbacks: list[Callback] = [EMA(spec.ema)] if spec.ema else []
+    trainer = _build_trainer(spec, folder, [*callbacks, stopwatch], loggers=[], max_steps=stopwatch.first + steps)
+    trainer.fit(module, data)
+    parameters = sum(p.numel() for p in module.network.parameters())
+    done = read_checkpoint(resume)["global_step"] if resume else 0
+    return plan(spec, model, parameters, len(images), stopwatch, trainer, done)
+
+
+def _checked_model(spec: TrainSpec) -> ModelSpec:
+    model = spec.model_spec()
+    with blame("grid.sampler"):
+        spec.grid.sampler.tau(model.schedule.T)
+    return model
+
+
+def _prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Images, DiffusionModule, ImageDataModule]:
+    t = spec.trainer
+    images = load_images(spec.data, "train")
+    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
+    if t.channels_last:
+        module.network.to(memory_format=torch.channels_last)
+    if t.compile:
+        module.network.compile()
+    data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
+    return images, module, data
+
+
+def _callbacks(spec: TrainSpec, folder: Path) -> list[Callback]:
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
     callbacks: list[Callback] = [ema] if ema else []
-    callbacks += [
+    return [
+        *callbacks,
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, folder / "samples", ema, t.batch_size),
         Guard(t.log_every, t.max_skipped),
         Checkpoints(folder / "checkpoints", t.checkpoint_every, t.keep_last, t.keep_every),
     ]
-    loggers = build_loggers(spec.logger, spec.name, folder, dict(config))
+
+
+def _build_trainer(
+    spec: TrainSpec, folder: Path, callbacks: list[Callback], loggers: list[Logger], max_steps: int | None = None
+) -> Trainer:
+    t = spec.trainer
     try:
         return Trainer(
             accelerator=t.accelerator,
@@ -208,18 +251,19 @@ def _build_trainer(spec: TrainSpec, folder: Path, config: Mapping[str, Any]) -> 
             num_nodes=t.num_nodes,
             strategy=t.strategy,
             precision=t.precision,
-            max_steps=t.max_steps,
+            max_steps=max_steps or t.max_steps,
             max_epochs=-1,
             accumulate_grad_batches=t.accumulate,
             gradient_clip_val=spec.optim.grad_clip,
             log_every_n_steps=t.log_every,
-            logger=loggers,
+            logger=loggers or False,
+            enable_checkpointing=max_steps is None,
             callbacks=callbacks,
             plugins=[WholeCheckpointIO()],
             use_distributed_sampler=False,
             enable_model_summary=False,
             # A bar for people, lines for logs.
-            enable_progress_bar=os.isatty(2),
+            enable_progress_bar=os.isatty(2) and max_steps is None,
             default_root_dir=folder,
         )
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name

@@ -1,4 +1,4 @@
-"""A training that is killed again and again, at any moment, ends with the same bits. DDIM_KILLS=30 tries more of them."""
+"""A training that is killed again and again, at any moment, ends with the same bits. DDIM_KILLS=30 tries more."""
 
 import os
 import random
@@ -13,7 +13,7 @@ from ddim.checkpoints.model import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("DDIM_KILLS", "3"))
-EVERY, STEPS = 40, 400 + 40 * KILLS
+EVERY, STEPS = 40, 120 + 40 * KILLS
 OPTIONS = [
     "experiment=digits",
     "network.dropout=0.1",
@@ -33,7 +33,7 @@ def start(folder: Path) -> subprocess.Popen:
     command = [sys.executable, ROOT / "scripts" / "train.py", *OPTIONS, f"output_dir={folder}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=folder.parent
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder.parent
     )
 
 
@@ -79,4 +79,4 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(tmp_path, same):
     assert same(whole / "checkpoints" / "last.ckpt", checkpoints / "last.ckpt")
     others = [read_checkpoint(f / "checkpoints" / "last.ckpt")["callbacks"]["EMA"]["others"] for f in (whole, killed)]
     assert all((others[0]["0.9"][name] == others[1]["0.9"][name]).all() for name in others[0]["0.9"])
-    assert not list(checkpoints.glob(".*")) or len(list(checkpoints.glob(".*"))) <= KILLS  # rests of killed saves
+    assert not list(checkpoints.glob(".*"))  # no rests of killed saves
