@@ -44,7 +44,7 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     # Hydra then hands its exceptions on instead of printing its own summary of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    _silence()
+    silence()
     # The processes of a launcher find this file where its jobs say it is.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     failures: Counter[str] = Counter()
@@ -70,7 +70,7 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
             failures[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
 
     def job(config: DictConfig) -> Any:
-        _silence()  # again in the processes of a launcher
+        silence()  # again in the processes of a launcher
         return guarded(lambda: task(_plain(config)), explain)
 
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
@@ -85,7 +85,7 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
         sys.exit(TRY_AGAIN)
 
 
-def _silence() -> None:
+def silence() -> None:
     """Third-party noise at every start: torch's deprecation inside Lightning, and Lightning's advertisements."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):

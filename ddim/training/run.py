@@ -175,7 +175,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         spec.trainer.batch_size,
         folder,
     )
-    trainer = _build_trainer(
+    trainer = build_trainer(
         spec, folder, _callbacks(spec, folder), build_loggers(spec.logger, spec.name, folder, config)
     )
     with ending_wandb(spec.logger):
@@ -201,7 +201,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     images, module, data = _prepare(spec, model)
     stopwatch = Stopwatch(first=2)
     callbacks: list[Callback] = [EMA(spec.ema)] if spec.ema else []
-    trainer = _build_trainer(spec, folder, [*callbacks, stopwatch], loggers=[], max_steps=stopwatch.first + steps)
+    trainer = build_trainer(spec, folder, [*callbacks, stopwatch], loggers=[], max_steps=stopwatch.first + steps)
     trainer.fit(module, data)
     parameters = sum(p.numel() for p in module.network.parameters())
     done = read_checkpoint(resume)["global_step"] if resume else 0
@@ -240,9 +240,14 @@ def _callbacks(spec: TrainSpec, folder: Path) -> list[Callback]:
     ]
 
 
-def _build_trainer(
+def build_trainer(
     spec: TrainSpec, folder: Path, callbacks: list[Callback], loggers: list[Logger], max_steps: int | None = None
 ) -> Trainer:
+    """Return the Trainer of a run; with `max_steps`, one that stops there, keeps nothing and shows no bar.
+
+    Raises:
+        UserError: there is no such accelerator, strategy or number of devices.
+    """
     t = spec.trainer
     try:
         return Trainer(
