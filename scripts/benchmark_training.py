@@ -3,8 +3,8 @@
     python scripts/benchmark_training.py
     python scripts/benchmark_training.py --batch 128 --steps 20 --rounds 5
 
-The full CIFAR-10 U-Net on random images, on the accelerator if there is one. Rounds are interleaved: each of them times every variant
-once, so that a machine that gets slower meanwhile slows all of them down. Ratios are medians over rounds.
+The full CIFAR-10 U-Net on random images, on the accelerator if there is one. Rounds are interleaved: each of them times
+every variant once, so that a machine that gets slower meanwhile slows all of them down. Ratios are medians over rounds.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,10 @@ def main() -> None:
         data = DataSpec(name="cifar10", size=(32, 32), channels=3)
         return TrainSpec("benchmark", str(arguments.out.parent), data, NETWORK, trainer=trainer)
 
-    variants: dict[str, Callable[[], float]] = {"plain loop, float32": lambda: plain_loop(spec({}), images, device)}
+    variants: dict[str, Callable[[], float]] = {"plain loop, float32": partial(plain_loop, spec({}), images, device)}
     for name, options in OPTIONS.items():
         if "compile" not in name or arguments.compile:
-            variants[f"Lightning, {name}"] = lambda options=options: through_lightning(spec(options), images)
+            variants[f"Lightning, {name}"] = partial(through_lightning, spec(options), images)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(arguments.rounds):
         for name, variant in variants.items():

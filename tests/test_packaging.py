@@ -82,7 +82,7 @@ def third_party_imports(folder: str) -> set[str]:
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 found.add(str(node.module).partition(".")[0])
-    ours = {"ddim", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
+    ours = {"ddim", *(path.stem for part in ("scripts", "tests") for path in (ROOT / part).rglob("*.py"))}
     return {canonicalize_name(PACKAGE_OF.get(name, name)) for name in found - ours - sys.stdlib_module_names}
 
 

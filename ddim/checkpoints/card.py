@@ -1,8 +1,9 @@
 """The model card of an exported folder: what is in it, what was measured with it, how to sample from it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import yaml
 
 from ddim.checkpoints.model import StoredModel, weights_hash
 
@@ -96,10 +97,7 @@ def _front_matter(name: str, model: StoredModel, results: Sequence[Result], lice
             for result in results
         ]
         values["model-index"] = [{"name": name, "results": entries}]
-    # JSON is YAML.
-    return "\n".join(
-        ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()), "---"]
-    )
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
 def _results(results: Sequence[Result]) -> str:

@@ -13,13 +13,8 @@ from typing import Any
 import torch
 
 from ddim.checkpoints.files import Tensors
-from ddim.diffusion.schedule import (
-    NoiseSchedule,
-    cosine_schedule,
-    from_betas,
-    linear_schedule,
-    scaled_linear_schedule,
-)
+from ddim.config import build, choose
+from ddim.diffusion.schedule import NoiseSchedule, ScheduleSpec
 from ddim.errors import UserError
 from ddim.networks import UNetSpec
 
@@ -54,7 +49,16 @@ _BLOCKS = {False: ("DownBlock2D", "UpBlock2D"), True: ("AttnDownBlock2D", "AttnU
 
 
 def unet_config(spec: UNetSpec) -> dict[str, Any]:
-    """Return the `config.json` of a U-Net."""
+    """Return the `config.json` of a U-Net.
+
+    Raises:
+        UserError: diffusers cannot build it.
+    """
+    if spec.ch_mult[0] != 1:
+        raise UserError(
+            f"diffusers cannot build a U-Net with ch_mult={list(spec.ch_mult)}: its first convolution is as wide as "
+            "its first level, so the first entry must be 1."
+        )
     attention = [resolution in spec.attn_resolutions for resolution in spec.resolutions]
     height, width = spec.image_size
     return {
@@ -77,8 +81,17 @@ def unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
     """Return the U-Net that a `config.json` describes.
 
     Raises:
-        UserError: it describes another network than DDPM's U-Net; the message lists every difference.
+        UserError: it makes no sense, or describes another network than DDPM's U-Net; the message lists the differences.
     """
+    try:
+        return _unet_spec(config, path)
+    except UserError:
+        raise
+    except (ValueError, TypeError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path} is not understood: {str(error).rstrip('.')}.") from error
+
+
+def _unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
     if config.get("_class_name") != "UNet2DModel" or any(key not in config for key in _REQUIRED):
         missing = [key for key in _REQUIRED if key not in config]
         lacks = f" without {', '.join(missing)}" if missing else ""
@@ -103,19 +116,17 @@ def unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
         raise UserError(f"{path} describes another network than DDPM's U-Net: {'; '.join(unlike)}.")
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    try:
-        return UNetSpec(
-            image_size=(height, width),
-            channels=config.get("in_channels", 3),
-            ch=widths[0],
-            ch_mult=tuple(width // widths[0] for width in widths),
-            num_res_blocks=config.get("layers_per_block", 2),
-            attn_resolutions=tuple(min(height, width) // 2**i for i, here in enumerate(attention) if here),
-            dropout=config.get("dropout", 0.0),
-            num_groups=config.get("norm_num_groups", 32),
-        )
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    values = {
+        "image_size": [height, width],
+        "channels": config.get("in_channels", 3),
+        "ch": widths[0],
+        "ch_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config.get("layers_per_block", 2),
+        "attn_resolutions": [min(height, width) // 2**i for i, here in enumerate(attention) if here],
+        "dropout": config.get("dropout", 0.0),
+        "num_groups": config.get("norm_num_groups", 32),
+    }
+    return build(UNetSpec, values, str(path))
 
 
 def scheduler_config(schedule: NoiseSchedule, prediction: str) -> dict[str, Any]:
@@ -146,17 +157,13 @@ def _betas_config(schedule: NoiseSchedule) -> dict[str, Any]:
 
 
 def _named_schedule(config: Mapping[str, Any], T: int) -> NoiseSchedule:
-    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    """Return the schedule of a configuration; the names and the types of its entries are checked."""
     if config.get("trained_betas") is not None:
-        return from_betas(config["trained_betas"])
-    match config.get("beta_schedule", "linear"):
-        case "linear":
-            return linear_schedule(T, start, end)
-        case "scaled_linear":
-            return scaled_linear_schedule(T, start, end)
-        case "squaredcos_cap_v2":
-            return cosine_schedule(T)
-    raise ValueError(f"beta_schedule={config['beta_schedule']!r} is not known")
+        return build(ScheduleSpec, {"name": "custom", "betas": config["trained_betas"]}, "trained_betas").build()
+    ours = {theirs: name for name, theirs in BETA_SCHEDULES.items()}
+    name = choose("beta_schedule", str(config.get("beta_schedule", "linear")), ours)
+    ends = {key: config.get(key, default) for key, default in (("beta_start", 1e-4), ("beta_end", 0.02))}
+    return build(ScheduleSpec, {"name": name, "T": T, **(ends if name != "cosine" else {})}, "schedule").build()
 
 
 def read_scheduler(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule, str]:
@@ -175,7 +182,7 @@ def read_scheduler(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule
     try:
         return _named_schedule(config, config.get("num_train_timesteps", 1000)), predictions[prediction]
     except (ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: {error}.") from error
+        raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from error
 
 
 _PARTS = {
@@ -236,7 +243,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object.")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,12 +10,11 @@ import torch
 
 from ddim.checkpoints import diffusers
 from ddim.checkpoints.card import Result, model_card
-from ddim.checkpoints.files import write_safetensors
+from ddim.checkpoints.files import check_target, write_safetensors, writing
 from ddim.checkpoints.model import UNLABELLED, StoredModel, header, read_model, save_model, weights_hash
 from ddim.checkpoints.parameters import Parameters
 from ddim.checkpoints.published import PRESETS
 from ddim.diffusion.schedule import linear_schedule
-from ddim.errors import UserError
 from ddim.files import whole
 
 
@@ -68,17 +67,23 @@ def export_checkpoint(
     out = Path(spec.out).expanduser()
     names = FOLDER if spec.layout == "diffusers" else ("",)
     paths = [out / name for name in names]
-    if not spec.overwrite and (present := next((path for path in paths if path.exists()), None)) is not None:
-        raise UserError(f"{present} exists already; choose another out=..., or overwrite=true to replace it.")
+    for path in paths:
+        check_target(path, spec.overwrite)
+    with writing(out):
+        return paths, _write(model, spec, out, results)
+
+
+def _write(model: StoredModel, spec: ExportSpec, out: Path, results: Callable[[str], Sequence[Result]]) -> list[str]:
+    """Write, and return warnings."""
     if spec.layout == "diffusers":
         write_diffusers(model, out, results(weights_hash(model.state)), spec.license)
-        return paths, []
+        return []
     if spec.layout == "safetensors":
         save_model(model, out)
-        return paths, []
-    with whole(out) as partial:
-        torch.save({name: value.contiguous() for name, value in model.state.items()}, partial)
-    return paths, _unsaid_by_flat(model)
+        return []
+    with whole(out) as partial, partial.open("wb") as file:
+        torch.save({name: value.contiguous() for name, value in model.state.items()}, file)
+    return _unsaid_by_flat(model)
 
 
 FOLDER = (
@@ -102,13 +107,13 @@ def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result],
         "scheduler": ["diffusers", "DDIMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     }
-    write_safetensors(folder / FOLDER[0], Parameters(network, as_diffusers=True).to_file(model.state), header(model))
     texts = (
         _json(diffusers.unet_config(network)),
         _json(diffusers.scheduler_config(model.spec.schedule, model.spec.prediction)),
-        model_card(folder.name, model, results, license),
+        model_card(folder.resolve().name, model, results, license),
         _json(index),
     )
+    write_safetensors(folder / FOLDER[0], Parameters(network, as_diffusers=True).to_file(model.state), header(model))
     for name, text in zip(FOLDER[1:], texts, strict=True):
         with whole(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
@@ -121,8 +126,8 @@ def _json(values: dict[str, Any]) -> str:
 def _unsaid_by_flat(model: StoredModel) -> list[str]:
     """Return what a reader of a flat state dict has to know besides, because it cannot be written there."""
     unsaid = [] if model.weights == UNLABELLED else [f"weights={model.weights}"]
-    spec = model.spec
-    if not any(Parameters(preset, as_diffusers=False).problems(model.state) == {} for preset in PRESETS.values()):
+    spec, network = model.spec, model.spec.network_spec
+    if network not in [replace(p, dropout=network.dropout, init=network.init) for p in PRESETS.values()]:
         unsaid.append("the network, which is none of the presets (network=...)")
     if diffusers.scheduler_config(spec.schedule, "eps") != diffusers.scheduler_config(linear_schedule(), "eps"):
         unsaid.append(f"the schedule, {spec.schedule.name} with T={spec.schedule.T} (schedule=...)")

@@ -2,7 +2,8 @@
 
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_torch(path: Path, on_disk: bool = False) -> Any:
     """
     _check_is_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk and zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk and _is_plain_archive(path))
     except Exception as error:  # whatever the bytes of a damaged or foreign file make the reader stumble over
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -38,6 +39,62 @@ def read_torch(path: Path, on_disk: bool = False) -> Any:
                 "anything; nothing was run. Ask for a file of tensors alone, such as safetensors."
             ) from error
         raise _unreadable(path, error) from error
+
+
+def shown(name: object) -> str:
+    """Return a name out of somebody else's file as it is, or in quotes if it is not for the eye."""
+    return str(name) if str(name).isprintable() else repr(name)
+
+
+def _is_plain_archive(path: Path) -> bool:
+    """Whether a file is an archive whose bytes are those of its tensors: one that was packed again is compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+@contextmanager
+def understanding(path: str | Path) -> Iterator[None]:
+    """Turn whatever the content of somebody else's file makes the block stumble over into one sentence.
+
+    Raises:
+        UserError: the block raised something.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
+        raise UserError(f"{path} is not understood; it is damaged, or not what it looks like ({reason}).") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence why a file cannot be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise UserError(f"cannot write {path} ({reason}); choose another out=...") from error
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """Do nothing for a file that may be written.
+
+    Raises:
+        UserError: it is there already and shall not be replaced, or a folder has its name.
+    """
+    with writing(path):
+        if path.exists() and not overwrite:
+            raise UserError(f"{path} exists already; choose another out=..., or overwrite=true to replace it.")
+        if path.is_dir():
+            raise UserError(f"{path} is a folder; give the path of a file, out=...")
 
 
 def is_safetensors(path: Path) -> bool:
@@ -64,8 +121,19 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata. Readers of PyTorch's want `format: pt` there, and get it."""
+    own: Tensors = {}
+    storages = set()
+    for name, value in tensors.items():
+        shared = value.untyped_storage().data_ptr() in storages
+        own[name] = (
+            value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+        )  # the format has no place for sharing
+        storages.add(own[name].untyped_storage().data_ptr())
     with whole(path) as partial:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, {"format": "pt", **metadata})
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file(own, partial, {"format": "pt", **metadata})
+        partial.chmod(mode)  # by itself the library makes files that only their owner can read
 
 
 def _check_is_file(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Any published DDPM or DDIM checkpoint in: recognised, checked key by key, written as a model file."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -7,9 +8,9 @@ from typing import Any, Literal
 import torch
 
 from ddim.checkpoints.download import fetch
-from ddim.checkpoints.files import Tensors
+from ddim.checkpoints.files import Tensors, check_target, understanding, writing
 from ddim.checkpoints.layouts import Source, read_source
-from ddim.checkpoints.model import UNLABELLED, StoredModel, save_model, weights_hash
+from ddim.checkpoints.model import UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
 from ddim.checkpoints.parameters import Parameters, in_words
 from ddim.checkpoints.published import BY_HAND, DOWNLOADS, HUB_RAW_CIFAR10, PRESETS, Published, checksums
 from ddim.checkpoints.spec import ModelSpec
@@ -71,6 +72,8 @@ class ImportSpec:
         if (self.source is None) == (self.download is None):
             names = ", ".join(DOWNLOADS)
             raise ValueError(f"give either source=PATH or download=NAME, one of {names}.")
+        if not re.fullmatch(rf"auto|{WEIGHTS}", self.weights):
+            raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, raw, ema_RATE.")
         if self.download in BY_HAND:
             raise ValueError(
                 f"{self.download} can only be fetched by hand, in a browser: {BY_HAND[self.download]}; then give its "
@@ -110,12 +113,20 @@ def import_checkpoint(spec: ImportSpec) -> Imported:
         UserError: bad input, or a source that is damaged, unsafe, not understood, or does not fit its architecture.
     """
     path = Path(spec.source or str(spec.download)).expanduser()
-    name = path.stem if path.is_file() or spec.download else path.name
+    with understanding(path):
+        name = path.stem if path.is_file() or spec.download else path.resolve().name
     out = Path(spec.out).expanduser() if spec.out else Path(spec.output_dir) / f"{name}.safetensors"
-    if out.exists() and not spec.overwrite:
-        raise UserError(f"{out} exists already; choose another out=..., or overwrite=true to replace it.")
+    check_target(out, spec.overwrite)
     if spec.download:
         path = fetch(DOWNLOADS[spec.download], Path(spec.download_dir))
+    with understanding(path):
+        done = _read(spec, path, out)
+    with writing(out):
+        save_model(done.model, out)
+    return done
+
+
+def _read(spec: ImportSpec, path: Path, out: Path) -> Imported:
     source = read_source(path)
     if spec.layout not in ("auto", source.layout):
         raise UserError(f"{path} has the layout {source.layout}, not {spec.layout}; leave layout=auto.")
@@ -129,8 +140,6 @@ def import_checkpoint(spec: ImportSpec) -> Imported:
     if known:
         origin["published"] = known.name
     step = source.step if source.step is not None else known.step if known else None
-    model = StoredModel(model_spec, state, label, step, origin)
-    save_model(model, out)
     digest = weights_hash(state)
     lines = [
         f"source: {source.file} (layout {source.layout}, SHA-256 {sums.sha256[:16]}...)",
@@ -139,6 +148,7 @@ def import_checkpoint(spec: ImportSpec) -> Imported:
         f"schedule: {model_spec.schedule.name}, T={model_spec.schedule.T}; prediction: {model_spec.prediction}",
         f"weights: {label}{'' if step is None else f' at step {step:,}'}, hash {digest[:16]}{remark}",
     ]
+    model = StoredModel(model_spec, state, label, step, origin)
     return Imported(out, model, digest, lines, [*source.notes, *warnings])
 
 
@@ -220,11 +230,15 @@ def _convert(state: Tensors, network: UNetSpec, source: Source) -> tuple[Tensors
     parameters = Parameters(network, source.as_diffusers)
     if problems := parameters.problems(state):
         raise UserError(f"the weights in {source.file} do not fit the network that it describes: {in_words(problems)}.")
-    if unfit := [name for name, value in state.items() if not (value.is_floating_point() and value.isfinite().all())]:
+    unfit, ours = [name for name, value in state.items() if not value.is_floating_point()], {}
+    if not unfit:
+        ours = {name: value.to(torch.float32) for name, value in parameters.to_ours(state).items()}
+        unfit = [name for name, value in ours.items() if not value.isfinite().all()]
+    if unfit:
         raise UserError(
             f"{source.file}: {unfit[0]} holds values that are not finite real numbers; the file is damaged, or its "
             "training diverged."
         )
     others = {str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}
     remark = f" (stored as {', '.join(sorted(others))}, written as float32)" if others else ""
-    return {name: value.to(torch.float32) for name, value in parameters.to_ours(state).items()}, remark
+    return ours, remark

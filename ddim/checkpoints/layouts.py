@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ddim.checkpoints import diffusers
-from ddim.checkpoints.files import Tensors, is_safetensors, read_safetensors, read_torch
+from ddim.checkpoints.files import Tensors, is_safetensors, read_safetensors, read_torch, shown, understanding
 from ddim.checkpoints.model import UNLABELLED, is_training_checkpoint, read_header, weight_sets
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.diffusion.schedule import NoiseSchedule
@@ -58,6 +58,11 @@ def read_source(path: Path) -> Source:
     Raises:
         UserError: it is not there, damaged, needs code to load, or of no layout that is understood.
     """
+    with understanding(path):
+        return _read_source(path)
+
+
+def _read_source(path: Path) -> Source:
     if path.is_dir():
         return _read_diffusers_folder(path)
     if is_safetensors(path):
@@ -74,7 +79,7 @@ def read_source(path: Path) -> Source:
         return _read_official(path, content)
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
         return _read_state(path, dict(content), {})
-    entries = f"the entries {', '.join(map(str, content))[:200]}" if isinstance(content, Mapping) else type(content)
+    entries = f"the entries {', '.join(map(shown, content))[:200]}" if isinstance(content, Mapping) else type(content)
     raise UserError(f"{path} holds {entries}; understood are {UNDERSTOOD}.")
 
 

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.checkpoints.files import Tensors, is_safetensors, read_safetensors, read_torch, write_safetensors
+from ddim.checkpoints.files import (
+    Tensors,
+    is_safetensors,
+    read_safetensors,
+    read_torch,
+    understanding,
+    write_safetensors,
+)
 from ddim.checkpoints.seal import damaged, sealed
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
@@ -29,6 +36,7 @@ EMA_STATE = (
     "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
 )
 NETWORK_PREFIX = "network."  # of the raw weights in `state_dict`
+WEIGHTS = r"raw|ema(_[\d.e-]+)?"  # pattern of a label
 UNLABELLED = "unlabelled"  # weights of which nobody said whether they are averaged
 
 
@@ -87,7 +95,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
             own description.
     """
     stored = read_model(path, weights)
-    network = build_network(stored.spec.network, stored.spec.network_spec)
+    with understanding(path):
+        network = build_network(stored.spec.network, stored.spec.network_spec)
     try:
         network.load_state_dict(stored.state)
     except RuntimeError as error:
@@ -99,17 +108,18 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
     """Return what a file of this project holds, without building a network; see `load_model`."""
-    if not re.fullmatch(r"raw|ema(_[\d.e-]+)?", weights):
+    if not re.fullmatch(WEIGHTS, weights):
         choose("weights", weights, {"ema": None, "raw": None, "ema_RATE": None})
     path = Path(path)
-    if path.is_file() and is_safetensors(path):
-        return _read_model_file(path, weights)
-    checkpoint = read_checkpoint(path)
-    sets = weight_sets(checkpoint)
-    if weights == "ema" and weights not in sets:
-        raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
-    state = choose("weights", weights, sets)
-    return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
+    with understanding(path):
+        if path.is_file() and is_safetensors(path):
+            return _read_model_file(path, weights)
+        checkpoint = read_checkpoint(path)
+        sets = weight_sets(checkpoint)
+        if weights == "ema" and weights not in sets:
+            raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
+        state = choose("weights", weights, sets)
+        return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
 
 
 def save_model(model: StoredModel, path: Path) -> None:
@@ -140,8 +150,16 @@ def read_header(metadata: Mapping[str, str], path: Path) -> tuple[ModelSpec, dic
         values = json.loads(metadata[KEY])
         facts = {key: values[key] for key in ("weights", "step", "origin")}
         values["schedule"]["alpha_bar"] = torch.tensor(values["schedule"]["alpha_bar"], dtype=torch.float64)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the description of the model in {path} is not understood ({error}).") from error
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"the description of the model in {path} is not understood ({reason}).") from error
+    understood = {
+        "weights": isinstance(facts["weights"], str) and re.fullmatch(rf"{WEIGHTS}|{UNLABELLED}", facts["weights"]),
+        "step": facts["step"] is None or (type(facts["step"]) is int and facts["step"] >= 0),
+        "origin": isinstance(facts["origin"], dict) and all(isinstance(v, str) for v in facts["origin"].values()),
+    }
+    if wrong := [f"{key}={facts[key]!r}"[:80] for key, right in understood.items() if not right]:
+        raise UserError(f"the description of the model in {path} is not understood ({', '.join(wrong)}).")
     return ModelSpec.from_dict(values), facts
 
 
@@ -166,8 +184,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def is_training_checkpoint(content: Any) -> bool:
     """Whether the content of a file is that of a training checkpoint of this project."""
-    entries = {KEY: Mapping, "state_dict": Mapping, "global_step": int}
-    return isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in entries.items())
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), Mapping) for key in (KEY, "state_dict")):
+        return False
+    step = content.get("global_step")
+    return type(step) is int and step >= 0
 
 
 def weight_sets(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
@@ -186,7 +206,9 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        flat = value.reshape(-1)
+        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)  # of a single number
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ddim.checkpoints import diffusers
-from ddim.checkpoints.files import Tensors
+from ddim.checkpoints.files import Tensors, shown
 from ddim.networks import UNetSpec, build_network
 
 
@@ -70,6 +70,7 @@ class Parameters:
 def in_words(problems: Mapping[str, list[str]]) -> str:
     """Return problems as one phrase that names the first five of each kind."""
     phrases = []
-    for kind, names in problems.items():
+    for kind, found in problems.items():
+        names = [shown(name) for name in found]
         phrases.append(f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})")
     return "; ".join(phrases)

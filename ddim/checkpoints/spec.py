@@ -74,7 +74,13 @@ class ModelSpec:
             name = network.pop("name")
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
             network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
-            return cls(name, network_spec, schedule, values["prediction"], values["data"])
+            spec = cls(name, network_spec, schedule, values["prediction"], values["data"])
+            texts = {"data": spec.data, "schedule.name": schedule.name}
+            if wrong := [f"{key}={text!r}" for key, text in texts.items() if not isinstance(text, str)]:
+                raise ValueError(f"{', '.join(wrong)} must be text")
+            if (image := values["image"]) != (mine := spec.to_dict()["image"]):
+                raise ValueError(f"image={image!r} does not belong to the network, which has {mine}")
+            return spec
         except KeyError as error:
             raise UserError(f"the checkpoint's description of its model lacks {error}.") from error
         except (TypeError, ValueError, AttributeError) as error:

@@ -1,0 +1,253 @@
+"""The model file: one set of weights with everything that is needed to sample from it, readable by anyone."""
+
+import json
+import math
+import re
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from ddim import DDIM, cosine_schedule, from_betas, initial_noise, linear_schedule, quadratic_tau, sample
+from ddim.checkpoints import ModelSpec, StoredModel, files, load_model, read_model, save_model, weights_hash
+from ddim.checkpoints.model import header, read_header
+from ddim.errors import UserError
+from ddim.networks import UNet, UNetSpec
+
+NETWORK = UNetSpec(
+    image_size=(8, 8),
+    channels=1,
+    ch=8,
+    ch_mult=(1, 2),
+    num_res_blocks=1,
+    attn_resolutions=(4,),
+    dropout=0.25,
+    num_groups=4,
+    init="torch",
+)
+SCHEDULES = {
+    "linear": linear_schedule(1000),
+    "cosine": cosine_schedule(50),
+    "custom": from_betas([0.1, 1 / 3, 1e-9, 0.7, math.pi / 4]),
+}
+ORIGIN = {"file": "published.ckpt", "layout": "flat", "sha256": "0" * 64, "note": 'ü "quoted" \n é'}
+
+
+def state_of(seed):
+    torch.manual_seed(seed)
+    return {name: value.clone() for name, value in UNet(NETWORK).state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def state():
+    return state_of(1)
+
+
+@pytest.fixture
+def model(state):
+    return StoredModel(ModelSpec("unet", NETWORK, SCHEDULES["linear"], "v", "digits"), state, "ema", 790_000, ORIGIN)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "model.safetensors"
+
+
+def refusal(path, weights="ema"):
+    """Return the one sentence with which a file is refused."""
+    with pytest.raises(UserError) as caught:
+        load_model(path, weights)
+    message = str(caught.value)
+    assert re.fullmatch(r"[^\n]*[^.\s]\.", message)
+    return message
+
+
+def bits(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(mine, theirs):
+    """Whether two state dicts hold the same bits under the same names."""
+    return mine.keys() == theirs.keys() and all(
+        (mine[name].dtype, mine[name].shape) == (theirs[name].dtype, theirs[name].shape)
+        and torch.equal(bits(mine[name]), bits(theirs[name]))
+        for name in mine
+    )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("weights", "step"), [("ema", 790_000), ("raw", 0), ("ema", None), ("unlabelled", None)])
+def test_a_model_survives_its_file_bit_for_bit(model, path, schedule, weights, step):
+    spec = replace(model.spec, schedule=SCHEDULES[schedule])
+    save_model(replace(model, spec=spec, weights=weights, step=step), path)
+    asked = "ema" if weights == "unlabelled" else weights
+    for back in (read_model(path, asked), load_model(path, asked)):
+        assert (back.weights, back.step) == (weights, step)
+        assert type(back.step) is type(step)
+        assert (back.spec.network, back.spec.network_spec) == ("unet", NETWORK)
+        assert torch.equal(back.spec.schedule.alpha_bar, SCHEDULES[schedule].alpha_bar)
+        assert (back.spec.schedule.name, back.spec.prediction, back.spec.data) == (schedule, "v", "digits")
+    stored, loaded = read_model(path, asked), load_model(path, asked)
+    assert same(stored.state, model.state)
+    assert stored.origin == ORIGIN
+    assert same(loaded.network.state_dict(), model.state)
+    assert loaded.weights_hash == weights_hash(model.state)
+
+
+def test_a_loaded_network_is_ready_to_sample_from(model, path):
+    save_model(model, path)
+    loaded = load_model(path)
+    assert not loaded.network.training
+    assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
+    network = UNet(NETWORK)
+    network.load_state_dict(model.state)
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([1, 500, 1000])
+    assert torch.equal(loaded(x, t), network.eval()(x, t - 1))  # at the paper's times
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, 3.4e38, math.nan, math.inf])
+def test_every_float_survives(model, path, value):
+    state = {name: torch.full_like(tensor, value) for name, tensor in model.state.items()}
+    save_model(replace(model, state=state), path)
+    assert same(read_model(path).state, state)
+
+
+def test_a_stranger_reads_everything_with_safetensors_alone(model, path):
+    save_model(model, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        names = set(file.keys())
+    assert names == set(model.state)
+    assert same(load_file(path), model.state)
+    assert set(metadata) == {"format", "ddim"}
+    assert metadata["format"] == "pt"
+    description = json.loads(metadata["ddim"])
+    alpha_bar = description["schedule"].pop("alpha_bar")
+    assert description == {
+        "format": 1,
+        "network": {
+            "name": "unet",
+            "image_size": [8, 8],
+            "channels": 1,
+            "ch": 8,
+            "ch_mult": [1, 2],
+            "num_res_blocks": 1,
+            "attn_resolutions": [4],
+            "dropout": 0.25,
+            "num_groups": 4,
+            "init": "torch",
+        },
+        "schedule": {"name": "linear"},
+        "prediction": "v",
+        "image": {"shape": [1, 8, 8], "range": [-1.0, 1.0]},
+        "data": "digits",
+        "weights": "ema",
+        "step": 790_000,
+        "origin": ORIGIN,
+    }
+    assert [type(number) for number in alpha_bar] == [float] * 1001
+    assert torch.equal(torch.tensor(alpha_bar, dtype=torch.float64), SCHEDULES["linear"].alpha_bar)  # every bit
+    product = 1.0
+    assert alpha_bar[0] == 1.0
+    for t in range(1, 1001):
+        product *= 1 - (1e-4 + (0.02 - 1e-4) * (t - 1) / 999)
+        assert alpha_bar[t] == pytest.approx(product, rel=1e-12)
+
+
+def test_the_header_is_json_at_the_start_of_the_file(model, path):
+    """Readers in other languages find it there: eight bytes of length, then JSON."""
+    save_model(replace(model, step=None, origin={}), path)
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    start = json.loads(content[8 : 8 + length])
+    description = json.loads(start["__metadata__"]["ddim"])
+    assert (description["step"], description["origin"]) == (None, {})
+    assert start["conv_in.weight"]["dtype"] == "F32"
+    assert start["conv_in.weight"]["shape"] == [8, 1, 3, 3]
+
+
+def test_saving_makes_folders_and_replaces_only_by_a_whole_file(model, tmp_path, monkeypatch):
+    def breaks_off(tensors, path, metadata):
+        path.write_bytes(before[:1000])
+        raise OSError("no space left")
+
+    path = tmp_path / "a" / "b" / "model.safetensors"
+    save_model(model, path)
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "save_file", breaks_off)
+        with pytest.raises(OSError, match="no space left"):
+            save_model(replace(model, step=3), path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+    save_model(replace(model, step=3), path)
+    assert load_model(path).step == 3
+
+
+def test_a_model_that_was_read_from_a_file_may_replace_it(model, path):
+    """Its tensors may lie on the disk still."""
+    save_model(model, path)
+    stored = read_model(path)
+    save_model(replace(stored, step=8), path)
+    assert same(stored.state, model.state)
+    assert same(read_model(path).state, model.state)
+    assert read_model(path).step == 8
+
+
+@pytest.mark.parametrize(("held", "asked"), [("ema", "raw"), ("raw", "ema")])
+def test_other_weights_than_those_in_the_file_are_refused(model, path, held, asked):
+    save_model(replace(model, weights=held), path)
+    assert f"{path} holds {held} weights only; choose weights={held}." in refusal(path, asked)
+    assert load_model(path, held).weights == held
+
+
+@pytest.mark.parametrize("asked", ["ema", "raw"])
+def test_unlabelled_weights_load_as_either_and_are_never_called_so(model, path, asked):
+    save_model(replace(model, weights="unlabelled"), path)
+    assert load_model(path, asked).weights == read_model(path, asked).weights == "unlabelled"
+
+
+@pytest.mark.parametrize("asked", ["unlabelled", "averaged", ""])
+def test_weights_that_nobody_can_ask_for_are_refused(model, path, asked):
+    save_model(replace(model, weights="unlabelled"), path)
+    assert "allowed: ema, raw" in refusal(path, asked)
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_a_model_file_samples_as_the_training_checkpoint_that_it_was_made_of(model, path, tmp_path, weights):
+    checkpoint = {
+        "ddim": model.spec.to_dict(),
+        "state_dict": {f"network.{name}": value for name, value in state_of(2).items()},
+        "callbacks": {"EMA": {"decay": 0.9, "updates": 7, "shadow": state_of(3)}},
+        "global_step": 7,
+    }
+    training = tmp_path / "last.ckpt"
+    torch.save(checkpoint, training)
+    save_model(read_model(training, weights), path)
+    images = []
+    for source in (training, path):
+        loaded = load_model(source, weights)
+        assert (loaded.weights, loaded.step) == (weights, 7)
+        assert loaded.weights_hash == weights_hash(state_of(3 if weights == "ema" else 2))
+        noise = initial_noise(range(3), loaded.spec.image_shape, seed=5)
+        tau = quadratic_tau(loaded.spec.schedule.T, 5)
+        images.append(sample(loaded, loaded.spec.schedule, noise, tau, DDIM(eta=0.0)))
+    assert torch.equal(*images)
+    assert images[0].isfinite().all()
+    assert not torch.equal(images[0], noise)
+
+
+def test_a_file_of_nothing_but_safetensors_may_have_any_name(model, tmp_path):
+    path = tmp_path / "model.ckpt"
+    save_model(model, path)
+    assert load_model(path).step == 790_000
+
+
+def test_the_description_and_its_facts_are_read_from_metadata_alone(model, path):
+    spec, facts = read_header({"format": "pt", **header(model)}, path)
+    assert spec.differences(model.spec) == []
+    assert facts == {"weights": "ema", "step": 790_000, "origin": ORIGIN}

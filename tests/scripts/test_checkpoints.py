@@ -1,0 +1,247 @@
+"""Checkpoints in and out, as commands: import, sample, evaluate, export; and what an import costs."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from ddim.checkpoints import load_model
+from ddim.networks import UNet, UNetSpec
+
+Run = Callable[..., Any]
+State = dict[str, torch.Tensor]
+# What is typed for a network that is none of the presets, and what it means.
+NETWORK = (
+    "network=unet_digits",
+    "network.image_size=[8,8]",
+    "network.channels=1",
+    "network.ch=16",
+    "network.num_groups=4",
+)
+SPEC = UNetSpec((8, 8), 1, 16, (1, 1), 1, (4,), 0.0, 4)
+METRIC = ("data=digits", "metric=digits_classifier", "n=20", "grid=0")
+EVALUATE = (*METRIC, "sampler.S=2", "compute.device=cpu", "output_dir=out")
+
+
+def weights(spec: UNetSpec, seed: int = 0) -> State:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in UNet(spec).state_dict().items()}
+    return {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Path:
+    """A flat file of a small network, in the folder that the commands run in."""
+    torch.save(weights(SPEC), tmp_path / "flat.ckpt")
+    return tmp_path / "flat.ckpt"
+
+
+def names(folder: Path) -> set[str]:
+    """Return all files and folders below one, without what Hydra keeps in the output folder of other scripts."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*"))
+    return {path.as_posix() for path in paths if "hydra" not in path.parts}
+
+
+def test_import_and_export_as_processes_write_their_output_and_nothing_else(
+    process: Run, flat: Path, tmp_path: Path
+) -> None:
+    outcome = process("import_checkpoint", "source=flat.ckpt", "out=model.safetensors", *NETWORK, cwd=tmp_path)
+    assert outcome.code == 0, outcome.err
+    state = weights(SPEC)
+    count = sum(value.numel() for value in state.values())
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("source: flat.ckpt (layout flat, SHA-256 ")
+    assert lines[2] == f"network: the given network, {count:,} parameters, every name and shape checked"
+    assert lines[-2:] == [
+        "model file: model.safetensors",
+        "sample from it: python scripts/sample.py checkpoint=model.safetensors",
+    ]
+    assert outcome.err == (
+        "warning: the file does not say whether its weights are averaged (ema) or raw, and every result will say "
+        "unlabelled; weights=ema or weights=raw says it.\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"flat.ckpt", "model.safetensors"}
+    loaded = load_model(tmp_path / "model.safetensors").network.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+    outcome = process("export_checkpoint", "checkpoint=model.safetensors", "out=folder", cwd=tmp_path)
+    files = [
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "README.md",
+        "model_index.json",
+    ]
+    assert outcome == (0, "".join(f"folder/{name}\n" for name in files), "")
+    made = {"flat.ckpt", "model.safetensors", "folder", "folder/unet", "folder/scheduler"}
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == made | {
+        f"folder/{name}" for name in files
+    }
+
+
+def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, tmp_path: Path) -> None:
+    """Import, sample, evaluate, export, and in again: the same images, and the number of the record in the card."""
+    assert run("import_checkpoint", "source=flat.ckpt", "out=model.safetensors", *NETWORK).code == 0
+    sample = ("n=4", "sampler.S=2", "compute.device=cpu")
+    assert run("sample", "checkpoint=model.safetensors", "output_dir=one", *sample).code == 0
+    outcome = run("evaluate", "checkpoint=model.safetensors", *EVALUATE)
+    assert (outcome.code, outcome.err) == (0, "")
+    [record] = [json.loads(line) for line in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert record["model"]["weights"] == "unlabelled"
+    assert record["model"]["step"] is None
+    assert record["model"]["weights_hash"] == load_model("model.safetensors").weights_hash
+    value = record["metrics"]["fd_digits_classifier_20"]
+    before = names(tmp_path)
+
+    outcome = run("export_checkpoint", "checkpoint=model.safetensors", "out=folder", "records=out/records.jsonl")
+    assert (outcome.code, outcome.err) == (0, "")
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    [row] = [line for line in card.splitlines() if line.startswith("| fd_digits_classifier_20 |")]
+    assert row.startswith(f"| fd_digits_classifier_20 | η=0.0 S=2 | {value:.4g} | ")
+    assert "20 images against" in row
+    assert "unlabelled weights" in row
+    [index] = yaml.safe_load(card.split("---")[1])["model-index"]
+    assert [metric["value"] for result in index["results"] for metric in result["metrics"]] == [value]
+    assert {name.split("/")[0] for name in names(tmp_path) - before} == {"folder"}
+
+    before = names(tmp_path)
+    assert run("import_checkpoint", "source=folder", "out=again.safetensors", "weights=ema").code == 0
+    assert names(tmp_path) - before == {"again.safetensors"}
+    assert run("sample", "checkpoint=again.safetensors", "output_dir=two", *sample).code == 0
+    assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
+
+
+@pytest.mark.parametrize("label", ["ema", "raw"])
+def test_what_is_said_of_the_weights_is_in_every_record(run: Run, flat: Path, tmp_path: Path, label: str) -> None:
+    outcome = run("import_checkpoint", "source=flat.ckpt", *NETWORK, f"weights={label}")
+    assert (outcome.code, outcome.err) == (0, "")
+    made = "outputs/imported/flat.safetensors"
+    [line] = [line for line in outcome.out.splitlines() if line.startswith("sample from it: ")]
+    command = line.removeprefix("sample from it: python scripts/sample.py ").split()
+    assert command == [f"checkpoint={made}", *(["weights=raw"] if label == "raw" else [])]
+    # The line that is printed is a command that works.
+    assert run("sample", *command, "n=2", "sampler.S=1", "compute.device=cpu", "output_dir=pictures").code == 0
+    assert (tmp_path / "pictures" / "grid.png").is_file()
+    assert run("evaluate", *command, *EVALUATE).code == 0
+    [record] = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
+    assert record["model"]["weights"] == label
+
+
+def test_a_schedule_of_the_configurations_travels_with_the_model(run: Run, flat: Path) -> None:
+    options = ("schedule=cosine", "schedule.T=30", "prediction=v", "trained_on=cats")
+    outcome = run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, *options)
+    assert "schedule: cosine, T=30; prediction: v" in outcome.out.splitlines()
+    spec = load_model("m.safetensors").spec
+    assert (spec.schedule.name, spec.schedule.T, spec.prediction, spec.data) == ("cosine", 30, "v", "cats")
+
+
+def test_exporting_flat_says_what_a_flat_file_cannot(run: Run, flat: Path, tmp_path: Path) -> None:
+    assert run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, "weights=raw").code == 0
+    outcome = run("export_checkpoint", "checkpoint=m.safetensors", "out=back.ckpt", "layout=flat", "weights=raw")
+    assert (outcome.code, outcome.out) == (0, "back.ckpt\n")
+    [line] = outcome.err.splitlines()
+    assert line.startswith("warning: a flat state dict cannot say weights=raw, the network, ")
+    back = torch.load(tmp_path / "back.ckpt", weights_only=True)
+    state = weights(SPEC)
+    assert set(back) == set(state)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_a_training_run_of_ours_is_imported_and_exported(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("import_checkpoint", f"source={checkpoint}", "out=m.safetensors")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "weights: ema at step 4, hash " in outcome.out
+    assert load_model("m.safetensors").weights_hash == load_model(checkpoint).weights_hash
+    assert run("export_checkpoint", f"checkpoint={checkpoint}", "out=folder").code == 0
+    assert run("import_checkpoint", "source=folder", "out=n.safetensors").code == 0
+    assert load_model("n.safetensors").weights_hash == load_model(checkpoint).weights_hash
+    assert load_model("n.safetensors").step == 4
+
+
+# At the published size.
+
+CIFAR10 = UNetSpec((32, 32), ch_mult=(1, 2, 2, 2), dropout=0.1)
+MEASURE = """
+import resource, sys, time
+from ddim.checkpoints.importing import ImportSpec, import_checkpoint
+
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+import_checkpoint(ImportSpec("o", "d", source=sys.argv[1], out="model.safetensors"))
+seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(seconds, (after - before) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def write_full(path: Path, layout: str) -> int:
+    """Write a file with CIFAR-10's network; return the bytes of one set of its weights."""
+    state = weights(CIFAR10)
+    if layout == "official":
+        moments = {i: {"step": 1, "exp_avg": v, "exp_avg_sq": v + 1} for i, v in enumerate(state.values())}
+        wrapped = {f"module.{name}": value + 1 for name, value in state.items()}
+        torch.save([wrapped, {"state": moments, "param_groups": []}, 1, 2, state], path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=layout == "flat")
+    return sum(value.numel() for value in state.values()) * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["flat", "legacy", "official"])
+def test_an_import_takes_little_more_memory_than_the_weights_and_seconds(tmp_path: Path, layout: str) -> None:
+    size = write_full(tmp_path / "x.ckpt", layout)
+    assert size == 4 * 35_746_307
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, "x.ckpt"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, growth = map(float, done.stdout.split())
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert growth < 2.5 * size
+    assert seconds < 5  # of this process, whatever else runs on the machine
+
+
+@pytest.mark.slow
+def test_one_command_leads_from_an_imported_file_to_table_1(process: Run, tmp_path: Path) -> None:
+    write_full(tmp_path / "flat.ckpt", "flat")
+    outcome = process("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", "weights=ema", cwd=tmp_path)
+    assert outcome.code == 0, outcome.err
+    (tmp_path / "flat.ckpt").unlink()
+    [line] = [line for line in outcome.out.splitlines() if line.startswith("evaluate it: ")]
+    found = re.fullmatch(r"evaluate it: +python scripts/evaluate\.py (.*)", line)
+    assert found is not None
+    command = found[1].split()
+    assert command == ["-m", "experiment=table1_cifar10", "checkpoint=m.safetensors"]
+    (tmp_path / "pictures").mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(4):
+        pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    # Two images on two step counts, measured against four pictures, without Inception and without CIFAR-10.
+    small = "data=folder data.root=pictures data.size=[32,32] n=2 sampler.S=1,2 grid=0 compute.device=cpu output_dir=t"
+    metric = "metric=pixels metric.metrics=[kd] metric.kid_subset_size=2 metric.kid_subsets=1"
+    outcome = process("evaluate", *command, *small.split(), *metric.split(), cwd=tmp_path)
+    (tmp_path / "m.safetensors").unlink()
+    assert (outcome.code, outcome.err) == (0, "")
+    rows = [line.split("|") for line in (tmp_path / "t" / "table.md").read_text().splitlines() if line.startswith("|")]
+    assert [row[1].strip() for row in rows] == ["S", "---", "η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂"]
+    assert [cell.strip() for cell in rows[0][2:4]] == ["1", "2"]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[2:4])
+    records = [json.loads(text) for text in (tmp_path / "t" / "records.jsonl").read_text().splitlines()]
+    assert len(records) == 10
+    assert {record["model"]["weights"] for record in records} == {"ema"}
+    assert {record["spacing"] for record in records} == {"quad"}
