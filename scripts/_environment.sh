@@ -36,7 +36,7 @@ else
             { echo "error: Python 3.11 or newer is needed; $(python3 --version 2>&1) was found." >&2; exit 1; }
         python3 -m venv .venv ||
             { echo "error: python3 -m venv failed; on Debian and Ubuntu, apt install python3-venv." >&2; exit 1; }
-        $PYTHON -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,efficientnet,lsun,diffusers]'
+        $PYTHON -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,efficientnet,lsun,diffusers,launchers]'
         echo "$wanted" > .venv/installed
     fi
 fi
