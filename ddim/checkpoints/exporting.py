@@ -113,6 +113,7 @@ def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result],
         model_card(folder.resolve().name, model, results, license),
         _json(index),
     )
+    (folder / FOLDER[-1]).unlink(missing_ok=True)  # of an earlier export: until everything is new, it is no pipeline
     write_safetensors(folder / FOLDER[0], Parameters(network, as_diffusers=True).to_file(model.state), header(model))
     for name, text in zip(FOLDER[1:], texts, strict=True):
         with whole(folder / name) as partial:

@@ -10,49 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ddim import cosine_schedule, from_betas, linear_schedule
-from ddim.checkpoints import ModelSpec, StoredModel, load_model, save_model
+from ddim.checkpoints import load_model, save_model
 from ddim.checkpoints.model import header
 from ddim.errors import UserError
-from ddim.networks import UNet, UNetSpec
-
-NETWORK = UNetSpec(
-    image_size=(8, 8),
-    channels=1,
-    ch=8,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(4,),
-    dropout=0.25,
-    num_groups=4,
-    init="torch",
-)
-SCHEDULES = {
-    "linear": linear_schedule(1000),
-    "cosine": cosine_schedule(50),
-    "custom": from_betas([0.1, 1 / 3, 1e-9, 0.7, math.pi / 4]),
-}
-ORIGIN = {"file": "published.ckpt", "layout": "flat", "sha256": "0" * 64, "note": 'ü "quoted" \n é'}
-
-
-def state_of(seed):
-    torch.manual_seed(seed)
-    return {name: value.clone() for name, value in UNet(NETWORK).state_dict().items()}
-
-
-@pytest.fixture(scope="module")
-def state():
-    return state_of(1)
-
-
-@pytest.fixture
-def model(state):
-    return StoredModel(ModelSpec("unet", NETWORK, SCHEDULES["linear"], "v", "digits"), state, "ema", 790_000, ORIGIN)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
 
 
 @pytest.fixture

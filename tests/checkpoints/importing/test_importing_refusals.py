@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import GIVEN, MODELS, NETWORK, bring, edit, foreign_folder, put, refusal, weights, write_lightning
+from foreign import GIVEN, MODELS, NETWORK, bring, edit, put, refusal, weights, write_lightning
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddim.checkpoints import StoredModel, read_model, save_model
 from ddim.checkpoints import files as checkpoint_files
 from ddim.checkpoints.importing import ImportSpec
-from ddim.checkpoints.published import PRESETS
 from ddim.config import build
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
@@ -22,30 +21,6 @@ from ddim.errors import UserError
 @pytest.fixture(scope="module")
 def state():
     return weights(NETWORK)
-
-
-@pytest.fixture
-def flat(state, tmp_path):
-    torch.save(state, tmp_path / "flat.ckpt")
-    return tmp_path / "flat.ckpt"
-
-
-@pytest.fixture
-def folder(state, tmp_path):
-    return foreign_folder(state, tmp_path)
-
-
-@pytest.fixture
-def presets(monkeypatch):
-    """Three small networks in place of the published ones, which the slow tests take."""
-    small = {
-        "cifar10": NETWORK,
-        "celeba": replace(NETWORK, ch_mult=(1, 2, 2), dropout=0.2),
-        "lsun": replace(NETWORK, ch=16, channels=3),
-    }
-    for name, network in small.items():
-        monkeypatch.setitem(PRESETS, name, network)
-    return small
 
 
 def test_every_parameter_that_does_not_fit_is_named_with_its_shape(tmp_path, state):

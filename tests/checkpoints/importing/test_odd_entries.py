@@ -8,17 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import SMALLEST, SMALLEST_GIVEN, bring, raw_safetensors, refusal, survives, weights
+from foreign import SMALLEST, SMALLEST_GIVEN, bring, raw_safetensors, refusal, survives
 from safetensors.torch import save_file
 
 from ddim import linear_schedule
 from ddim.checkpoints import ModelSpec, StoredModel, save_model
 from ddim.checkpoints.exporting import ExportSpec, export_checkpoint
-
-
-@pytest.fixture(scope="module")
-def state():
-    return weights(SMALLEST)
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,13 @@ import zipfile
 
 import pytest
 import torch
-from foreign import SMALLEST, SMALLEST_GIVEN, attempt, raw_safetensors, refusal, survives, weights
+from foreign import SMALLEST, SMALLEST_GIVEN, attempt, raw_safetensors, refusal, survives
 from safetensors.torch import save_file
 
 from ddim import linear_schedule
 from ddim.checkpoints import ModelSpec, StoredModel, save_model
 from ddim.checkpoints.files import is_safetensors
 from ddim.errors import UserError
-
-
-@pytest.fixture(scope="module")
-def state():
-    return weights(SMALLEST)
 
 
 @pytest.fixture(scope="module")

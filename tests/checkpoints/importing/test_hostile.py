@@ -12,17 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import SMALLEST, SMALLEST_GIVEN, refusal, weights
+from foreign import SMALLEST, SMALLEST_GIVEN, refusal
 
 from ddim import linear_schedule
 from ddim.checkpoints import ModelSpec, StoredModel, save_model
 from ddim.checkpoints.exporting import ExportSpec, export_checkpoint
 from ddim.networks import UNet
-
-
-@pytest.fixture(scope="module")
-def state():
-    return weights(SMALLEST)
 
 
 @pytest.fixture(scope="module")

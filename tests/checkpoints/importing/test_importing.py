@@ -17,7 +17,6 @@ from foreign import (
     at_root,
     bring,
     export,
-    foreign_folder,
     put,
     refusal,
     same,
@@ -28,7 +27,7 @@ from safetensors import safe_open
 
 from ddim.checkpoints import StoredModel, load_model, read_model, weights_hash
 from ddim.checkpoints.importing import ImportSpec, import_checkpoint
-from ddim.checkpoints.published import _BY_CHECKSUM, PRESETS, Published
+from ddim.checkpoints.published import _BY_CHECKSUM, Published
 from ddim.networks import UNet
 
 
@@ -95,31 +94,7 @@ def state():
     return weights(NETWORK)
 
 
-@pytest.fixture
-def flat(state, tmp_path):
-    torch.save(state, tmp_path / "flat.ckpt")
-    return tmp_path / "flat.ckpt"
-
-
-@pytest.fixture
-def folder(state, tmp_path):
-    return foreign_folder(state, tmp_path)
-
-
 # What a source is, and what it is called.
-
-
-@pytest.fixture
-def presets(monkeypatch):
-    """Three small networks in place of the published ones, which the slow tests take."""
-    small = {
-        "cifar10": NETWORK,
-        "celeba": replace(NETWORK, ch_mult=(1, 2, 2), dropout=0.2),
-        "lsun": replace(NETWORK, ch=16, channels=3),
-    }
-    for name, network in small.items():
-        monkeypatch.setitem(PRESETS, name, network)
-    return small
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celeba", "lsun"])

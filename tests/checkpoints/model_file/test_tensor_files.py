@@ -2,27 +2,9 @@
 
 import pytest
 import torch
+from stored import same
 
 from ddim.checkpoints.files import read_safetensors, write_safetensors
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "tensors.safetensors"
-
-
-def bits(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def same(mine, theirs):
-    """Whether two state dicts hold the same bits under the same names."""
-    return mine.keys() == theirs.keys() and all(
-        (mine[name].dtype, mine[name].shape) == (theirs[name].dtype, theirs[name].shape)
-        and torch.equal(bits(mine[name]), bits(theirs[name]))
-        for name in mine
-    )
-
 
 BASE = torch.arange(24.0).reshape(2, 3, 4)
 

@@ -10,50 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from stored import NETWORK, ORIGIN, SCHEDULES, same, state_of
 
-from ddim import DDIM, cosine_schedule, from_betas, initial_noise, linear_schedule, quadratic_tau, sample
-from ddim.checkpoints import ModelSpec, StoredModel, files, load_model, read_model, save_model, weights_hash
+from ddim import DDIM, initial_noise, quadratic_tau, sample
+from ddim.checkpoints import files, load_model, read_model, save_model, weights_hash
 from ddim.checkpoints.model import header, read_header
 from ddim.errors import UserError
-from ddim.networks import UNet, UNetSpec
-
-NETWORK = UNetSpec(
-    image_size=(8, 8),
-    channels=1,
-    ch=8,
-    ch_mult=(1, 2),
-    num_res_blocks=1,
-    attn_resolutions=(4,),
-    dropout=0.25,
-    num_groups=4,
-    init="torch",
-)
-SCHEDULES = {
-    "linear": linear_schedule(1000),
-    "cosine": cosine_schedule(50),
-    "custom": from_betas([0.1, 1 / 3, 1e-9, 0.7, math.pi / 4]),
-}
-ORIGIN = {"file": "published.ckpt", "layout": "flat", "sha256": "0" * 64, "note": 'ü "quoted" \n é'}
-
-
-def state_of(seed):
-    torch.manual_seed(seed)
-    return {name: value.clone() for name, value in UNet(NETWORK).state_dict().items()}
-
-
-@pytest.fixture(scope="module")
-def state():
-    return state_of(1)
-
-
-@pytest.fixture
-def model(state):
-    return StoredModel(ModelSpec("unet", NETWORK, SCHEDULES["linear"], "v", "digits"), state, "ema", 790_000, ORIGIN)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "model.safetensors"
+from ddim.networks import UNet
 
 
 def refusal(path, weights="ema"):
@@ -63,19 +26,6 @@ def refusal(path, weights="ema"):
     message = str(caught.value)
     assert re.fullmatch(r"[^\n]*[^.\s]\.", message)
     return message
-
-
-def bits(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def same(mine, theirs):
-    """Whether two state dicts hold the same bits under the same names."""
-    return mine.keys() == theirs.keys() and all(
-        (mine[name].dtype, mine[name].shape) == (theirs[name].dtype, theirs[name].shape)
-        and torch.equal(bits(mine[name]), bits(theirs[name]))
-        for name in mine
-    )
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
