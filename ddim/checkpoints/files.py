@@ -1,6 +1,7 @@
 """Files of tensors, read without ever executing anything in them, and written whole or not at all."""
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,9 @@ def read_torch(path: Path, on_disk: bool = False) -> Any:
     """
     _check_is_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk and _is_plain_archive(path))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what makes it stumble, which is said below
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk and _is_plain_archive(path))
     except Exception as error:  # whatever the bytes of a damaged or foreign file make the reader stumble over
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -139,8 +142,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def _check_is_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(
-            f"there is no checkpoint {path}; give the path of a file that scripts/train.py or "
-            "scripts/import_checkpoint.py wrote."
+            f"there is no checkpoint {path}; give the path of a file that exists, such as one that scripts/train.py "
+            "or scripts/import_checkpoint.py wrote."
         )
 
 

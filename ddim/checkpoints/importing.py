@@ -47,7 +47,7 @@ class ImportSpec:
         network: instead of a preset, a network as in configs/network.
         schedule: of a source that does not describe its own; null: linear, T=1000, as in every published file.
         prediction: likewise; null: eps.
-        trained_on: name of the training set, for people to read; null: the published file's, or the preset's.
+        trained_on: name of the training set, for people to read; null: the published file's, else none.
         overwrite: replace `out`.
 
     Raises:
@@ -161,7 +161,7 @@ def _choose_weights(spec: ImportSpec, source: Source, known: Published | None) -
         return label, [_RAW_ONLY] if label == "raw" != spec.weights else []
     # Copies of this upload, in the hub's cache or a clone, whatever their exact bytes.
     named_raw = {HUB_RAW_CIFAR10, f"models--google--{HUB_RAW_CIFAR10}"} & set(source.file.absolute().parts)
-    found = known.weights if known else "raw" if named_raw else None
+    found = known.weights if known else "raw" if named_raw and spec.weights != "ema" else None
     if found and spec.weights not in ("auto", found):
         raise UserError(f"{source.file} is known to hold {found} weights, not {spec.weights}; leave weights=auto.")
     if found == "raw":
