@@ -66,7 +66,11 @@ def main() -> None:
         data = DataSpec(name="cifar10", size=(32, 32), channels=3)
         return TrainSpec("benchmark", str(arguments.out.parent), data, NETWORK, trainer=trainer)
 
-    variants: dict[str, Callable[[], float]] = {"plain loop, float32": partial(plain_loop, spec({}), images, device)}
+    plain = partial(plain_loop, spec({}), images, device)
+    variants: dict[str, Callable[[], float]] = {
+        "plain loop, float32": plain,
+        "plain loop, Adam and average one tensor after the other": partial(plain, one_by_one=True),
+    }
     for name, options in OPTIONS.items():
         if "compile" not in name or arguments.compile:
             variants[f"Lightning, {name}"] = partial(through_lightning, spec(options), images)
@@ -101,12 +105,13 @@ def through_lightning(spec: TrainSpec, images: MemoryImages) -> float:
     return stopwatch.seconds_per_step
 
 
-def plain_loop(spec: TrainSpec, images: MemoryImages, device: torch.device) -> float:
-    """Return seconds for the same step without Lightning."""
+def plain_loop(spec: TrainSpec, images: MemoryImages, device: torch.device, one_by_one: bool = False) -> float:
+    """Return seconds for the same step without Lightning; `one_by_one` without kernels for all tensors at once."""
     module = DiffusionModule(spec.model_spec(), spec.objective, spec.optim, spec.seed).to(device)
     network, o, T = module.network, spec.optim, module.spec.schedule.T
     alpha_bar: Any = module.alpha_bar
-    adam = torch.optim.Adam(network.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
+    kernels = {"foreach": False} if one_by_one else {"fused": True}
+    adam = torch.optim.Adam(network.parameters(), lr=o.lr, betas=o.betas, eps=o.eps, **kernels)
     average = [p.detach().clone() for p in network.parameters()]
     steps = spec.trainer.max_steps
     data = MicroBatches(images, spec.trainer.batch_size, spec.seed, steps)
@@ -125,7 +130,12 @@ def plain_loop(spec: TrainSpec, images: MemoryImages, device: torch.device) -> f
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), o.grad_clip or float("inf"))
         adam.step()
-        torch._foreach_lerp_(average, [p.detach() for p in network.parameters()], 1 - 0.9999)
+        weights = [p.detach() for p in network.parameters()]
+        if one_by_one:
+            for mean, weight in zip(average, weights, strict=True):
+                mean.lerp_(weight, 1 - 0.9999)
+        else:
+            torch._foreach_lerp_(average, weights, 1 - 0.9999)
     synchronise(device)
     return (time.perf_counter() - start) / (steps - WARM_UP)
 
