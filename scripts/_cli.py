@@ -53,16 +53,17 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
 
     def guarded(call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
         nonlocal defects, interrupted
-        from ddim.errors import Interrupted
-
         try:
             return call()
-        except Interrupted as error:
-            interrupted = True
-            print(error, file=sys.stderr)
         except Exception as error:
             if os.getpid() != here:  # a job in another process, whose counts nobody would see: let the launcher report
                 raise
+            from ddim.errors import Interrupted
+
+            if isinstance(error, Interrupted):
+                interrupted = True
+                print(error, file=sys.stderr)
+                return None
             reason = explain(error)
             defects |= reason is None
             if wants_traceback or reason is None:

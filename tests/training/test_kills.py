@@ -12,7 +12,7 @@ import pytest
 from ddim.checkpoints.model import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("DDIM_KILLS", "3"))
+KILLS = int(os.environ.get("DDIM_KILLS", "2"))
 EVERY, STEPS = 40, 120 + 40 * KILLS
 OPTIONS = [
     "experiment=digits",
