@@ -1,4 +1,4 @@
-"""One cell of a sweep: generate exactly n images, measure them, keep a record."""
+"""A cell of Tables 1 and 3: generate exactly n images, measure them against real ones, keep a record."""
 
 import dataclasses
 import time
@@ -7,9 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from ddim.checkpoints import LoadedModel, load_model
+from ddim.checkpoints import LoadedModel
+from ddim.checkpoints.files import Tensors
 from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import Images
 from ddim.data.pictures import grid, save_png
@@ -17,11 +19,33 @@ from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.timesteps import distinct_evaluations
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place
-from ddim.evaluation.metrics import FeatureExtractor, Features, MetricSpec, check_sizes, compute_metrics, describe
-from ddim.evaluation.records import Record, RecordFile, provenance, record_key
+from ddim.evaluation.generate import ComputeSpec, check_sampler, evaluations_bar, sample_batch, to_pixels
+from ddim.evaluation.metrics import (
+    FeatureExtractor,
+    MetricSpec,
+    check_sizes,
+    compute_metrics,
+    describe,
+    keeps_features,
+)
+from ddim.evaluation.parts import Parts
+from ddim.evaluation.processes import SOLO, Processes
+from ddim.evaluation.records import Record, record_key
+from ddim.evaluation.references import file_hash, measure_reference, published_reference
+from ddim.evaluation.statistics import FeatureSet, moments
+from ddim.evaluation.work import (
+    Cell,
+    asked_steps,
+    cached_model,
+    label,
+    model_facts,
+    once,
+    row_label,
+    sampler_facts,
+    spacing_name,
+)
 
-RECORDS = "records.jsonl"
+SECONDS, SHOWN = "seconds", "shown"  # of a part, beside the features: sampling and extracting; images of the grid
 
 
 @dataclass(frozen=True)
@@ -35,12 +59,17 @@ class EvaluateSpec:
         data: the reference set.
         metric, sampler, compute: what to measure, how to sample, how to compute.
         n: number of images, exactly.
+        first: number of the first image.
+        repeats: how often the cell is measured, each time on the n images after those of the time before.
         seed: of their noise, 0 .. 2**64 - 1.
         weights: ema, raw, or ema_RATE for another average of the training.
         grid: images shown in the grid of the cell; 0 for none.
+        save_images: also write each image as a PNG, named by its number.
+        reference_dir: where statistics of reference sets are kept for all sweeps.
+        paper: the table of the paper that the numbers stand beside.
 
     Raises:
-        ValueError: n below 1, a seed out of range, or a negative grid.
+        ValueError: n or repeats below 1, a seed or image number out of range, or a negative grid.
     """
 
     checkpoint: str
@@ -51,143 +80,177 @@ class EvaluateSpec:
     sampler: SamplerSpec
     compute: ComputeSpec
     n: int = 50_000
+    first: int = 0
+    repeats: int = 1
     seed: int = 0
     weights: str = "ema"
     grid: int = 64
+    save_images: bool = False
+    reference_dir: str = "outputs/reference"
+    paper: str | None = None
 
     def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n={self.n} must be at least 1.")
+        for name in ("n", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         check_seed(self.seed)
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
+        if not 0 <= self.first <= (1 << 32) - self.n * self.repeats:
+            raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
+
+    @property
+    def single(self) -> list["EvaluateSpec"]:
+        """The same cell on each of its ranges of images, which do not overlap."""
+        firsts = range(self.first, self.first + self.n * self.repeats, self.n)
+        return [dataclasses.replace(self, first=first, repeats=1) for first in firsts]
+
+    @property
+    def title(self) -> str:
+        """The cell in a few words."""
+        where = f" from image {self.first:,}" if self.first else ""
+        return f"{label(self.sampler)}{where}"
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one image, over all repeats, as far as the numbers asked for tell."""
+        return self.repeats * self.n * asked_steps(self.sampler)
+
+    def prepare(self, processes: Processes = SOLO) -> Cell:
+        """Check everything and load what is needed, without generating an image.
+
+        The model, the extractor and the reference set are loaded once and kept for the next cell.
+
+        Raises:
+            UserError: bad input.
+        """
+        spec = dataclasses.replace(self, compute=_on_own_device(self.compute, processes))
+        model = cached_model(spec.checkpoint, spec.weights, spec.compute)
+        tau = check_sampler(model, spec.sampler)
+        reference = _images(spec.data, spec.metric.reference_split)
+        if model.spec.image_shape != reference.shape:
+            raise UserError(
+                f"the checkpoint makes images of (channels, height, width) {model.spec.image_shape}, the reference set "
+                f"has {reference.shape}; choose the data the model was trained on."
+            )
+        extractor = _extractor(spec.metric, spec.compute.device)
+        check_sizes(spec.metric, spec.n, None if spec.metric.reference_npz else len(reference))
+        identity = _identity(spec, model, tau, reference)
+        facts = {
+            "kind": "fidelity",
+            "trained_on": model.spec.data,
+            "S": len(tau),
+            "label": row_label(spec.sampler),
+            "spacing": spacing_name(spec.sampler, tau, model.spec.schedule.T),
+            "distinct_evaluations": distinct_evaluations(tau),
+            "paper": spec.paper,
+            "config": dataclasses.asdict(self),
+        }
+        measurement = _Measurement(spec, model, extractor, record_key(identity))
+        return Cell(
+            title=self.title,
+            output_dir=Path(spec.output_dir),
+            identity=identity,
+            facts=facts,
+            indices=range(spec.first, spec.first + spec.n),
+            steps=len(tau),
+            model=model,
+            compute=spec.compute,
+            measure=measurement,
+        )
 
 
-def evaluate_cell(spec: EvaluateSpec) -> tuple[Record, bool]:
+def evaluate_cell(spec: EvaluateSpec, processes: Processes = SOLO) -> tuple[Record, bool]:
     """Return the record of a cell, and whether it was computed now rather than found among the records.
 
-    The model, the extractor and the features of the reference set are loaded once and kept for the next cell.
+    Of `spec.repeats` this is the first; see `EvaluateSpec.single`.
 
     Raises:
         UserError: bad input; before any image is generated.
     """
-    model = _model(
-        spec.checkpoint,
-        Path(spec.checkpoint).stat().st_mtime_ns if Path(spec.checkpoint).exists() else 0,
-        spec.weights,
-        spec.compute,
-    )
-    tau = check_sampler(model, spec.sampler)
-    reference = _images(spec.data, spec.metric.reference_split)
-    extractor = _extractor(spec.metric, spec.compute.device)
-    if model.spec.image_shape != reference.shape:
-        raise UserError(
-            f"the checkpoint makes images of (channels, height, width) {model.spec.image_shape}, the reference set has "
-            f"{reference.shape}; choose the data the model was trained on."
-        )
-    check_sizes(spec.metric, spec.n, len(reference))
-    identity = _identity(spec, model, tau, reference)
-    key = record_key(identity)
-    records = RecordFile(Path(spec.output_dir) / RECORDS)
-    if (found := records.find(key)) is not None:
-        return found, False
-    reference_features = _reference_features(spec.data, spec.metric, spec.compute.device)
-    start = time.perf_counter()
-    images = generate(model, spec.sampler, range(spec.n), spec.seed, spec.compute, title=label(spec.sampler))
-    sampled = time.perf_counter()
-    metrics = compute_metrics(extractor.extract(images), reference_features, spec.metric, spec.n)
-    record = {
-        "key": key,
-        **identity,
-        "metrics": metrics,
-        "trained_on": model.spec.data,
-        "S": len(tau),
-        "label": row_label(spec.sampler),
-        "spacing": _spacing(spec.sampler, tau, model.spec.schedule.T),
-        "distinct_evaluations": distinct_evaluations(tau),
-        "network_evaluations": spec.n * len(tau),
-        "seconds_sampling": sampled - start,
-        "seconds_metrics": time.perf_counter() - sampled,
-        "config": dataclasses.asdict(spec),
-        **provenance(),
-    }
-    if spec.grid:
-        record["grid"] = _save_grid(images[: spec.grid], spec, key)
-    records.append(record)
-    return record, True
+    return once(spec.prepare(processes), processes)
 
 
-def row_label(sampler: SamplerSpec) -> str:
-    """Return how a sampler is named in a table's first column: η=0.5, or σ̂, with a clip policy if there is one."""
-    plain = sampler.rule if sampler.eta is None else f"{sampler.rule} η={sampler.eta}"
-    name = {"ddim": f"η={sampler.eta}", "sigma_hat": "σ̂"}.get(sampler.rule, plain)
-    return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
+@dataclass(frozen=True, eq=False)
+class _Measurement:
+    """Generates and measures the images of a cell, part by part."""
 
+    spec: EvaluateSpec
+    model: LoadedModel
+    extractor: FeatureExtractor
+    key: str
 
-def label(sampler: SamplerSpec) -> str:
-    """Return a sampler in a few words."""
-    steps = f"S={_steps(sampler)}" if sampler.times is None else f"{_steps(sampler)} times"
-    return f"{row_label(sampler)} {steps} {sampler.spacing}"
+    def __call__(self, parts: Parts, processes: Processes) -> dict[str, Any]:
+        spec = self.spec
+        reference = _reference(spec.data, spec.metric, spec.compute.device, spec.reference_dir, processes)
+        steps = len(check_sampler(self.model, spec.sampler))
+        with evaluations_bar(spec.n * steps, spec.title) as bar:
 
+            def compute(batch: range) -> Tensors:
+                start = time.perf_counter()
+                images = to_pixels(sample_batch(self.model, spec.sampler, batch, spec.seed, spec.compute, bar))
+                sampled = time.perf_counter()
+                features = self.extractor.extract(images)
+                if spec.save_images:
+                    self._save_images(images, batch)
+                seconds = torch.tensor([sampled - start, time.perf_counter() - sampled], dtype=torch.float64)
+                return {**features, SHOWN: images[: max(0, spec.first + spec.grid - batch.start)], SECONDS: seconds}
 
-def _steps(sampler: SamplerSpec) -> int:
-    """Return the number of steps asked for; `uniform` may take more."""
-    return len(sampler.times) if sampler.times is not None else sampler.S or 0
+            parts.fill(spec.compute.batch_size, compute, processes, lambda count: bar.reset(count * steps))
+        start = time.perf_counter()
+        generated = self._collect(parts, processes)
+        with processes.together():
+            # Of the first process only: sums over processes are the same everywhere, features are not there elsewhere.
+            metrics = compute_metrics(generated, reference, spec.metric, spec.n) if processes.first else {}
+            grid = self._save_grid(parts) if spec.grid and processes.first else {}
+        sampling, extracting = torch.stack([*parts.read(SECONDS)]).sum(0).tolist()
+        took = {"seconds_sampling": sampling, "seconds_metrics": extracting + time.perf_counter() - start}
+        return {"metrics": metrics, **took, **grid}
+
+    def _collect(self, parts: Parts, processes: Processes) -> FeatureSet:
+        layers = self.extractor.layers
+        known = FeatureSet(*moments(parts.read(layers[0], processes), self.extractor.device, processes))
+        if not processes.first or not keeps_features(self.spec.metric):
+            return known
+        features = {name: torch.cat([*parts.read(name)]) for name in layers}
+        return dataclasses.replace(known, features=features)
+
+    def _save_images(self, images: Tensor, batch: range) -> None:
+        folder = Path(self.spec.output_dir) / "images" / self._name()
+        for i, image in zip(batch, images, strict=True):
+            save_png(image, folder / f"{i:06d}.png")
+
+    def _save_grid(self, parts: Parts) -> dict[str, str]:
+        name = f"grids/{self._name()}.png"
+        save_png(grid(torch.cat([*parts.read(SHOWN)])), Path(self.spec.output_dir) / name)
+        return {"grid": name}
+
+    def _name(self) -> str:
+        """A name for files of this cell that tells it from others."""
+        sampler = self.spec.sampler
+        rule = sampler.rule if sampler.eta is None else f"{sampler.rule}_eta_{sampler.eta}"
+        clip = "" if sampler.clip == "none" else f"_clip_{sampler.clip}"
+        return f"S{asked_steps(sampler):04d}_{rule}{clip}_{self.key[:6]}"
 
 
 def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], reference: Images) -> dict[str, Any]:
-    """Everything that decides the numbers, and nothing else: not the batch size, not the device."""
-    # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
-    description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
+    split, npz = spec.metric.reference_split, spec.metric.reference_npz
+    real = {"name": reference.name, "images": len(reference), "fingerprint": _fingerprint(spec.data, split)}
     return {
-        "model": {
-            "weights": model.weights,
-            "weights_hash": model.weights_hash,
-            "step": model.step,
-            "schedule": model.spec.schedule.name,
-            "T": model.spec.schedule.T,
-            "prediction": model.spec.prediction,
-            "description_hash": record_key(description),
-        },
-        "sampler": {
-            "rule": spec.sampler.rule,
-            "eta": spec.sampler.eta,
-            "clip": spec.sampler.clip,
-            "last_time": spec.sampler.last_time,
-            "tau": list(tau),
-        },
+        "model": model_facts(model),
+        "sampler": sampler_facts(spec.sampler, tau),
         "n": spec.n,
+        "first": spec.first,
         "seed": spec.seed,
         "bf16": spec.compute.bf16,
         "pixels": "uint8, rounded half up",
-        "reference": {
-            "name": reference.name,
-            "images": len(reference),
-            "fingerprint": _fingerprint(spec.data, spec.metric.reference_split),
-        },
+        "reference": real if npz is None else {"name": Path(npz).stem, "images": None, "fingerprint": file_hash(npz)},
         "metric": _extractor_facts(spec.metric, spec.compute.device),
     }
 
 
-def _spacing(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
-    """Return the name of the times; cells with the same name, S and T have the same times."""
-    if tau == tuple(range(1, T + 1)):
-        return "full"
-    return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
-
-
-def _save_grid(images: Tensor, spec: EvaluateSpec, key: str) -> str:
-    rule = spec.sampler.rule if spec.sampler.eta is None else f"{spec.sampler.rule}_eta_{spec.sampler.eta}"
-    clip = "" if spec.sampler.clip == "none" else f"_clip_{spec.sampler.clip}"
-    name = f"grids/S{_steps(spec.sampler):04d}_{rule}{clip}_{key[:6]}.png"
-    save_png(grid(images), Path(spec.output_dir) / name)
-    return name
-
-
-@lru_cache(maxsize=1)
-def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -> LoadedModel:
-    # `modified` makes a checkpoint that was trained on a new one.
-    return place(load_model(checkpoint, weights), compute)
+def _on_own_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
+    return dataclasses.replace(compute, device=processes.own_device(compute.device))
 
 
 @lru_cache(maxsize=1)
@@ -211,5 +274,11 @@ def _extractor_facts(metric: MetricSpec, device: str) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _reference_features(data: DataSpec, metric: MetricSpec, device: str) -> Features:
-    return _extractor(metric, device).extract(_images(data, metric.reference_split))
+def _reference(data: DataSpec, metric: MetricSpec, device: str, folder: str, processes: Processes) -> FeatureSet:
+    images, extractor = _images(data, metric.reference_split), _extractor(metric, device)
+    if metric.reference_npz is not None:
+        return published_reference(metric, extractor, images.shape)
+    features = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")
+    facts = {key: _extractor_facts(metric, device)[key] for key in features} | {"layers": extractor.layers}
+    identity = {"images": _fingerprint(data, metric.reference_split), "extractor": facts}
+    return measure_reference(images, identity, extractor, Path(folder), processes)

@@ -12,6 +12,7 @@ from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.parts import in_batches, split
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,37 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def generate(
-    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, title: str = "sampling"
+def sample_batch(
+    model: LoadedModel, sampler: SamplerSpec, batch: range, seed: int, compute: ComputeSpec, bar: tqdm | None = None
 ) -> Tensor:
-    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU.
+    """Return the samples numbered `batch`, float32 (len(batch), C, H, W) on the device; all at once.
 
     Args:
         model: on its device (`place`).
         sampler: how to sample.
-        indices: image numbers; image i is the same whatever else is asked for.
+        batch: image numbers; image i is the same whatever else is asked for, up to the rounding of the network.
         seed: of x_T and of the noise in between.
-        compute: batch size and precision.
-        title: of the progress bar, which counts network evaluations of one image and shows only on a terminal.
+        compute: device and precision.
+        bar: counts network evaluations of one image.
+    """
+    x = initial_noise(batch, model.spec.image_shape, seed, device=compute.device)
+    states = sampler.trajectory(
+        model, model.spec.schedule, x, prediction=model.spec.prediction, seed=seed, indices=batch
+    )
+    with autocast(compute):
+        for state in states:
+            x = state.x
+            if bar is not None:
+                bar.update(len(batch))
+    return x
+
+
+def generate(
+    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, title: str = "sampling"
+) -> Tensor:
+    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU; see `sample_batch`.
+
+    A batch that does not fit into memory is halved. The progress bar, called `title`, shows on terminals only.
 
     Raises:
         UserError: no images are asked for, the sampler does not fit the schedule, or the samples are not finite.
@@ -87,23 +107,24 @@ def generate(
     if len(indices) < 1:
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
     tau = check_sampler(model, sampler)
-    images = torch.empty(len(indices), *model.spec.image_shape, dtype=torch.uint8)
-    device_type = torch.device(compute.device).type
-    with (
-        tqdm(total=len(indices) * len(tau), desc=title, unit=" evaluations", unit_scale=True, disable=None) as bar,
-        torch.autocast(device_type, torch.bfloat16, enabled=compute.bf16),
-    ):
-        for start in range(0, len(indices), compute.batch_size):
-            batch = indices[start : start + compute.batch_size]
-            x = initial_noise(batch, model.spec.image_shape, seed, device=compute.device)
-            states = sampler.trajectory(
-                model, model.spec.schedule, x, prediction=model.spec.prediction, seed=seed, indices=batch
-            )
-            for state in states:
-                x = state.x
-                bar.update(len(batch))
-            images[start : start + len(batch)] = to_pixels(x)
-    return images
+    places = split(range(len(indices)), compute.batch_size)
+    with evaluations_bar(len(indices) * len(tau), title) as bar:
+
+        def images(batch: range) -> Tensor:
+            numbers = indices[batch.start : batch.stop]
+            return to_pixels(sample_batch(model, sampler, numbers, seed, compute, bar))
+
+        return torch.cat([found for _, found in in_batches(places, images)])
+
+
+def autocast(compute: ComputeSpec) -> torch.autocast:
+    """Return the context in which the network runs as `compute` says."""
+    return torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=compute.bf16)
+
+
+def evaluations_bar(total: int, title: str) -> tqdm:
+    """Return a progress bar over network evaluations of one image, which shows on a terminal only."""
+    return tqdm(total=total, desc=title, unit=" evaluations", unit_scale=True, disable=None)
 
 
 def to_pixels(x: Tensor) -> Tensor:

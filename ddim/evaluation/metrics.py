@@ -1,8 +1,9 @@
 """Fréchet and kernel distance, Inception score, precision and recall: the only door to torch-fidelity.
 
 Features are extracted once per set of images (`FeatureExtractor`), and every metric is computed from the same features
-(`compute_metrics`) by torch-fidelity's own functions, so that the numbers equal those of its command line. A number may
-be called FID, or KID, only when the features are Inception's; names are made in one place, `metric_name`.
+(`compute_metrics`) by torch-fidelity's own functions, so that the numbers equal those of its command line; mean and
+covariance alone are ours (`statistics`), since several processes may have a share of the features each. A number may be
+called FID, or KID, only when the features are Inception's; names are made in one place, `metric_name`.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +13,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from ddim.checkpoints import weights_hash
 from ddim.config import choose
 from ddim.errors import UserError
-
-Features = dict[str, Tensor]  # layer name -> (N, D) float32 on the CPU, rows in the order of the images
+from ddim.evaluation.statistics import Features, FeatureSet
 
 INCEPTION_NAMES = {"fd": "fid", "kd": "kid"}
 # torch-fidelity's defaults, written out so that they are stored with every number.
@@ -40,6 +39,7 @@ class MetricSpec:
         kid_subset_size: images per subset of the kernel distance, at most the size of the smaller set.
         kid_subsets: number of subsets that the kernel distance is averaged over.
         reference_split: the part of the data set that generated images are compared with.
+        reference_npz: take mean and covariance of the reference from this .npz (mu, sigma) instead of the data set.
     """
 
     extractor: Literal["inception", "digits_classifier", "pixels", "efficientnet"]
@@ -49,6 +49,7 @@ class MetricSpec:
     kid_subset_size: int = 1000
     kid_subsets: int = 100
     reference_split: Literal["train", "test"] = "train"
+    reference_npz: str | None = None
 
     def __post_init__(self) -> None:
         extractor = choose("extractor", self.extractor, EXTRACTORS)
@@ -60,6 +61,8 @@ class MetricSpec:
             raise ValueError(f"the Inception score needs class logits, which {self.extractor} has not; leave out 'is'.")
         if self.weights_path is not None and self.extractor != "inception":
             raise ValueError(f"weights_path is for extractor=inception; {self.extractor} brings its own, set it null.")
+        if self.reference_npz is not None and (more := {"kd", "prc"} & set(self.metrics)):
+            raise ValueError(f"{min(more)} needs the features of the reference, and reference_npz holds moments only.")
         for key, least in (("batch_size", 1), ("kid_subset_size", 2), ("kid_subsets", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}.")
@@ -93,6 +96,11 @@ class FeatureExtractor:
             layers.append(self.facts.logits)
         self.network = load_network(self.facts.registered_as, layers, spec.weights_path).to(self.device)
 
+    @property
+    def layers(self) -> list[str]:
+        """The layers that `extract` returns; distances are taken in the first."""
+        return self.network.features_list
+
     @torch.no_grad()
     def extract(self, images: Tensor | Dataset[Tensor]) -> Features:
         """Return the features of uint8 images.
@@ -107,12 +115,7 @@ class FeatureExtractor:
         Raises:
             UserError: no images, not uint8, not (N, C, H, W), or of a size that the extractor refuses.
         """
-        count = len(images)  # type: ignore[arg-type]
-        batches = []
-        with tqdm(total=count, desc=f"{self.spec.extractor} features", unit=" images", disable=None) as bar:
-            for batch in _batches(images, self.spec.batch_size):
-                batches.append(self._extract_batch(batch))
-                bar.update(len(batch))
+        batches = [self._extract_batch(batch) for batch in _batches(images, self.spec.batch_size)]
         return {layer: torch.cat([batch[layer] for batch in batches]) for layer in batches[0]}
 
     def _extract_batch(self, images: Tensor) -> Features:
@@ -124,7 +127,11 @@ class FeatureExtractor:
         if images.shape[1] == 1 and not self.facts.takes_grey:
             images = images.expand(-1, 3, -1, -1)
         features = self.network(images.to(self.device))
-        return {k: v.cpu() for k, v in self.network.convert_features_tuple_to_dict(features).items()}
+        found = {k: v.cpu() for k, v in self.network.convert_features_tuple_to_dict(features).items()}
+        for layer, values in found.items():
+            if not torch.isfinite(values).all():
+                raise UserError(f"the features of layer {layer} are not finite; check the extractor's weights.")
+        return found
 
     def weights_hash(self) -> str:
         """Return the sha256, in hex, of the parameters and buffers in the order of their names.
@@ -170,12 +177,15 @@ def metric_name(metric: str, extractor: str, n: int) -> str:
     return f"{metric}_{extractor}_{count}"
 
 
-def check_sizes(spec: MetricSpec, n: int, n_reference: int) -> None:
+def check_sizes(spec: MetricSpec, n: int, n_reference: int | None) -> None:
     """Refuse sets that are too small for the metrics asked for; call it before generating n images.
+
+    A reference of unknown size (published statistics) is taken as large enough.
 
     Raises:
         UserError: says which number to change.
     """
+    n_reference = n if n_reference is None else n_reference
     if min(n, n_reference) < 2:
         raise UserError(f"metrics need at least 2 images on each side, not {n} generated and {n_reference} reference.")
     if "kd" in spec.metrics and spec.kid_subset_size > min(n, n_reference):
@@ -192,27 +202,23 @@ def check_sizes(spec: MetricSpec, n: int, n_reference: int) -> None:
         )
 
 
-def compute_metrics(generated: Features, reference: Features, spec: MetricSpec, n: int) -> dict[str, float]:
+def compute_metrics(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, n: int) -> dict[str, float]:
     """Return every metric of `spec` under its `metric_name`.
 
     Args:
-        generated: features of the n generated images, from the same extractor as `reference`.
-        reference: features of the data.
-        spec: what to compute.
+        generated: of the n generated images, from the same extractor as `reference`.
+        reference: of the data.
+        spec: what to compute; all but "fd" need features, which `keeps_features` says.
         n: the number of generated images that the name will claim.
 
     Raises:
-        UserError: n is not the number of rows, a set is too small (`check_sizes`), or a feature is not finite.
+        UserError: n is not the number of images, or a set is too small (`check_sizes`).
     """
-    facts = EXTRACTORS[spec.extractor]
-    rows, reference_rows = len(generated[facts.features]), len(reference[facts.features])
-    if rows != n:
-        raise UserError(f"there are features of {rows} generated images where n={n} was asked for; generate exactly n.")
-    check_sizes(spec, n, reference_rows)
-    for name, features in (("generated", generated), ("reference", reference)):
-        for layer, values in features.items():
-            if not torch.isfinite(values).all():
-                raise UserError(f"the {name} features of layer {layer} are not finite; check the extractor's weights.")
+    if generated.count != n:
+        raise UserError(
+            f"there are features of {generated.count} generated images where n={n} was asked for; generate exactly n."
+        )
+    check_sizes(spec, n, reference.count)
     results: dict[str, float] = {}
     for metric in spec.metrics:
         for name, value in METRICS[metric](generated, reference, spec).items():
@@ -220,23 +226,27 @@ def compute_metrics(generated: Features, reference: Features, spec: MetricSpec, 
     return results
 
 
-def frechet_distance(generated: Features, reference: Features, spec: MetricSpec) -> dict[str, float]:
+def keeps_features(spec: MetricSpec) -> bool:
+    """Whether a metric needs more than the moments of the features."""
+    return spec.metrics != ("fd",)
+
+
+def frechet_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
     """Return |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½) of the feature means and covariances (Heusel et al., 2017)."""
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    layer = EXTRACTORS[spec.extractor].features
-    statistics = [fid_features_to_statistics(features[layer]) for features in (generated, reference)]
-    return {"fd": fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]}
+    sides = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (generated, reference)]
+    return {"fd": fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID]}
 
 
-def kernel_distance(generated: Features, reference: Features, spec: MetricSpec) -> dict[str, float]:
+def kernel_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
     """Return the unbiased squared MMD, kernel (x·y / D + 1)³, averaged over subsets (Binkowski et al., 2018)."""
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
     layer = EXTRACTORS[spec.extractor].features
     result = kid_features_to_metric(
-        generated[layer],
-        reference[layer],
+        generated.features[layer],
+        reference.features[layer],
         kid_subset_size=spec.kid_subset_size,
         kid_subsets=spec.kid_subsets,
         rng_seed=RNG_SEED,
@@ -245,23 +255,27 @@ def kernel_distance(generated: Features, reference: Features, spec: MetricSpec) 
     return {"kd": result[KEY_METRIC_KID_MEAN]}
 
 
-def inception_score(generated: Features, reference: Features, spec: MetricSpec) -> dict[str, float]:
+def inception_score(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
     """Return exp of the mean KL(p(y|x) || p(y)) over ten splits (Salimans et al., 2016); uses no reference."""
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
-    logits = generated[str(EXTRACTORS[spec.extractor].logits)]
+    logits = generated.features[str(EXTRACTORS[spec.extractor].logits)]
     result = isc_features_to_metric(logits, splits=INCEPTION_SCORE_SPLITS, shuffle=True, rng_seed=RNG_SEED)
     return {"is": result[KEY_METRIC_ISC_MEAN]}
 
 
-def precision_recall(generated: Features, reference: Features, spec: MetricSpec) -> dict[str, float]:
+def precision_recall(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
     """Return k-nearest-neighbour precision and recall, k = 3 (Kynkäänniemi et al., 2019)."""
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     layer = EXTRACTORS[spec.extractor].features
     # In parts, as the whole 50k x 50k table of distances would be 10 GB.
     result = prc_features_to_metric(
-        generated[layer], reference[layer], prc_neighborhood=PRC_NEIGHBORHOOD, save_cpu_ram=True, verbose=False
+        generated.features[layer],
+        reference.features[layer],
+        prc_neighborhood=PRC_NEIGHBORHOOD,
+        save_cpu_ram=True,
+        verbose=False,
     )
     return {"precision": result[KEY_METRIC_PRECISION], "recall": result[KEY_METRIC_RECALL]}
 
@@ -299,7 +313,7 @@ EXTRACTORS: dict[str, ExtractorFacts] = {
         takes_grey=True,
     ),
 }
-METRICS: dict[str, Callable[[Features, Features, MetricSpec], dict[str, float]]] = {
+METRICS: dict[str, Callable[[FeatureSet, FeatureSet, MetricSpec], dict[str, float]]] = {
     "fd": frechet_distance,
     "kd": kernel_distance,
     "is": inception_score,

@@ -19,21 +19,23 @@ from ddim.data.datasets import DataSpec
 from ddim.data.pictures import grid
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation import cells
-from ddim.evaluation.cells import RECORDS, EvaluateSpec, evaluate_cell, label, row_label
+from ddim.evaluation import cells, work
+from ddim.evaluation.cells import EvaluateSpec, evaluate_cell
 from ddim.evaluation.generate import ComputeSpec, generate
 from ddim.evaluation.metrics import FeatureExtractor, MetricSpec, compute_metrics
 from ddim.evaluation.records import RecordFile
+from ddim.evaluation.statistics import feature_set
+from ddim.evaluation.work import RECORDS, label, row_label
 
 T = 50  # of the tiny model
 DIGITS = DataSpec("digits", (8, 8), 1, flip=False)
-CACHES = ("_model", "_images", "_fingerprint", "_extractor", "_reference_features")
+CACHES = ((work, "_model"), *((cells, f"_{name}") for name in ("images", "fingerprint", "extractor", "reference")))
 
 
 @pytest.fixture
 def empty_caches() -> None:
-    for name in CACHES:
-        getattr(cells, name).cache_clear()
+    for module, name in CACHES:
+        getattr(module, name).cache_clear()
 
 
 @pytest.fixture
@@ -48,6 +50,7 @@ def spec(checkpoint: Path, tmp_path: Path) -> EvaluateSpec:
         compute=ComputeSpec("cpu", batch_size=8),
         n=20,
         grid=0,
+        reference_dir=str(tmp_path / "reference"),
     )
 
 
@@ -57,7 +60,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("images were generated")
 
-    monkeypatch.setattr(cells, "generate", fail)
+    monkeypatch.setattr(cells, "sample_batch", fail)
 
 
 def on_sampler(**changes: Any) -> Callable[[EvaluateSpec], EvaluateSpec]:
@@ -112,9 +115,8 @@ def test_the_number_is_that_of_the_images_and_the_data(spec: EvaluateSpec, model
     record, _ = evaluate_cell(spec)
     extractor = FeatureExtractor(spec.metric, "cpu")
     digits = torch.from_numpy(np.round(load_digits().images * 255 / 16 + 1e-9)).to(torch.uint8)[:, None]
-    features = [
-        extractor.extract(images) for images in (generate(model, spec.sampler, range(100), 5, spec.compute), digits)
-    ]
+    both = (generate(model, spec.sampler, range(100), 5, spec.compute), digits)
+    features = [feature_set(extractor.extract(images), "64") for images in both]
     assert record["metrics"] == pytest.approx(compute_metrics(*features, spec.metric, 100), rel=1e-6)
     assert record["metrics"]["fd_digits_classifier_100"] > 1
 
@@ -188,14 +190,14 @@ def test_model_extractor_and_reference_are_read_once_for_a_sweep(
 ) -> None:
     calls: Counter[str] = Counter()
 
-    def counted(name: str) -> None:
-        original = getattr(cells, name)
+    def counted(module: Any, name: str) -> None:
+        original = getattr(module, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls[name] += 1
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(cells, name, call)
+        monkeypatch.setattr(module, name, call)
 
     class Counting(FeatureExtractor):
         def extract(self, images: Any) -> Any:
@@ -203,17 +205,18 @@ def test_model_extractor_and_reference_are_read_once_for_a_sweep(
             return super().extract(images)
 
     monkeypatch.setattr(cells, "FeatureExtractor", Counting)
-    for name in ("load_model", "load_images", "FeatureExtractor", "generate"):
-        counted(name)
+    for module, name in ((work, "load_model"), (cells, "load_images"), (cells, "FeatureExtractor")):
+        counted(module, name)
     for S in (2, 3, 4):
         evaluate_cell(on_sampler(S=S)(spec))
     assert calls == {
         "load_model": 1,
         "load_images": 1,
         "FeatureExtractor": 1,
-        "extract 1797": 1,
-        "extract 20": 3,
-        "generate": 3,
+        "extract 1000": 1,
+        "extract 797": 1,
+        "extract 8": 6,
+        "extract 4": 3,
     }
 
 

@@ -23,6 +23,7 @@ from ddim.evaluation.extractors import (
     register_extractors,
 )
 from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics, describe
+from ddim.evaluation.statistics import feature_set
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_digits_classifier.py"
 
@@ -103,11 +104,12 @@ def test_frechet_distance_of_noisy_digits_grows_with_the_noise(digits: tuple[tor
     for name in ("digits_classifier", "pixels"):
         spec = MetricSpec(name)
         extractor = FeatureExtractor(spec, "cpu")
-        reference = extractor.extract(images)
+        reference = feature_set(extractor.extract(images), extractor.layers[0])
         distances: list[float] = []
         for level in (0, 10, 20, 40, 80):
             noisy = (images + level * noise).round().clamp(0, 255).byte()
-            distances += compute_metrics(extractor.extract(noisy), reference, spec, 600).values()
+            measured = feature_set(extractor.extract(noisy), extractor.layers[0])
+            distances += compute_metrics(measured, reference, spec, 600).values()
         assert distances == sorted(distances)
         assert distances[-1] > 10 * distances[1] > 0
 

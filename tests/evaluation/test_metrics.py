@@ -14,12 +14,12 @@ from ddim.evaluation.metrics import (
     EXTRACTORS,
     METRICS,
     FeatureExtractor,
-    Features,
     MetricSpec,
     check_sizes,
     compute_metrics,
     metric_name,
 )
+from ddim.evaluation.statistics import FeatureSet, feature_set
 
 OFFLINE = [name for name in EXTRACTORS if name != "inception"]
 CONFIGS = Path(__file__).parents[2] / "configs" / "metric"
@@ -30,8 +30,8 @@ def normal(n: int, dimension: int, seed: int, dtype: torch.dtype = torch.float64
     return torch.randn(n, dimension, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def of(features: torch.Tensor, layer: str = "64") -> Features:
-    return {layer: features}
+def of(features: torch.Tensor, **others: torch.Tensor) -> FeatureSet:
+    return feature_set({"64": features, **others}, "64")
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -102,7 +102,8 @@ def test_numbers_equal_those_of_torch_fidelity() -> None:
     reference = torch.randint(200, (150, 1, 8, 8), generator=generator, dtype=torch.uint8)
     spec = MetricSpec("digits_classifier", ("fd", "kd", "is", "prc"), kid_subset_size=50, kid_subsets=5)
     extractor = FeatureExtractor(spec, "cpu")
-    ours = compute_metrics(extractor.extract(generated), extractor.extract(reference), spec, 130)
+    sides = [feature_set(extractor.extract(images), "64") for images in (generated, reference)]
+    ours = compute_metrics(*sides, spec, 130)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(generated),
         input2=Images(reference),
@@ -111,8 +112,9 @@ def test_numbers_equal_those_of_torch_fidelity() -> None:
         **{"kid_subset_size": 50, "kid_subsets": 5},
         **{"cuda": False, "save_cpu_ram": True, "cache": False, "verbose": False},
     )
+    # Mean and covariance are ours, in float64 throughout.
+    assert ours.pop("fd_digits_classifier_130") == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
     assert ours == {
-        "fd_digits_classifier_130": theirs["frechet_inception_distance"],
         "kd_digits_classifier_130": theirs["kernel_inception_distance_mean"],
         "is_digits_classifier_130": theirs["inception_score_mean"],
         "precision_digits_classifier_130": theirs["precision"],
@@ -151,7 +153,7 @@ def test_kernel_distance_is_the_unbiased_cubic_mmd() -> None:
 def test_inception_score_of_sure_and_of_clueless_logits() -> None:
     spec = MetricSpec("digits_classifier", ("is",))
     for logits, expected in ((50 * torch.eye(10).repeat(1000, 1), 10), (torch.zeros(10_000, 10), 1)):
-        features = {"64": torch.zeros(10_000, 64), "logits": logits}
+        features = of(torch.zeros(10_000, 64), logits=logits)
         measured = compute_metrics(features, features, spec, 10_000)["is_digits_classifier_10k"]
         assert measured == pytest.approx(expected, rel=0.01)  # splits of 1,000 are not exactly balanced
 
@@ -208,10 +210,25 @@ def test_a_wrong_count_and_features_that_are_not_finite_are_refused() -> None:
     a = normal(10, 64, 0)
     with pytest.raises(UserError, match="10 generated images where n=11"):
         compute_metrics(of(a), of(a), DIGITS, 11)
-    broken = a.clone()
-    broken[3, 5] = math.inf
-    with pytest.raises(UserError, match="reference features of layer 64 are not finite"):
-        compute_metrics(of(a), of(broken), DIGITS, 10)
+    extractor = FeatureExtractor(DIGITS, "cpu")
+    extractor.network.net.hidden.bias[5] = math.inf
+    with pytest.raises(UserError, match="features of layer 64 are not finite"):
+        extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_frechet_distance_equals_torch_fidelitys_on_the_same_features() -> None:
+    """With its own mean and covariance of the features, also of many dimensions far from 0 as Inception's are."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    for dimension in (8, 200):
+        a = normal(500, dimension, 0, torch.float32).abs() + 0.5
+        b = 1.1 * normal(700, dimension, 1, torch.float32).abs() + 0.5
+        sides = [fid_features_to_statistics(features.double()) for features in (a, b)]
+        theirs = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+        assert distance(a, b) == pytest.approx(theirs, rel=1e-9)
+        sides = [fid_features_to_statistics(features) for features in (a, b)]  # its own means are float32
+        theirs = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+        assert distance(a, b) == pytest.approx(theirs, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,156 @@
+"""A long computation over numbered images, kept on the disk batch by batch: it can stop anywhere and go on.
+
+Each batch becomes one file, named by its images, which appears whole or not at all. What is missing is what no file
+covers, so a run that goes on, with another batch size or on another number of processes, computes just that.
+"""
+
+import logging
+import re
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ddim.checkpoints.files import Tensors, read_safetensors, write_safetensors
+from ddim.errors import UserError
+from ddim.evaluation.processes import SOLO, Processes
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+PATIENCE = 45  # looks into a folder on the network, in about 100 seconds
+NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
+
+
+def split(indices: range, batch_size: int, origin: int = 0) -> list[range]:
+    """Cut consecutive numbers where their distance from `origin` is a multiple of `batch_size`."""
+    first = indices.start + batch_size - (indices.start - origin) % batch_size
+    edges = [indices.start, *range(first, indices.stop, batch_size), indices.stop]
+    return [range(start, stop) for start, stop in pairwise(edges) if start < stop]
+
+
+def in_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Iterator[tuple[range, T]]:
+    """Yield (batch, compute(batch)). One that does not fit into memory is halved, and so are all that come after it.
+
+    Raises:
+        UserError: not even a single image fits.
+    """
+    queue, largest = deque(batches), 0
+    while queue:
+        batch = queue.popleft()
+        if largest and len(batch) > largest:
+            queue.extendleft(reversed(split(batch, largest, batch.start)))
+            continue
+        try:
+            result = compute(batch)
+        except Exception as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise UserError("not even one image at a time fits into memory; use a device with more.") from error
+            largest = (len(batch) + 1) // 2
+            log.warning("%d images at a time do not fit into memory; going on with %d.", len(batch), largest)
+        else:
+            yield batch, result
+            continue
+        # Outside the handler, whose traceback keeps the tensors of the failed batch alive.
+        queue.appendleft(batch)
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's on the CPU
+
+
+class Parts:
+    """The files of a computation over the images numbered `indices`.
+
+    Args:
+        folder: theirs alone; made when the first part comes.
+        indices: consecutive numbers.
+    """
+
+    def __init__(self, folder: Path, indices: range) -> None:
+        self.folder, self.indices = folder, indices
+
+    def done(self) -> list[range]:
+        """Return the batches there are, in order and without overlap; a damaged file is removed and said."""
+        found, reached = [], self.indices.start
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if (name := NAME.fullmatch(path.name)) is None:
+                continue
+            batch = range(int(name[1]), int(name[2]))
+            if batch.start < reached or batch.stop > self.indices.stop:
+                continue
+            try:
+                read_safetensors(path)
+            except UserError as error:
+                log.warning("%s; its images are computed again.", str(error).rstrip("."))
+                path.unlink()
+                continue
+            found.append(batch)
+            reached = batch.stop
+        return found
+
+    def missing(self, batch_size: int) -> list[range]:
+        """Return what is not there, in batches that start at multiples of `batch_size` from the first image on."""
+        edges = [self.indices.start, *(edge for b in self.done() for edge in (b.start, b.stop)), self.indices.stop]
+        gaps = [range(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+        return [batch for gap in gaps if len(gap) for batch in split(gap, batch_size, self.indices.start)]
+
+    def fill(
+        self,
+        batch_size: int,
+        compute: Callable[[range], Tensors],
+        processes: Processes = SOLO,
+        started: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Compute what is missing, each process its share.
+
+        Args:
+            batch_size: images at a time.
+            compute: maps a batch to named tensors, the rows in the order of its images where there are rows.
+            processes: who takes part.
+            started: told, before the first batch, how many images this process is going to compute.
+
+        Raises:
+            UserError: a batch failed here or in another process. What was done stays.
+        """
+        batches = processes.share(self.missing(batch_size) if processes.first else [])
+        mine = batches[processes.rank :: processes.world_size]
+        started(sum(map(len, mine)))
+        with processes.together():
+            for batch, tensors in in_batches(mine, compute):
+                write_safetensors(self.path(batch), tensors, {})
+        with processes.together():
+            self._wait_until_complete()
+
+    def _wait_until_complete(self) -> None:
+        # Another machine's file can take a while to show in a folder on the network.
+        for waited in range(PATIENCE):
+            if not self.missing(len(self.indices)):
+                return
+            time.sleep(waited / 10)
+        raise UserError(f"{self.folder} lacks what other processes wrote; they must all see the same output folder.")
+
+    def path(self, batch: range) -> Path:
+        """Return the file of a batch."""
+        return self.folder / f"{batch.start:010d}_{batch.stop:010d}.safetensors"
+
+    def read(self, name: str, processes: Processes = SOLO) -> Iterator[Tensor]:
+        """Yield the tensor `name` of each part, in the order of the images; of several processes, each a share."""
+        for batch in self.done()[processes.rank :: processes.world_size]:
+            tensors, _ = read_safetensors(self.path(batch))
+            yield tensors[name]
+
+    def delete(self) -> None:
+        """Remove the files."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""The set of real images that generated ones are compared with: measured once, and found again by what decided it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ddim.checkpoints.files import Tensors, read_safetensors, write_safetensors
+from ddim.data.images import Images
+from ddim.errors import UserError
+from ddim.evaluation.metrics import FeatureExtractor, MetricSpec, keeps_features
+from ddim.evaluation.parts import Parts
+from ddim.evaluation.processes import SOLO, Processes
+from ddim.evaluation.records import record_key
+from ddim.evaluation.statistics import FeatureSet, load_moments, moments, save_moments
+
+IMAGES_AT_ONCE = 1000  # of a part; the extractor takes them in its own batches
+
+
+def measure_reference(
+    images: Images,
+    identity: dict[str, Any],
+    extractor: FeatureExtractor,
+    folder: Path,
+    processes: Processes = SOLO,
+) -> FeatureSet:
+    """Return the data set as the metrics see it, from `folder` if it was measured before.
+
+    There it is NAME_HASH.npz with mu and sigma, which other code bases read too, and NAME_HASH.safetensors with the
+    features where a metric needs them. Half-done work goes on.
+
+    Args:
+        images: the data set.
+        identity: everything that decides the features: data, split, transform, extractor, weights.
+        extractor: on its device.
+        folder: of all references.
+        processes: each extracts a share.
+    """
+    stem = f"{images.name}_{record_key(identity)}"
+    statistics, stored = folder / f"{stem}.npz", folder / f"{stem}.safetensors"
+    layer, wants_features = extractor.layers[0], keeps_features(extractor.spec)
+    found = statistics.is_file() and (not wants_features or stored.is_file())
+    if not processes.share(found):
+        _measure(images, extractor, folder / f"{stem}.parts", statistics, stored if wants_features else None, processes)
+    known = load_moments(statistics)
+    if not wants_features:
+        return known
+    features, _ = read_safetensors(stored)
+    return FeatureSet(len(features[layer]), known.mean, known.covariance, features)
+
+
+def _measure(
+    images: Images,
+    extractor: FeatureExtractor,
+    folder: Path,
+    statistics: Path,
+    stored: Path | None,
+    processes: Processes,
+) -> None:
+    parts, layer = Parts(folder, range(len(images))), extractor.layers[0]
+    title = f"{extractor.spec.extractor} features of {images.name}"
+    with tqdm(total=len(images), desc=title, unit=" images", unit_scale=True, disable=None) as bar:
+
+        def features(batch: range) -> Tensors:
+            found = extractor.extract(torch.stack([images[i] for i in batch]))
+            bar.update(len(batch))
+            return found
+
+        parts.fill(min(IMAGES_AT_ONCE, len(images)), features, processes, bar.reset)
+    count, mean, covariance = moments(parts.read(layer, processes), extractor.device, processes)
+    with processes.together():
+        if processes.first:
+            save_moments(FeatureSet(count, mean, covariance), statistics)
+            if stored is not None:
+                write_safetensors(stored, {name: torch.cat([*parts.read(name)]) for name in extractor.layers}, {})
+            parts.delete()
+
+
+def published_reference(spec: MetricSpec, extractor: FeatureExtractor, shape: tuple[int, int, int]) -> FeatureSet:
+    """Return the statistics in the file `spec.reference_npz`.
+
+    Args:
+        spec: names the file.
+        extractor: whose features they are.
+        shape: of the generated images, (C, H, W).
+
+    Raises:
+        UserError: the file cannot be read, or its features have another number of dimensions.
+    """
+    found = load_moments(Path(str(spec.reference_npz)))
+    dimension = extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8))[extractor.layers[0]].shape[1]
+    if len(found.mean) != dimension:
+        raise UserError(
+            f"the statistics {spec.reference_npz} have {len(found.mean)} dimensions, the features of {spec.extractor} "
+            f"{dimension}; they belong to another extractor."
+        )
+    return found
+
+
+def file_hash(path: str) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

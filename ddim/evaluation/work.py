@@ -1,0 +1,184 @@
+"""A cell of a table: computed once, by any number of processes, however often it was interrupted."""
+
+import fcntl
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddim.checkpoints import LoadedModel, load_model
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.errors import UserError
+from ddim.evaluation.generate import ComputeSpec, place
+from ddim.evaluation.parts import Parts
+from ddim.evaluation.processes import SOLO, Processes
+from ddim.evaluation.records import Record, RecordFile, provenance, record_key
+
+RECORDS = "records.jsonl"
+UNFINISHED = "unfinished"  # sub-folder with the parts of cells that have no record yet
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A cell that was checked and can be computed.
+
+    Attributes:
+        title: in a few words.
+        output_dir: with the records.
+        identity: everything that decides the numbers, and nothing else: not the batch size, not the device.
+        facts: what else goes into the record.
+        indices: numbers of its images.
+        steps: network evaluations of one image.
+        model, spec: the network and how it is run, for timing it.
+        measure: fills the parts, each process its share, and returns the entries of the record that came out of them.
+    """
+
+    title: str
+    output_dir: Path
+    identity: dict[str, Any]
+    facts: dict[str, Any]
+    indices: range
+    steps: int
+    model: LoadedModel
+    compute: ComputeSpec
+    measure: Callable[[Parts, Processes], dict[str, Any]]
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that stand for the identity."""
+        return record_key(self.identity)
+
+    @property
+    def parts(self) -> Parts:
+        """Where the unfinished cell is."""
+        return Parts(self.output_dir / UNFINISHED / self.key, self.indices)
+
+    def find(self) -> Record | None:
+        """Return its record if there is one."""
+        return RecordFile(self.output_dir / RECORDS).find(self.key)
+
+
+def once(cell: Cell, processes: Processes = SOLO) -> tuple[Record, bool]:
+    """Return the record of a cell, and whether it was computed now rather than found among the records.
+
+    Raises:
+        UserError: another run is at it, or it cannot be computed; what was done stays and the next call goes on.
+    """
+    if (found := processes.share(cell.find() if processes.first else None)) is not None:
+        return found, False
+    parts = cell.parts
+    with _alone(parts.folder, processes):
+        record = {
+            "key": cell.key,
+            **cell.identity,
+            **cell.facts,
+            **cell.measure(parts, processes),
+            "network_evaluations": len(cell.indices) * cell.steps,
+            "compute": {
+                "device": device_name(cell.compute.device),
+                "processes": processes.world_size,
+                "batch_size": cell.compute.batch_size,
+            },
+            **provenance(),
+        }
+        with processes.together():
+            if processes.first:
+                RecordFile(cell.output_dir / RECORDS).append(record)
+                parts.delete()
+    return processes.share(record), True
+
+
+@contextmanager
+def _alone(folder: Path, processes: Processes) -> Iterator[None]:
+    """Keep another run from computing the same cell; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another run has it.
+    """
+    file = None
+    with processes.together():
+        if processes.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / "lock").open("w")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.close()
+                raise UserError(
+                    f"another run is computing this cell ({folder}); wait for it, or choose another output_dir=..."
+                ) from error
+    try:
+        yield
+    finally:
+        if file is not None:
+            file.close()
+
+
+def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> LoadedModel:
+    """Return the model on its device, the same as before unless the file was written to meanwhile."""
+    path = Path(checkpoint)
+    return _model(checkpoint, path.stat().st_mtime_ns if path.exists() else 0, weights, compute)
+
+
+@lru_cache(maxsize=1)
+def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -> LoadedModel:
+    return place(load_model(checkpoint, weights), compute)
+
+
+def model_facts(model: LoadedModel) -> dict[str, Any]:
+    """Return what a record says of the model."""
+    # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
+    description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
+    return {
+        "weights": model.weights,
+        "weights_hash": model.weights_hash,
+        "step": model.step,
+        "schedule": model.spec.schedule.name,
+        "T": model.spec.schedule.T,
+        "prediction": model.spec.prediction,
+        "description_hash": record_key(description),
+    }
+
+
+def sampler_facts(sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
+    """Return what a record says of the sampler: what decides the numbers, not how it was asked for."""
+    chosen = {name: getattr(sampler, name) for name in ("rule", "eta", "clip", "last_time")}
+    return {**chosen, "tau": list(tau)}
+
+
+def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
+    """Return the name of the times; cells with the same name, S and T have the same times."""
+    if tau == tuple(range(1, T + 1)):
+        return "full"
+    return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
+
+
+def row_label(sampler: SamplerSpec) -> str:
+    """Return how a sampler is named in a table's first column: η=0.5, or σ̂, with a clip policy if there is one."""
+    plain = sampler.rule if sampler.eta is None else f"{sampler.rule} η={sampler.eta}"
+    name = {"ddim": f"η={sampler.eta}", "sigma_hat": "σ̂"}.get(sampler.rule, plain)
+    return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
+
+
+def label(sampler: SamplerSpec) -> str:
+    """Return a sampler in a few words."""
+    steps = f"S={asked_steps(sampler)}" if sampler.times is None else f"{asked_steps(sampler)} times"
+    return f"{row_label(sampler)} {steps} {sampler.spacing}"
+
+
+def asked_steps(sampler: SamplerSpec) -> int:
+    """Return the number of steps asked for; `uniform` may take more."""
+    return len(sampler.times) if sampler.times is not None else sampler.S or 0
+
+
+def device_name(device: str) -> str:
+    """Return the name of a device's model, by which times can be compared."""
+    named = torch.device(device)
+    if named.type == "cpu":
+        return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
+    return torch.get_device_module(named.type).get_device_name(named)
