@@ -19,16 +19,24 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRY_AGAIN = 75  # the exit status of a run that was stopped and saved (EX_TEMPFAIL)
+MODES = ("run", "sweep")  # of Hydra, each with a folder for its files
 Task = Callable[[dict[str, Any]], Any]
 
 
-def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None) -> None:
+def entry(
+    task: Task,
+    config_name: str,
+    finish: Callable[[], None] | None = None,
+    plan: Callable[[list[dict[str, Any]], bool], None] | None = None,
+) -> None:
     """Run `task` on the composed configuration as plain values; exit with 2 on a mistake of the user's, 1 on
     ours, 75 when the run was told to stop and can go on.
 
@@ -38,6 +46,8 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
         task: gets the configuration without Hydra's own part; called once for each job of a sweep.
         config_name: of a file in configs/.
         finish: called after the last job.
+        plan: called before the first job of a sweep, with the configuration of each and whether they run in this
+            process; needs `BeforeSweep` among the callbacks of the configuration.
     """
     if importlib.util.find_spec("ddim") is None:
         sys.exit("error: the package ddim is not installed; run bash scripts/quickstart.sh, or pip install -e .")
@@ -74,16 +84,60 @@ def entry(task: Task, config_name: str, finish: Callable[[], None] | None = None
         silence()  # again in the processes of a launcher
         return guarded(lambda: task(_plain(config)), explain)
 
+    if plan is not None:
+
+        def before(config: DictConfig) -> None:
+            launcher, sweeper = (config.hydra[part]._target_ for part in ("launcher", "sweeper"))
+            if sweeper.endswith("BasicSweeper"):  # another one does not know its jobs beforehand
+                guarded(lambda: plan(jobs_of(config), launcher.endswith("BasicLauncher")), explain)
+
+        BeforeSweep.then = before
+    if _rank() > 0:  # the first of several processes keeps Hydra's files
+        sys.argv += ["hydra.output_subdir=null", *(f"hydra.{mode}.dir=${{output_dir}}/hydra/others" for mode in MODES)]
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     guarded(main(job), lambda error: explain_hydra(error, config_name))
     if finish is not None:
         guarded(finish, explain)
-    for reason, count in failures.items():
+    for reason, count in failures.items() if _rank() == 0 or defects else ():
         print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
     if failures:
         sys.exit(1 if defects else 2)
     if interrupted:
         sys.exit(TRY_AGAIN)
+
+
+class BeforeSweep(Callback):
+    """Hands Hydra's own configuration of a sweep to `then` before the first job."""
+
+    then: Callable[[DictConfig], Any] | None = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Called by Hydra, which would turn an exception into a warning."""
+        if BeforeSweep.then is not None:
+            BeforeSweep.then(config)
+
+
+def jobs_of(config: DictConfig) -> list[dict[str, Any]]:
+    """Return the configurations of the jobs that Hydra's own sweeper is about to make of `config`, in its order."""
+    # Late, as Hydra loads its plugins anew.
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    sweeper = BasicSweeper(max_batch_size=None, params=config.hydra.sweeper.params)
+    loader = GlobalHydra.instance().config_loader()
+    arguments = [*sweeper._parse_config(), *config.hydra.overrides.task]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(arguments)
+    [jobs] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    configs = []
+    for job in jobs:
+        composed = loader.load_sweep_config(config, list(job))
+        with open_dict(composed):
+            del composed["hydra"]
+        configs.append(_plain(composed))
+    return configs
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 def silence() -> None:

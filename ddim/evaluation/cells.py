@@ -5,20 +5,18 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
 from ddim.checkpoints.files import Tensors
-from ddim.data.datasets import DataSpec, load_images
+from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
 from ddim.data.pictures import grid, save_png
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
-from ddim.diffusion.timesteps import distinct_evaluations
-from ddim.errors import UserError
 from ddim.evaluation.generate import ComputeSpec, check_sampler, evaluations_bar, sample_batch, to_pixels
 from ddim.evaluation.metrics import (
     FeatureExtractor,
@@ -36,13 +34,15 @@ from ddim.evaluation.statistics import FeatureSet, moments
 from ddim.evaluation.work import (
     Cell,
     asked_steps,
+    cached_fingerprint,
+    cached_images,
     cached_model,
+    check_shape,
+    common_facts,
     label,
     model_facts,
     once,
-    row_label,
     sampler_facts,
-    spacing_name,
 )
 
 SECONDS, SHOWN = "seconds", "shown"  # of a part, beside the features: sampling and extracting; images of the grid
@@ -127,36 +127,24 @@ class EvaluateSpec:
         spec = dataclasses.replace(self, compute=_on_own_device(self.compute, processes))
         model = cached_model(spec.checkpoint, spec.weights, spec.compute)
         tau = check_sampler(model, spec.sampler)
-        reference = _images(spec.data, spec.metric.reference_split)
-        if model.spec.image_shape != reference.shape:
-            raise UserError(
-                f"the checkpoint makes images of (channels, height, width) {model.spec.image_shape}, the reference set "
-                f"has {reference.shape}; choose the data the model was trained on."
-            )
+        reference = cached_images(spec.data, spec.metric.reference_split)
+        check_shape(model, reference)
         extractor = _extractor(spec.metric, spec.compute.device)
         check_sizes(spec.metric, spec.n, None if spec.metric.reference_npz else len(reference))
         identity = _identity(spec, model, tau, reference)
-        facts = {
-            "kind": "fidelity",
-            "trained_on": model.spec.data,
-            "S": len(tau),
-            "label": row_label(spec.sampler),
-            "spacing": spacing_name(spec.sampler, tau, model.spec.schedule.T),
-            "distinct_evaluations": distinct_evaluations(tau),
-            "paper": spec.paper,
-            "config": dataclasses.asdict(self),
-        }
+        facts = {"kind": "fidelity", "paper": spec.paper, "config": dataclasses.asdict(self)}
         measurement = _Measurement(spec, model, extractor, record_key(identity))
         return Cell(
             title=self.title,
             output_dir=Path(spec.output_dir),
             identity=identity,
-            facts=facts,
+            facts=facts | common_facts(model, spec.sampler, tau),
             indices=range(spec.first, spec.first + spec.n),
             steps=len(tau),
             model=model,
             compute=spec.compute,
             measure=measurement,
+            look=extractor.extract,
         )
 
 
@@ -168,7 +156,7 @@ def evaluate_cell(spec: EvaluateSpec, processes: Processes = SOLO) -> tuple[Reco
     Raises:
         UserError: bad input; before any image is generated.
     """
-    return once(spec.prepare(processes), processes)
+    return once(spec.prepare, processes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,22 +186,20 @@ class _Measurement:
 
             parts.fill(spec.compute.batch_size, compute, processes, lambda count: bar.reset(count * steps))
         start = time.perf_counter()
-        generated = self._collect(parts, processes)
+        layer = self.extractor.layers[0]
+        generated = FeatureSet(*moments(parts.read(layer, processes), self.extractor.device, processes))
+        found: dict[str, Any] = {}
         with processes.together():
-            # Of the first process only: sums over processes are the same everywhere, features are not there elsewhere.
-            metrics = compute_metrics(generated, reference, spec.metric, spec.n) if processes.first else {}
-            grid = self._save_grid(parts) if spec.grid and processes.first else {}
-        sampling, extracting = torch.stack([*parts.read(SECONDS)]).sum(0).tolist()
-        took = {"seconds_sampling": sampling, "seconds_metrics": extracting + time.perf_counter() - start}
-        return {"metrics": metrics, **took, **grid}
-
-    def _collect(self, parts: Parts, processes: Processes) -> FeatureSet:
-        layers = self.extractor.layers
-        known = FeatureSet(*moments(parts.read(layers[0], processes), self.extractor.device, processes))
-        if not processes.first or not keeps_features(self.spec.metric):
-            return known
-        features = {name: torch.cat([*parts.read(name)]) for name in layers}
-        return dataclasses.replace(known, features=features)
+            if processes.first:
+                if keeps_features(spec.metric):
+                    features = {name: torch.cat([*parts.read(name)]) for name in self.extractor.layers}
+                    generated = dataclasses.replace(generated, features=features)
+                found["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n)
+                found |= self._save_grid(parts) if spec.grid else {}
+                sampling, extracting = torch.stack([*parts.read(SECONDS)]).sum(0).tolist()
+                found["seconds_sampling"] = sampling
+                found["seconds_metrics"] = extracting + time.perf_counter() - start
+        return found
 
     def _save_images(self, images: Tensor, batch: range) -> None:
         folder = Path(self.spec.output_dir) / "images" / self._name()
@@ -235,7 +221,7 @@ class _Measurement:
 
 def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], reference: Images) -> dict[str, Any]:
     split, npz = spec.metric.reference_split, spec.metric.reference_npz
-    real = {"name": reference.name, "images": len(reference), "fingerprint": _fingerprint(spec.data, split)}
+    real = {"name": reference.name, "images": len(reference), "fingerprint": cached_fingerprint(spec.data, split)}
     return {
         "model": model_facts(model),
         "sampler": sampler_facts(spec.sampler, tau),
@@ -254,16 +240,6 @@ def _on_own_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
 
 
 @lru_cache(maxsize=1)
-def _images(data: DataSpec, split: Literal["train", "test"]) -> Images:
-    return load_images(data, split)
-
-
-@lru_cache(maxsize=1)
-def _fingerprint(data: DataSpec, split: Literal["train", "test"]) -> str:
-    return _images(data, split).fingerprint()
-
-
-@lru_cache(maxsize=1)
 def _extractor(metric: MetricSpec, device: str) -> FeatureExtractor:
     return FeatureExtractor(metric, device)
 
@@ -275,10 +251,10 @@ def _extractor_facts(metric: MetricSpec, device: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _reference(data: DataSpec, metric: MetricSpec, device: str, folder: str, processes: Processes) -> FeatureSet:
-    images, extractor = _images(data, metric.reference_split), _extractor(metric, device)
+    images, extractor = cached_images(data, metric.reference_split), _extractor(metric, device)
     if metric.reference_npz is not None:
         return published_reference(metric, extractor, images.shape)
     features = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")
     facts = {key: _extractor_facts(metric, device)[key] for key in features} | {"layers": extractor.layers}
-    identity = {"images": _fingerprint(data, metric.reference_split), "extractor": facts}
+    identity = {"images": cached_fingerprint(data, metric.reference_split), "extractor": facts}
     return measure_reference(images, identity, extractor, Path(folder), processes)

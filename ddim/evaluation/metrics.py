@@ -171,10 +171,14 @@ def metric_name(metric: str, extractor: str, n: int) -> str:
     extractor nothing is called FID or KID, and the extractor is in the name: fd_digits_classifier_1k. n is written in
     full when it is no multiple of a thousand: fid_49984.
     """
-    count = f"{n // 1000}k" if n % 1000 == 0 else str(n)
     if extractor == "inception":
-        return f"{INCEPTION_NAMES.get(metric, metric)}_{count}"
-    return f"{metric}_{extractor}_{count}"
+        return f"{INCEPTION_NAMES.get(metric, metric)}_{count_name(n)}"
+    return f"{metric}_{extractor}_{count_name(n)}"
+
+
+def count_name(n: int) -> str:
+    """Return a number of images as it stands in the name of a metric: 50k, or 49984."""
+    return f"{n // 1000}k" if n % 1000 == 0 else str(n)
 
 
 def check_sizes(spec: MetricSpec, n: int, n_reference: int | None) -> None:

@@ -94,7 +94,7 @@ class Parts:
                 read_safetensors(path)
             except UserError as error:
                 log.warning("%s; its images are computed again.", str(error).rstrip("."))
-                path.unlink()
+                path.unlink(missing_ok=True)
                 continue
             found.append(batch)
             reached = batch.stop

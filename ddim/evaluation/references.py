@@ -44,11 +44,12 @@ def measure_reference(
     found = statistics.is_file() and (not wants_features or stored.is_file())
     if not processes.share(found):
         _measure(images, extractor, folder / f"{stem}.parts", statistics, stored if wants_features else None, processes)
-    known = load_moments(statistics)
-    if not wants_features:
-        return known
-    features, _ = read_safetensors(stored)
-    return FeatureSet(len(features[layer]), known.mean, known.covariance, features)
+    with processes.together():
+        known = load_moments(statistics)
+        if wants_features:
+            features, _ = read_safetensors(stored)
+            known = FeatureSet(len(features[layer]), known.mean, known.covariance, features)
+    return known
 
 
 def _measure(

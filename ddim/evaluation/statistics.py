@@ -51,23 +51,28 @@ def moments(
         device: where to multiply.
         processes: each with parts of its own; all return the same.
     """
-    total: Tensor | None = None
-    products = torch.empty(0)
-    count = 0
+    with processes.together():
+        count, total, products = _sums(features, device)
+    size = max(processes.gather(len(total)))
+    if not count:  # more processes than parts
+        total, products = total.new_zeros(size), products.new_zeros(size, size)
+    counted = int(processes.sum(torch.tensor(count)))
+    mean = processes.sum(total) / counted
+    return counted, mean, (processes.sum(products) - counted * torch.outer(mean, mean)) / max(1, counted - 1)
+
+
+def _sums(features: Iterable[Tensor], device: torch.device | str | None) -> tuple[int, Tensor, Tensor]:
+    """Return the number of rows x, and the sums of x and of x xᵀ in float64."""
+    count, total, products = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
     for part in features:
         x = part.to(device, torch.float64)
-        if total is None:
+        if not count:
             total, products = x.sum(0), x.T @ x
         else:
             total += x.sum(0)
             products.addmm_(x.T, x)
         count += len(x)
-    size = max(processes.gather(0 if total is None else len(total)))
-    if total is None:  # more processes than parts
-        total, products = torch.zeros(size, dtype=torch.float64), torch.zeros(size, size, dtype=torch.float64)
-    counted = int(processes.sum(torch.tensor(count)))
-    mean = processes.sum(total) / counted
-    return counted, mean, (processes.sum(products) - counted * torch.outer(mean, mean)) / max(1, counted - 1)
+    return count, total, products
 
 
 def save_moments(images: FeatureSet, path: Path) -> None:

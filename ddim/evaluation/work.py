@@ -7,12 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ddim.checkpoints import LoadedModel, load_model
+from ddim.data.datasets import DataSpec, load_images
+from ddim.data.images import Images
 from ddim.diffusion.sampling import SamplerSpec
+from ddim.diffusion.timesteps import distinct_evaluations
 from ddim.errors import UserError
 from ddim.evaluation.generate import ComputeSpec, place
 from ddim.evaluation.parts import Parts
@@ -34,8 +38,11 @@ class Cell:
         facts: what else goes into the record.
         indices: numbers of its images.
         steps: network evaluations of one image.
-        model, spec: the network and how it is run, for timing it.
-        measure: fills the parts, each process its share, and returns the entries of the record that came out of them.
+        model, compute: the network and how it is run.
+        measure: fills the parts, each process its share, and returns the entries of the record that came out of them,
+            in the first process. What can fail in it stands in `Processes.together`, and no process reads the parts
+            after the last of these blocks.
+        look: what is done with uint8 images (B, C, H, W) once they are there; only for timing.
     """
 
     title: str
@@ -47,6 +54,7 @@ class Cell:
     model: LoadedModel
     compute: ComputeSpec
     measure: Callable[[Parts, Processes], dict[str, Any]]
+    look: Callable[[Tensor], Any] | None = None
 
     @property
     def key(self) -> str:
@@ -63,12 +71,15 @@ class Cell:
         return RecordFile(self.output_dir / RECORDS).find(self.key)
 
 
-def once(cell: Cell, processes: Processes = SOLO) -> tuple[Record, bool]:
+def once(prepare: Callable[[Processes], Cell], processes: Processes = SOLO) -> tuple[Record, bool]:
     """Return the record of a cell, and whether it was computed now rather than found among the records.
 
     Raises:
-        UserError: another run is at it, or it cannot be computed; what was done stays and the next call goes on.
+        UserError: bad input; another run is at it; or it cannot be computed. What was done stays and the next call goes
+            on.
     """
+    with processes.together():
+        cell = prepare(processes)
     if (found := processes.share(cell.find() if processes.first else None)) is not None:
         return found, False
     parts = cell.parts
@@ -130,6 +141,31 @@ def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -
     return place(load_model(checkpoint, weights), compute)
 
 
+@lru_cache(maxsize=1)
+def cached_images(data: DataSpec, split: Literal["train", "test"]) -> Images:
+    """Return a data set, the same as before."""
+    return load_images(data, split)
+
+
+@lru_cache(maxsize=1)
+def cached_fingerprint(data: DataSpec, split: Literal["train", "test"]) -> str:
+    """Return the fingerprint of a data set."""
+    return cached_images(data, split).fingerprint()
+
+
+def check_shape(model: LoadedModel, images: Images) -> None:
+    """Refuse a data set whose images are not like those that the model makes.
+
+    Raises:
+        UserError: they have another shape.
+    """
+    if model.spec.image_shape != images.shape:
+        raise UserError(
+            f"the checkpoint makes images of (channels, height, width) {model.spec.image_shape}, {images.name} has "
+            f"{images.shape}; choose the data the model was trained on."
+        )
+
+
 def model_facts(model: LoadedModel) -> dict[str, Any]:
     """Return what a record says of the model."""
     # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
@@ -149,6 +185,17 @@ def sampler_facts(sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
     """Return what a record says of the sampler: what decides the numbers, not how it was asked for."""
     chosen = {name: getattr(sampler, name) for name in ("rule", "eta", "clip", "last_time")}
     return {**chosen, "tau": list(tau)}
+
+
+def common_facts(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
+    """Return what a record says besides what decided its numbers: where it stands in a table."""
+    return {
+        "trained_on": model.spec.data,
+        "S": len(tau),
+        "label": row_label(sampler),
+        "spacing": spacing_name(sampler, tau, model.spec.schedule.T),
+        "distinct_evaluations": distinct_evaluations(tau),
+    }
 
 
 def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:

@@ -29,7 +29,10 @@ from ddim.evaluation.work import RECORDS, label, row_label
 
 T = 50  # of the tiny model
 DIGITS = DataSpec("digits", (8, 8), 1, flip=False)
-CACHES = ((work, "_model"), *((cells, f"_{name}") for name in ("images", "fingerprint", "extractor", "reference")))
+CACHES = (
+    *((work, name) for name in ("_model", "cached_images", "cached_fingerprint")),
+    *((cells, name) for name in ("_extractor", "_extractor_facts", "_reference")),
+)
 
 
 @pytest.fixture
@@ -205,7 +208,7 @@ def test_model_extractor_and_reference_are_read_once_for_a_sweep(
             return super().extract(images)
 
     monkeypatch.setattr(cells, "FeatureExtractor", Counting)
-    for module, name in ((work, "load_model"), (cells, "load_images"), (cells, "FeatureExtractor")):
+    for module, name in ((work, "load_model"), (work, "load_images"), (cells, "FeatureExtractor")):
         counted(module, name)
     for S in (2, 3, 4):
         evaluate_cell(on_sampler(S=S)(spec))
@@ -258,7 +261,7 @@ def test_images_of_another_size_are_refused_before_generating(
         Image.new("L", (16, 16), i).save(tmp_path / f"{i}.png")
     other = DataSpec("folder", (16, 16), 1, root=str(tmp_path))
     forbid(monkeypatch)
-    with pytest.raises(UserError, match=r"\(1, 8, 8\), the reference set has \(1, 16, 16\); choose the data"):
+    with pytest.raises(UserError, match=r"\(1, 8, 8\), \S+ has \(1, 16, 16\); choose the data"):
         evaluate_cell(dataclasses.replace(spec, data=other, metric=MetricSpec("pixels")))
     assert not Path(spec.output_dir).exists()
 

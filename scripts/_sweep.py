@@ -1,0 +1,113 @@
+"""What evaluate.py and reconstruct.py share: a cell a job, a plan before the first and a report after the last."""
+
+import shlex
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from _cli import explain, pick_device
+
+
+class Sweep:
+    """The jobs of one command.
+
+    Args:
+        module, spec_name: where the spec of a cell is; imported when it is needed, so that help stays quick.
+    """
+
+    def __init__(self, module: str, spec_name: str) -> None:
+        self.module, self.spec_name = module, spec_name
+        self.folders: set[Path] = set()  # that the cells of this command belong to
+
+    def build(self, config: dict[str, Any]) -> Any:
+        """Return the spec of a cell."""
+        import importlib
+
+        from ddim.config import build
+
+        pick_device(config.get("compute"), "device")
+        return build(getattr(importlib.import_module(self.module), self.spec_name), config, "")
+
+    def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
+        """Say what is going to be computed, and note it; `here` or in jobs that a launcher starts elsewhere."""
+        from ddim.errors import UserError
+        from ddim.evaluation.processes import join_processes
+        from ddim.evaluation.sweep import Manifest, forecast, outline
+
+        specs, lines = [], []
+        for config in configs:
+            try:
+                specs.append(self.build(config))
+            except UserError as error:
+                lines.append(f"not possible: {error}")
+        processes = join_processes()
+        lines = (forecast(specs, processes) if here else outline(specs)) + lines
+        self.folders = {Path(spec.output_dir) for spec in specs}
+        if processes.first:
+            for folder in self.folders:
+                Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
+            print("\n".join(f"plan: {line}" for line in lines), flush=True)
+
+    def run(self, config: dict[str, Any]) -> dict[str, float]:
+        """Compute one cell and print its numbers."""
+        from ddim.evaluation.processes import join_processes
+        from ddim.evaluation.sweep import Manifest
+        from ddim.evaluation.work import once
+
+        processes = join_processes()
+        spec = self.build(config)
+        folder = Path(spec.output_dir)
+        self.folders.add(folder)
+        metrics: dict[str, float] = {}
+        try:
+            with Manifest(folder).running(spec, reason) if processes.first else nullcontext():
+                for single in spec.single:
+                    record, new = once(single.prepare, processes)
+                    metrics = record["metrics"]
+                    if processes.first:
+                        print(line(single.title, record, new), flush=True)
+        except Exception:
+            if processes.first:
+                print(f"{spec.title}: failed", flush=True)
+            raise
+        return metrics
+
+    def report(self) -> None:
+        """Write tables, plots and a page of all records in each folder, and print where they are."""
+        from ddim.evaluation.processes import join_processes
+        from ddim.evaluation.records import RecordFile
+        from ddim.evaluation.sweep import Manifest
+        from ddim.evaluation.tables import write_report
+        from ddim.evaluation.work import RECORDS
+
+        if not join_processes().first:
+            return
+        for folder in sorted(self.folders):
+            records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
+            failures = manifest.failures()
+            if records:
+                paths = write_report(records, folder)
+                print(f"\n{paths[0].read_text()}")
+                grids = sorted({r["grid"] for r in records if "grid" in r})
+                for path in [*paths, *[folder / grid for grid in grids[-1:]]]:
+                    print(path)
+            for title, why in failures:
+                print(f"failed: {title}: {why}", file=sys.stderr)
+
+
+def line(title: str, record: dict[str, Any], new: bool) -> str:
+    """Return what is printed of a cell."""
+    values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
+    seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
+    return f"{title}: {values} ({seconds if new else 'already in the records'})"
+
+
+def reason(error: Exception) -> str:
+    """Return an exception in one line."""
+    return explain(error) or f"unexpected {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def command() -> str:
+    """Return the command that is running, to be typed again."""
+    return shlex.join(["python", *sys.argv])
