@@ -20,7 +20,7 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -51,59 +51,77 @@ def entry(
     """
     if importlib.util.find_spec("ddim") is None:
         sys.exit("error: the package ddim is not installed; run bash scripts/quickstart.sh, or pip install -e .")
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    failures = Failures(wants_traceback=os.environ.get("HYDRA_FULL_ERROR") == "1")
     # Hydra then hands its exceptions on instead of printing its own summary of them.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     silence()
     # The processes of a launcher find this file where its jobs say it is.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    failures: Counter[str] = Counter()
-    defects = interrupted = False
-    here = os.getpid()
 
-    def guarded(call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
-        nonlocal defects, interrupted
+    def job(config: DictConfig) -> Any:
+        silence()  # again in the processes of a launcher
+        return failures.guard(lambda: task(_plain(config)), explain)
+
+    def before(config: DictConfig) -> None:
+        def words(error: Exception) -> str | None:
+            return explain_hydra(error, config_name) if isinstance(error, HydraException) else explain(error)
+
+        if plan is not None:
+            failures.guard(lambda: _plan(plan, config), words)
+            failures.exit()
+
+    BeforeSweep.then = before
+    if _rank() > 0:  # the first of several processes keeps Hydra's files
+        sys.argv += ["hydra.output_subdir=null", *(f"hydra.{mode}.dir=${{output_dir}}/hydra/others" for mode in MODES)]
+    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    failures.guard(main(job), lambda error: explain_hydra(error, config_name))
+    if finish is not None:
+        failures.guard(finish, explain)
+    failures.exit()
+
+
+class Failures:
+    """What went wrong in the jobs of a command: each reason, and how often.
+
+    Args:
+        wants_traceback: print one also for mistakes of the user's.
+    """
+
+    def __init__(self, wants_traceback: bool) -> None:
+        self.wants_traceback = wants_traceback
+        self.reasons: Counter[str] = Counter()
+        self.defects = self.interrupted = False
+        self.process = os.getpid()
+
+    def guard(self, call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
+        """Return what `call` returns; count an exception, put into words by `explain` or taken as a defect of ours."""
         try:
             return call()
         except Exception as error:
-            if os.getpid() != here:  # a job in another process, whose counts nobody would see: let the launcher report
+            # Counts of another process nobody would see: let the launcher report.
+            if os.getpid() != self.process:
                 raise
             from ddim.errors import Interrupted
 
             if isinstance(error, Interrupted):
-                interrupted = True
+                self.interrupted = True
                 print(error, file=sys.stderr)
                 return None
             reason = explain(error)
-            defects |= reason is None
-            if wants_traceback or reason is None:
+            self.defects |= reason is None
+            if self.wants_traceback or reason is None:
                 traceback.print_exc()
-            failures[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
+            self.reasons[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
 
-    def job(config: DictConfig) -> Any:
-        silence()  # again in the processes of a launcher
-        return guarded(lambda: task(_plain(config)), explain)
-
-    if plan is not None:
-
-        def before(config: DictConfig) -> None:
-            launcher, sweeper = (config.hydra[part]._target_ for part in ("launcher", "sweeper"))
-            if sweeper.endswith("BasicSweeper"):  # another one does not know its jobs beforehand
-                guarded(lambda: plan(jobs_of(config), launcher.endswith("BasicLauncher")), explain)
-
-        BeforeSweep.then = before
-    if _rank() > 0:  # the first of several processes keeps Hydra's files
-        sys.argv += ["hydra.output_subdir=null", *(f"hydra.{mode}.dir=${{output_dir}}/hydra/others" for mode in MODES)]
-    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    guarded(main(job), lambda error: explain_hydra(error, config_name))
-    if finish is not None:
-        guarded(finish, explain)
-    for reason, count in failures.items() if _rank() == 0 or defects else ():
-        print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
-    if failures:
-        sys.exit(1 if defects else 2)
-    if interrupted:
-        sys.exit(TRY_AGAIN)
+    def exit(self) -> None:
+        """Print the reasons, once for all processes that started together, and exit if there are any."""
+        if _rank() == 0 or self.defects:
+            for reason, count in self.reasons.items():
+                print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
+        if self.reasons:
+            sys.exit(1 if self.defects else 2)
+        if self.interrupted:
+            sys.exit(TRY_AGAIN)
 
 
 class BeforeSweep(Callback):
@@ -115,6 +133,12 @@ class BeforeSweep(Callback):
         """Called by Hydra, which would turn an exception into a warning."""
         if BeforeSweep.then is not None:
             BeforeSweep.then(config)
+
+
+def _plan(plan: Callable[[list[dict[str, Any]], bool], None], config: DictConfig) -> None:
+    launcher, sweeper = (config.hydra[part]._target_ for part in ("launcher", "sweeper"))
+    if sweeper.endswith("BasicSweeper"):  # another one does not know its jobs beforehand
+        plan(jobs_of(config), launcher.endswith("BasicLauncher"))
 
 
 def jobs_of(config: DictConfig) -> list[dict[str, Any]]:

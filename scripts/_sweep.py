@@ -42,12 +42,14 @@ class Sweep:
             except UserError as error:
                 lines.append(f"not possible: {error}")
         processes = join_processes()
-        lines = (forecast(specs, processes) if here else outline(specs)) + lines
+        outlook = forecast(specs, processes) if here else outline(specs)
+        if not outlook:  # each cell is going to say why
+            return
         self.folders = {Path(spec.output_dir) for spec in specs}
         if processes.first:
             for folder in self.folders:
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
-            print("\n".join(f"plan: {line}" for line in lines), flush=True)
+            print("\n".join(f"plan: {line}" for line in outlook + lines), flush=True)
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one cell and print its numbers."""
@@ -93,7 +95,7 @@ class Sweep:
                 for path in [*paths, *[folder / grid for grid in grids[-1:]]]:
                     print(path)
             for title, why in failures:
-                print(f"failed: {title}: {why}", file=sys.stderr)
+                print(f"failed: {title}: {why}")
 
 
 def line(title: str, record: dict[str, Any], new: bool) -> str:

@@ -59,6 +59,14 @@ def reference_quad_tau(T: int, S: int) -> tuple[int, ...]:
     return tuple(int(root**2) + 1 for root in roots)
 
 
+def quad_or_full_tau(T: int, S: int) -> tuple[int, ...]:
+    """What Table 1 needs for CIFAR-10: `quad` as released, and the whole chain 1..T at S = T.
+
+    Section D.2 gives its rules for dim(tau) < T only; `quad` would stop at 0.8 T and repeat a third of its times there.
+    """
+    return linear_tau(T, S) if S == T else reference_quad_tau(T, S)
+
+
 def explicit_tau(T: int, times: Sequence[int]) -> tuple[int, ...]:
     """Return the user's own times.
 
@@ -96,4 +104,5 @@ SPACINGS: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "cosine": cosine_tau,
     "uniform": reference_uniform_tau,
     "quad": reference_quad_tau,
+    "quad_or_full": quad_or_full_tau,
 }

@@ -55,7 +55,7 @@ def cell_id(spec: CellSpec) -> str:
 
 
 class Manifest:
-    """The file manifest.json of a sweep's folder; several processes may write to it.
+    """The file manifest.json of a sweep's folder; several processes may write to it. A cell alone has none.
 
     Args:
         folder: of the sweep; made when there is something to write.
@@ -91,6 +91,8 @@ class Manifest:
         return [(cell["title"], cell["reason"]) for cell in cells if cell["state"] == "failed"]
 
     def _note(self, spec: CellSpec, state: State) -> None:
+        if not self.path.exists():
+            return
         with self._changing() as content:
             content["cells"][cell_id(spec)] = {"title": spec.title, **state}
 
@@ -108,7 +110,7 @@ class Manifest:
 def forecast(specs: Sequence[CellSpec], processes: Processes = SOLO) -> list[str]:
     """Return, in lines for people, what a sweep is and how long it will take; a short timing tells.
 
-    Cells that cannot be computed are named here, and fail when their turn comes.
+    Cells that cannot be computed are named here, and fail when their turn comes; no lines if none can.
     """
     cells, lines = [], []
     for spec in specs:
@@ -117,7 +119,7 @@ def forecast(specs: Sequence[CellSpec], processes: Processes = SOLO) -> list[str
         except UserError as error:
             lines.append(f"not possible: {spec.title}: {' '.join(str(error).split())}")
     if not cells:
-        return [f"{len(specs)} cells", *lines]
+        return []
     missing = [_missing(cell) for cell in cells]
     total, left = (sum(n * c.steps for n, c in zip(ns, cells, strict=True)) for ns in (map(_size, cells), missing))
     finished = sum(n == 0 for n in missing)

@@ -202,6 +202,8 @@ def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
     """Return the name of the times; cells with the same name, S and T have the same times."""
     if tau == tuple(range(1, T + 1)):
         return "full"
+    if sampler.spacing == "quad_or_full":
+        return "quad"
     return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
 
 

@@ -6,7 +6,13 @@ import pytest
 from ddim import SPACINGS, SamplerSpec, linear_tau, quadratic_tau, reference_quad_tau, reference_uniform_tau
 from ddim.diffusion.timesteps import distinct_evaluations, explicit_tau
 
-EXACT = [name for name in SPACINGS if name not in ("uniform", "quad")]
+EXACT = [name for name in SPACINGS if name not in ("uniform", "quad", "quad_or_full")]
+
+
+def test_quad_or_full_is_quad_but_for_the_full_chain():
+    for S in (1, 10, 50, 999):
+        assert SPACINGS["quad_or_full"](1000, S) == reference_quad_tau(1000, S)
+    assert SPACINGS["quad_or_full"](1000, 1000) == tuple(range(1, 1001))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -95,7 +101,7 @@ def test_sampler_spec_chooses_the_rule():
         ({"eta": None}, "ddim needs an eta"),
         ({"rule": "sigma_hat", "eta": 0.5}, "sigma_hat has none"),
         ({"rule": "euler"}, "rule='euler' is not known; allowed: ddim, sigma_hat"),
-        ({"spacing": "leading"}, "allowed: linear, quadratic, cosine, uniform, quad, explicit"),
+        ({"spacing": "leading"}, "allowed: linear, quadratic, cosine, uniform, quad, quad_or_full, explicit"),
         ({"clip": "yes"}, "allowed: none, x0, x0_and_eps"),
         ({"last_time": 2}, "last_time=2"),
         ({"S": 0}, "S=0"),

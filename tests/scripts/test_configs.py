@@ -15,10 +15,13 @@ from omegaconf import DictConfig, OmegaConf
 from ddim.config import build
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.sampling import SamplerSpec
-from ddim.evaluation.cells import EvaluateSpec, row_label
+from ddim.diffusion.timesteps import reference_quad_tau
+from ddim.evaluation.cells import EvaluateSpec
 from ddim.evaluation.generate import ComputeSpec
 from ddim.evaluation.metrics import MetricSpec
+from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.samples import SampleSpec
+from ddim.evaluation.work import row_label
 from ddim.networks import build_network
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
@@ -27,8 +30,13 @@ from ddim.training.module import ObjectiveSpec, OptimSpec
 from ddim.training.run import TrainerSpec, TrainSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SPECS: dict[str, Any] = {"train": TrainSpec, "evaluate": EvaluateSpec, "sample": SampleSpec}
-NEEDED = {"train": [], "evaluate": ["checkpoint=a.ckpt"], "sample": ["checkpoint=a.ckpt"]}
+SPECS: dict[str, Any] = {
+    "train": TrainSpec,
+    "evaluate": EvaluateSpec,
+    "sample": SampleSpec,
+    "reconstruct": ReconstructSpec,
+}
+NEEDED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
 # What else must be said where an option leaves something to the user, or where the networks have other levels.
 WITH = {
     "data=folder": ["data.root=cats", "data.size=[32,32]"],
@@ -73,7 +81,13 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-CHOICES = [(main, f"{group}={option}") for main in SPECS for group in group_of(main) for option in options(group)]
+CHOICES = [
+    (main, f"{group}={option}")
+    for main in SPECS
+    for group in group_of(main)
+    for option in options(group)
+    if (main, group) != ("reconstruct", "sampler") or option == "ddim"  # encoding is deterministic
+]
 # The script that an experiment belongs to is named by the command at its head.
 EXPERIMENTS = {
     name: re.findall(rf"scripts/(\w+)\.py.* experiment={name}\b", (CONFIGS / "experiment" / f"{name}.yaml").read_text())
@@ -101,7 +115,8 @@ def test_every_experiment_makes_a_spec(name: str) -> None:
     assert EXPERIMENTS[name], "an experiment is headed by its command"
     [main] = set(EXPERIMENTS[name]) - ({"evaluate"} if "train" in EXPERIMENTS[name] else set())
     spec = spec_of(main, f"experiment={name}")
-    assert spec.name == {"digits_sweep": "digits", "table1_cifar10_full": "table1_cifar10"}.get(name, name)
+    shared = {"digits_sweep": "digits", "table1_cifar10_sigma_hat": "table1_cifar10"}
+    assert spec.name == shared.get(name, name)
     assert spec.output_dir == f"outputs/{main}/{spec.name}"
     if main == "train":
         spec.model_spec()
@@ -200,7 +215,7 @@ def test_the_training_recipes_are_the_published_ones(
 def sweep(name: str) -> tuple[EvaluateSpec, dict[str, SamplerSpec], list[int]]:
     """Return an evaluation experiment: its spec, the sampler of each option that it sweeps over, and its S."""
     params = compose("evaluate", f"experiment={name}", with_hydra=True).hydra.sweeper.params
-    assert set(params) == {"sampler", "sampler.S"}
+    assert set(params) - {"sampler.spacing"} == {"sampler", "sampler.S"}
     chosen = {s: spec_of("evaluate", f"experiment={name}", f"sampler={s}").sampler for s in params.sampler.split(",")}
     return spec_of("evaluate", f"experiment={name}"), chosen, [int(S) for S in str(params["sampler.S"]).split(",")]
 
@@ -211,8 +226,9 @@ TABLE1 = ["η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂"]
 @pytest.mark.parametrize(
     ("name", "data", "spacing", "steps", "rows"),
     [
-        ("table1_cifar10", "cifar10", "quad", [10, 20, 50, 100], TABLE1),
-        ("table1_cifar10_full", "cifar10", "linear", [1000], TABLE1),
+        ("table1_cifar10", "cifar10", "quad_or_full", [10, 20, 50, 100, 1000], TABLE1),
+        ("table3_bedroom", "lsun", "linear", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
+        ("table3_church", "lsun", "linear", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
         ("table1_celeba", "celeba", "linear", [10, 20, 50, 100, 1000], TABLE1),
         ("digits_sweep", "digits", "uniform", [5, 10, 20, 50], ["η=0.0", "η=0.5", "η=1.0", "σ̂"]),
     ],
@@ -227,16 +243,40 @@ def test_the_sweeps_cover_their_tables(name: str, data: str, spacing: str, steps
         for count in S:
             assert len(dataclasses.replace(sampler, S=count).tau(1000)) == count
     assert (spec.weights, spec.seed, spec.compute.bf16) == ("ema", 0, False)
-    if name.startswith("table1"):
+    if name.startswith("table"):
+        assert spec.paper == name
         assert (spec.n, spec.metric) == (50_000, MetricSpec("inception"))
         assert spec.metric.reference_split == "train"
 
 
-def test_the_full_chain_of_cifar10_belongs_to_the_same_table() -> None:
-    (quad, _, _), (full, samplers, [S]) = sweep("table1_cifar10"), sweep("table1_cifar10_full")
-    assert dataclasses.replace(full, sampler=quad.sampler) == quad
+def test_table_1_of_cifar10_has_the_released_times_and_at_last_the_full_chain() -> None:
+    _, samplers, _ = sweep("table1_cifar10")
     for sampler in samplers.values():
-        assert dataclasses.replace(sampler, S=S).tau(1000) == tuple(range(1, 1001))
+        at = {S: dataclasses.replace(sampler, S=S).tau(1000) for S in (10, 20, 50, 100, 1000)}
+        assert at.pop(1000) == tuple(range(1, 1001))
+        assert at == {S: reference_quad_tau(1000, S) for S in at}
+
+
+def test_one_command_has_the_four_readings_of_sigma_hat_in_the_same_table() -> None:
+    (table, _, _), (spec, samplers, S) = sweep("table1_cifar10"), sweep("table1_cifar10_sigma_hat")
+    assert dataclasses.replace(spec, sampler=table.sampler) == table
+    assert ([row_label(sampler) for sampler in samplers.values()], S) == (
+        ["σ̂", "σ̂ (clip x0_and_eps)"],
+        [10, 20, 50, 100],
+    )
+    params = compose("evaluate", "experiment=table1_cifar10_sigma_hat", with_hydra=True).hydra.sweeper.params
+    assert params["sampler.spacing"] == "quad,uniform"
+
+
+def test_table_2_encodes_the_test_set_over_times_that_reach_T() -> None:
+    name = "experiment=table2_reconstruction"
+    spec = spec_of("reconstruct", name)
+    assert (spec.data.name, spec.split, spec.n, spec.weights) == ("cifar10", "test", None, "ema")
+    assert spec.paper == "table2_reconstruction"
+    params = compose("reconstruct", name, with_hydra=True).hydra.sweeper.params
+    steps = [int(S) for S in params["sampler.S"].split(",")]
+    assert steps == [10, 20, 50, 100, 200, 500, 1000]
+    assert all(dataclasses.replace(spec.sampler, S=S).tau(1000)[-1] == 1000 for S in steps)
 
 
 def test_the_digits_experiments_fit_together() -> None:
