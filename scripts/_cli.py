@@ -72,7 +72,9 @@ def entry(
 
     BeforeSweep.then = before
     if _rank() > 0:  # the first of several processes keeps Hydra's files
-        sys.argv += ["hydra.output_subdir=null", *(f"hydra.{mode}.dir=${{output_dir}}/hydra/others" for mode in MODES)]
+        place = next((i for i, word in enumerate(sys.argv) if i and "=" in word), len(sys.argv))
+        own = ["hydra.output_subdir=null", *(f"hydra.{mode}.dir=${{output_dir}}/hydra/others" for mode in MODES)]
+        sys.argv[place:place] = own  # Hydra wants the overrides side by side
     main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     failures.guard(main(job), lambda error: explain_hydra(error, config_name))
     if finish is not None:

@@ -120,7 +120,10 @@ def _started_together() -> tuple[str, Processes]:
     if int(e.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
-        slurm = SLURMEnvironment()
+        try:
+            slurm = SLURMEnvironment()
+        except RuntimeError as error:  # it wants --ntasks-per-node
+            raise UserError(" ".join(str(error).split())) from error
         here = Processes(slurm.global_rank(), int(e["SLURM_STEP_NUM_TASKS"]), slurm.local_rank())
         return f"tcp://{slurm.main_address}:{slurm.main_port}", here
     return "", SOLO

@@ -140,6 +140,7 @@ def test_tasks_of_a_slurm_step_meet_at_its_first_machine(monkeypatch: pytest.Mon
     step = {
         "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
         "SLURM_JOB_NAME": "sweep",
         "SLURM_JOB_ID": "4012345",
         "SLURM_NODELIST": "gpu[07-08]",
@@ -154,6 +155,9 @@ def test_tasks_of_a_slurm_step_meet_at_its_first_machine(monkeypatch: pytest.Mon
     assert join_processes() == Processes(9, 16, 1)
     assert (met["backend"], met["rank"], met["world_size"]) == ("gloo", 9, 16)
     assert met["init_method"].startswith("tcp://gpu07:")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(UserError, match="--ntasks-per-node"):
+        join_processes()
 
 
 def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
