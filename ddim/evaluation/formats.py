@@ -114,7 +114,7 @@ def _environment(table: Table) -> str:
         [
             r"\begin{table}[htbp]",
             r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
-            rf"\caption{{{escape(caption)}.}}",
+            rf"\caption{{{escape(caption)}.}}\par\smallskip",
             rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}",
             r"\toprule",
             rf"$S$ & {' & '.join(map(str, table.columns))} \\",

@@ -73,7 +73,7 @@ def timings(records: Sequence[Record]) -> list[Timing]:
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        if record["kind"] == "fidelity" and record.get("compute") and record.get("seconds_sampling", 0) > 0:
+        if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
             shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"])
             groups.setdefault(json.dumps(shared), []).append(record)
     found = (_timing(groups[key]) for key in sorted(groups))
@@ -129,7 +129,9 @@ def plot_time(timing: Timing) -> "Figure":
     figure, axes = _figure()
     for number, row in enumerate(sorted({row for row, _, _ in timing.points}, key=row_order)):
         points = [(S, hours) for label, S, hours in timing.points if label == row]
-        axes.plot(*zip(*points, strict=True), "osD^v"[number % 5], color=f"C{number % 10}", label=_plain(row))
+        # Hollow and of growing size, since the times of all samplers nearly coincide.
+        look: dict[str, Any] = {"marker": "osD^v"[number % 5], "color": f"C{number % 10}", "markersize": 5 + 2 * number}
+        axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **look)
     steps = sorted({S for _, S, _ in timing.points})
     label = f"fit, $S^{{{timing.exponent:.3f}}}$"
     axes.plot(steps, [timing.fitted(S) for S in steps], color="gray", linewidth=1, zorder=1, label=label)
