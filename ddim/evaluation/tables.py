@@ -1,147 +1,135 @@
-"""Tables and plots, made from records and from nothing else.
+"""Tables, plots and a page, made from records and from nothing else.
 
 A table holds cells of one protocol: same model, weights, number of images, seed, reference, extractor and spacing. Rows
-are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing.
+are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing. Neither the order of the
+records nor anything that differs between two runs of the same cells, such as seconds, changes a table.
 """
 
-import csv
-import io
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ddim.evaluation import formats, plots
+from ddim.evaluation.paper import SIGMA_HAT
+from ddim.evaluation.protocol import FULL, completed, protocol
 from ddim.evaluation.records import Record, record_key
+from ddim.evaluation.report import page
+from ddim.evaluation.table import Table
 from ddim.files import whole
 
 
-@dataclass
-class Table:
-    """Numbers of one metric under one protocol.
+def build_tables(records: Sequence[Record]) -> list[Table]:
+    """Sort records into tables, one for each metric and protocol, in an order that does not depend on theirs.
 
-    Attributes:
-        metric: what the numbers are, for example fd_digits_classifier_5k.
-        protocol: everything that its cells share.
-        cells: (row label, S) -> record.
+    A cell that is there for several disjoint ranges of images holds them all. Of several records for the same images
+    one stays, by a hash: neither their order nor which number is better decides.
     """
-
-    metric: str
-    protocol: dict[str, Any]
-    cells: dict[tuple[str, int], Record]
-
-    @property
-    def rows(self) -> list[str]:
-        """Row labels: η rising, then σ̂."""
-        return sorted({row for row, _ in self.cells}, key=lambda row: (row.startswith("σ"), row))
-
-    @property
-    def columns(self) -> list[int]:
-        """Numbers of steps, rising."""
-        return sorted({S for _, S in self.cells})
-
-    def value(self, row: str, S: int) -> float | None:
-        """Return the number of a cell, None where there is no record."""
-        record = self.cells.get((row, S))
-        return None if record is None else record["metrics"][self.metric]
-
-    def title(self) -> str:
-        """Return one line that says what was measured."""
-        p = self.protocol
-        unusual = (", bfloat16" if p["bf16"] else "") + (", ends at alpha_bar[1]" if p["last_time"] else "")
-        step = "" if p["model"]["step"] is None else f" at step {p['model']['step']:,}"
-        return (
-            f"{self.metric}: {p['n']:,} images against {p['reference']['images']:,} of {p['reference']['name']}, "
-            f"{p['model']['weights']} weights {p['model']['weights_hash'][:8]}{step}, "
-            f"tau {p['spacing']}, seed {p['seed']}{unusual}"
-        )
-
-    def markdown(self) -> str:
-        """Return the table as Markdown."""
-        lines = [f"| S | {' | '.join(map(str, self.columns))} |", f"|---|{'---|' * len(self.columns)}"]
-        lines += [f"| {row} | {' | '.join(_text(self.value(row, S)) for S in self.columns)} |" for row in self.rows]
-        return "\n".join(lines)
-
-
-def build_tables(records: list[Record]) -> list[Table]:
-    """Sort records into tables, one for each metric and protocol; of records that share a cell the last one stays."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record_key(_protocol(record)), []).append(record)
     tables = []
-    for group in groups.values():
-        for spacing in sorted({r["spacing"] for r in group} - {"full"}) or ["full"]:
-            members = [r for r in group if r["spacing"] in (spacing, "full")]
-            for metric in group[0]["metrics"]:
-                cells = {(r["label"], r["S"]): r for r in members}
-                tables.append(Table(metric, _protocol(group[0]) | {"spacing": spacing}, cells))
+    for shared, members in _groups(records):
+        for spacing in sorted({r["spacing"] for r in members} - {FULL}) or [FULL]:
+            rows = [(r["label"], r) for r in members if r["spacing"] == spacing]
+            # The full chain joins the samplers that have this spacing, or have none.
+            elsewhere = {r["label"] for r in members if r["spacing"] != FULL} - {label for label, _ in rows}
+            rows += [
+                (r["label"], r) for r in members if r["spacing"] == FULL != spacing and r["label"] not in elsewhere
+            ]
+            tables += _tables(shared | {"spacing": spacing}, rows)
     return tables
 
 
-def _protocol(record: Record) -> dict[str, Any]:
-    shared = ("model", "n", "seed", "bf16", "pixels", "reference", "metric")
-    return {key: record[key] for key in shared} | {"last_time": record["sampler"]["last_time"]}
+def sigma_hat_readings(records: Sequence[Record]) -> list[Table]:
+    """Return a table of the σ̂ row in each of its readings, where a protocol has more than one.
+
+    The paper does not say on which times, nor whether clipped, its σ̂ row was made. The rows are the spacings and clip
+    policies that there are; the full chain belongs to every spacing.
+    """
+    tables = []
+    for shared, members in _groups(records):
+        members = [r for r in members if r["label"].startswith(SIGMA_HAT)]
+        rows = {(r["label"], r["spacing"]) for r in members if r["spacing"] != FULL}
+        if len(rows) < 2:
+            continue
+        cells = [
+            (f"{label}, {spacing}", r)
+            for label, spacing in rows
+            for r in members
+            if r["label"] == label and r["spacing"] in (spacing, FULL)
+        ]
+        count = {2: "two", 3: "three", 4: "four"}.get(len(rows), str(len(rows)))
+        found = _tables(shared | {"spacing": "of each row"}, cells)
+        for table in found:
+            table.heading = f"{SIGMA_HAT}: {count} readings" + (" against the paper" if table.paper else "")
+        tables += found
+    return tables
 
 
-def write_report(records: list[Record], folder: Path) -> list[Path]:
-    """Write table.md, table.csv, table.json and a plot for each table into `folder`; return their paths."""
-    tables = build_tables(records)
-    paths = [folder / name for name in ("table.md", "table.csv", "table.json")]
-    sections = [f"**{table.title()}**\n\n{table.markdown()}\n" for table in tables]
-    for path, text in zip(paths, ("\n".join(sections), _csv(tables), _json(tables)), strict=True):
-        with whole(path) as partial:
-            partial.write_text(text)
+def write_report(
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    command: str | None = None,
+    failures: Sequence[tuple[str, str]] = (),
+) -> list[Path]:
+    """Write tables, plots and report.html of all records into `folder`.
+
+    Args:
+        records: of a sweep; there may be none.
+        folder: that the records' grids lie in; made if it is not there.
+        command: that repeats the sweep, shown on the page.
+        failures: (cell, reason) of those that failed, shown on the page.
+
+    Returns:
+        The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
+    """
+    tables = [*build_tables(records), *sigma_hat_readings(records)]
+    timings = plots.timings([completed(record) for record in records])
+    texts = {
+        "table.md": formats.markdown(tables),
+        "table.csv": formats.as_csv(tables),
+        "table.json": formats.as_json(tables),
+        "table.tex": formats.latex(tables),
+        "timing.csv": formats.timing_csv([completed(record) for record in records]),
+    }
+    paths = [_write(folder / name, text) for name, text in texts.items()]
+    pictures: list[Path] = []
     for number, table in enumerate(tables):
-        path = folder / (f"plot_{table.metric}.png" if number == 0 else f"plot_{table.metric}_{number}.png")
-        plot(table, path)
-        paths.append(path)
-    return paths
+        name = f"plot_{table.metric}" if number == 0 else f"plot_{table.metric}_{number}"
+        pictures.append(plots.save(plots.plot(table), folder / f"{name}.png"))
+    for number, timing in enumerate(timings):
+        pictures.append(plots.save(plots.plot_time(timing), folder / f"plot_time{f'_{number}' if number else ''}.png"))
+    paths += [path for picture in pictures for path in (picture, picture.with_suffix(".pdf"))]
+    html = page(tables, timings, pictures, records, folder, command, failures)
+    return [*paths, _write(folder / "report.html", html)]
 
 
-def plot(table: Table, path: Path) -> None:
-    """Plot the metric against S, a line for each row, both axes logarithmic unless a value is not positive."""
-    from matplotlib.figure import Figure
+def _groups(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
+    groups: dict[str, tuple[dict[str, Any], list[Record]]] = {}
+    for record in map(completed, records):
+        shared = protocol(record)
+        groups.setdefault(json.dumps(shared, sort_keys=True), (shared, []))[1].append(record)
+    return [groups[key] for key in sorted(groups)]
 
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
-    axes = figure.add_subplot()
-    lines = {row: [(S, v) for S in table.columns if (v := table.value(row, S)) is not None] for row in table.rows}
-    for row, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=row)
-    # An unbiased kernel distance can be negative.
-    positive = all(value > 0 for points in lines.values() for _, value in points)
-    axes.set(xscale="log", yscale="log" if positive else "linear", xlabel="S, steps", ylabel=table.metric)
-    axes.set_xticks(table.columns, [str(S) for S in table.columns])
-    axes.xaxis.minorticks_off()  # the values of S stand there; on y, minor ticks carry the labels of a narrow range
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.set_title(table.title(), fontsize=6, wrap=True)
+
+def _tables(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[Table]:
+    """Return a table for each metric that any record of `rows`, pairs of label and record, has."""
+    tables = []
+    for metric in sorted({metric for _, r in rows for metric in r["metrics"]}):
+        cells: dict[tuple[str, int], dict[int, Record]] = {}
+        for row, record in sorted(rows, key=lambda pair: _tie(pair[1])):
+            if metric in record["metrics"]:
+                cells.setdefault((row, record["S"]), {})[record["first"]] = record
+        tables.append(
+            Table(metric, shared, {key: tuple(found[first] for first in sorted(found)) for key, found in cells.items()})
+        )
+    return tables
+
+
+def _tie(record: Record) -> str:
+    return record_key({key: record.get(key) for key in ("key", "metrics", "revision")})
+
+
+def _write(path: Path, text: str) -> Path:
     with whole(path) as partial:
-        figure.savefig(partial)
-
-
-def _csv(tables: list[Table]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    facts = ["n", "spacing", "distinct_evaluations", "seconds_sampling", "key"]
-    writer.writerow(["table", "metric", "sampler", "S", "value", *facts])
-    for number, table in enumerate(tables):
-        for row, S in ((row, S) for row in table.rows for S in table.columns if (row, S) in table.cells):
-            record = table.cells[row, S]
-            writer.writerow([number, table.metric, row, S, table.value(row, S), *(record[fact] for fact in facts)])
-    return out.getvalue()
-
-
-def _json(tables: list[Table]) -> str:
-    content = [
-        {
-            "metric": table.metric,
-            "protocol": table.protocol,
-            "columns": table.columns,
-            "rows": {row: [table.value(row, S) for S in table.columns] for row in table.rows},
-        }
-        for table in tables
-    ]
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3g}"
+        partial.write_text(text, encoding="utf-8")
+    return path

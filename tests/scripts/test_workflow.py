@@ -54,11 +54,11 @@ def test_a_sweep_writes_its_tables_plots_and_grids(sweep: tuple[Any, Path]) -> N
     [table] = json.loads((folder / "table.json").read_text())
     expected = {r["label"]: [] for r in records}
     for r in records:
-        expected[r["label"]].append(r["metrics"]["fd_digits_classifier_20"])
+        expected[r["label"]].append(float(f"{r['metrics']['fd_digits_classifier_20']:.6g}"))
     assert (table["columns"], table["rows"]) == ([2, 3], expected)
     assert len((folder / "table.csv").read_text().splitlines()) == 5
     assert (folder / "table.md").read_text() in outcome.out
-    for name in ("table.md", "table.csv", "table.json", "plot_fd_digits_classifier_20.png"):
+    for name in ("table.md", "table.csv", "table.json", "table.tex", "plot_fd_digits_classifier_20.png", "report.html"):
         assert (folder / name).is_file()
         assert f"out/{name}" in outcome.out
     assert "HYDRA" not in outcome.out

@@ -1,0 +1,146 @@
+"""The numbers of the paper's tables, as data, and the rule that says which of ours may stand beside them.
+
+Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, arXiv 2010.02502: Tables 1, 2 and 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ARXIV = "arXiv 2010.02502"
+SIGMA_HAT = "σ̂"
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table of the paper.
+
+    Attributes:
+        title: where it stands, and on which data.
+        metric: the name that our numbers of the same kind have. Of all of them less is better.
+        n: number of images measured.
+        reference: the set that ours must be measured against to be compared.
+        spacing: what is known of the times τ.
+        decimals: digits after the point; the paper rounds to them.
+        values: row -> S -> number.
+        note: what else must be known to compare.
+    """
+
+    title: str
+    metric: str
+    n: int
+    reference: str
+    spacing: str
+    decimals: int
+    values: Mapping[str, Mapping[int, float]]
+    note: str
+
+    @property
+    def source(self) -> str:
+        """Return the place in the literature."""
+        return f"{ARXIV}, {self.title}"
+
+    def row(self, label: str) -> str | None:
+        """Return the row that a sampler of ours belongs to, None where the paper has none.
+
+        σ̂ is one row however x̂0 is clipped, since the formula (section D.3) clips nothing and the released code does.
+        """
+        row = SIGMA_HAT if label.startswith(SIGMA_HAT) else label
+        return row if row in self.values else None
+
+    def number(self, label: str, S: int) -> float | None:
+        """Return the paper's number for a sampler of ours, None where it has none."""
+        row = self.row(label)
+        return None if row is None else self.values[row].get(S)
+
+
+def comparison(name: str | None, metric: str, n: int | None, reference: str) -> tuple[PaperTable | None, str]:
+    """Return the paper's table that stands beside ours, and one line that says so; None and why, where none may.
+
+    Args:
+        name: a key of PAPER_TABLES, or None if no comparison is meant; then the line is empty.
+        metric, n, reference: what ours is. Statistics from an .npz file do not say what they were made of and are
+            taken to be those of `PaperTable.reference`.
+    """
+    if name is None:
+        return None, ""
+    no = "not compared with the paper:"
+    if (paper := PAPER_TABLES.get(name)) is None:
+        return None, f"{no} it has no table {name}"
+    if metric != paper.metric:
+        return None, f"{no} {metric} is not {paper.metric}"
+    if n != paper.n:
+        return None, f"{no} {n} images are not {paper.n}"
+    if reference != paper.reference and not reference.endswith(".npz"):
+        return None, f"{no} the reference set {reference} is not {paper.reference}"
+    return paper, f"paper: {paper.source}; its τ: {paper.spacing}; {paper.note}"
+
+
+def table(columns: tuple[int, ...], rows: Mapping[str, tuple[float, ...]]) -> dict[str, dict[int, float]]:
+    """Return rows of numbers as row -> S -> number."""
+    return {row: dict(zip(columns, numbers, strict=True)) for row, numbers in rows.items()}
+
+
+def _fid(title: str, reference: str, spacing: str, note: str, **values: Any) -> PaperTable:
+    return PaperTable(title, "fid_50k", 50_000, reference, spacing, 2, table(**values), note)
+
+
+PAPER_TABLES: dict[str, PaperTable] = {
+    "table1_cifar10": _fid(
+        "Table 1, CIFAR-10",
+        "cifar10-train",
+        "quadratic for S < T (section D.2)",
+        "whether its σ̂ row was clipped, and on which τ, is not known; 3.17 is Ho et al.'s number",
+        columns=(10, 20, 50, 100, 1000),
+        rows={
+            "η=0.0": (13.36, 6.84, 4.67, 4.16, 4.04),
+            "η=0.2": (14.04, 7.11, 4.77, 4.25, 4.09),
+            "η=0.5": (16.66, 8.35, 5.25, 4.46, 4.29),
+            "η=1.0": (41.07, 18.36, 8.01, 5.78, 4.73),
+            SIGMA_HAT: (367.43, 133.37, 32.72, 9.99, 3.17),
+        },
+    ),
+    "table1_celeba": _fid(
+        "Table 1, CelebA 64x64",
+        "celeba-train",
+        "linear (section D.2)",
+        "it does not name its reference set",
+        columns=(10, 20, 50, 100, 1000),
+        rows={
+            "η=0.0": (17.33, 13.73, 9.17, 6.53, 3.51),
+            "η=0.2": (17.66, 14.11, 9.51, 6.79, 3.64),
+            "η=0.5": (19.86, 16.06, 11.01, 8.09, 4.28),
+            "η=1.0": (33.12, 26.03, 18.48, 13.93, 5.98),
+            SIGMA_HAT: (299.71, 183.83, 71.71, 45.20, 3.26),
+        },
+    ),
+    "table2_reconstruction": PaperTable(
+        "Table 2, CIFAR-10 test set",
+        "reconstruction_mse_10k",
+        10_000,
+        "cifar10-test",
+        "not stated",
+        4,
+        table(
+            (10, 20, 50, 100, 200, 500, 1000),
+            {"η=0.0": (0.0140, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001)},
+        ),
+        "squared error per dimension on the [0, 1] scale",
+    ),
+    "table3_bedroom": _fid(
+        "Table 3, LSUN bedroom 256x256",
+        "lsun-bedroom-train",
+        "linear (section D.2)",
+        "1000 steps of DDPM: 6.36",
+        columns=(10, 20, 50, 100),
+        rows={"η=0.0": (16.95, 8.89, 6.75, 6.62), "η=1.0": (42.78, 22.77, 10.81, 6.81)},
+    ),
+    "table3_church": _fid(
+        "Table 3, LSUN church 256x256",
+        "lsun-church_outdoor-train",
+        "linear (section D.2)",
+        "1000 steps of DDPM: 7.89",
+        columns=(10, 20, 50, 100),
+        rows={"η=0.0": (19.45, 12.47, 10.84, 10.58), "η=1.0": (51.56, 23.37, 11.16, 8.27)},
+    ),
+}
