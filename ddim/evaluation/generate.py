@@ -1,5 +1,6 @@
 """Generating exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import blame
 from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
-from ddim.diffusion.sampling import SamplerSpec
+from ddim.diffusion.sampling import SamplerSpec, State
 from ddim.errors import UserError
 
 
@@ -88,22 +89,47 @@ def generate(
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
     tau = check_sampler(model, sampler)
     images = torch.empty(len(indices), *model.spec.image_shape, dtype=torch.uint8)
-    device_type = torch.device(compute.device).type
-    with (
-        tqdm(total=len(indices) * len(tau), desc=title, unit=" evaluations", unit_scale=True, disable=None) as bar,
-        torch.autocast(device_type, torch.bfloat16, enabled=compute.bf16),
-    ):
+    with progress(len(indices) * len(tau), title) as bar:
         for start in range(0, len(indices), compute.batch_size):
             batch = indices[start : start + compute.batch_size]
-            x = initial_noise(batch, model.spec.image_shape, seed, device=compute.device)
-            states = sampler.trajectory(
-                model, model.spec.schedule, x, prediction=model.spec.prediction, seed=seed, indices=batch
-            )
-            for state in states:
-                x = state.x
-                bar.update(len(batch))
+            x_T = initial_noise(batch, model.spec.image_shape, seed, device=compute.device)
+            x = sample_batch(model, sampler, x_T, batch, seed, compute, lambda state: bar.update(len(state.x)))
             images[start : start + len(batch)] = to_pixels(x)
     return images
+
+
+def sample_batch(
+    model: LoadedModel,
+    sampler: SamplerSpec,
+    x_T: Tensor,
+    indices: Sequence[int],
+    seed: int,
+    compute: ComputeSpec,
+    watch: Callable[[State], object],
+) -> Tensor:
+    """Return the samples that start from given x_T, float32 (B, C, H, W) on the device; all in one batch.
+
+    Args:
+        model: on its device (`place`).
+        sampler: how to sample.
+        x_T: (B, C, H, W), on that device.
+        indices, seed: address of the noise in between.
+        compute: the precision.
+        watch: called with the state after each step.
+    """
+    device_type = torch.device(compute.device).type
+    states = sampler.trajectory(
+        model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=seed, indices=indices
+    )
+    with torch.autocast(device_type, torch.bfloat16, enabled=compute.bf16):
+        for state in states:
+            watch(state)
+    return state.x
+
+
+def progress(evaluations: int, title: str) -> tqdm:
+    """Return a bar that counts network evaluations of one image, with the time left; it shows only on a terminal."""
+    return tqdm(total=evaluations, desc=title, unit=" evaluations", unit_scale=True, disable=None)
 
 
 def to_pixels(x: Tensor) -> Tensor:
