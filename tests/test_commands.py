@@ -18,6 +18,7 @@ from ddim.checkpoints.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.cells import EvaluateSpec
+from ddim.evaluation.figures import FigureSpec
 from ddim.evaluation.samples import SampleSpec
 from ddim.training.run import TrainSpec
 
@@ -32,6 +33,7 @@ SPECS: dict[str, type] = {
     "train": TrainSpec,
     "sample": SampleSpec,
     "evaluate": EvaluateSpec,
+    "figures": FigureSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }

@@ -58,7 +58,7 @@ def draw(panel: Panel, path: Path) -> None:
     page = _written(panel, layout, (bottom + pad, right + pad), (top, left))
     page[:, top:bottom, left:right] = image
     facts = PngInfo()
-    facts.add_itxt("Description", json.dumps(panel.facts, ensure_ascii=False))
+    facts.add_itxt("Description", json.dumps(panel.facts, ensure_ascii=False, sort_keys=True))
     with whole(path) as partial:
         to_pil(page).save(partial, format="PNG", dpi=(layout.dots, layout.dots), pnginfo=facts)
 

@@ -106,7 +106,7 @@ def interpolation_grid(
     across: Sequence[float],
     within: Sequence[float],
 ) -> Panel:
-    """Return samples between two pairs of images (paper, section D.5, Fig. 6, right, and 11-13).
+    """Return samples between two pairs of images (paper, Eq. 67, Fig. 6, right, and 11-13).
 
     Args:
         source: model and seed.

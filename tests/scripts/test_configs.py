@@ -16,6 +16,7 @@ from ddim.config import build
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.evaluation.cells import EvaluateSpec, row_label
+from ddim.evaluation.figures import FigureSpec
 from ddim.evaluation.generate import ComputeSpec
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.samples import SampleSpec
@@ -27,8 +28,13 @@ from ddim.training.module import ObjectiveSpec, OptimSpec
 from ddim.training.run import TrainerSpec, TrainSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-SPECS: dict[str, Any] = {"train": TrainSpec, "evaluate": EvaluateSpec, "sample": SampleSpec}
-NEEDED = {"train": [], "evaluate": ["checkpoint=a.ckpt"], "sample": ["checkpoint=a.ckpt"]}
+SPECS: dict[str, Any] = {"train": TrainSpec, "evaluate": EvaluateSpec, "sample": SampleSpec, "figures": FigureSpec}
+NEEDED = {
+    "train": [],
+    "evaluate": ["checkpoint=a.ckpt"],
+    "sample": ["checkpoint=a.ckpt"],
+    "figures": ["checkpoint=a.ckpt", "figure=all"],
+}
 # What else must be said where an option leaves something to the user, or where the networks have other levels.
 WITH = {
     "data=folder": ["data.root=cats", "data.size=[32,32]"],
@@ -251,3 +257,8 @@ def test_the_defaults_are_those_of_cifar10() -> None:
     assert spec_of("train") == spec_of("train", "experiment=cifar10")
     assert spec_of("train").data == DataSpec("cifar10", (32, 32), 3)
     assert spec_of("evaluate").sampler == spec_of("sample").sampler == SamplerSpec()
+
+
+def test_the_figures_are_those_of_the_spec() -> None:
+    compute = spec_of("figures").compute
+    assert spec_of("figures") == FigureSpec("all", "a.ckpt", "model", "outputs/figures/model", compute)
