@@ -89,10 +89,10 @@ class Sweep:
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
             failures = manifest.failures()
             if records:
-                paths = write_report(records, folder)
+                how = manifest.read()["command"] or command()
+                paths = write_report(records, folder, command=how, failures=failures)
                 print(f"\n{paths[0].read_text()}")
-                grids = sorted({r["grid"] for r in records if "grid" in r})
-                for path in [*paths, *[folder / grid for grid in grids[-1:]]]:
+                for path in paths:
                     print(path)
             for title, why in failures:
                 print(f"failed: {title}: {why}")

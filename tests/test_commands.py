@@ -18,6 +18,7 @@ from ddim.checkpoints.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.cells import EvaluateSpec
+from ddim.evaluation.figures import FigureSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.samples import SampleSpec
 from ddim.training.run import TrainSpec
@@ -34,6 +35,7 @@ SPECS: dict[str, type] = {
     "sample": SampleSpec,
     "evaluate": EvaluateSpec,
     "reconstruct": ReconstructSpec,
+    "figures": FigureSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }

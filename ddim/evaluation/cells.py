@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
 from ddim.checkpoints.files import Tensors
+from ddim.config import choose
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
 from ddim.data.pictures import grid, save_png
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
-from ddim.evaluation.generate import ComputeSpec, check_sampler, evaluations_bar, sample_batch, to_pixels
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate_batch, progress
 from ddim.evaluation.metrics import (
     FeatureExtractor,
     MetricSpec,
@@ -26,6 +27,7 @@ from ddim.evaluation.metrics import (
     describe,
     keeps_features,
 )
+from ddim.evaluation.paper import PAPER_TABLES
 from ddim.evaluation.parts import Parts
 from ddim.evaluation.processes import SOLO, Processes
 from ddim.evaluation.records import Record, record_key
@@ -96,6 +98,8 @@ class EvaluateSpec:
         check_seed(self.seed)
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
+        if self.paper is not None:
+            choose("table of the paper", self.paper, PAPER_TABLES)
         if not 0 <= self.first <= (1 << 32) - self.n * self.repeats:
             raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
 
@@ -172,11 +176,11 @@ class _Measurement:
         spec = self.spec
         reference = _reference(spec.data, spec.metric, spec.compute.device, spec.reference_dir, processes)
         steps = len(check_sampler(self.model, spec.sampler))
-        with evaluations_bar(spec.n * steps, spec.title) as bar:
+        with progress(spec.n * steps, spec.title) as bar:
 
             def compute(batch: range) -> Tensors:
                 start = time.perf_counter()
-                images = to_pixels(sample_batch(self.model, spec.sampler, batch, spec.seed, spec.compute, bar))
+                images = generate_batch(self.model, spec.sampler, batch, spec.seed, spec.compute, bar)
                 sampled = time.perf_counter()
                 features = self.extractor.extract(images)
                 if spec.save_images:
@@ -230,7 +234,7 @@ def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], refe
         "seed": spec.seed,
         "bf16": spec.compute.bf16,
         "pixels": "uint8, rounded half up",
-        "reference": real if npz is None else {"name": Path(npz).stem, "images": None, "fingerprint": file_hash(npz)},
+        "reference": real if npz is None else {"name": Path(npz).name, "images": None, "fingerprint": file_hash(npz)},
         "metric": _extractor_facts(spec.metric, spec.compute.device),
     }
 

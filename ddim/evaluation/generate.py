@@ -1,5 +1,6 @@
 """Generating exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import blame
 from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
-from ddim.diffusion.sampling import SamplerSpec
+from ddim.diffusion.sampling import SamplerSpec, State
 from ddim.errors import UserError
 from ddim.evaluation.parts import in_batches, split
 
@@ -68,36 +69,10 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
         return sampler.tau(model.spec.schedule.T)
 
 
-@torch.inference_mode()
-def sample_batch(
-    model: LoadedModel, sampler: SamplerSpec, batch: range, seed: int, compute: ComputeSpec, bar: tqdm | None = None
-) -> Tensor:
-    """Return the samples numbered `batch`, float32 (len(batch), C, H, W) on the device; all at once.
-
-    Args:
-        model: on its device (`place`).
-        sampler: how to sample.
-        batch: image numbers; image i is the same whatever else is asked for, up to the rounding of the network.
-        seed: of x_T and of the noise in between.
-        compute: device and precision.
-        bar: counts network evaluations of one image.
-    """
-    x = initial_noise(batch, model.spec.image_shape, seed, device=compute.device)
-    states = sampler.trajectory(
-        model, model.spec.schedule, x, prediction=model.spec.prediction, seed=seed, indices=batch
-    )
-    with autocast(compute):
-        for state in states:
-            x = state.x
-            if bar is not None:
-                bar.update(len(batch))
-    return x
-
-
 def generate(
     model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, title: str = "sampling"
 ) -> Tensor:
-    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU; see `sample_batch`.
+    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU; see `generate_batch`.
 
     A batch that does not fit into memory is halved. The progress bar, called `title`, shows on terminals only.
 
@@ -108,13 +83,61 @@ def generate(
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
     tau = check_sampler(model, sampler)
     places = split(range(len(indices)), compute.batch_size)
-    with evaluations_bar(len(indices) * len(tau), title) as bar:
+    with progress(len(indices) * len(tau), title) as bar:
 
         def images(batch: range) -> Tensor:
-            numbers = indices[batch.start : batch.stop]
-            return to_pixels(sample_batch(model, sampler, numbers, seed, compute, bar))
+            return generate_batch(model, sampler, indices[batch.start : batch.stop], seed, compute, bar)
 
         return torch.cat([found for _, found in in_batches(places, images)])
+
+
+def generate_batch(
+    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, bar: tqdm
+) -> Tensor:
+    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, all at once.
+
+    Args:
+        model: on its device (`place`).
+        sampler: how to sample.
+        indices: image numbers; image i is the same whatever else is asked for, up to the rounding of the network.
+        seed: of x_T and of the noise in between.
+        compute: device and precision.
+        bar: counts network evaluations of one image.
+
+    Raises:
+        UserError: the samples are not finite.
+    """
+    x_T = initial_noise(indices, model.spec.image_shape, seed, device=compute.device)
+    return to_pixels(sample_batch(model, sampler, x_T, indices, seed, compute, lambda state: bar.update(len(state.x))))
+
+
+@torch.inference_mode()
+def sample_batch(
+    model: LoadedModel,
+    sampler: SamplerSpec,
+    x_T: Tensor,
+    indices: Sequence[int],
+    seed: int,
+    compute: ComputeSpec,
+    watch: Callable[[State], object],
+) -> Tensor:
+    """Return the samples that start from given x_T, float32 (B, C, H, W) on the device; all in one batch.
+
+    Args:
+        model: on its device (`place`).
+        sampler: how to sample.
+        x_T: (B, C, H, W), on that device.
+        indices, seed: address of the noise in between.
+        compute: the precision.
+        watch: called with the state after each step.
+    """
+    states = sampler.trajectory(
+        model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=seed, indices=indices
+    )
+    with autocast(compute):
+        for state in states:
+            watch(state)
+    return state.x
 
 
 def autocast(compute: ComputeSpec) -> torch.autocast:
@@ -122,9 +145,9 @@ def autocast(compute: ComputeSpec) -> torch.autocast:
     return torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=compute.bf16)
 
 
-def evaluations_bar(total: int, title: str) -> tqdm:
-    """Return a progress bar over network evaluations of one image, which shows on a terminal only."""
-    return tqdm(total=total, desc=title, unit=" evaluations", unit_scale=True, disable=None)
+def progress(evaluations: int, title: str) -> tqdm:
+    """Return a bar that counts network evaluations of one image, with the time left; it shows only on a terminal."""
+    return tqdm(total=evaluations, desc=title, unit=" evaluations", unit_scale=True, disable=None)
 
 
 def to_pixels(x: Tensor) -> Tensor:

@@ -12,13 +12,15 @@ from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
 from ddim.checkpoints.files import Tensors
+from ddim.config import choose
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, to_signed
 from ddim.data.pictures import grid, save_png
 from ddim.diffusion.sampling import DDIM, SamplerSpec, trajectory
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, autocast, check_sampler, evaluations_bar, to_pixels
+from ddim.evaluation.generate import ComputeSpec, autocast, check_sampler, progress, to_pixels
 from ddim.evaluation.metrics import count_name
+from ddim.evaluation.paper import PAPER_TABLES
 from ddim.evaluation.parts import Parts
 from ddim.evaluation.processes import SOLO, Processes
 from ddim.evaluation.work import (
@@ -74,6 +76,8 @@ class ReconstructSpec:
             raise ValueError(f"n={self.n} must be at least 1, or null for all images.")
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
+        if self.paper is not None:
+            choose("table of the paper", self.paper, PAPER_TABLES)
         if self.sampler.build_rule() != DDIM(0.0) or self.sampler.last_time:
             raise ValueError("encoding is deterministic and starts at the image: take sampler.eta=0 and last_time=0.")
 
@@ -168,7 +172,7 @@ class _Measurement:
 
     def __call__(self, parts: Parts, processes: Processes) -> dict[str, Any]:
         spec, steps = self.spec, 2 * len(check_sampler(self.model, self.spec.sampler))
-        with evaluations_bar(self.n * steps, spec.title) as bar:
+        with progress(self.n * steps, spec.title) as bar:
 
             def compute(batch: range) -> Tensors:
                 start = time.perf_counter()

@@ -1,19 +1,18 @@
 """Images from a checkpoint as files: a grid, single PNGs, or an animation of the trajectory."""
 
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.pictures import grid, save_gif, save_png
-from ddim.diffusion.noise import check_seed, initial_noise
+from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, to_pixels
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, progress, to_pixels
+from ddim.evaluation.trajectories import Source, along
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,13 @@ def _targets(spec: SampleSpec, folder: Path, indices: range) -> list[Path]:
     return [folder / ("grid.png" if spec.format == "grid" else "trajectory.gif")]
 
 
-@torch.inference_mode()
 def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor]:
-    """Return a grid of x̂0 after each step; all images in one batch, since each frame shows all of them."""
-    x_T = initial_noise(indices, model.spec.image_shape, spec.seed, device=spec.compute.device)
-    states = spec.sampler.trajectory(
-        model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=spec.seed, indices=indices
-    )
-    with torch.autocast(torch.device(spec.compute.device).type, torch.bfloat16, enabled=spec.compute.bf16):
-        return [grid(to_pixels(x)) for x in chain([x_T], (state.x0 for state in states))]
+    """Return a grid of x_T, then one of x̂0 for each step."""
+    source = Source(model, spec.seed, spec.compute)
+    x_T, count = source.x_T(indices), len(check_sampler(model, spec.sampler))
+    steps = range(1, count + 1)
+    with progress(len(indices) * count, "sampling") as bar:
+        seen = along(
+            source, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update
+        )  # as pixels: a long trajectory of floats would be large
+    return [grid(to_pixels(x_T)), *(grid(frame) for frame in seen.transpose(0, 1))]

@@ -63,7 +63,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("images were generated")
 
-    monkeypatch.setattr(cells, "sample_batch", fail)
+    monkeypatch.setattr(cells, "generate_batch", fail)
 
 
 def on_sampler(**changes: Any) -> Callable[[EvaluateSpec], EvaluateSpec]:

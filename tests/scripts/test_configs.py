@@ -17,6 +17,7 @@ from ddim.data.datasets import DataSpec
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.timesteps import reference_quad_tau
 from ddim.evaluation.cells import EvaluateSpec
+from ddim.evaluation.figures import FigureSpec
 from ddim.evaluation.generate import ComputeSpec
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
@@ -35,8 +36,10 @@ SPECS: dict[str, Any] = {
     "evaluate": EvaluateSpec,
     "sample": SampleSpec,
     "reconstruct": ReconstructSpec,
+    "figures": FigureSpec,
 }
 NEEDED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
+NEEDED["figures"].append("figure=all")
 # What else must be said where an option leaves something to the user, or where the networks have other levels.
 WITH = {
     "data=folder": ["data.root=cats", "data.size=[32,32]"],
@@ -291,3 +294,8 @@ def test_the_defaults_are_those_of_cifar10() -> None:
     assert spec_of("train") == spec_of("train", "experiment=cifar10")
     assert spec_of("train").data == DataSpec("cifar10", (32, 32), 3)
     assert spec_of("evaluate").sampler == spec_of("sample").sampler == SamplerSpec()
+
+
+def test_the_figures_are_those_of_the_spec() -> None:
+    compute = spec_of("figures").compute
+    assert spec_of("figures") == FigureSpec("all", "a.ckpt", "model", "outputs/figures/model", compute)

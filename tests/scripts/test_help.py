@@ -29,7 +29,7 @@ def show_help(script: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("script", ["train", "sample", "evaluate", "figures"])
 def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
     text = show_help(script)
     assert text.splitlines()[-1] == "loaded:"
@@ -37,9 +37,13 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
         options = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
         assert f"{group}: {', '.join(options)}\n" in text
     assert f"python scripts/{script}.py" in text
-    for key in {"train": ["ckpt_path", "max_steps"], "sample": ["format", "eta"], "evaluate": ["weights", "eta"]}[
-        script
-    ]:
+    keys = {
+        "train": ["ckpt_path", "max_steps"],
+        "sample": ["format", "eta"],
+        "evaluate": ["weights", "eta"],
+        "figures": ["figure", "eta"],
+    }
+    for key in keys[script]:
         assert f"{key}: " in text
 
 

@@ -77,7 +77,7 @@ def test_a_second_run_computes_only_what_is_missing(
     before = (folder / "records.jsonl").read_bytes()
     table = (folder / "table.md").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "sample_batch", no_images)
+        patch.setattr(cells, "generate_batch", no_images)
         outcome = run("evaluate", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("(already in the records)") == 4
@@ -100,7 +100,7 @@ def test_a_cell_that_fails_does_not_take_the_others_down(run: Run, checkpoint: P
 def test_a_defect_of_ours_keeps_its_traceback(
     run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cells, "sample_batch", no_images)
+    monkeypatch.setattr(cells, "generate_batch", no_images)
     outcome = run("evaluate", *SWEEP, f"checkpoint={checkpoint}", "sampler.S=2,3")
     assert outcome.code == 1
     assert outcome.err.count("Traceback (most recent call last)") == 2
@@ -156,3 +156,18 @@ def test_device_auto_is_the_accelerator_where_there_is_one_with_float64(
         values = dict(untouched) if untouched is not None else None
         pick_device(values, "device")
         assert values == untouched
+
+
+def test_figures_are_one_command(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "sampler.S=3", "S=[2,3]", "n=4", "points=3")
+    outcome = run("figures", "figure=all", "name=mine", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    written = outcome.out.splitlines()
+    assert written[:2] == [f"outputs/figures/mine/samples.{kind}" for kind in ("png", "safetensors")]
+    assert len(written) == 2 * 6
+    assert all((tmp_path / path).is_file() for path in written)
+    outcome = run("figures", "figure=x0_strip", "name=mine", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert "outputs/figures/mine/x0_strip.png exists already" in outcome.err
+    outcome = run("figures", *arguments)
+    assert outcome.err == "error: figure is required; add figure=... to the command.\n"

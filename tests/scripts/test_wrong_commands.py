@@ -19,11 +19,23 @@ class Mistake(NamedTuple):
 
 
 SAMPLE = "checkpoint=CHECKPOINT n=4 output_dir=out compute.device=cpu"
+FIGURES = "checkpoint=CHECKPOINT output_dir=out compute.device=cpu"
 EVALUATE = f"{SAMPLE} data=digits metric=digits_classifier"
 TRAIN = "network=unet_digits trainer.max_steps=2 trainer.accelerator=cpu output_dir=out"
 FOLDER = "data=folder data.size=[8,8] data.channels=1"
 
 MISTAKES = {
+    "figure": Mistake(
+        "figures",
+        f"{FIGURES} figure=samlpes",
+        ("figure='samlpes'", "did you mean samples?", "allowed: samples, consistency"),
+    ),
+    "S>T in a figure": Mistake(
+        "figures", f"{FIGURES} figure=consistency S=[10,2000]", ("sampler: S=2000", "T=1000", "must lie in 1..1000")
+    ),
+    "odd number for pairs": Mistake(
+        "figures", f"{FIGURES} figure=interpolation indices=[1,2,3]", ("pairs of images, not 3", "an even number")
+    ),
     "S=0": Mistake("sample", f"{SAMPLE} sampler.S=0", ("S=0", "at least 1")),
     "S>T": Mistake("evaluate", f"{EVALUATE} sampler.S=2000", ("S=2000", "T=1000", "must lie in 1..1000")),
     "S>T while training": Mistake(

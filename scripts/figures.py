@@ -1,0 +1,26 @@
+"""The paper's figures from a checkpoint: a picture for print and the tensors behind it.
+
+python scripts/figures.py figure=samples checkpoint=PATH
+python scripts/figures.py figure=consistency checkpoint=PATH
+python scripts/figures.py figure=interpolation checkpoint=PATH indices=[3,17,8,42]
+python scripts/figures.py figure=all checkpoint=PATH name=NAME
+python scripts/figures.py --help
+"""
+
+from typing import Any
+
+from _cli import entry, pick_device
+
+
+def main(config: dict[str, Any]) -> None:
+    """Make the figures that `config` says and print what was written."""
+    from ddim.config import build
+    from ddim.evaluation.figures import FigureSpec, write_figures
+
+    pick_device(config.get("compute"), "device")
+    for path in write_figures(build(FigureSpec, config, "")):
+        print(path)
+
+
+if __name__ == "__main__":
+    entry(main, "figures")
