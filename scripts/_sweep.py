@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ class Sweep:
 
     def __init__(self, module: str, spec_name: str) -> None:
         self.module, self.spec_name = module, spec_name
-        self.folders: set[Path] = set()  # that the cells of this command belong to
+        self.dashboards: dict[Path, Any] = {}  # of the folders that the cells of this command belong to
 
     def build(self, config: dict[str, Any]) -> Any:
         """Return the spec of a cell."""
@@ -28,6 +28,13 @@ class Sweep:
 
         pick_device(config.get("compute"), "device")
         return build(getattr(importlib.import_module(self.module), self.spec_name), config, "")
+
+    def dashboard(self, spec: Any) -> Any:
+        """Return the dashboard of a cell's folder."""
+        from ddim.evaluation.dashboard import Dashboard
+
+        folder = Path(spec.output_dir)
+        return self.dashboards.setdefault(folder, Dashboard(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
         """Say what is going to be computed, and note it; `here` or in jobs that a launcher starts elsewhere."""
@@ -45,9 +52,8 @@ class Sweep:
         outlook = forecast(specs, processes) if here else outline(specs)
         if not outlook:  # each cell is going to say why
             return
-        self.folders = {Path(spec.output_dir) for spec in specs}
         if processes.first:
-            for folder in self.folders:
+            for folder in {self.dashboard(spec).folder for spec in specs}:
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in outlook + lines), flush=True)
 
@@ -59,18 +65,27 @@ class Sweep:
 
         processes = join_processes()
         spec = self.build(config)
-        folder = Path(spec.output_dir)
-        self.folders.add(folder)
+        dashboard = self.dashboard(spec)
+        manifest = Manifest(dashboard.folder)
         metrics: dict[str, float] = {}
+
+        def first(call: Callable[..., Any], *arguments: Any) -> None:
+            with processes.together():  # so that none goes on alone if it fails
+                if processes.first:
+                    call(*arguments)
+
         try:
-            with Manifest(folder).running(spec, reason) if processes.first else nullcontext():
-                for single in spec.single:
-                    record, new = once(single.prepare, processes)
-                    metrics = record["metrics"]
-                    if processes.first:
-                        print(line(single.title, record, new), flush=True)
-        except Exception:
+            first(dashboard.check)
+            first(manifest.note, spec, "running")
+            for single in spec.single:
+                record, new = once(single.prepare, processes)
+                metrics = record["metrics"]
+                first(say, single.title, record, new)
+                first(dashboard.log_cell, record, single.title)
+            first(manifest.note, spec, "done")
+        except Exception as error:
             if processes.first:
+                manifest.note(spec, "failed", reason(error))
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics
@@ -85,7 +100,7 @@ class Sweep:
 
         if not join_processes().first:
             return
-        for folder in sorted(self.folders):
+        for folder, dashboard in sorted(self.dashboards.items()):
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
             failures = manifest.failures()
             if records:
@@ -94,15 +109,16 @@ class Sweep:
                 print(f"\n{paths[0].read_text()}")
                 for path in paths:
                     print(path)
+                dashboard.log_report(paths)
             for title, why in failures:
                 print(f"failed: {title}: {why}")
 
 
-def line(title: str, record: dict[str, Any], new: bool) -> str:
-    """Return what is printed of a cell."""
+def say(title: str, record: dict[str, Any], new: bool) -> None:
+    """Print the numbers of a cell."""
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
     seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
-    return f"{title}: {values} ({seconds if new else 'already in the records'})"
+    print(f"{title}: {values} ({seconds if new else 'already in the records'})", flush=True)
 
 
 def reason(error: Exception) -> str:

@@ -19,11 +19,12 @@ MAY_IMPORT = {
     "diffusion": set(),
     "": {"diffusion"},
     "config": {"errors"},
+    "logger": {"errors"},
     "networks": {"errors", "config", "diffusion"},
     "checkpoints": {"errors", "files", "config", "diffusion", "networks"},
     "data": {"errors", "files", "config", "diffusion", "networks", "checkpoints"},
-    "training": {"errors", "files", "config", "diffusion", "networks", "checkpoints", "data"},
-    "evaluation": {"errors", "files", "config", "diffusion", "networks", "checkpoints", "data"},
+    "training": {"errors", "files", "config", "diffusion", "networks", "checkpoints", "data", "logger"},
+    "evaluation": {"errors", "files", "config", "diffusion", "networks", "checkpoints", "data", "logger"},
 }
 # part of ddim -> the only third-party packages it may import
 ONLY = {"errors": set(), "files": set(), "config": set(), "diffusion": {"torch"}, "": set()}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from ddim.evaluation.work import (
     once,
     sampler_facts,
 )
+from ddim.logger import LoggerSpec
 
 SECONDS, SHOWN = "seconds", "shown"  # of a part, beside the features: sampling and extracting; images of the grid
 
@@ -69,6 +70,7 @@ class EvaluateSpec:
         save_images: also write each image as a PNG, named by its number.
         reference_dir: where statistics of reference sets are kept for all sweeps.
         paper: the table of the paper that the numbers stand beside.
+        logger: W&B, if at all.
 
     Raises:
         ValueError: n or repeats below 1, a seed or image number out of range, or a negative grid.
@@ -90,6 +92,7 @@ class EvaluateSpec:
     save_images: bool = False
     reference_dir: str = "outputs/reference"
     paper: str | None = None
+    logger: LoggerSpec = field(default_factory=LoggerSpec)
 
     def __post_init__(self) -> None:
         for name in ("n", "repeats"):
@@ -98,6 +101,8 @@ class EvaluateSpec:
         check_seed(self.seed)
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
+        if self.logger.tensorboard:
+            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
         if self.paper is not None:
             choose("table of the paper", self.paper, PAPER_TABLES)
         if not 0 <= self.first <= (1 << 32) - self.n * self.repeats:

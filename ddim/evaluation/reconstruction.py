@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from ddim.evaluation.work import (
     model_facts,
     sampler_facts,
 )
+from ddim.logger import LoggerSpec
 
 ERRORS, SHOWN, SECONDS = "errors", "shown", "seconds"  # of a part
 
@@ -54,6 +55,7 @@ class ReconstructSpec:
         weights: ema, raw, or ema_RATE for another average of the training.
         grid: images shown beside their reconstructions; 0 for none.
         paper: the table of the paper that the numbers stand beside.
+        logger: W&B, if at all.
 
     Raises:
         ValueError: n below 1, a negative grid, or a sampler that is not deterministic or does not end at t = 0.
@@ -70,12 +72,15 @@ class ReconstructSpec:
     weights: str = "ema"
     grid: int = 32
     paper: str | None = None
+    logger: LoggerSpec = field(default_factory=LoggerSpec)
 
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1, or null for all images.")
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
+        if self.logger.tensorboard:
+            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
         if self.paper is not None:
             choose("table of the paper", self.paper, PAPER_TABLES)
         if self.sampler.build_rule() != DDIM(0.0) or self.sampler.last_time:

@@ -44,35 +44,35 @@ def moments(
 ) -> tuple[int, Tensor, Tensor]:
     """Return number, mean (D,) and unbiased covariance (D, D), float64 on the CPU, of features that come in parts.
 
-    Sums of x and of x xᵀ in float64, over the parts of this process and then over the processes.
-
     Args:
         features: (n, D) each, at least one.
         device: where to multiply.
-        processes: each with parts of its own; all return the same.
+        processes: each with parts of its own, which are summed over them; all return the same.
     """
     with processes.together():
-        count, total, products = _sums(features, device)
-    size = max(processes.gather(len(total)))
+        count, mean, scatter = _scatter(features, device)
+    size = max(processes.gather(len(mean)))
     if not count:  # more processes than parts
-        total, products = total.new_zeros(size), products.new_zeros(size, size)
-    counted = int(processes.sum(torch.tensor(count)))
-    mean = processes.sum(total) / counted
-    return counted, mean, (processes.sum(products) - counted * torch.outer(mean, mean)) / max(1, counted - 1)
+        mean, scatter = mean.new_zeros(size), scatter.new_zeros(size, size)
+    total = int(processes.sum(torch.tensor(count)))
+    centre = processes.sum(count * mean) / total
+    mean = mean.cpu() - centre
+    return total, centre, processes.sum(scatter.cpu() + count * torch.outer(mean, mean)) / max(1, total - 1)
 
 
-def _sums(features: Iterable[Tensor], device: torch.device | str | None) -> tuple[int, Tensor, Tensor]:
-    """Return the number of rows x, and the sums of x and of x xᵀ in float64."""
-    count, total, products = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
+def _scatter(features: Iterable[Tensor], device: torch.device | str | None) -> tuple[int, Tensor, Tensor]:
+    """Return number, mean m and sum of (x - m)(x - m)ᵀ, float64; merged part by part (Chan, Golub, LeVeque, 1979)."""
+    count, mean, scatter = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
     for part in features:
         x = part.to(device, torch.float64)
+        m = x.mean(0)
         if not count:
-            total, products = x.sum(0), x.T @ x
-        else:
-            total += x.sum(0)
-            products.addmm_(x.T, x)
-        count += len(x)
-    return count, total, products
+            mean, scatter = torch.zeros_like(m), x.new_zeros(len(m), len(m))
+        together, apart = count + len(x), m - mean
+        scatter.addmm_((x - m).T, x - m).addr_(apart, apart, alpha=count * len(x) / together)
+        mean += apart * (len(x) / together)
+        count = together
+    return count, mean, scatter
 
 
 def save_moments(images: FeatureSet, path: Path) -> None:

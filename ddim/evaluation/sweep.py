@@ -24,7 +24,6 @@ from ddim.files import whole
 
 MANIFEST = "manifest.json"
 LONG_ENOUGH = 0.3  # seconds, for a timing
-State = dict[str, Any]  # of a cell: title, state (planned, running, done, failed), reason
 
 
 class CellSpec(Protocol):
@@ -50,8 +49,9 @@ class CellSpec(Protocol):
 
 
 def cell_id(spec: CellSpec) -> str:
-    """Return what a cell is called in the manifest: a hash of its configuration."""
-    return record_key(dataclasses.asdict(spec))  # type: ignore[call-overload]
+    """Return what a cell is called in the manifest: a hash of its configuration, but for where it is logged."""
+    values = dataclasses.asdict(spec)  # type: ignore[call-overload]
+    return record_key({key: value for key, value in values.items() if key != "logger"})
 
 
 class Manifest:
@@ -65,7 +65,7 @@ class Manifest:
         self.path = folder / MANIFEST
 
     def read(self) -> dict[str, Any]:
-        """Return {"command": ..., "cells": {id: state}}."""
+        """Return {"command": ..., "cells": {id: cell}}; a cell has title, state (planned, running, ...) and reason."""
         return json.loads(self.path.read_text()) if self.path.exists() else {"command": None, "cells": {}}
 
     def plan(self, command: str, specs: Sequence[CellSpec]) -> None:
@@ -74,27 +74,20 @@ class Manifest:
             content["command"] = command
             content["cells"] |= {cell_id(spec): {"title": spec.title, "state": "planned"} for spec in specs}
 
-    @contextmanager
-    def running(self, spec: CellSpec, reason: Callable[[Exception], str]) -> Iterator[None]:
-        """Note how the block, which computes a cell, ends; `reason` puts an exception into words."""
-        self._note(spec, {"state": "running"})
-        try:
-            yield
-        except Exception as error:
-            self._note(spec, {"state": "failed", "reason": reason(error)})
-            raise
-        self._note(spec, {"state": "done"})
+    def note(self, spec: CellSpec, state: str, reason: str | None = None) -> None:
+        """Note that a cell is running, done, or failed for a reason; nothing where there was no plan."""
+        if self.path.exists():
+            with self._changing() as content:
+                content["cells"][cell_id(spec)] = {
+                    "title": spec.title,
+                    "state": state,
+                    **({} if reason is None else {"reason": reason}),
+                }
 
     def failures(self) -> list[tuple[str, str]]:
         """Return title and reason of each cell that failed when it was last tried."""
         cells = self.read()["cells"].values()
         return [(cell["title"], cell["reason"]) for cell in cells if cell["state"] == "failed"]
-
-    def _note(self, spec: CellSpec, state: State) -> None:
-        if not self.path.exists():
-            return
-        with self._changing() as content:
-            content["cells"][cell_id(spec)] = {"title": spec.title, **state}
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:

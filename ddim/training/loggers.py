@@ -3,33 +3,13 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ddim.errors import UserError
-
-
-@dataclass(frozen=True)
-class LoggerSpec:
-    """Where a run is logged besides CSV.
-
-    Attributes:
-        wandb, tensorboard: also log there.
-        project, entity, group, tags: of the W&B run.
-        offline: keep the W&B run on this disk; needs no account. `wandb sync` uploads it later.
-    """
-
-    wandb: bool = False
-    tensorboard: bool = False
-    project: str = "ddim"
-    entity: str | None = None
-    group: str | None = None
-    tags: tuple[str, ...] = ()
-    offline: bool = False
+from ddim.logger import LoggerSpec, explained
 
 
 def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str, Any]) -> list[Logger]:
@@ -85,11 +65,8 @@ def ending_wandb(spec: LoggerSpec) -> Iterator[None]:
 
     failed = 1
     try:
-        yield
+        with explained():
+            yield
         failed = 0
-    except wandb.errors.UsageError as error:
-        raise UserError(
-            f"W&B refused to start ({' '.join(str(error).split())}); run `wandb login`, or choose logger=wandb_offline."
-        ) from error
     finally:
         wandb.finish(exit_code=failed)

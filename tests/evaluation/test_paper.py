@@ -30,9 +30,16 @@ def test_the_experiments_headers_hold_the_same_numbers(name: str) -> None:
 
 
 def test_the_headers_of_the_other_experiments_hold_the_same_numbers() -> None:
-    full = (EXPERIMENTS / "table1_cifar10_full.yaml").read_text()
-    [line] = re.findall(r"eta 0\.0 ([\d.]+), 0\.2 ([\d.]+), 0\.5 ([\d.]+), 1\.0 ([\d.]+), sigma ([\d.]+)\.", full)
-    assert list(map(float, line)) == [row[1000] for row in PAPER_TABLES["table1_cifar10"].values.values()]
+    readings = (EXPERIMENTS / "table1_cifar10_sigma_hat.yaml").read_text()
+    [line] = re.findall(r"for S = 10, 20, 50, 100: ([\d., ]+)\.", readings)
+    row = PAPER_TABLES["table1_cifar10"].values["σ̂"]
+    assert list(map(float, line.split(","))) == [row[S] for S in (10, 20, 50, 100)]
+    table2 = (EXPERIMENTS / "table2_reconstruction.yaml").read_text()
+    steps, errors = (re.search(rf"^#   {word} +([\d. ]+)$", table2, re.MULTILINE)[1].split() for word in ("S", "error"))
+    assert (
+        dict(zip(map(int, steps), map(float, errors), strict=True))
+        in PAPER_TABLES["table2_reconstruction"].values.values()
+    )
     for name in ("bedroom", "church"):
         found = re.search(r"at eta=0 is ([\d., ]+) for S = ([\d, ]+)\.", (EXPERIMENTS / f"{name}.yaml").read_text())
         assert found is not None
