@@ -126,7 +126,7 @@ def test_jobs_of_another_launcher_end_in_one_table(whole: tuple[Path, str], chec
     for eta in (0.0, 1.0):
         assert f"failed: η={eta} S=2000 linear: {reason}" in out
     assert "error: " in err
-    assert "plan: 6 cells, 487,680 network evaluations" in out
+    assert "plan: 6 cells, 483,360 network evaluations" in out
     assert tables(folder) == tables(whole[0])
 
 

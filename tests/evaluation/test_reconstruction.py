@@ -1,0 +1,102 @@
+"""Encoding and decoding real images: the error of Table 2, against the library's own functions."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+import ddim
+from ddim.checkpoints import LoadedModel
+from ddim.data.datasets import DataSpec
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.errors import UserError
+from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.records import RecordFile
+from ddim.evaluation.work import once
+
+
+@pytest.fixture
+def spec(checkpoint: Path, tmp_path: Path) -> ReconstructSpec:
+    return ReconstructSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        sampler=SamplerSpec(S=5),
+        compute=ComputeSpec("cpu", batch_size=7),
+        n=20,
+        grid=3,
+    )
+
+
+def error_of(spec: ReconstructSpec) -> float:
+    [error] = once(spec.prepare)[0]["metrics"].values()
+    return error
+
+
+def test_the_error_is_that_of_encode_and_sample_on_the_scale_of_0_to_1(
+    spec: ReconstructSpec, model: LoadedModel
+) -> None:
+    x_0 = torch.from_numpy(load_digits().images[:20]).float()[:, None]
+    x_0 = (x_0 * 255 / 16 + 0.5).floor() / 127.5 - 1
+    tau = ddim.linear_tau(50, 5)
+    with torch.no_grad():
+        x_T = ddim.encode(model, model.spec.schedule, x_0, tau)
+        x = ddim.sample(model, model.spec.schedule, x_T, tau)
+    expected = float(((x + 1) / 2 - (x_0 + 1) / 2).double().square().mean())
+    record, new = once(spec.prepare)
+    assert new
+    assert record["metrics"] == {"reconstruction_mse_20": pytest.approx(expected, rel=1e-4)}
+    assert record["network_evaluations"] == 20 * 2 * 5
+    assert (record["kind"], record["label"], record["S"], record["n"]) == ("reconstruction", "η=0.0", 5, 20)
+    assert (Path(spec.output_dir) / record["grid"]).is_file()
+    assert RecordFile(Path(spec.output_dir) / "records.jsonl").read() == [json.loads(json.dumps(record))]
+    assert once(spec.prepare) == (json.loads(json.dumps(record)), False)
+
+
+def test_more_steps_come_back_closer(spec: ReconstructSpec) -> None:
+    errors = [error_of(dataclasses.replace(spec, sampler=SamplerSpec(S=S))) for S in (5, 10, 25, 50)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] / 3
+
+
+def test_it_does_not_depend_on_the_batch_size(spec: ReconstructSpec, tmp_path: Path) -> None:
+    other = dataclasses.replace(spec, compute=ComputeSpec("cpu", 64), output_dir=str(tmp_path / "other"))
+    assert error_of(other) == pytest.approx(error_of(spec), rel=1e-5)
+
+
+def test_all_images_are_taken_when_no_number_is_given(spec: ReconstructSpec) -> None:
+    cell = dataclasses.replace(spec, n=None).prepare()
+    assert cell.indices == range(1797)
+    assert cell.identity["n"] == 1797
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": SamplerSpec(eta=1.0)}, "deterministic"),
+        ({"sampler": SamplerSpec("sigma_hat", None)}, "deterministic"),
+        ({"sampler": SamplerSpec(last_time=1)}, "last_time=0"),
+        ({"n": 0}, "n=0"),
+        ({"grid": -1}, "grid=-1"),
+        ({"paper": "table9"}, "unknown table of the paper 'table9'"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(spec: ReconstructSpec, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"n": 1798}, "more than the 1797"), ({"sampler": SamplerSpec(S=51)}, "S=51")]
+)
+def test_what_does_not_fit_is_refused_before_encoding(
+    spec: ReconstructSpec, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(spec, **changes).prepare()  # type: ignore[arg-type]
+    assert not Path(spec.output_dir).exists()
