@@ -3,6 +3,7 @@
 DDIM_KILLS=10 kills more often.
 """
 
+import csv
 import json
 import os
 import random
@@ -20,7 +21,8 @@ import pytest
 Run = Callable[..., Any]
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KILLS = int(os.environ.get("DDIM_KILLS", "2"))
-TABLES = ("table.md", "table.csv", "table.json")
+CSV = "table.csv"
+TABLES = ("table.md", CSV, "table.json", "table.tex")
 OPTIONS = ("data=digits", "metric=digits_classifier", "compute.device=cpu", "n=120", "compute.batch_size=7", "grid=9")
 
 
@@ -80,22 +82,22 @@ def test_the_plan_says_what_is_going_to_be_done(whole: tuple[Path, str], checkpo
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     whole: tuple[Path, str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder, generator, when = tmp_path / "sweep", random.Random(KILLS), []
+    folder, generator, ends = tmp_path / "sweep", random.Random(KILLS), []
     for k in range(KILLS):
         before = parts(folder)
         process = start(command(checkpoint, folder), folder, start_new_session=True)
         if k % 2 == 0:  # in the middle of a cell
             end = time.monotonic() + 120
-            while parts(folder) <= before and process.poll() is None and time.monotonic() < end:
+            while len(parts(folder) - before) < 2 and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.001)
             time.sleep(generator.uniform(0, 0.2))
         else:  # at any time from its start on
-            time.sleep(generator.uniform(1, 12))
-        when.append(f"{len(parts(folder))} parts, {process.poll()}")
+            time.sleep(generator.uniform(0.5, 6))
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    out = finish(command(checkpoint, folder), folder)
-    assert "done: " in out, when
+        ends.append(process.returncode)
+    assert set(ends) == {-signal.SIGKILL}  # none had ended by itself
+    finish(command(checkpoint, folder), folder)
     assert tables(folder) == tables(whole[0])
     assert images_of(folder) == images_of(whole[0])
     assert parts(folder) == set()
@@ -111,8 +113,13 @@ def test_tables_do_not_depend_on_batches_or_processes(
     folder = tmp_path / "sweep"
     out = finish(command(checkpoint, folder, *more, processes=processes), folder)
     assert len(re.findall(r"fd_digits_classifier_120 \d", out)) == 4  # said once, however many processes there are
-    assert tables(folder) == tables(whole[0])
-    assert {name for name, _ in images_of(folder).items()} == {name for name, _ in images_of(whole[0]).items()}
+    if processes > 1:  # the same batches
+        assert tables(folder) == tables(whole[0])
+        assert images_of(folder) == images_of(whole[0])
+    # Another batch size rounds differently inside the network, and a pixel may fall on the other side of a half.
+    assert tables(folder)["table.md"] == tables(whole[0])["table.md"]
+    ours, theirs = ([float(row["value"]) for row in csv.DictReader(f.open())] for f in (folder / CSV, whole[0] / CSV))
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 @pytest.mark.slow
