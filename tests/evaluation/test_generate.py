@@ -8,9 +8,12 @@ from torch import Tensor
 
 import ddim
 from ddim.checkpoints.model import LoadedModel
+from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place
+from ddim.evaluation import generate as generate_module
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, sample_batch
+from ddim.evaluation.parts import split
 
 CPU = ComputeSpec("cpu")
 SAMPLERS = {
@@ -61,6 +64,33 @@ def test_exactly_n_images_and_the_same_for_every_batch_size(
     assert images.dtype == torch.uint8
     assert images.shape == (n, 1, 8, 8)
     assert levels_apart(images, fifty[:n]) <= 1
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_samples_before_rounding_are_within_1e_5_for_every_batch_size(
+    model: LoadedModel, sampler: SamplerSpec, size: int
+) -> None:
+    def samples(batch: range) -> Tensor:
+        x_T = initial_noise(batch, model.spec.image_shape, seed=3)
+        return sample_batch(model, sampler, x_T, batch, 3, CPU, lambda state: None)
+
+    parts = torch.cat([samples(batch) for batch in split(range(70), size)])
+    whole = samples(range(70))  # of an untrained network, so beyond [-1, 1]
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_out_of_memory_halves_the_batch_and_the_images_stay(
+    model: LoadedModel, sampler: SamplerSpec, fifty: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = generate_module.sample_batch
+
+    def small_device(*arguments: object) -> Tensor:
+        if len(arguments[3]) > 10:  # type: ignore[arg-type]
+            raise torch.OutOfMemoryError
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(generate_module, "sample_batch", small_device)
+    assert levels_apart(generate(model, sampler, range(50), 3, CPU), fifty) <= 1
 
 
 def test_an_image_does_not_depend_on_which_others_are_asked_for(

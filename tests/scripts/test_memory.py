@@ -1,0 +1,36 @@
+"""Memory does not grow with the number of images or of steps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+MEASURE = """
+import resource, runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(checkpoint: Path, folder: Path, n: int, S: int) -> int:
+    """Return the largest memory of an evaluation, in KiB."""
+    options = ["data=digits", "metric=digits_classifier", "compute.device=cpu", "compute.batch_size=50", "grid=0"]
+    more = [f"checkpoint={checkpoint}", f"n={n}", f"sampler.S={S}", f"output_dir={folder}/{n}_{S}"]
+    code = MEASURE.replace("sys.argv.pop(1)", repr(str(SCRIPTS))).replace("sys.argv[0]", repr(f"{SCRIPTS}/evaluate.py"))
+    code = f"import sys; sys.argv = {['evaluate.py', *options, *more, f'reference_dir={folder}/reference']!r}\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+@pytest.mark.slow
+def test_the_peak_does_not_grow_with_images_or_steps(checkpoint: Path, tmp_path: Path) -> None:
+    peak(checkpoint, tmp_path, 50, 2)  # measures the reference set
+    base = peak(checkpoint, tmp_path, 500, 3)
+    assert peak(checkpoint, tmp_path, 2000, 3) < 1.05 * base
+    assert peak(checkpoint, tmp_path, 500, 30) < 1.02 * base
