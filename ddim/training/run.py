@@ -22,7 +22,7 @@ from ddim.data.images import Images
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import Interrupted, UserError
-from ddim.networks import NETWORKS
+from ddim.networks import NETWORKS, compile_network
 from ddim.training.callbacks import GridSpec, Guard, Progress, SampleGrid
 from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, newest_whole
 from ddim.training.ema import EMA, EMASpec
@@ -218,13 +218,18 @@ def _checked_model(spec: TrainSpec) -> ModelSpec:
 def _prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Images, DiffusionModule, ImageDataModule]:
     t = spec.trainer
     images = load_images(spec.data, "train")
-    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
-    if t.channels_last:
-        module.network.to(memory_format=torch.channels_last)
-    if t.compile:
-        module.network.compile()
     data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
-    return images, module, data
+    return images, build_module(spec, model), data
+
+
+def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
+    """Return the module of a run, its network laid out and compiled as `spec.trainer` says."""
+    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
+    if spec.trainer.channels_last:
+        module.network.to(memory_format=torch.channels_last)
+    if spec.trainer.compile:
+        compile_network(module.network)
+    return module
 
 
 def _callbacks(spec: TrainSpec, folder: Path) -> list[Callback]:
