@@ -71,7 +71,7 @@ def main() -> None:
     )
     every = variants(base, device, arguments.compile)
     wanted = {name for name in every if arguments.only in name}
-    wanted |= {every[name].base for name in wanted}
+    wanted |= {every[name].base for name in wanted} | {PLAIN}
     seconds: dict[str, list[float]] = {name: [] for name in every if name in wanted}
     for number in range(arguments.rounds):
         for name in seconds:
