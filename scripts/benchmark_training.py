@@ -2,7 +2,8 @@
 
     python scripts/benchmark_training.py
     python scripts/benchmark_training.py --batch 128 --steps 20 --rounds 5 --compile
-    python scripts/benchmark_training.py --only Lightning --rounds 20
+    python scripts/benchmark_training.py --only Lightning --rounds 20            # and the plain loop
+    python scripts/benchmark_training.py --only "*Adam*"
 
 The full CIFAR-10 U-Net on random images, on the accelerator if there is one. Rounds are interleaved: each of them times
 every variant once, so that a machine that gets slower meanwhile slows all of them down. Each variant is compared with
@@ -10,6 +11,7 @@ its base of the same round. Every call appends a record for each variant to OUT/
 """
 
 import argparse
+import fnmatch
 import logging
 import statistics
 import time
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each variant in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile, which takes minutes to begin")
-    parser.add_argument("--only", default="", help="variants whose name holds this, and what they are compared with")
+    parser.add_argument("--only", default="*", help="a pattern of names; what they are compared with is timed as well")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"))
     arguments = parser.parse_args()
     silence()
@@ -70,7 +72,7 @@ def main() -> None:
         max_steps=WARM_UP + arguments.steps, batch_size=arguments.batch, accelerator=device.type, devices=1
     )
     every = variants(base, device, arguments.compile)
-    wanted = {name for name in every if arguments.only in name}
+    wanted = set(fnmatch.filter(every, arguments.only))
     wanted |= {every[name].base for name in wanted} | {PLAIN}
     seconds: dict[str, list[float]] = {name: [] for name in every if name in wanted}
     for number in range(arguments.rounds):

@@ -157,7 +157,7 @@ class DiffusionModule(LightningModule):
         self.log("train/gradient_norm", norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the mean loss over the samples of all processes since it was logged last, and by quarters of the times."""
+        """Log the mean loss over the samples of all processes since it was logged last, and by quarters of times."""
         trainer = self.trainer
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
