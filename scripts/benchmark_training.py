@@ -68,6 +68,7 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
+    common = provenance() | {"device": device_name(device), "threads": torch.get_num_threads()}
     base = TrainerSpec(
         max_steps=WARM_UP + arguments.steps, batch_size=arguments.batch, accelerator=device.type, devices=1
     )
@@ -80,7 +81,6 @@ def main() -> None:
             seconds[name].append(every[name].seconds())
             print(f"round {number + 1}: {name}: {seconds[name][-1]:.4f} s a step", flush=True)
     records = RecordFile(arguments.out / "records.jsonl")
-    common = provenance() | {"device": device_name(device), "threads": torch.get_num_threads()}
     for name, values in seconds.items():
         settings = {"batch": arguments.batch, "steps": arguments.steps, "base": every[name].base}
         times = {"seconds": values, "base_seconds": seconds[every[name].base]}
