@@ -1,6 +1,7 @@
 """Networks by name, and the adapter between the paper's times and theirs."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from ddim.config import choose
 from ddim.networks.unet import UNet, UNetSpec
 
 __all__ = ["NETWORKS", "UNet", "UNetSpec", "build_network", "compile_network", "zero_based"]
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: where it keeps what it compiled
 
 
 def build_network(name: str, spec: Any) -> nn.Module:
@@ -36,8 +39,11 @@ def compile_network(network: nn.Module) -> None:
     """
     folder = Path(torch.hub.get_dir()).parent / "inductor"
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    if os.access(there, os.W_OK):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    # Parts of torch set it to the temporary folder as soon as they are imported.
+    named = os.environ.get(CACHE)
+    chosen = named is not None and not named.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_"))
+    if not chosen and os.access(there, os.W_OK):
+        os.environ[CACHE] = str(folder)
     network.compile()
 
 
