@@ -46,6 +46,8 @@ ADAM: dict[str, dict[str, Any]] = {
     "single": {"foreach": False},
 }
 
+Clock = Callable[[], float]
+
 
 class Variant(NamedTuple):
     """What is timed, and the name of what it is compared with."""
@@ -61,6 +63,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of each variant in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also time torch.compile, which takes minutes to begin")
+    parser.add_argument(
+        "--processor", action="store_true", help="count processor time: for a CPU with other work to do"
+    )
     parser.add_argument("--only", default="*", help="a pattern of names; what they are compared with is timed as well")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark"))
     arguments = parser.parse_args()
@@ -68,11 +73,16 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     assert device is not None
-    common = provenance() | {"device": device_name(device), "threads": torch.get_num_threads()}
+    common = provenance() | {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "clock": "processor" if arguments.processor else "wall",
+    }
     base = TrainerSpec(
         max_steps=WARM_UP + arguments.steps, batch_size=arguments.batch, accelerator=device.type, devices=1
     )
-    every = variants(base, device, arguments.compile)
+    clock = time.process_time if arguments.processor else time.perf_counter
+    every = variants(base, device, clock, arguments.compile)
     wanted = set(fnmatch.filter(every, arguments.only))
     wanted |= {every[name].base for name in wanted} | {PLAIN}
     seconds: dict[str, list[float]] = {name: [] for name in every if name in wanted}
@@ -91,17 +101,19 @@ def main() -> None:
     print(f"\n{records.path}")
 
 
-def variants(trainer: TrainerSpec, device: torch.device, compiled: bool) -> dict[str, Variant]:
+def variants(trainer: TrainerSpec, device: torch.device, clock: Clock, compiled: bool) -> dict[str, Variant]:
     """Return what can be timed, by name."""
     images = MemoryImages("random", torch.randint(256, (512, 3, 32, 32), dtype=torch.uint8))
 
     def lightning(device_resident: bool | None = None, **options: Any) -> Variant:
         spec = train_spec(replace(trainer, **options))
         plainest = not options and device_resident is None
-        return Variant(PLAIN if plainest else LIGHTNING, partial(through_lightning, spec, images, device_resident))
+        return Variant(
+            PLAIN if plainest else LIGHTNING, partial(through_lightning, spec, images, clock, device_resident)
+        )
 
     def plain(**options: Any) -> Variant:
-        return Variant(PLAIN, partial(plain_loop, train_spec(trainer), images, device, **options))
+        return Variant(PLAIN, partial(plain_loop, train_spec(trainer), images, device, clock, **options))
 
     bf16: dict[str, Any] = {"precision": "bf16-mixed"}
     all_of_them = {
@@ -127,12 +139,14 @@ def train_spec(trainer: TrainerSpec) -> TrainSpec:
     return TrainSpec("benchmark", "outputs/benchmark", data, NETWORK, trainer=trainer)
 
 
-def through_lightning(spec: TrainSpec, images: MemoryImages, device_resident: bool | None = None) -> float:
+def through_lightning(
+    spec: TrainSpec, images: MemoryImages, clock: Clock, device_resident: bool | None = None
+) -> float:
     """Return seconds for a step as `scripts/train.py` does it, without checkpoints and grids."""
     t = spec.trainer
     torch.compiler.reset()  # else a later round has used up the recompilations that torch allows
     assert spec.ema is not None
-    stopwatch = Stopwatch(WARM_UP)
+    stopwatch = Stopwatch(WARM_UP, clock)
     callbacks = [EMA(spec.ema), Progress(t.batch_size, t.log_every), Guard(t.log_every, t.max_skipped), stopwatch]
     trainer = build_trainer(spec, Path(spec.output_dir), callbacks, loggers=[], max_steps=t.max_steps)
     data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, flip=True, device_resident=device_resident)
@@ -144,6 +158,7 @@ def plain_loop(
     spec: TrainSpec,
     images: MemoryImages,
     device: torch.device,
+    clock: Clock,
     adam: str = "fused",
     foreach_average: bool = True,
     attention: SDPBackend | None = None,
@@ -162,7 +177,7 @@ def plain_loop(
         for k in range(steps):
             if k == WARM_UP:
                 synchronise(device)
-                start = time.perf_counter()
+                start = clock()
             batch = data[k]
             positions, indices = batch["positions"].to(device), batch["indices"].to(device)
             x0 = finish(resident[indices], k, positions, spec.seed, flip=True)["images"]
@@ -180,7 +195,7 @@ def plain_loop(
                 for mean, weight in zip(average, weights, strict=True):
                     mean.lerp_(weight, 1 - 0.9999)
     synchronise(device)
-    return (time.perf_counter() - start) / (steps - WARM_UP)
+    return (clock() - start) / (steps - WARM_UP)
 
 
 def synchronise(device: torch.device) -> None:

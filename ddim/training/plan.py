@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,11 @@ class Stopwatch(Callback):
 
     Args:
         first: steps before the clock starts.
+        clock: returns seconds.
     """
 
-    def __init__(self, first: int) -> None:
-        self.first, self.step = first, 0
+    def __init__(self, first: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.first, self.step, self.clock = first, 0, clock
         self.times: list[float] = []  # the clock after step `first`, and after the last step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -33,7 +35,7 @@ class Stopwatch(Callback):
         if self.step in (self.first, trainer.max_steps):
             if pl_module.device.type != "cpu":
                 torch.accelerator.synchronize(pl_module.device)
-            self.times.append(time.perf_counter())
+            self.times.append(self.clock())
 
     @property
     def steps(self) -> int:

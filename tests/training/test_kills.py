@@ -19,6 +19,7 @@ OPTIONS = [
     "network.dropout=0.1",
     "network.ch=16",
     "network.ch_mult=[1]",
+    "network.attn_resolutions=[]",
     "network.num_groups=4",
     "trainer.batch_size=32",
     "data.flip=true",
