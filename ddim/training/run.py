@@ -182,8 +182,9 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     with explaining_writes(folder), ending_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     last, steps = checkpoints / LAST, spec.trainer.max_steps
-    # The process that called `fit` need not be one that trained, and those of other nodes may not see the file.
-    step = read_checkpoint(last)["global_step"] if last.exists() else trainer.global_step
+    # The process that called `fit` need not be one that trained; one that did may be here before the first of them has
+    # named its last checkpoint, and those of other nodes may not see the file.
+    step = max(trainer.global_step, read_checkpoint(last)["global_step"] if last.exists() else 0)
     if step < steps:
         raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with ckpt_path=last.")
     log.info("trained %d steps; checkpoint: %s", steps, last)
