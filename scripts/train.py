@@ -55,7 +55,7 @@ def check_processes(trainer: "TrainerSpec") -> None:
         return
     raise UserError(
         f"a sweep trains each run on one device, and trainer.devices={trainer.devices} may be more; choose "
-        "trainer.devices=1, one command for each run, or scripts/slurm/train.sbatch."
+        "trainer.devices=1, one command for each run, or torchrun."
     )
 
 

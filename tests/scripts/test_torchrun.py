@@ -1,7 +1,6 @@
 """Two processes started by torchrun: they do what one does, stop together when told to, and one goes on from there."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -66,15 +65,11 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_other(train_one, t
     train_one(one, "trainer.max_steps=20")
     assert start_two(two, "trainer.max_steps=20").wait(240) == 0
     assert difference(one, two) <= 1e-6
-    again = tmp_path / "again"
-    shutil.copytree(two, again)
-    for folder in (one, again):  # from one on two, and from two on two
-        assert start_two(folder, "trainer.max_steps=24").wait(240) == 0
+    assert start_two(one, "trainer.max_steps=24").wait(240) == 0  # now the other way round
     train_one(two, "trainer.max_steps=24")
     assert difference(one, two) <= 1e-6
-    assert difference(again, two) <= 1e-6
-    steps = {read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] for folder in (one, two, again)}
-    assert steps == {24}
+    steps = [read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] for folder in (one, two)]
+    assert steps == [24, 24]
 
 
 def test_two_processes_that_are_told_to_stop_save_the_same_step(train_one, tmp_path):
