@@ -63,14 +63,11 @@ def explaining_writes(folder: Path, what: str | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except UserError:
+        raise
     except Exception as failure:
-        # torch's writer, and Lightning's loggers, stumble once more on their way out and hide the reason behind that.
-        chain = list(_chain(failure))
-        if said := next((e for e in chain if isinstance(e, UserError)), None):
-            if said is failure:
-                raise
-            raise said from failure
-        error = next((e for e in reversed(chain) if isinstance(e, OSError)), None)
+        # torch's writer stumbles once more on its way out and hides the reason behind that.
+        error = next((e for e in reversed(list(_chain(failure))) if isinstance(e, OSError)), None)
         if error is None or not (what or error.errno in FULL or _inside(error.filename, folder)):
             raise
         full = error.errno in FULL
