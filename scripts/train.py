@@ -5,9 +5,15 @@ python scripts/train.py experiment=cifar10 ckpt_path=last        # go on where i
 python scripts/train.py --help
 """
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 from _cli import entry, pick_device
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+if TYPE_CHECKING:
+    from ddim.training.run import TrainerSpec
 
 
 def main(config: dict[str, Any]) -> None:
@@ -16,11 +22,41 @@ def main(config: dict[str, Any]) -> None:
     from ddim.training.run import TrainSpec, dry_run, train
 
     pick_device(config.get("trainer"), "accelerator")
+    sweep = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweep:
+        group_runs(config)
     spec = build(TrainSpec, config, "")
+    if sweep:
+        check_processes(spec.trainer)
     if spec.dry_run:
         print("\n".join(dry_run(spec)))
     else:
         print(f"checkpoint: {train(spec, config)}")
+
+
+def group_runs(config: dict[str, Any]) -> None:
+    """Let W&B show the runs of a sweep as one group, of the experiment's name unless another is given."""
+    logger = config.get("logger")
+    if isinstance(logger, dict) and logger.get("group") is None:
+        logger["group"] = HydraConfig.get().runtime.choices.get("experiment") or config["data"]["name"]
+
+
+def check_processes(trainer: "TrainerSpec") -> None:
+    """Do nothing for a run that a sweep can do.
+
+    Raises:
+        UserError: Lightning would start further processes by the command of this one, each of which would begin the
+            whole sweep anew.
+    """
+    from ddim.errors import UserError
+
+    started = "LOCAL_RANK" in os.environ or "SLURM_NTASKS" in os.environ  # by somebody else, all of them
+    if trainer.devices in (1, "1") or started or trainer.strategy.endswith(("spawn", "fork", "notebook")):
+        return
+    raise UserError(
+        f"a sweep trains each run on one device, and trainer.devices={trainer.devices} may be more; choose "
+        "trainer.devices=1, one command for each run, or torchrun."
+    )
 
 
 if __name__ == "__main__":

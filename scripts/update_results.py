@@ -1,7 +1,8 @@
-"""Write the README's result tables from records, so that no number in it is typed.
+"""Write the result tables of the documents from records, so that no number in them is typed.
 
     python scripts/update_results.py                                    # rewrite the tables from docs/results/*.jsonl
     python scripts/update_results.py digits=outputs/evaluate/digits     # first take over the records of a sweep
+    python scripts/update_results.py training_speed=outputs/benchmark   # or those of benchmark_training.py
 
 The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`.
 """
@@ -9,11 +10,14 @@ The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`.
 import argparse
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "training_speed.md")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -22,8 +26,24 @@ def render(name: str) -> str:
     from ddim.evaluation.records import RecordFile
     from ddim.evaluation.tables import build_tables
 
-    tables = build_tables(RecordFile(RESULTS / f"{name}.jsonl").read())
-    return "".join(f"\n{table.markdown()}\n\n<sub>{table.title()}</sub>\n\n" for table in tables)
+    records = RecordFile(RESULTS / f"{name}.jsonl").read()
+    if all("variant" in record for record in records):
+        return speed_table(records)
+    return "".join(f"\n{table.markdown()}\n\n<sub>{table.title()}</sub>\n\n" for table in build_tables(records))
+
+
+def speed_table(records: list[dict[str, Any]]) -> str:
+    """Return the Markdown of records of benchmark_training.py: medians over the rounds, and of the rounds' ratios."""
+    lines = ["", "| step | compared with | seconds | ratio | rounds | batch | clock | on | code |", "|---" * 9 + "|"]
+    for r in records:
+        if r["variant"] == r["base"]:
+            continue
+        ratio = statistics.median(a / b for a, b in zip(r["seconds"], r["base_seconds"], strict=True))
+        times = f"{statistics.median(r['seconds']):.3g} | {ratio:.3f} | {len(r['seconds'])}"
+        where = f"{r['device']}, {r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+        how = f"{r['batch']} | {r['clock']} | {where} | {r['revision'][:8]}"
+        lines.append(f"| {r['variant']} | {r['base']} | {times} | {how} |")
+    return "\n".join([*lines, "", ""])
 
 
 def fill(text: str) -> str:
@@ -32,7 +52,7 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    """Take over records if asked, then rewrite the README."""
+    """Take over records if asked, then rewrite the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", metavar="NAME=FOLDER")
     for name, _, folder in (sweep.partition("=") for sweep in parser.parse_args().sweeps):
@@ -41,8 +61,8 @@ def main() -> None:
             sys.exit(f"error: there are no records {records}; give NAME=FOLDER with the folder of a finished sweep.")
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(records, RESULTS / f"{name}.jsonl")
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(fill(document.read_text()))
 
 
 if __name__ == "__main__":

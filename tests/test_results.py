@@ -1,6 +1,7 @@
-"""The README's numbers come from records, and the records show what the README says of them."""
+"""The documents' numbers come from records, and the records show what the documents say of them."""
 
 import runpy
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,31 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_results.py"))
 
 
-def test_the_readmes_tables_are_those_of_the_records():
-    text = (ROOT / "README.md").read_text()
-    names = [block[2] for block in SCRIPT["BLOCK"].finditer(text)]
+def test_the_tables_are_those_of_the_records():
+    texts = [path.read_text() for path in SCRIPT["DOCUMENTS"]]
+    names = [block[2] for text in texts for block in SCRIPT["BLOCK"].finditer(text)]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "docs" / "results").glob("*.jsonl"))
-    assert SCRIPT["fill"](text) == text
-    assert SCRIPT["fill"](text.replace("| η=0.0 | 7", "| η=0.0 | 1")) == text  # a typed number does not survive
+    for text in texts:
+        assert SCRIPT["fill"](text) == text
+    typed = texts[0].replace("| η=0.0 | 7", "| η=0.0 | 1"), texts[1].replace("| 1.0", "| 0.5")
+    for text, changed in zip(texts, typed, strict=True):
+        assert changed != text
+        assert SCRIPT["fill"](changed) == text  # a typed number does not survive
+
+
+def speed(variant):
+    """Return the records of one variant of the benchmark of the training."""
+    records = RecordFile(ROOT / "docs" / "results" / "training_speed.jsonl").read()
+    return [record for record in records if record["variant"] == variant]
+
+
+def test_a_step_through_lightning_takes_what_it_takes_in_a_plain_loop():
+    for record in speed("Lightning"):
+        assert record["base"] == "plain loop"
+        pairs = list(zip(record["seconds"], record["base_seconds"], strict=True))
+        assert statistics.median(a / b for a, b in pairs) <= 1.03
+        assert f"| {statistics.median(a / b for a, b in pairs):.3f} |" in SCRIPT["speed_table"]([record])
+    assert speed("Lightning")
 
 
 def test_the_digits_show_the_papers_pattern():
@@ -36,10 +56,12 @@ def test_the_digits_show_the_papers_pattern():
 def test_records_name_no_place_of_the_machine_they_were_made_on():
     for path in (ROOT / "docs" / "results").glob("*.jsonl"):
         for record in RecordFile(path).read():
+            assert not record["revision"].endswith("+changes")
+            if "variant" in record:
+                continue
             config = record["config"]
             for place in (config["checkpoint"], config["output_dir"], config["data"]["root"]):
                 assert not Path(place).is_absolute()
-            assert not record["revision"].endswith("+changes")
 
 
 def test_records_of_a_sweep_that_is_not_there_are_refused(monkeypatch, tmp_path):

@@ -78,6 +78,10 @@ class Guard(Callback):
         self.every, self.most = every, most
         self.step, self.reported = 0, 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Do not report again what was reported before a resumption."""
+        self.step, self.reported = trainer.global_step, int(pl_module.skipped[0])
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
         """Look, at the end of every `every`-th optimiser step.
 

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send some time before they kill
+FULL = (errno.ENOSPC, errno.EDQUOT)
 ASK_EVERY = 10  # steps between two questions whether any process was told to stop
 
 
@@ -38,24 +41,52 @@ class WholeCheckpointIO(TorchCheckpointIO):
             UserError: the disk is full, or the folder cannot be written to; what was there before is untouched.
         """
         path = Path(path)
-        try:
-            with whole(path) as partial:
-                if KEY in checkpoint:  # else it is a file that Lightning hands from one process to another
-                    checkpoint[KEY][SEALED] = True
-                with partial.open("wb") as file:
-                    torch.save(checkpoint, file)
-                seal(partial)
-        except (OSError, RuntimeError) as failure:
-            # torch's writer stumbles once more on its way out and hides the reason behind that.
-            error = failure if isinstance(failure, OSError) else failure.__context__
-            if not isinstance(error, OSError):
-                raise
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else error.strerror or str(error)
-            raise UserError(
-                f"the checkpoint {path} of step {checkpoint['global_step']} cannot be written ({reason}); the ones "
-                "before are intact. Make room and go on with ckpt_path=last."
-            ) from failure
+        what = f"the checkpoint {path} of step {checkpoint.get('global_step')}"
+        with explaining_writes(path.parent, what), whole(path) as partial:
+            if KEY in checkpoint:  # else it is a file that Lightning hands from one process to another
+                checkpoint[KEY][SEALED] = True
+            with partial.open("wb") as file:
+                torch.save(checkpoint, file)
+            seal(partial)
+
+
+@contextmanager
+def explaining_writes(folder: Path, what: str | None = None) -> Iterator[None]:
+    """Say in one sentence why a run cannot write to its folder any more.
+
+    Args:
+        folder: which it writes to; by default a file elsewhere that fails is none of this.
+        what: it is that cannot be written; by default the file that the failure names, or the folder.
+
+    Raises:
+        UserError: something could not be written.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as failure:
+        # torch's writer stumbles once more on its way out and hides the reason behind that.
+        error = next((e for e in reversed(list(_chain(failure))) if isinstance(e, OSError)), None)
+        if error is None or not (what or error.errno in FULL or _inside(error.filename, folder)):
+            raise
+        full = error.errno in FULL
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise UserError(
+            f"{what or error.filename or folder} cannot be written ({reason}); the checkpoints before are intact. "
+            f"Make {'room' if full else 'the folder writable'} and go on with ckpt_path=last."
+        ) from failure
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those that it came up in the handling of, the newest first."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _inside(name: Any, folder: Path) -> bool:
+    return isinstance(name, str | Path) and Path(name).resolve().is_relative_to(folder.resolve())
 
 
 class Checkpoints(Checkpoint):
@@ -86,6 +117,9 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             for rest in self.folder.glob(".*.ckpt"):  # of a save that was killed
                 rest.unlink()
+        # With several processes Lightning asks at every batch whether the first of them was told to stop, and waits for
+        # the device to answer; here all of them are asked, and seldom.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in STOPPING:
                 signal.signal(number, self._note)

@@ -21,6 +21,8 @@ from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
 
+COUNTS = "ddim_counts"  # the entry of a training checkpoint with what its logs count
+
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
@@ -88,7 +90,7 @@ class DiffusionModule(LightningModule):
 
     adam: torch.optim.Adam
     skipped: Tensor
-    quarters: Tensor
+    losses: Tensor
 
     def __init__(
         self,
@@ -106,8 +108,10 @@ class DiffusionModule(LightningModule):
         self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
         # Steps without a finite gradient: all of this process, and those in a row up to now.
         self.register_buffer("skipped", torch.zeros(2, dtype=torch.int64), persistent=False)
-        # Sums and numbers of losses at times in each quarter of 1..T since they were logged.
-        self.register_buffer("quarters", torch.zeros(2, 4), persistent=False)
+        # Sums and numbers of this process's finite losses at times in each quarter of 1..T since they were logged.
+        self.register_buffer("losses", torch.zeros(2, 4), persistent=False)
+        # DDP would send the first process's to the others at every step: one is a constant, two are counted by each.
+        self._ddp_params_and_buffers_to_ignore = ["alpha_bar", "skipped", "losses"]
 
     @property
     def model(self) -> Model:
@@ -129,12 +133,10 @@ class DiffusionModule(LightningModule):
                 prediction=self.objective.prediction,
                 reduction=self.objective.reduction,
             )
-        loss = losses.mean()
-        self.log("train/loss", loss, batch_size=len(x0))
         quarter = (t - 1) * 4 // self.spec.schedule.T
-        values = torch.stack([losses.detach().float(), torch.ones_like(losses, dtype=torch.float32)])
-        self.quarters.index_add_(1, quarter, values)
-        return loss
+        values, finite = losses.detach().float(), losses.detach().isfinite()
+        self.losses.index_add_(1, quarter, torch.stack([values.where(finite, 0), finite.float()]))
+        return losses.mean()
 
     def configure_gradient_clipping(
         self,
@@ -155,13 +157,14 @@ class DiffusionModule(LightningModule):
         self.log("train/gradient_norm", norm)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the mean loss in each quarter of the times, since it was logged last."""
+        """Log the mean loss over the samples of all processes since it was logged last, and by quarters of times."""
         trainer = self.trainer
         if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        means = self.quarters[0] / self.quarters[1]
-        self.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(means)})
-        self.quarters.zero_()
+        sums, numbers = self._losses_of_all()
+        self.log("train/loss", sums.sum() / numbers.sum())
+        self.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(sums / numbers)})
+        self.losses.zero_()
 
     def configure_optimizers(self) -> Any:
         """Return Adam with a linear warm-up: at step k = 1, 2, ... the learning rate is lr min(1, k / warmup)."""
@@ -175,19 +178,30 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the checkpoint describe itself."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
+        # Callbacks save before this module logs: what this very step is going to log is not to be logged again.
+        logged = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        losses = torch.zeros_like(self.losses) if logged else self._losses_of_all()
+        checkpoint[COUNTS] = {"skipped": self.skipped, "losses": losses}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let Lightning count whole optimiser steps behind it, in the micro-batches of this run.
+        """Go on counting; and let Lightning count whole optimiser steps behind it, in the micro-batches of this run.
 
         Its own count is in those of the run that wrote the checkpoint, whose accumulation may differ, and it holds half
         a step when a resumed run was saved again before its first step.
         """
+        if kept := checkpoint.get(COUNTS):  # older checkpoints have none
+            self.skipped.copy_(kept["skipped"])
+            self.losses.copy_(kept["losses"] * self.trainer.is_global_zero)  # the sums over all, kept by one
         past = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
         loop = checkpoint["loops"]["fit_loop"]
         # 1 when saved in the hooks of the batch that ended the step: Lightning then completes that batch itself.
         uncompleted = checkpoint["global_step"] - loop["epoch_loop.state_dict"]["_batches_that_stepped"]
         for counts in (loop["epoch_loop.batch_progress"]["total"], loop["epoch_loop.batch_progress"]["current"]):
             counts.update(ready=past, started=past, processed=past, completed=past - uncompleted)
+
+    def _losses_of_all(self) -> Tensor:
+        """Return the sums and numbers of losses over all processes, (2, 4); all of them must ask."""
+        return self.trainer.strategy.reduce(self.losses.clone(), reduce_op="sum")
 
     def _addressed_dropout(self, step: int, batch_idx: int) -> AbstractContextManager[None]:
         """Seed what torch's dropout draws from by (seed, step, micro-batch, process)."""

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -15,30 +16,37 @@ if TYPE_CHECKING:
 
 
 class Stopwatch(Callback):
-    """Times optimiser steps; the first few, which compile and allocate, do not count.
+    """Times the optimiser steps of a training but the first few, which compile and allocate.
 
     Args:
         first: steps before the clock starts.
+        clock: returns seconds.
     """
 
-    def __init__(self, first: int) -> None:
-        self.first, self.step = first, 0
-        self.times: list[float] = []
+    def __init__(self, first: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.first, self.step, self.clock = first, 0, clock
+        self.times: list[float] = []  # the clock after step `first`, and after the last step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Note the time at the end of a step, when the device has done it."""
+        """Note the time where it starts and ends; in between the device is not waited for, as in a real training."""
         if trainer.global_step == self.step:
             return
         self.step = trainer.global_step
-        if pl_module.device.type != "cpu":
-            torch.accelerator.synchronize(pl_module.device)
-        if self.step >= self.first:
-            self.times.append(time.perf_counter())
+        if self.step in (self.first, trainer.max_steps):
+            if pl_module.device.type != "cpu":
+                torch.accelerator.synchronize(pl_module.device)
+            self.times.append(self.clock())
+
+    @property
+    def steps(self) -> int:
+        """How many steps were timed."""
+        return self.step - self.first
 
     @property
     def seconds_per_step(self) -> float:
         """The mean over the steps that count."""
-        return (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        begin, end = self.times
+        return (end - begin) / self.steps
 
 
 def plan(
@@ -66,7 +74,7 @@ def plan(
         f"data: {spec.data.name}, {images:,} images; {t.max_steps:,} steps of {t.batch_size} are {epochs:,.1f} epochs",
         f"devices: {trainer.world_size} x {device.type}, {t.accumulate} x {micro} images each in a step; {t.precision}",
         f"schedule: {model.schedule.name}, T={model.schedule.T}; prediction {model.prediction}",
-        f"pace: {pace:.3g} s a step over {len(stopwatch.times) - 1} steps, {t.batch_size / pace:,.0f} images/s",
+        f"pace: {pace:.3g} s a step over {stopwatch.steps} steps, {t.batch_size / pace:,.0f} images/s",
         f"time: {left} for {t.max_steps - done:,} steps{f' from step {done:,} on' if done else ''}, grids not counted",
         f"memory: {_peak_memory(device) / 2**30:.2f} GiB at most on {device.type} so far",
         f"disk: {checkpoint / 2**20:,.0f} MiB a checkpoint, {kept} at most: {kept * checkpoint / 2**30:,.2f} GiB",

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,8 +14,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
-from ddim.checkpoints.model import RECIPE, read_checkpoint
-from ddim.checkpoints.spec import KEY
+from ddim.checkpoints.model import read_checkpoint
 from ddim.config import blame, build, choose
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec, load_images
@@ -22,13 +22,14 @@ from ddim.data.images import Images
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import Interrupted, UserError
-from ddim.networks import NETWORKS
+from ddim.networks import NETWORKS, compile_network
 from ddim.training.callbacks import GridSpec, Guard, Progress, SampleGrid
-from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, newest_whole
+from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, explaining_writes
 from ddim.training.ema import EMA, EMASpec
 from ddim.training.loggers import LoggerSpec, build_loggers, ending_wandb
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 from ddim.training.plan import Stopwatch, plan
+from ddim.training.resuming import resume_path
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     folder = Path(spec.output_dir)
     model = _checked_model(spec)
     checkpoints = folder / "checkpoints"
-    resume = _resume_path(spec, model, checkpoints)
+    resume = resume_path(spec, model, checkpoints)
     _make_folder(checkpoints)
     images, module, data = _prepare(spec, model)
     log.info(
@@ -178,11 +179,12 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     trainer = build_trainer(
         spec, folder, _callbacks(spec, folder), build_loggers(spec.logger, spec.name, folder, config)
     )
-    with ending_wandb(spec.logger):
+    with explaining_writes(folder), ending_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     last, steps = checkpoints / LAST, spec.trainer.max_steps
-    # The process that called `fit` need not be one that trained, and those of other nodes may not see the file.
-    step = read_checkpoint(last)["global_step"] if last.exists() else trainer.global_step
+    # The process that called `fit` need not be one that trained; one that did may be here before the first of them has
+    # named its last checkpoint, and those of other nodes may not see the file.
+    step = max(trainer.global_step, read_checkpoint(last)["global_step"] if last.exists() else 0)
     if step < steps:
         raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with ckpt_path=last.")
     log.info("trained %d steps; checkpoint: %s", steps, last)
@@ -197,7 +199,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     """
     model = _checked_model(spec)
     folder = Path(spec.output_dir)
-    resume = _resume_path(spec, model, folder / "checkpoints")
+    resume = resume_path(spec, model, folder / "checkpoints")
     images, module, data = _prepare(spec, model)
     stopwatch = Stopwatch(first=2)
     callbacks: list[Callback] = [EMA(spec.ema)] if spec.ema else []
@@ -218,13 +220,18 @@ def _checked_model(spec: TrainSpec) -> ModelSpec:
 def _prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Images, DiffusionModule, ImageDataModule]:
     t = spec.trainer
     images = load_images(spec.data, "train")
-    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
-    if t.channels_last:
-        module.network.to(memory_format=torch.channels_last)
-    if t.compile:
-        module.network.compile()
     data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
-    return images, module, data
+    return images, build_module(spec, model), data
+
+
+def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
+    """Return the module of a run, its network laid out and compiled as `spec.trainer` says."""
+    module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
+    if spec.trainer.channels_last:
+        module.network.to(memory_format=torch.channels_last)
+    if spec.trainer.compile:
+        compile_network(module.network)
+    return module
 
 
 def _callbacks(spec: TrainSpec, folder: Path) -> list[Callback]:
@@ -275,51 +282,10 @@ def build_trainer(
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
-def _resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path | None:
-    """Return the checkpoint to go on from, after checking that it is whole and belongs to this run."""
-    path = None if spec.ckpt_path in (None, "last") else Path(str(spec.ckpt_path))
-    here = path is None or path.resolve().parent == checkpoints.resolve()
-    newest = newest_whole(checkpoints) if path is None or not here else None
-    if newest and (spec.ckpt_path is None or not here):
-        raise UserError(
-            f"{spec.output_dir} already holds a run at step {newest[1]['global_step']}; go on with ckpt_path=last, or "
-            "choose another name=... to start afresh."
-        )
-    if path is not None:
-        checkpoint = read_checkpoint(path)
-    elif newest:
-        path, checkpoint = newest
-    else:
-        return None
-    differences = ModelSpec.from_dict(checkpoint[KEY]).differences(model)
-    if differences:
-        raise UserError(
-            f"{path} holds another model, so this run cannot resume from it ({'; '.join(differences)}); "
-            "use the configuration it was trained with, or choose another name=... to start afresh."
-        )
-    if changes := _changes(checkpoint[KEY].get(RECIPE, {}), spec.recipe()):
-        raise UserError(
-            f"{path} was trained with other settings, so this run cannot resume from it ({'; '.join(changes)}); "
-            "use the configuration it was trained with, or choose another name=... to start afresh."
-        )
-    if checkpoint["global_step"] > spec.trainer.max_steps:
-        raise UserError(
-            f"{path} is at step {checkpoint['global_step']}, past trainer.max_steps={spec.trainer.max_steps}; "
-            "raise max_steps to train on."
-        )
-    return path
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return one phrase for each setting that differs; none for a checkpoint that keeps no settings."""
-    keys = {**before, **now} if before else {}
-    return [f"{key}: {before.get(key)} and {now.get(key)}" for key in keys if before.get(key) != now.get(key)]
-
-
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another output_dir.") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"cannot write to {folder} (no permission); choose another output_dir.")

@@ -158,3 +158,16 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(run, same, monkeypatch, tmp
     monkeypatch.undo()
     assert same(first, tmp_path / "before.ckpt")
     assert sorted(p.name for p in first.parent.iterdir()) == ["last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt"]
+
+
+def test_a_process_that_ends_before_the_first_has_named_the_last_checkpoint_has_finished(run, monkeypatch):
+    """It sees the checkpoint that the run went on from; a run that was told to stop would go back into the queue."""
+    read = []
+
+    def older(path):
+        read.append(path.name)
+        return {"global_step": 4}
+
+    monkeypatch.setattr("ddim.training.run.read_checkpoint", older)
+    run(trainer={"max_steps": 6})
+    assert read == ["last.ckpt"]

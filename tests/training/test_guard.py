@@ -111,6 +111,17 @@ def test_the_loss_is_logged_by_quarters_of_the_times(run, monkeypatch):
             assert column(last, f"train/loss_quarter_{quarter + 1}")[step] == pytest.approx(float(inside.mean()))
 
 
+def test_the_mean_loss_is_that_of_the_finite_ones(run, monkeypatch):
+    """One sample of each step is lost, and with it the step; the others say how large the loss was."""
+
+    def losses(model, alpha_bar, x0, t, eps, **options):
+        one = torch.ones(len(t)) + 0 * model(x0, t).flatten(1).sum(1)
+        return torch.cat([one[:-1], one[-1:] * float("inf")])
+
+    monkeypatch.setattr("ddim.training.module.per_sample_loss", losses)
+    assert column(run(trainer={"max_steps": 4, "log_every": 2}), "train/loss") == {1: 1.0, 3: 1.0}
+
+
 def test_several_averages_at_once_are_each_that_of_a_run_of_its_own(run):
     rates = (0.9, 0.5, 0.999)
     several = run("several", ema={"decay": list(rates)})

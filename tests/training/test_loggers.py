@@ -107,7 +107,7 @@ def runs(folder: Path):
     return sorted(folder.glob("wandb/offline-run-*"))
 
 
-OFFLINE = {"wandb": True, "offline": True, "project": "p", "tags": ["a", "b"]}
+OFFLINE = {"wandb": True, "offline": True, "project": "p", "tags": ["a", "b"], "group": "sweep"}
 
 
 def test_wandb_offline_holds_config_losses_and_grids_and_goes_on_in_one_run(run, wandb_at):
@@ -128,6 +128,7 @@ def test_wandb_offline_holds_config_losses_and_grids_and_goes_on_in_one_run(run,
     assert picture.read_bytes() == (folder / "samples" / "step_00000004.png").read_bytes()
     (begun,) = [r.run for r in records(one / f"run-{name}.wandb") if r.HasField("run")]
     assert (begun.project, begun.display_name, list(begun.tags)) == ("p", "run", ["a", "b"])
+    assert (begun.run_group, begun.job_type) == ("sweep", "train")
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert config["network"]["num_groups"] == 4
     assert config["seed"] == 5

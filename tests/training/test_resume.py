@@ -1,5 +1,6 @@
 """A training is a function of its configuration: not of where it stopped, nor of how a batch was divided."""
 
+import csv
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.training.ema import EMA
+from ddim.training.module import DiffusionModule
 
 DROPOUT = {"dropout": 0.3}
 TRAINER = {"max_steps": 9, "checkpoint_every": 4}
@@ -119,3 +121,49 @@ def test_two_processes_do_what_one_does(run, same):
     # Going on with one process from where two stopped.
     longer = options | {"trainer": {"max_steps": 8, "accumulate": 2}}
     assert same(run("one", **longer, ckpt_path="last"), run("two", **longer, ckpt_path="last"), atol=1e-6)
+
+
+def rows(folder, version=0):
+    """Return the logged losses and counts of a run, by step: all columns but those of the clock."""
+    with (folder / "csv" / f"version_{version}" / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    names = [name for name in table[0] if "loss" in name or name in ("train/skipped_steps", "train/gradient_norm")]
+    assert len(names) == 7
+    return {int(row["step"]): [row[name] for name in sorted(names)] for row in table if row["train/loss"]}
+
+
+@pytest.mark.parametrize("saved", [4, 6])
+def test_the_logs_go_on_as_well_also_between_two_rows(run, killed_run, tmp_path, monkeypatch, caplog, saved):
+    """A row every three steps, over the samples since the row before; the second step is not finite."""
+    training_step = DiffusionModule.training_step
+
+    def spoilt(self, batch, batch_idx):
+        return training_step(self, batch, batch_idx) * (float("nan") if batch["step"] == 1 else 1)
+
+    monkeypatch.setattr(DiffusionModule, "training_step", spoilt)
+    trainer = {"max_steps": 9, "log_every": 3, "checkpoint_every": saved, "accumulate": 2}
+    run("whole", trainer=trainer)
+    killed_run(saved, 1, "killed", trainer=trainer)
+    caplog.clear()
+    run("killed", trainer=trainer, ckpt_path="last")
+    assert "no finite gradient" not in caplog.text  # that was said before
+    whole = rows(tmp_path / "whole")
+    assert list(whole) == [2, 5, 8]
+    assert rows(tmp_path / "killed", 1) == {step: row for step, row in whole.items() if step >= saved}
+
+
+def test_two_processes_that_go_on_as_two_or_as_one_do_and_log_what_one_does(run, same, tmp_path):
+    """The loss is that of the global batch, not that of the first process."""
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used CUDA cannot be forked")
+    two, one = {"devices": 2, "strategy": "ddp_fork"}, {"accumulate": 1}
+    logs, last = {}, {}
+    for name, first, second in (("one", one, one), ("two", two, two), ("mixed", two, one)):
+        for steps, how in ((5, first), (8, second)):
+            trainer = how | {"max_steps": steps, "log_every": 4}
+            last[name] = run(name, **ROBUST | {"trainer": trainer}, ckpt_path="last")
+        logs[name] = [float(v) for version in (0, 1) for row in rows(tmp_path / name, version).values() for v in row]
+        assert len(logs[name]) == 14
+    for name in ("two", "mixed"):
+        assert logs[name] == pytest.approx(logs["one"], rel=1e-5)
+        assert same(last["one"], last[name], atol=1e-6)
