@@ -14,6 +14,7 @@ from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import SamplerSpec, State
 from ddim.errors import UserError
 from ddim.evaluation.parts import in_batches, split
+from ddim.networks import compile_network
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     if compute.channels_last:
         model.network.to(memory_format=torch.channels_last)
     if compute.compile:
-        model.network.compile()
+        compile_network(model.network)
     return model
 
 
