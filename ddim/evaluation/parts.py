@@ -4,15 +4,18 @@ Each batch becomes one file, named by its images, which appears whole or not at 
 covers, so a run that goes on, with another batch size or on another number of processes, computes just that.
 """
 
+import fcntl
 import logging
+import os
 import re
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
@@ -124,7 +127,7 @@ class Parts:
         Raises:
             UserError: a batch failed here or in another process. What was done stays.
         """
-        batches = processes.share(self.missing(batch_size) if processes.first else [])
+        batches = processes.ask_first(lambda: self.missing(batch_size))
         mine = batches[processes.rank :: processes.world_size]
         started(sum(map(len, mine)))
         with processes.together():
@@ -151,6 +154,48 @@ class Parts:
             tensors, _ = read_safetensors(self.path(batch))
             yield tensors[name]
 
+    @contextmanager
+    def alone(self, processes: Processes = SOLO, wait: bool = False) -> Iterator[None]:
+        """Keep another run from the same parts; the lock goes with the process, however it ends.
+
+        Args:
+            processes: of this run.
+            wait: for the other run to end, instead of refusing; what it did is there then.
+
+        Raises:
+            UserError: another run has it, and there is no waiting.
+        """
+        lock = None
+        with processes.together():
+            if processes.first:
+                lock = self._lock(wait)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+
+    def _lock(self, wait: bool) -> IO[str]:
+        path = self.folder / "lock"
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                file = path.open("w")
+            except FileNotFoundError:  # another run has just ended, and removed the folder
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                file.close()
+                raise UserError(
+                    f"another run is computing this cell ({self.folder}); wait for it, or choose another output_dir=..."
+                ) from error
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # the other run removed it while this one waited
+
     def delete(self) -> None:
         """Remove the files."""
+        for path in self.folder.glob("*.safetensors"):  # before the lock, so that they are not a later run's
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -133,6 +133,19 @@ def test_a_cell_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyP
     assert again == json.loads(json.dumps(first))
 
 
+def test_a_record_that_another_run_wrote_meanwhile_is_taken(
+    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run had no record yet when this one looked, and has ended when this one may begin."""
+    first, _ = evaluate_cell(spec)
+    find, looks = work.Cell.find, iter([True])
+    monkeypatch.setattr(work.Cell, "find", lambda cell: None if next(looks, False) else find(cell))
+    forbid(monkeypatch)
+    assert evaluate_cell(spec) == (json.loads(json.dumps(first)), False)
+    assert len(RecordFile(Path(spec.output_dir) / RECORDS).read()) == 1
+    assert [*(Path(spec.output_dir) / work.UNFINISHED).iterdir()] == []
+
+
 @pytest.mark.parametrize(
     "change",
     [

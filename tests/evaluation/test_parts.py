@@ -1,5 +1,6 @@
 """A computation over numbered images: what is missing is computed, once, whatever was there before."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,3 +145,40 @@ def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         [*in_batches([range(4)], device)]
     assert device.batches == [range(4)]
+
+
+def test_parts_of_another_run_are_refused_until_it_ends(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "cell", range(4))
+    with parts.alone(), pytest.raises(UserError, match="another run is computing this cell"), parts.alone():
+        pass
+    with parts.alone():
+        parts.fill(2, squares)
+    assert parts.done() == [range(2), range(2, 4)]  # the lock is no part
+
+
+@pytest.mark.parametrize("deletes", [True, False])
+def test_whoever_waits_is_alone_after_the_other_run(tmp_path: Path, deletes: bool) -> None:
+    """Also where the other run removed the folder, and with it the file that the waiting ones had opened."""
+    inside, most, entered = 0, 0, 0
+    counting = threading.Lock()
+
+    def run() -> None:
+        nonlocal inside, most, entered
+        parts = Parts(tmp_path / "cell", range(4))
+        for _ in range(30):
+            with parts.alone(wait=True):
+                with counting:
+                    inside, entered = inside + 1, entered + 1
+                    most = max(most, inside)
+                parts.fill(4, squares)
+                with counting:
+                    inside -= 1
+                if deletes:  # the last that a run does
+                    parts.delete()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, entered) == (1, 120)
