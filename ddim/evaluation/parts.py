@@ -27,6 +27,7 @@ from ddim.evaluation.processes import SOLO, Processes
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 45  # looks into a folder on the network, in about 100 seconds
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")  # torch's on the CPU; CUDA's
 NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 
 
@@ -70,7 +71,7 @@ def in_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Itera
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's on the CPU
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 class Parts:

@@ -119,6 +119,8 @@ def exhausted(limit: int, error: Callable[[], Exception]) -> Counting:
 ERRORS = {
     "device": lambda: torch.OutOfMemoryError("CUDA out of memory"),
     "host": MemoryError,
+    "driver": lambda: RuntimeError("CUDA error: out of memory"),
+    "library": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     "torch on the host": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."),
 }
 
