@@ -27,6 +27,10 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRY_AGAIN = 75  # the exit status of a run that was stopped and saved (EX_TEMPFAIL)
+CANNOT_WRITE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    errno.EROFS: "choose another folder",
+}
 MODES = ("run", "sweep")  # of Hydra, each with a folder for its files
 Task = Callable[[dict[str, Any]], Any]
 
@@ -192,8 +196,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingMandatoryValue):
         key = str(error).split(":")[-1].split()[0]
         return f"{key} is required; add {key}=... to the command."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); make room."
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        advice = CANNOT_WRITE[error.errno]
+        return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); {advice}."
+    if isinstance(error, PermissionError):
+        return f"{error.filename} may not be used ({error.strerror}); change its permissions, or choose another path."
     if isinstance(error, UserError | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None

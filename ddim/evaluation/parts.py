@@ -137,6 +137,14 @@ class Parts:
         with processes.together():
             self._wait_until_complete()
 
+    def require(self, holds: Callable[[range, Tensors], bool], processes: Processes = SOLO) -> None:
+        """Remove the parts for which `holds(batch, tensors)` is false: of an earlier run that was to keep less."""
+        with processes.together():
+            for batch in self.done() if processes.first else []:
+                tensors, _ = read_safetensors(self.path(batch))
+                if not holds(batch, tensors):
+                    self.path(batch).unlink()
+
     def _wait_until_complete(self) -> None:
         # Another machine's file can take a while to show in a folder on the network.
         for waited in range(PATIENCE):

@@ -109,6 +109,15 @@ def published_reference(spec: MetricSpec, extractor: FeatureExtractor, shape: tu
 
 
 def file_hash(path: str) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file of statistics, in hex.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"the statistics {path} cannot be read ({error.strerror}); give an .npz file with the arrays mu and sigma."
+        ) from error

@@ -84,6 +84,13 @@ def test_a_failure_keeps_what_was_done(tmp_path: Path) -> None:
     assert parts.missing(5) == [range(10, 15), range(15, 20)]
 
 
+def test_a_part_that_does_not_hold_what_is_required_is_computed_again(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, range(20))
+    parts.fill(5, squares)
+    parts.require(lambda batch, tensors: batch.start != 5 and int(tensors["squares"][0]) == batch.start**2)
+    assert parts.missing(100) == [range(5, 10)]
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
 def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     parts = Parts(tmp_path, range(20))
