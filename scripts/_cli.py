@@ -31,6 +31,7 @@ CANNOT_WRITE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     errno.EROFS: "choose another folder",
 }
+STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
 MODES = ("run", "sweep")  # of Hydra, each with a folder for its files
 Task = Callable[[dict[str, Any]], Any]
 
@@ -42,7 +43,7 @@ def entry(
     plan: Callable[[list[dict[str, Any]], bool], None] | None = None,
 ) -> None:
     """Run `task` on the composed configuration as plain values; exit with 2 on a mistake of the user's, 1 on
-    ours, 75 when the run was told to stop and can go on.
+    ours, 75 when the run was told to stop and can go on, 130 after Ctrl-C.
 
     Each reason is printed once, at the end. A job of a sweep that fails does not take the others down.
 
@@ -103,6 +104,12 @@ class Failures:
         """Return what `call` returns; count an exception, put into words by `explain` or taken as a defect of ours."""
         try:
             return call()
+        except KeyboardInterrupt:
+            if os.getpid() != self.process or self.wants_traceback:
+                raise
+            if _rank() == 0:
+                print("stopped.", file=sys.stderr)
+            sys.exit(STOPPED)
         except Exception as error:
             # Counts of another process nobody would see: let the launcher report.
             if os.getpid() != self.process:

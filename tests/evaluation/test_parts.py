@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim.checkpoints.files import Tensors
+from ddim.checkpoints.files import Tensors, write_safetensors
 from ddim.errors import UserError
 from ddim.evaluation.parts import Parts, in_batches, split
 
@@ -110,6 +110,19 @@ def test_parts_of_other_images_do_not_count(tmp_path: Path) -> None:
     parts = Parts(tmp_path, range(10, 95))  # 0..29 begins too early, 90..99 ends too late
     assert parts.done() == [range(30, 60), range(60, 90)]
     assert parts.missing(50) == [range(10, 30), range(90, 95)]
+
+
+def test_batches_are_counted_from_the_first_image_on(tmp_path: Path) -> None:
+    assert Parts(tmp_path, range(3, 15)).missing(5) == [range(3, 8), range(8, 13), range(13, 15)]
+
+
+def test_no_image_counts_twice(tmp_path: Path) -> None:
+    """As where a run with another batch size found a part damaged that another process then could read."""
+    parts = Parts(tmp_path, range(12))
+    for batch in (range(5), range(8), range(3, 8), range(5, 10)):
+        write_safetensors(parts.path(batch), squares(batch), {})
+    assert parts.done() == [range(5), range(5, 10)]
+    assert everything(parts) == [i * i for i in range(10)]
 
 
 def exhausted(limit: int, error: Callable[[], Exception]) -> Counting:
