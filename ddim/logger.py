@@ -28,7 +28,7 @@ class LoggerSpec:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Say in one sentence why W&B does not start.
+    """Say in one sentence why W&B does not start, or not go on.
 
     Raises:
         UserError: it does not.
@@ -40,4 +40,9 @@ def explained() -> Iterator[None]:
     except wandb.errors.UsageError as error:
         raise UserError(
             f"W&B refused to start ({' '.join(str(error).split())}); run `wandb login`, or choose logger=wandb_offline."
+        ) from error
+    except wandb.errors.Error as error:
+        raise UserError(
+            f"W&B failed ({' '.join(str(error).split())[:300]}); run the same command again, or with "
+            "logger=wandb_offline."
         ) from error

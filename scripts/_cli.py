@@ -27,6 +27,11 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRY_AGAIN = 75  # the exit status of a run that was stopped and saved (EX_TEMPFAIL)
+CANNOT_WRITE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    errno.EROFS: "choose another folder",
+}
+STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
 MODES = ("run", "sweep")  # of Hydra, each with a folder for its files
 Task = Callable[[dict[str, Any]], Any]
 
@@ -38,7 +43,7 @@ def entry(
     plan: Callable[[list[dict[str, Any]], bool], None] | None = None,
 ) -> None:
     """Run `task` on the composed configuration as plain values; exit with 2 on a mistake of the user's, 1 on
-    ours, 75 when the run was told to stop and can go on.
+    ours, 75 when the run was told to stop and can go on, 130 after Ctrl-C.
 
     Each reason is printed once, at the end. A job of a sweep that fails does not take the others down.
 
@@ -99,6 +104,12 @@ class Failures:
         """Return what `call` returns; count an exception, put into words by `explain` or taken as a defect of ours."""
         try:
             return call()
+        except KeyboardInterrupt:
+            if os.getpid() != self.process or self.wants_traceback:
+                raise
+            if _rank() == 0:
+                print("stopped.", file=sys.stderr)
+            sys.exit(STOPPED)
         except Exception as error:
             # Counts of another process nobody would see: let the launcher report.
             if os.getpid() != self.process:
@@ -192,8 +203,11 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, MissingMandatoryValue):
         key = str(error).split(":")[-1].split()[0]
         return f"{key} is required; add {key}=... to the command."
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); make room."
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        advice = CANNOT_WRITE[error.errno]
+        return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); {advice}."
+    if isinstance(error, PermissionError):
+        return f"{error.filename} may not be used ({error.strerror}); change its permissions, or choose another path."
     if isinstance(error, UserError | OmegaConfBaseException):
         return " ".join(str(error).split())
     return None

@@ -1,5 +1,6 @@
 """Files of tensors, read without ever executing anything in them, and written whole or not at all."""
 
+import os
 import re
 import warnings
 import zipfile
@@ -123,7 +124,11 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata. Readers of PyTorch's want `format: pt` there, and get it."""
+    """Write tensors and metadata. Readers of PyTorch's want `format: pt` there, and get it.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     own: Tensors = {}
     storages = set()
     for name, value in tensors.items():
@@ -135,7 +140,12 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with whole(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
-        save_file(own, partial, {"format": "pt", **metadata})
+        try:
+            save_file(own, partial, {"format": "pt", **metadata})
+        except SafetensorError as error:
+            if (code := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         partial.chmod(mode)  # by itself the library makes files that only their owner can read
 
 

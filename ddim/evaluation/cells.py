@@ -181,6 +181,7 @@ class _Measurement:
         spec = self.spec
         reference = _reference(spec.data, spec.metric, spec.compute.device, spec.reference_dir, processes)
         steps = len(check_sampler(self.model, spec.sampler))
+        parts.require(self._suffices, processes)
         with progress(spec.n * steps, spec.title) as bar:
 
             def compute(batch: range) -> Tensors:
@@ -191,7 +192,7 @@ class _Measurement:
                 if spec.save_images:
                     self._save_images(images, batch)
                 seconds = torch.tensor([sampled - start, time.perf_counter() - sampled], dtype=torch.float64)
-                return {**features, SHOWN: images[: max(0, spec.first + spec.grid - batch.start)], SECONDS: seconds}
+                return {**features, SHOWN: images[: self._shown(batch)], SECONDS: seconds}
 
             parts.fill(spec.compute.batch_size, compute, processes, lambda count: bar.reset(count * steps))
         start = time.perf_counter()
@@ -210,14 +211,24 @@ class _Measurement:
                 found["seconds_metrics"] = extracting + time.perf_counter() - start
         return found
 
+    def _shown(self, batch: range) -> int:
+        """How many images of a batch stand in the grid."""
+        return min(len(batch), max(0, self.spec.first + self.spec.grid - batch.start))
+
+    def _suffices(self, batch: range, tensors: Tensors) -> bool:
+        saved = not self.spec.save_images or all(self._file(i).exists() for i in batch)
+        return saved and len(tensors[SHOWN]) >= self._shown(batch)
+
+    def _file(self, i: int) -> Path:
+        return Path(self.spec.output_dir) / "images" / self._name() / f"{i:06d}.png"
+
     def _save_images(self, images: Tensor, batch: range) -> None:
-        folder = Path(self.spec.output_dir) / "images" / self._name()
         for i, image in zip(batch, images, strict=True):
-            save_png(image, folder / f"{i:06d}.png")
+            save_png(image, self._file(i))
 
     def _save_grid(self, parts: Parts) -> dict[str, str]:
         name = f"grids/{self._name()}.png"
-        save_png(grid(torch.cat([*parts.read(SHOWN)])), Path(self.spec.output_dir) / name)
+        save_png(grid(torch.cat([*parts.read(SHOWN)])[: self.spec.grid]), Path(self.spec.output_dir) / name)
         return {"grid": name}
 
     def _name(self) -> str:
@@ -262,7 +273,9 @@ def _extractor_facts(metric: MetricSpec, device: str) -> dict[str, Any]:
 def _reference(data: DataSpec, metric: MetricSpec, device: str, folder: str, processes: Processes) -> FeatureSet:
     images, extractor = cached_images(data, metric.reference_split), _extractor(metric, device)
     if metric.reference_npz is not None:
-        return published_reference(metric, extractor, images.shape)
+        with processes.together():
+            known = published_reference(metric, extractor, images.shape)
+        return known
     features = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")
     facts = {key: _extractor_facts(metric, device)[key] for key in features} | {"layers": extractor.layers}
     identity = {"images": cached_fingerprint(data, metric.reference_split), "extractor": facts}

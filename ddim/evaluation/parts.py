@@ -4,15 +4,18 @@ Each batch becomes one file, named by its images, which appears whole or not at 
 covers, so a run that goes on, with another batch size or on another number of processes, computes just that.
 """
 
+import fcntl
 import logging
+import os
 import re
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from ddim.evaluation.processes import SOLO, Processes
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 PATIENCE = 45  # looks into a folder on the network, in about 100 seconds
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")  # torch's on the CPU; CUDA's
 NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 
 
@@ -67,7 +71,7 @@ def in_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Itera
 def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's on the CPU
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 class Parts:
@@ -124,7 +128,7 @@ class Parts:
         Raises:
             UserError: a batch failed here or in another process. What was done stays.
         """
-        batches = processes.share(self.missing(batch_size) if processes.first else [])
+        batches = processes.ask_first(lambda: self.missing(batch_size))
         mine = batches[processes.rank :: processes.world_size]
         started(sum(map(len, mine)))
         with processes.together():
@@ -132,6 +136,14 @@ class Parts:
                 write_safetensors(self.path(batch), tensors, {})
         with processes.together():
             self._wait_until_complete()
+
+    def require(self, holds: Callable[[range, Tensors], bool], processes: Processes = SOLO) -> None:
+        """Remove the parts for which `holds(batch, tensors)` is false: of an earlier run that was to keep less."""
+        with processes.together():
+            for batch in self.done() if processes.first else []:
+                tensors, _ = read_safetensors(self.path(batch))
+                if not holds(batch, tensors):
+                    self.path(batch).unlink()
 
     def _wait_until_complete(self) -> None:
         # Another machine's file can take a while to show in a folder on the network.
@@ -151,6 +163,48 @@ class Parts:
             tensors, _ = read_safetensors(self.path(batch))
             yield tensors[name]
 
+    @contextmanager
+    def alone(self, processes: Processes = SOLO, wait: bool = False) -> Iterator[None]:
+        """Keep another run from the same parts; the lock goes with the process, however it ends.
+
+        Args:
+            processes: of this run.
+            wait: for the other run to end, instead of refusing; what it did is there then.
+
+        Raises:
+            UserError: another run has it, and there is no waiting.
+        """
+        lock = None
+        with processes.together():
+            if processes.first:
+                lock = self._lock(wait)
+        try:
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+
+    def _lock(self, wait: bool) -> IO[str]:
+        path = self.folder / "lock"
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                file = path.open("w")
+            except FileNotFoundError:  # another run has just ended, and removed the folder
+                continue
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError as error:
+                file.close()
+                raise UserError(
+                    f"another run is computing this cell ({self.folder}); wait for it, or choose another output_dir=..."
+                ) from error
+            if os.fstat(file.fileno()).st_nlink:
+                return file
+            file.close()  # the other run removed it while this one waited
+
     def delete(self) -> None:
         """Remove the files."""
+        for path in self.folder.glob("*.safetensors"):  # before the lock, so that they are not a later run's
+            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -5,7 +5,7 @@ the end of a piece of work, over gloo. All of them must see the same output fold
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -54,6 +54,18 @@ class Processes:
         values: list[Any] = [None] * self.world_size
         distributed.all_gather_object(values, value)
         return values
+
+    def ask_first(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns in the first process, the only one that calls it.
+
+        Raises:
+            UserError: it failed there, and this is another process.
+        """
+        found = None
+        with self.together():
+            if self.first:
+                found = call()
+        return self.share(found)  # type: ignore[return-value]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all processes, on the CPU."""

@@ -177,6 +177,7 @@ class _Measurement:
 
     def __call__(self, parts: Parts, processes: Processes) -> dict[str, Any]:
         spec, steps = self.spec, 2 * len(check_sampler(self.model, self.spec.sampler))
+        parts.require(lambda batch, tensors: len(tensors[SHOWN]) >= self._shown(batch), processes)
         with progress(self.n * steps, spec.title) as bar:
 
             def compute(batch: range) -> Tensors:
@@ -185,7 +186,7 @@ class _Measurement:
                 x_0 = to_signed(pixels.to(self.compute.device))
                 x = reconstruct(self.model, spec.sampler, x_0, self.compute, bar)
                 errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
-                pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: max(0, spec.grid - batch.start)]
+                pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: self._shown(batch)]
                 seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
                 return {ERRORS: errors, SHOWN: pairs, SECONDS: seconds}
 
@@ -200,8 +201,12 @@ class _Measurement:
                 found |= self._save_grid(parts) if spec.grid else {}
         return found
 
+    def _shown(self, batch: range) -> int:
+        """How many images of a batch stand in the grid."""
+        return min(len(batch), max(0, self.spec.grid - batch.start))
+
     def _save_grid(self, parts: Parts) -> dict[str, str]:
         name = f"grids/reconstruction_S{asked_steps(self.spec.sampler):04d}_{parts.folder.name[:6]}.png"
-        pairs = torch.cat([*parts.read(SHOWN)])
+        pairs = torch.cat([*parts.read(SHOWN)])[: self.spec.grid]
         save_png(grid(pairs.flatten(0, 1), columns=8), Path(self.spec.output_dir) / name)
         return {"grid": name}

@@ -41,9 +41,17 @@ def measure_reference(
     stem = f"{images.name}_{record_key(identity)}"
     statistics, stored = folder / f"{stem}.npz", folder / f"{stem}.safetensors"
     layer, wants_features = extractor.layers[0], keeps_features(extractor.spec)
-    found = statistics.is_file() and (not wants_features or stored.is_file())
-    if not processes.share(found):
-        _measure(images, extractor, folder / f"{stem}.parts", statistics, stored if wants_features else None, processes)
+    parts = Parts(folder / f"{stem}.parts", range(len(images)))
+
+    def found() -> bool:
+        return statistics.is_file() and (not wants_features or stored.is_file())
+
+    if not processes.ask_first(found):
+        with parts.alone(processes, wait=True):  # the jobs of a sweep start together
+            if not processes.ask_first(found):
+                _measure(images, extractor, parts, statistics, stored if wants_features else None, processes)
+            elif processes.first:
+                parts.delete()
     with processes.together():
         known = load_moments(statistics)
         if wants_features:
@@ -55,12 +63,12 @@ def measure_reference(
 def _measure(
     images: Images,
     extractor: FeatureExtractor,
-    folder: Path,
+    parts: Parts,
     statistics: Path,
     stored: Path | None,
     processes: Processes,
 ) -> None:
-    parts, layer = Parts(folder, range(len(images))), extractor.layers[0]
+    layer = extractor.layers[0]
     title = f"{extractor.spec.extractor} features of {images.name}"
     with tqdm(total=len(images), desc=title, unit=" images", unit_scale=True, disable=None) as bar:
 
@@ -101,6 +109,15 @@ def published_reference(spec: MetricSpec, extractor: FeatureExtractor, shape: tu
 
 
 def file_hash(path: str) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a file of statistics, in hex.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(
+            f"the statistics {path} cannot be read ({error.strerror}); give an .npz file with the arrays mu and sigma."
+        ) from error

@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ddim.errors import UserError
-from ddim.evaluation.generate import autocast
+from ddim.evaluation.generate import ComputeSpec, autocast
+from ddim.evaluation.parts import in_batches
 from ddim.evaluation.processes import SOLO, Processes
 from ddim.evaluation.records import record_key
 from ddim.evaluation.work import Cell, device_name
 from ddim.files import whole
 
 MANIFEST = "manifest.json"
+COSMETIC = ("logger", "grid", "save_images", "reference_dir")
 LONG_ENOUGH = 0.3  # seconds, for a timing
 
 
@@ -49,9 +51,13 @@ class CellSpec(Protocol):
 
 
 def cell_id(spec: CellSpec) -> str:
-    """Return what a cell is called in the manifest: a hash of its configuration, but for where it is logged."""
+    """Return what a cell is called in the manifest: a hash of its configuration, but for what decides no number.
+
+    So a cell that goes on with another batch size, or on another device, is the one that failed before.
+    """
     values = dataclasses.asdict(spec)  # type: ignore[call-overload]
-    return record_key({key: value for key, value in values.items() if key != "logger"})
+    values["compute"] = values["compute"]["bf16"]
+    return record_key({key: value for key, value in values.items() if key not in COSMETIC})
 
 
 class Manifest:
@@ -105,23 +111,24 @@ def forecast(specs: Sequence[CellSpec], processes: Processes = SOLO) -> list[str
 
     Cells that cannot be computed are named here, and fail when their turn comes; no lines if none can.
     """
-    cells, lines = [], []
+    lines: list[str] = []
+    cells: list[_Outlook] = []
+    paces: dict[tuple[str, ComputeSpec], Pace] = {}  # by model and how it is run, as most cells of a sweep share theirs
     for spec in specs:
         try:
-            cells += [single.prepare(processes) for single in spec.single]
+            # One after the other, so that a sweep over checkpoints has one at a time in memory.
+            cells += [_look_ahead(single.prepare(processes), paces) for single in spec.single]
         except UserError as error:
             lines.append(f"not possible: {spec.title}: {' '.join(str(error).split())}")
     if not cells:
         return []
-    missing = [_missing(cell) for cell in cells]
-    total, left = (sum(n * c.steps for n, c in zip(ns, cells, strict=True)) for ns in (map(_size, cells), missing))
-    finished = sum(n == 0 for n in missing)
-    begun = sum(0 < n < len(c.indices) for n, c in zip(missing, cells, strict=True))
+    total, left = sum(c.images * c.steps for c in cells), sum(c.missing * c.steps for c in cells)
     lines.insert(0, f"{len(cells)} cells, {total:,} network evaluations of one image")
     if left < total:
+        finished, begun = sum(c.missing == 0 for c in cells), sum(0 < c.missing < c.images for c in cells)
         lines.append(f"done: {finished} cells, and {begun} in part; {left:,} network evaluations are left")
     if left:
-        lines.append(_expected(cells, missing, processes))
+        lines.append(_expected([cell for cell in cells if cell.missing], processes))
     return lines
 
 
@@ -132,36 +139,45 @@ def outline(specs: Sequence[CellSpec]) -> list[str]:
     return [f"{len(specs)} cells{amount}; each job says its own progress"]
 
 
-def _size(cell: Cell) -> int:
-    return len(cell.indices)
+class Pace(NamedTuple):
+    """Seconds for one image: of a network evaluation, and of what is done with the image in the end."""
+
+    evaluation: float
+    look: float
 
 
-def _missing(cell: Cell) -> int:
-    """Return how many images of a cell are still to be made."""
-    return 0 if cell.find() else len(cell.indices) - sum(map(len, cell.parts.done()))
+class _Outlook(NamedTuple):
+    """What is known of a cell beforehand: images in all and still to be made, network evaluations of one, and pace."""
+
+    images: int
+    missing: int
+    steps: int
+    device: str
+    pace: Pace | None
 
 
-def _expected(cells: Sequence[Cell], missing: Sequence[int], processes: Processes) -> str:
-    paces: dict[int, tuple[float, float]] = {}  # by model, as all cells of a sweep mostly share theirs
-    seconds = 0.0
-    for cell, images in zip(cells, missing, strict=True):
-        if not images:
-            continue
-        if id(cell.model) not in paces:
-            paces[id(cell.model)] = _pace(cell)
-        evaluation, look = paces[id(cell.model)]
-        seconds += images * (cell.steps * evaluation + look)
-    evaluation, look = next(iter(paces.values()))
-    share = look / (look + cells[0].steps * evaluation)
+def _look_ahead(cell: Cell, paces: dict[tuple[str, ComputeSpec], Pace]) -> _Outlook:
+    images = len(cell.indices)
+    missing = 0 if cell.find() else images - sum(map(len, cell.parts.done()))
+    model = (record_key(cell.identity["model"]), cell.compute)
+    if missing and model not in paces:
+        paces[model] = _pace(cell)
+    return _Outlook(images, missing, cell.steps, cell.compute.device, paces.get(model))
+
+
+def _expected(cells: Sequence[_Outlook], processes: Processes) -> str:
+    timed = [(cell, cell.pace) for cell in cells if cell.pace is not None]
+    seconds = sum(cell.missing * (cell.steps * pace.evaluation + pace.look) for cell, pace in timed)
+    cell, pace = timed[0]
+    share = pace.look / (pace.look + cell.steps * pace.evaluation)
     return (
         f"expected: {timedelta(seconds=round(seconds / processes.world_size))} on {processes.world_size} x "
-        f"{device_name(cells[0].compute.device)}, at {1 / evaluation:,.0f} evaluations/s each"
-        + (f" ({share:.0%} for features at {cells[0].steps} steps)" if share >= 0.01 else "")
+        f"{device_name(cell.device)}, at {1 / pace.evaluation:,.0f} evaluations/s each"
+        + (f" ({share:.0%} for features at {cell.steps} steps)" if share >= 0.01 else "")
     )
 
 
-def _pace(cell: Cell) -> tuple[float, float]:
-    """Return seconds for one image: of a network evaluation, and of what is done with the image in the end."""
+def _pace(cell: Cell) -> Pace:
     shape, compute = cell.model.spec.image_shape, cell.compute
 
     @torch.inference_mode()
@@ -174,18 +190,26 @@ def _pace(cell: Cell) -> tuple[float, float]:
     largest = min(compute.batch_size, len(cell.indices))
     network = _seconds_per_image(evaluate, largest, at_once=compute.compile)
     if look is None:
-        return network, 0.0
-    return network, _seconds_per_image(lambda count: look(torch.zeros(count, *shape, dtype=torch.uint8)), largest)
+        return Pace(network, 0.0)
+    looking = _seconds_per_image(lambda count: look(torch.zeros(count, *shape, dtype=torch.uint8)), largest)
+    return Pace(network, looking)
 
 
 def _seconds_per_image(call: Callable[[int], object], largest: int, at_once: bool = False) -> float:
-    """Time calls with 1, 2, 4, ... images until one takes long enough, or with the largest number at once."""
-    count = largest if at_once else 1
-    call(count)  # compiles and allocates
-    while True:
+    """Time calls with 1, 2, 4, ... images until one takes long enough, or with the largest number at once.
+
+    What does not fit into memory is halved, as in the cell itself.
+    """
+
+    def seconds(batch: range) -> float:
+        call(len(batch))  # compiles, and allocates for this number of images
         start = time.perf_counter()
-        call(count)
-        took = time.perf_counter() - start
-        if took > LONG_ENOUGH or count == largest:
-            return took / count
+        call(len(batch))
+        return time.perf_counter() - start
+
+    count = largest if at_once else 1
+    while True:
+        batch, took = next(in_batches([range(count)], seconds))
+        if took > LONG_ENOUGH or len(batch) == largest or len(batch) < count:
+            return took / len(batch)
         count = min(2 * count, largest)

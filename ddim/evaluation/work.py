@@ -1,9 +1,7 @@
 """A cell of a table: computed once, by any number of processes, however often it was interrupted."""
 
-import fcntl
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -80,10 +78,14 @@ def once(prepare: Callable[[Processes], Cell], processes: Processes = SOLO) -> t
     """
     with processes.together():
         cell = prepare(processes)
-    if (found := processes.share(cell.find() if processes.first else None)) is not None:
+    if (found := processes.ask_first(cell.find)) is not None:
         return found, False
     parts = cell.parts
-    with _alone(parts.folder, processes):
+    with parts.alone(processes):
+        if (found := processes.ask_first(cell.find)) is not None:  # of another run, which ended meanwhile
+            if processes.first:
+                parts.delete()
+            return found, False
         record = {
             "key": cell.key,
             **cell.identity,
@@ -102,32 +104,6 @@ def once(prepare: Callable[[Processes], Cell], processes: Processes = SOLO) -> t
                 RecordFile(cell.output_dir / RECORDS).append(record)
                 parts.delete()
     return processes.share(record), True
-
-
-@contextmanager
-def _alone(folder: Path, processes: Processes) -> Iterator[None]:
-    """Keep another run from computing the same cell; the lock goes with the process, however it ends.
-
-    Raises:
-        UserError: another run has it.
-    """
-    file = None
-    with processes.together():
-        if processes.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = (folder / "lock").open("w")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.close()
-                raise UserError(
-                    f"another run is computing this cell ({folder}); wait for it, or choose another output_dir=..."
-                ) from error
-    try:
-        yield
-    finally:
-        if file is not None:
-            file.close()
 
 
 def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> LoadedModel:

@@ -128,6 +128,22 @@ def test_online_without_an_account_is_one_sentence_before_any_image(
         Dashboard(online, spec.name, Path(spec.output_dir)).check()
 
 
+def test_a_run_that_breaks_off_is_one_sentence_and_is_made_again(
+    spec: EvaluateSpec, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dashboard, (record, _) = Dashboard(spec.logger, spec.name, Path(spec.output_dir)), evaluate_cell(spec)
+    with monkeypatch.context() as patch:
+
+        def fail(**_: Any) -> None:
+            raise wandb.errors.CommError("the connection\nwas lost")
+
+        patch.setattr(wandb, "init", fail)
+        with pytest.raises(UserError, match=r"W&B failed \(the connection was lost\); run the same command again"):
+            dashboard.log_cell(record, spec.title)
+    dashboard.log_cell(record, spec.title)
+    assert len(started) == 1
+
+
 def test_tensorboard_is_refused_for_evaluation(spec: EvaluateSpec) -> None:
     with pytest.raises(ValueError, match="tensorboard is for training"):
         dataclasses.replace(spec, logger=LoggerSpec(tensorboard=True))

@@ -1,12 +1,13 @@
 """A computation over numbered images: what is missing is computed, once, whatever was there before."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from ddim.checkpoints.files import Tensors
+from ddim.checkpoints.files import Tensors, write_safetensors
 from ddim.errors import UserError
 from ddim.evaluation.parts import Parts, in_batches, split
 
@@ -83,6 +84,13 @@ def test_a_failure_keeps_what_was_done(tmp_path: Path) -> None:
     assert parts.missing(5) == [range(10, 15), range(15, 20)]
 
 
+def test_a_part_that_does_not_hold_what_is_required_is_computed_again(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, range(20))
+    parts.fill(5, squares)
+    parts.require(lambda batch, tensors: batch.start != 5 and int(tensors["squares"][0]) == batch.start**2)
+    assert parts.missing(100) == [range(5, 10)]
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
 def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     parts = Parts(tmp_path, range(20))
@@ -104,6 +112,19 @@ def test_parts_of_other_images_do_not_count(tmp_path: Path) -> None:
     assert parts.missing(50) == [range(10, 30), range(90, 95)]
 
 
+def test_batches_are_counted_from_the_first_image_on(tmp_path: Path) -> None:
+    assert Parts(tmp_path, range(3, 15)).missing(5) == [range(3, 8), range(8, 13), range(13, 15)]
+
+
+def test_no_image_counts_twice(tmp_path: Path) -> None:
+    """As where a run with another batch size found a part damaged that another process then could read."""
+    parts = Parts(tmp_path, range(12))
+    for batch in (range(5), range(8), range(3, 8), range(5, 10)):
+        write_safetensors(parts.path(batch), squares(batch), {})
+    assert parts.done() == [range(5), range(5, 10)]
+    assert everything(parts) == [i * i for i in range(10)]
+
+
 def exhausted(limit: int, error: Callable[[], Exception]) -> Counting:
     class Device(Counting):
         def __call__(self, batch: range) -> Tensors:
@@ -118,6 +139,8 @@ def exhausted(limit: int, error: Callable[[], Exception]) -> Counting:
 ERRORS = {
     "device": lambda: torch.OutOfMemoryError("CUDA out of memory"),
     "host": MemoryError,
+    "driver": lambda: RuntimeError("CUDA error: out of memory"),
+    "library": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
     "torch on the host": lambda: RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ..."),
 }
 
@@ -144,3 +167,40 @@ def test_other_errors_are_not_taken_for_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         [*in_batches([range(4)], device)]
     assert device.batches == [range(4)]
+
+
+def test_parts_of_another_run_are_refused_until_it_ends(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "cell", range(4))
+    with parts.alone(), pytest.raises(UserError, match="another run is computing this cell"), parts.alone():
+        pass
+    with parts.alone():
+        parts.fill(2, squares)
+    assert parts.done() == [range(2), range(2, 4)]  # the lock is no part
+
+
+@pytest.mark.parametrize("deletes", [True, False])
+def test_whoever_waits_is_alone_after_the_other_run(tmp_path: Path, deletes: bool) -> None:
+    """Also where the other run removed the folder, and with it the file that the waiting ones had opened."""
+    inside, most, entered = 0, 0, 0
+    counting = threading.Lock()
+
+    def run() -> None:
+        nonlocal inside, most, entered
+        parts = Parts(tmp_path / "cell", range(4))
+        for _ in range(30):
+            with parts.alone(wait=True):
+                with counting:
+                    inside, entered = inside + 1, entered + 1
+                    most = max(most, inside)
+                parts.fill(4, squares)
+                with counting:
+                    inside -= 1
+                if deletes:  # the last that a run does
+                    parts.delete()
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, entered) == (1, 120)

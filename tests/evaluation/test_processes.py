@@ -111,6 +111,50 @@ def test_a_cell_of_two_processes_is_that_of_one(checkpoint: Path, tmp_path: Path
     assert not (Path(two.output_dir) / "unfinished" / alone["key"]).exists()
 
 
+def refused(processes: Processes, spec: EvaluateSpec) -> list[str]:
+    """A cell that fails in the first process only, between two collectives; then one that all can do."""
+    said = []
+    for attempt in (spec, dataclasses.replace(spec, output_dir=f"{spec.output_dir}_again")):
+        try:
+            said.append(str(list(evaluate_cell(attempt, processes)[0]["metrics"])))
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_damaged_records_are_a_failure_of_all_processes(checkpoint: Path, tmp_path: Path) -> None:
+    """Only the first process reads them; another that waited for its answer would take that of the next cell."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "records.jsonl").write_text("damaged\n")
+    spec = EvaluateSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        metric=MetricSpec("digits_classifier"),
+        sampler=SamplerSpec(S=2),
+        compute=ComputeSpec("cpu", batch_size=4),
+        n=8,
+        grid=0,
+        reference_dir=str(tmp_path / "reference"),
+    )
+    first, second = together(refused, spec, to=tmp_path / "results")
+    assert "records.jsonl, line 1, is damaged" in first[0]
+    assert second[0].startswith("process 0 of 2 failed (UserError: ")
+    assert first[1] == second[1] == "['fd_digits_classifier_8']"
+
+
+def ask(processes: Processes) -> tuple[int, int]:
+    calls: list[int] = []
+    found = processes.ask_first(lambda: calls.append(processes.rank) or processes.rank + 5)
+    return found, len(calls)
+
+
+def test_only_the_first_process_is_asked(tmp_path: Path) -> None:
+    assert together(ask, to=tmp_path / "results") == [(5, 1), (5, 0)]
+    assert ask(SOLO) == (5, 1)
+
+
 def test_a_process_alone_needs_nobody() -> None:
     assert SOLO.share("a") == "a"
     assert SOLO.gather("a") == ["a"]

@@ -14,6 +14,7 @@ from ddim.data.datasets import DataSpec
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.processes import SOLO
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.records import RecordFile
 from ddim.evaluation.work import once
@@ -67,6 +68,21 @@ def test_more_steps_come_back_closer(spec: ReconstructSpec) -> None:
 def test_it_does_not_depend_on_the_batch_size(spec: ReconstructSpec, tmp_path: Path) -> None:
     other = dataclasses.replace(spec, compute=ComputeSpec("cpu", 64), output_dir=str(tmp_path / "other"))
     assert error_of(other) == pytest.approx(error_of(spec), rel=1e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 11), (2, 11), (20, 3)])
+def test_a_cell_that_goes_on_with_another_grid_shows_that_one(spec: ReconstructSpec, before: int, after: int) -> None:
+    grids = []
+    for folder, first in (("undisturbed", after), ("begun", before)):
+        mine = dataclasses.replace(spec, output_dir=f"{spec.output_dir}_{folder}")
+        cell = dataclasses.replace(mine, grid=first).prepare()
+        with cell.parts.alone():
+            cell.measure(cell.parts, SOLO)
+        cell.parts.path(range(14, 20)).unlink()  # the record was not written yet
+        record, new = once(dataclasses.replace(mine, grid=after).prepare)
+        assert new
+        grids.append((Path(mine.output_dir) / record["grid"]).read_bytes())
+    assert grids[0] == grids[1]
 
 
 def test_all_images_are_taken_when_no_number_is_given(spec: ReconstructSpec) -> None:

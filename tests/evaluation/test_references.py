@@ -1,6 +1,8 @@
 """A reference set is measured once, found again by everything that decided it, and can be a published file."""
 
 import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,30 @@ def test_features_are_kept_where_a_metric_needs_them(
     torch.testing.assert_close(found.features["64"], expected)
     forbid(monkeypatch)
     assert torch.equal(measure_reference(images, {}, extractor, tmp_path).features["64"], found.features["64"])
+
+
+def test_jobs_that_start_together_measure_it_once(
+    images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one removes the parts that another is about to read, which then takes the moments of what is left."""
+    monkeypatch.setattr(references, "IMAGES_AT_ONCE", 10)
+    asked: list[int] = []
+
+    class Slow(FeatureExtractor):
+        def extract(self, images: Any) -> Any:
+            asked.append(len(images))
+            time.sleep(0.02)
+            return super().extract(images)
+
+    def measure(_: int) -> Any:
+        return measure_reference(images, {}, Slow(SPEC, "cpu"), tmp_path)
+
+    with ThreadPoolExecutor(4) as jobs:
+        found = [*jobs.map(measure, range(4))]
+    assert asked == [10] * 6
+    assert {known.count for known in found} == {60}
+    assert all(torch.equal(found[0].covariance, known.covariance) for known in found)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"]
 
 
 def test_a_published_file_gives_the_number_that_its_images_give(checkpoint: Path, tmp_path: Path) -> None:

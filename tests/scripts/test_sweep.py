@@ -4,6 +4,7 @@ DDIM_KILLS=10 kills more often.
 """
 
 import csv
+import errno
 import json
 import os
 import random
@@ -150,6 +151,54 @@ def test_cells_that_cannot_be_computed_are_named_at_the_start_and_at_the_end(
     assert again.code == 0
     cells = json.loads((tmp_path / "out" / "manifest.json").read_text())["cells"].values()
     assert [cell["state"] for cell in cells] == ["failed", "done", "done"]
+
+
+def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddim.evaluation import parts as module
+
+    real, left = module.write_safetensors, iter(range(3))
+
+    def write(path: Path, *rest: Any) -> None:
+        if "unfinished" in path.parts and next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, *rest)
+
+    monkeypatch.setattr(module, "write_safetensors", write)
+    arguments = ("-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2", "output_dir=out")
+    outcome = run("evaluate", *arguments)
+    assert outcome.code == 2
+    assert len(outcome.err.splitlines()) == 1
+    assert re.fullmatch(r"error: cannot write to \S+safetensors \(No space left on device\); make room.\n", outcome.err)
+    assert outcome.out.splitlines()[-1].startswith("failed: η=0.0 S=2 linear: cannot write to")
+    assert len(parts(tmp_path / "out")) == 3
+    monkeypatch.setattr(module, "write_safetensors", real)
+    again = run("evaluate", *arguments)
+    assert again.code == 0, again.err
+    assert "plan: done: 0 cells, and 1 in part; 198 network evaluations are left" in again.out  # 120 - 3 x 7 images
+    assert "failed" not in again.out
+
+
+def test_ctrl_c_is_one_word_and_the_same_command_goes_on(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddim.evaluation import parts as module
+
+    real = module.write_safetensors
+
+    def interrupt(path: Path, *rest: Any) -> None:
+        real(path, *rest)
+        if "unfinished" in path.parts:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "write_safetensors", interrupt)
+    arguments = ("-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2,3", "output_dir=out")
+    outcome = run("evaluate", *arguments)
+    assert (outcome.code, outcome.err) == (130, "stopped.\n")
+    assert len(parts(tmp_path / "out")) == 1  # and the second cell was not begun
+    monkeypatch.setattr(module, "write_safetensors", real)
+    assert run("evaluate", *arguments).code == 0
 
 
 def test_repeats_measure_sets_that_do_not_overlap(run: Run, checkpoint: Path, tmp_path: Path) -> None:

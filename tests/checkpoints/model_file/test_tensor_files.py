@@ -1,5 +1,7 @@
 """Tensors of any layout in a safetensors file."""
 
+import resource
+
 import pytest
 import torch
 from stored import same
@@ -63,3 +65,16 @@ def test_writing_leaves_the_tensors_as_they_are(path):
     write_safetensors(path, {"a": tensor}, {})
     assert tensor.stride() == stride
     assert torch.equal(BASE, torch.arange(24.0).reshape(2, 3, 4))
+
+
+def test_a_file_that_does_not_fit_is_an_error_of_the_system_that_names_it(path):
+    """The library's own error says neither which file it was nor, but in words, what is wrong."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_safetensors(path, {"a": torch.zeros(10_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(path)
+    assert [*path.parent.iterdir()] == []

@@ -1,0 +1,263 @@
+"""A sweep beforehand and meanwhile: its manifest, which several processes write to, and the forecast of its time."""
+
+import dataclasses
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddim.diffusion.sampling import SamplerSpec
+from ddim.evaluation import sweep
+from ddim.evaluation.cells import EvaluateSpec, evaluate_cell
+from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.metrics import MetricSpec
+from ddim.evaluation.processes import Processes
+from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.sweep import MANIFEST, Manifest, Pace, cell_id, forecast, outline
+from ddim.logger import LoggerSpec
+
+
+@pytest.fixture
+def spec(checkpoint: Path, tmp_path: Path) -> EvaluateSpec:
+    from test_cells import DIGITS
+
+    return EvaluateSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=DIGITS,
+        metric=MetricSpec("digits_classifier"),
+        sampler=SamplerSpec(S=3),
+        compute=ComputeSpec("cpu", batch_size=8),
+        n=20,
+        grid=0,
+        reference_dir=str(tmp_path / "reference"),
+    )
+
+
+@pytest.fixture
+def paces(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A network evaluation takes 2 s and a look 30 s; which cells were timed."""
+    timed: list[Path] = []
+
+    def pace(cell: sweep.Cell) -> Pace:
+        timed.append(cell.output_dir)
+        return Pace(2.0, 30.0)
+
+    monkeypatch.setattr(sweep, "_pace", pace)
+    return timed
+
+
+def with_steps(spec: EvaluateSpec, *steps: int) -> list[EvaluateSpec]:
+    return [dataclasses.replace(spec, sampler=dataclasses.replace(spec.sampler, S=S)) for S in steps]
+
+
+def states(folder: Path) -> list[tuple[str, str]]:
+    content = json.loads((folder / MANIFEST).read_text())
+    return [(cell["title"], cell["state"]) for cell in content["cells"].values()]
+
+
+def test_a_plan_keeps_the_cells_of_earlier_sweeps(spec: EvaluateSpec, tmp_path: Path) -> None:
+    two, three, four = with_steps(spec, 2, 3, 4)
+    manifest = Manifest(tmp_path / "made" / "sweep")
+    assert manifest.read() == {"command": None, "cells": {}}
+    manifest.plan("first", [two, three])
+    manifest.note(two, "done")
+    manifest.plan("second", [three, four])
+    assert states(tmp_path / "made" / "sweep") == [
+        (two.title, "done"),
+        (three.title, "planned"),
+        (four.title, "planned"),
+    ]
+    assert manifest.read()["command"] == "second"
+
+
+def test_a_cell_alone_has_no_manifest(spec: EvaluateSpec, tmp_path: Path) -> None:
+    manifest = Manifest(tmp_path)
+    manifest.note(spec, "running")
+    assert manifest.failures() == []
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_failure_stands_until_the_cell_is_tried_again(spec: EvaluateSpec, tmp_path: Path) -> None:
+    two, three = with_steps(spec, 2, 3)
+    manifest = Manifest(tmp_path)
+    manifest.plan("command", [two, three])
+    manifest.note(two, "failed", "no memory")
+    manifest.note(three, "failed", "η is odd")
+    assert manifest.failures() == [(two.title, "no memory"), (three.title, "η is odd")]
+    smaller = dataclasses.replace(two, compute=ComputeSpec("cpu", batch_size=1), grid=3, logger=LoggerSpec(wandb=True))
+    manifest.note(smaller, "done")  # the same cell, as somebody who reads the reason goes on with it
+    assert manifest.failures() == [(three.title, "η is odd")]
+    manifest.plan("command", [three])
+    assert manifest.failures() == []
+
+
+def test_what_decides_a_number_makes_another_cell_of_the_manifest(spec: EvaluateSpec) -> None:
+    changes = [
+        {"n": 21},
+        {"seed": 1},
+        {"first": 20},
+        {"sampler": SamplerSpec(S=4)},
+        {"compute": dataclasses.replace(spec.compute, bf16=True)},
+        {"metric": MetricSpec("pixels")},
+        {"checkpoint": "another.ckpt"},
+    ]
+    assert len({cell_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 8  # type: ignore[arg-type]
+
+
+def test_notes_of_many_at_once_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
+    specs = [dataclasses.replace(spec, seed=seed) for seed in range(40)]
+    Manifest(tmp_path).plan("command", specs)
+
+    def note(mine: list[EvaluateSpec]) -> None:
+        for one in mine:
+            Manifest(tmp_path).note(one, "running")
+            Manifest(tmp_path).note(one, "failed", f"seed {one.seed}")
+
+    threads = [threading.Thread(target=note, args=[specs[k::4]]) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Manifest(tmp_path).failures() == [(one.title, f"seed {one.seed}") for one in specs]
+
+
+def note_in_a_process(processes: Processes, specs: list[EvaluateSpec], folder: Path) -> None:
+    for one in specs[processes.rank :: processes.world_size]:
+        Manifest(folder).note(one, f"of {processes.rank}")
+
+
+def test_notes_of_several_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
+    from together import together
+
+    specs = [dataclasses.replace(spec, seed=seed) for seed in range(60)]
+    Manifest(tmp_path / "sweep").plan("command", specs)
+    together(note_in_a_process, specs, tmp_path / "sweep", to=tmp_path / "results")
+    assert [state for _, state in states(tmp_path / "sweep")] == ["of 0", "of 1"] * 30
+
+
+def test_a_forecast_counts_and_multiplies(spec: EvaluateSpec, paces: list[Path]) -> None:
+    lines = forecast(with_steps(spec, 2, 3))
+    assert lines[0] == "2 cells, 100 network evaluations of one image"
+    seconds = 20 * (2 * 2 + 30) + 20 * (3 * 2 + 30)
+    assert lines[1].startswith(f"expected: 0:{seconds // 60:02d}:{seconds % 60:02d} on 1 x ")
+    assert lines[1].endswith(", at 0 evaluations/s each (88% for features at 2 steps)")
+    assert len(lines) == 2
+    assert len(paces) == 1  # they have the same model
+    assert not Path(spec.output_dir).exists()
+    [_, shared] = forecast(with_steps(spec, 2, 3), Processes(0, 4, 0))
+    assert shared.startswith("expected: 0:05:50 on 4 x ")
+
+
+def test_what_is_done_is_not_expected_again(spec: EvaluateSpec, paces: list[Path]) -> None:
+    two, three, four = with_steps(spec, 2, 3, 4)
+    evaluate_cell(two)
+    begun = three.prepare()
+    begun.parts.fill(5, lambda batch: {"x": torch.zeros(len(batch))})
+    begun.parts.path(range(10, 15)).unlink()
+    lines = forecast([two, three, four])
+    assert lines[:2] == [
+        "3 cells, 180 network evaluations of one image",
+        "done: 1 cells, and 1 in part; 95 network evaluations are left",
+    ]
+    seconds = 5 * (3 * 2 + 30) + 20 * (4 * 2 + 30)
+    assert lines[2].startswith(f"expected: 0:{seconds // 60}:{seconds % 60:02d} on 1 x ")
+    assert lines[2].endswith("(83% for features at 3 steps)")  # of the first cell that is left
+    paces.clear()
+    assert forecast([two]) == [
+        "1 cells, 40 network evaluations of one image",
+        "done: 1 cells, and 0 in part; 0 network evaluations are left",
+    ]
+    assert paces == []
+
+
+def test_repeats_are_cells(spec: EvaluateSpec, paces: list[Path]) -> None:
+    assert forecast([dataclasses.replace(spec, repeats=3)])[0] == "3 cells, 180 network evaluations of one image"
+
+
+def test_each_way_to_run_a_model_is_timed(spec: EvaluateSpec, paces: list[Path]) -> None:
+    raw, small = dataclasses.replace(spec, weights="raw"), dataclasses.replace(spec, compute=ComputeSpec("cpu", 1))
+    forecast([spec, raw, small, spec, raw])
+    assert len(paces) == 3
+
+
+def test_one_model_at_a_time_is_held(
+    spec: EvaluateSpec, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep over checkpoints must not have all of them on the device before it begins."""
+    import gc
+    import weakref
+
+    held: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    def pace(cell: sweep.Cell) -> Pace:
+        held.append(weakref.ref(cell.model.network))
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in held))
+        return Pace(1.0, 0.0)
+
+    monkeypatch.setattr(sweep, "_pace", pace)
+    paths = [make_checkpoint(tmp_path / f"{k}.ckpt", seed=k) for k in range(4)]
+    forecast([dataclasses.replace(spec, checkpoint=str(path)) for path in paths])
+    assert len(alive) == 4
+    assert max(alive) <= 2  # the one before stands in a cache until this one is loaded
+
+
+def test_cells_that_cannot_be_computed_are_named(spec: EvaluateSpec, paces: list[Path]) -> None:
+    two, much = with_steps(spec, 2, 51)
+    lines = forecast([much, two])
+    assert lines[0] == "1 cells, 40 network evaluations of one image"
+    assert lines[1].startswith(f"not possible: {much.title}: sampler: S=51 steps cannot be chosen")
+    assert forecast([much]) == forecast([]) == []
+
+
+def test_a_forecast_of_reconstructions_knows_of_no_features(spec: EvaluateSpec, tmp_path: Path) -> None:
+    there_and_back = ReconstructSpec(
+        spec.checkpoint, "tiny", str(tmp_path / "out"), spec.data, SamplerSpec(S=5), spec.compute, n=7
+    )
+    lines = forecast([there_and_back])
+    assert lines[0] == "1 cells, 70 network evaluations of one image"
+    assert "features" not in lines[1]
+    assert outline([there_and_back, spec]) == [
+        f"2 cells, {70 + 60} network evaluations of one image; each job says its own progress"
+    ]
+    assert outline([dataclasses.replace(there_and_back, n=None), spec]) == ["2 cells; each job says its own progress"]
+
+
+class Device:
+    """A call that takes 10 ms and 1 ms more for each image, the first of each size 5 s; on a clock of its own."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.now, self.room = 0.0, room
+        self.asked: list[int] = []
+
+    def __call__(self, count: int) -> None:
+        if count > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.now += 0.010 + 0.001 * count if count in self.asked else 5
+        self.asked.append(count)
+
+
+@pytest.mark.parametrize(
+    ("largest", "at_once", "room", "counts", "expected"),
+    [
+        (100_000, False, 1000, [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], 0.522 / 512),  # long enough
+        (250, False, 1000, [1, 2, 4, 8, 16, 32, 64, 128, 250], 0.26 / 250),  # as many as there will be
+        (250, True, 1000, [250], 0.26 / 250),  # compiled for one shape
+        (1, False, 1000, [1], 0.011),
+        (250, False, 50, [1, 2, 4, 8, 16, 32, 32], 0.042 / 32),  # 64 do not fit
+        (250, True, 100, [63], 0.073 / 63),
+    ],
+)
+def test_a_timing_is_of_as_many_images_as_fit_and_not_of_the_first_call(
+    largest: int, at_once: bool, room: int, counts: list[int], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(room)
+    monkeypatch.setattr(sweep.time, "perf_counter", lambda: device.now)
+    assert sweep._seconds_per_image(device, largest, at_once) == pytest.approx(expected, rel=1e-9)
+    assert device.asked == [count for count in counts for _ in range(2)]
