@@ -23,7 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TRY_AGAIN = 75  # the exit status of a run that was stopped and saved (EX_TEMPFAIL)
@@ -150,8 +150,13 @@ class BeforeSweep(Callback):
 
 def _plan(plan: Callable[[list[dict[str, Any]], bool], None], config: DictConfig) -> None:
     launcher, sweeper = (config.hydra[part]._target_ for part in ("launcher", "sweeper"))
-    if sweeper.endswith("BasicSweeper"):  # another one does not know its jobs beforehand
-        plan(jobs_of(config), launcher.endswith("BasicLauncher"))
+    if not sweeper.endswith("BasicSweeper"):  # another one does not know its jobs beforehand
+        return
+    try:
+        jobs = jobs_of(config)
+    except InterpolationResolutionError:  # something that only a running job knows, such as ${hydra:job.num}
+        return
+    plan(jobs, launcher.endswith("BasicLauncher"))
 
 
 def jobs_of(config: DictConfig) -> list[dict[str, Any]]:

@@ -187,11 +187,13 @@ class Parts:
     def _lock(self, wait: bool) -> IO[str]:
         path = self.folder / "lock"
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
             try:
+                self.folder.mkdir(parents=True, exist_ok=True)
                 file = path.open("w")
-            except FileNotFoundError:  # another run has just ended, and removed the folder
-                continue
+            except (FileExistsError, FileNotFoundError):
+                if self.folder.is_file():
+                    raise
+                continue  # another run has just ended, and removed the folder meanwhile
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError as error:

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ddim.checkpoints.files import Tensors, write_safetensors
 from ddim.errors import UserError
+from ddim.evaluation import parts as module
 from ddim.evaluation.parts import Parts, in_batches, split
 
 
@@ -98,6 +100,8 @@ def test_a_damaged_part_is_computed_again(tmp_path: Path, damage: str, caplog: p
     victim = parts.path(range(5, 10))
     content = victim.read_bytes()
     victim.write_bytes({"cut": content[:-1], "empty": b"", "noise": bytes(reversed(content))}[damage])
+    assert parts.done() == [range(5), range(10, 15), range(15, 20)]
+    assert not victim.exists()
     counting = Counting()
     parts.fill(5, counting)
     assert counting.batches == [range(5, 10)]
@@ -110,6 +114,33 @@ def test_parts_of_other_images_do_not_count(tmp_path: Path) -> None:
     parts = Parts(tmp_path, range(10, 95))  # 0..29 begins too early, 90..99 ends too late
     assert parts.done() == [range(30, 60), range(60, 90)]
     assert parts.missing(50) == [range(10, 30), range(90, 95)]
+
+
+@pytest.mark.parametrize("looks", [1, 44, 45])
+def test_files_of_a_folder_on_the_network_are_waited_for(
+    tmp_path: Path, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They show when somebody has looked `looks` times; 45 looks are too many."""
+    late: list[tuple[Any, ...]] = []
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == looks:
+            for arguments in late:
+                write_safetensors(*arguments)
+
+    monkeypatch.setattr(module, "write_safetensors", lambda *arguments: late.append(arguments))
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    parts = Parts(tmp_path / "cell", range(4))
+    if looks == 45:
+        with pytest.raises(UserError, match="must all see the same output folder"):
+            parts.fill(2, squares)
+        assert 80 < sum(slept) < 120
+    else:
+        parts.fill(2, squares)
+        assert everything(parts) == [0, 1, 4, 9]
+        assert len(slept) == looks
 
 
 def test_batches_are_counted_from_the_first_image_on(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
         return {"rows": rows(batch)}
 
     parts = Parts(folder, range(total))
-    parts.fill(4, compute, processes)
+    told: list[int] = []
+    parts.fill(4, compute, processes, told.append)
     count, mean, covariance = moments(parts.read("rows", processes), processes=processes)
     failures = []
     for failing in range(processes.world_size):
@@ -46,6 +47,7 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
             failures.append(f"{type(error).__name__}: {error}")
     return {
         "asked": asked,
+        "told": told,
         "moments": (count, mean, covariance),
         "failures": failures,
         "shared": processes.share(f"from {processes.rank}"),
@@ -59,6 +61,7 @@ def test_two_processes_share_the_work_and_agree(tmp_path: Path) -> None:
     results = together(cooperate, tmp_path / "parts", 23, to=tmp_path / "results")
     asked = [set(result["asked"]) for result in results]
     assert all(asked)
+    assert [result["told"] for result in results] == [[len(mine)] for mine in asked]
     assert not asked[0] & asked[1]
     assert asked[0] | asked[1] == set(range(23))
     for result in results:

@@ -153,6 +153,22 @@ def test_cells_that_cannot_be_computed_are_named_at_the_start_and_at_the_end(
     assert [cell["state"] for cell in cells] == ["failed", "done", "done"]
 
 
+def test_a_sweep_that_only_its_running_jobs_can_read_has_no_plan(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = (
+        "-m",
+        *OPTIONS,
+        f"checkpoint={checkpoint}",
+        "sampler.S=2,3",
+        "name=job${hydra:job.num}",
+        "output_dir=o",
+    )
+    outcome = run("evaluate", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "plan: " not in outcome.out
+    lines = (tmp_path / "o" / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line)["config"]["name"] for line in lines] == ["job0", "job1"]
+
+
 def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
