@@ -6,7 +6,6 @@ covers, so a run that goes on, with another batch size or on another number of p
 
 import fcntl
 import logging
-import os
 import re
 import shutil
 import time
@@ -185,28 +184,19 @@ class Parts:
                 lock.close()
 
     def _lock(self, wait: bool) -> IO[str]:
-        path = self.folder / "lock"
-        while True:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                file = path.open("w")
-            except (FileExistsError, FileNotFoundError):
-                if self.folder.is_file():
-                    raise
-                continue  # another run has just ended, and removed the folder meanwhile
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError as error:
-                file.close()
-                raise UserError(
-                    f"another run is computing this cell ({self.folder}); wait for it, or choose another output_dir=..."
-                ) from error
-            if os.fstat(file.fileno()).st_nlink:
-                return file
-            file.close()  # the other run removed it while this one waited
+        # Beside the folder and never removed, so that all runs mean the same file.
+        path = self.folder.with_name(f".{self.folder.name}.lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(
+                f"another run is computing this cell ({self.folder}); wait for it, or choose another output_dir=..."
+            ) from error
+        return file
 
     def delete(self) -> None:
         """Remove the files."""
-        for path in self.folder.glob("*.safetensors"):  # before the lock, so that they are not a later run's
-            path.unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -9,8 +9,12 @@ import torch
 from ddim.checkpoints import LoadedModel, ModelSpec, load_model
 from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX
 from ddim.checkpoints.spec import KEY
+from ddim.data.datasets import DataSpec
+from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.schedule import linear_schedule
+from ddim.evaluation.cells import EvaluateSpec
 from ddim.evaluation.generate import ComputeSpec, place
+from ddim.evaluation.metrics import MetricSpec
 from ddim.networks import UNetSpec, build_network
 
 
@@ -59,3 +63,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> LoadedModel:
     return place(load_model(checkpoint), ComputeSpec("cpu"))
+
+
+@pytest.fixture
+def spec(checkpoint: Path, tmp_path: Path) -> EvaluateSpec:
+    return EvaluateSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        metric=MetricSpec("digits_classifier", batch_size=1000),
+        sampler=SamplerSpec(S=3, eta=0.5),
+        compute=ComputeSpec("cpu", batch_size=8),
+        n=20,
+        grid=0,
+        reference_dir=str(tmp_path / "reference"),
+    )
