@@ -320,6 +320,8 @@ def test_grids_of_different_cells_have_different_names(spec: EvaluateSpec) -> No
         (SamplerSpec(S=T), "full", T),
         (SamplerSpec(S=T, spacing="uniform"), "full", T),
         (SamplerSpec(S=T, spacing="quad"), "quad", T),
+        (SamplerSpec(S=T, spacing="quad_or_full"), "full", T),
+        (SamplerSpec(S=10, spacing="quad_or_full"), "quad", 10),
         (SamplerSpec(S=20, spacing="uniform"), "uniform", 25),  # as released: more than asked for
         (SamplerSpec(S=None, spacing="explicit", times=(3, 50)), "explicit 3,50", 2),
     ],

@@ -74,3 +74,12 @@ def test_a_cell_that_goes_on_with_another_grid_shows_that_one(
     ]
     assert len(files[0]) == 20 + (after > 0)
     assert files[0] == files[1]
+
+
+def test_another_range_of_images_is_another_cell(spec: EvaluateSpec) -> None:
+    repeated = dataclasses.replace(spec, first=7, repeats=3)
+    found = [single.prepare() for single in repeated.single]
+    assert [cell.indices for cell in found] == [range(7, 27), range(27, 47), range(47, 67)]
+    assert len({cell.key for cell in found}) == 3
+    numbers = [evaluate_cell(single)[0]["metrics"]["fd_digits_classifier_20"] for single in repeated.single]
+    assert len(set(numbers)) == 3
