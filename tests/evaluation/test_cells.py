@@ -115,19 +115,6 @@ def test_a_cell_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyP
     assert again == json.loads(json.dumps(first))
 
 
-def test_a_record_that_another_run_wrote_meanwhile_is_taken(
-    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other run had no record yet when this one looked, and has ended when this one may begin."""
-    first, _ = evaluate_cell(spec)
-    find, looks = work.Cell.find, iter([True])
-    monkeypatch.setattr(work.Cell, "find", lambda cell: None if next(looks, False) else find(cell))
-    forbid(monkeypatch)
-    assert evaluate_cell(spec) == (json.loads(json.dumps(first)), False)
-    assert len(RecordFile(Path(spec.output_dir) / RECORDS).read()) == 1
-    assert [*(Path(spec.output_dir) / work.UNFINISHED).glob("*/*")] == []
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -299,6 +286,8 @@ def test_values_out_of_range_are_refused(spec: EvaluateSpec, changes: dict[str, 
         (SamplerSpec(S=T), "full", T),
         (SamplerSpec(S=T, spacing="uniform"), "full", T),
         (SamplerSpec(S=T, spacing="quad"), "quad", T),
+        (SamplerSpec(S=T, spacing="quad_or_full"), "full", T),
+        (SamplerSpec(S=10, spacing="quad_or_full"), "quad", 10),
         (SamplerSpec(S=20, spacing="uniform"), "uniform", 25),  # as released: more than asked for
         (SamplerSpec(S=None, spacing="explicit", times=(3, 50)), "explicit 3,50", 2),
     ],

@@ -261,3 +261,19 @@ def test_a_timing_is_of_as_many_images_as_fit_and_not_of_the_first_call(
     monkeypatch.setattr(sweep.time, "perf_counter", lambda: device.now)
     assert sweep._seconds_per_image(device, largest, at_once) == pytest.approx(expected, rel=1e-9)
     assert device.asked == [count for count in counts for _ in range(2)]
+
+
+@pytest.mark.parametrize(("compute", "n"), [(ComputeSpec("cpu", 8), 20), (ComputeSpec("cpu", 50, compile=True), 20)])
+def test_a_timing_takes_no_more_images_than_the_cell_will(
+    spec: EvaluateSpec, compute: ComputeSpec, n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def seconds(call: Callable[[int], object], largest: int, at_once: bool = False) -> float:
+        asked.append((largest, at_once))
+        return 1.0
+
+    monkeypatch.setattr(sweep, "_seconds_per_image", seconds)
+    forecast([dataclasses.replace(spec, compute=compute, n=n)])
+    largest = min(compute.batch_size, n)
+    assert asked == [(largest, compute.compile), (largest, False)]  # the network, and then the features

@@ -227,4 +227,5 @@ def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(torch, "get_device_module", lambda _: Four)
     assert [Processes(r, 8, r).own_device("cuda") for r in (0, 3, 4)] == ["cuda:0", "cuda:3", "cuda:0"]
+    assert Processes(9, 16, 1).own_device("cuda") == "cuda:1"  # of the second machine
     assert Processes(1, 8, 1).own_device("cuda:2") == "cuda:2"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 import ddim
@@ -83,6 +84,41 @@ def test_a_cell_that_goes_on_with_another_grid_shows_that_one(spec: ReconstructS
         assert new
         grids.append((Path(mine.output_dir) / record["grid"]).read_bytes())
     assert grids[0] == grids[1]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compute": ComputeSpec("cpu", 7, bf16=True)},
+        {"sampler": SamplerSpec(S=5, clip="x0_and_eps")},
+        {"n": 19},
+        {"weights": "raw"},
+    ],
+)
+def test_what_changes_the_error_is_another_cell(spec: ReconstructSpec, changes: dict[str, object]) -> None:
+    other = dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+    assert other.prepare().key != spec.prepare().key
+    assert error_of(other) != error_of(spec)
+
+
+def test_other_images_are_another_cell(spec: ReconstructSpec, tmp_path: Path) -> None:
+    keys = set()
+    for shade in (0, 1):
+        root = tmp_path / str(shade) / "same"
+        root.mkdir(parents=True)
+        for i in range(2):
+            Image.new("L", (8, 8), 100 * shade).save(root / f"{i}.png")
+        data = DataSpec("folder", (8, 8), 1, root=str(root), flip=False)
+        keys.add(dataclasses.replace(spec, data=data, n=2).prepare().key)
+    assert len(keys) == 2
+
+
+def test_a_network_that_predicts_x0_cannot_encode(spec: ReconstructSpec, tmp_path: Path) -> None:
+    content = torch.load(spec.checkpoint, weights_only=True)
+    content["ddim"]["prediction"] = "x0"
+    torch.save(content, tmp_path / "x0.ckpt")
+    with pytest.raises(UserError, match="says nothing of ε at t=0"):
+        dataclasses.replace(spec, checkpoint=str(tmp_path / "x0.ckpt")).prepare()
 
 
 def test_all_images_are_taken_when_no_number_is_given(spec: ReconstructSpec) -> None:

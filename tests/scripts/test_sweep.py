@@ -119,7 +119,10 @@ def test_tables_do_not_depend_on_batches_or_processes(
         assert images_of(folder) == images_of(whole[0])
     # Another batch size rounds differently inside the network, and a pixel may fall on the other side of a half.
     assert tables(folder)["table.md"] == tables(whole[0])["table.md"]
-    ours, theirs = ([float(row["value"]) for row in csv.DictReader(f.open())] for f in (folder / CSV, whole[0] / CSV))
+    ours, theirs = (
+        [float(row["value"]) for row in csv.DictReader(f.read_text().splitlines())]
+        for f in (folder / CSV, whole[0] / CSV)
+    )
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
