@@ -86,7 +86,7 @@ class FeatureExtractor:
     """
 
     def __init__(self, spec: MetricSpec, device: torch.device | str) -> None:
-        from ddim.evaluation.extractors import load_network
+        from ddim.evaluation.extractors import INCEPTION, fold_normalisation, load_network
 
         self.spec = spec
         self.device = torch.device(device)
@@ -94,7 +94,11 @@ class FeatureExtractor:
         layers = [self.facts.features]
         if "is" in spec.metrics and self.facts.logits is not None:
             layers.append(self.facts.logits)
-        self.network = load_network(self.facts.registered_as, layers, spec.weights_path).to(self.device)
+        self.network = load_network(self.facts.registered_as, layers, spec.weights_path)
+        self._weights_hash = weights_hash(self.network.state_dict())  # of the weights as published
+        if self.facts.registered_as == INCEPTION:
+            fold_normalisation(self.network)
+        self.network.to(self.device)
 
     @property
     def layers(self) -> list[str]:
@@ -138,7 +142,7 @@ class FeatureExtractor:
 
         Names, shapes, types and values count, so that the device and the file they came from do not.
         """
-        return weights_hash(self.network.state_dict())
+        return self._weights_hash
 
 
 def describe(spec: MetricSpec, extractor: FeatureExtractor) -> dict[str, Any]:

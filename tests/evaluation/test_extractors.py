@@ -223,6 +223,10 @@ def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.8, 1.2)
+            nn.init.normal_(module.bias, std=0.1)
     path = tmp_path / INCEPTION_WEIGHTS
     torch.save(net.state_dict(), path)
     monkeypatch.setattr("ddim.evaluation.extractors.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -231,12 +235,17 @@ def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     features = extractor.extract(grey)
     assert features["2048"].std() > 0.01
     (expected,) = net(grey.expand(-1, 3, -1, -1))
-    torch.testing.assert_close(features["2048"], expected)
-    torch.testing.assert_close(features["logits_unbiased"], expected @ net.fc.weight.T)
+    # Its normalisations are folded into its convolutions.
+    torch.testing.assert_close(features["2048"], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features["logits_unbiased"], expected @ net.fc.weight.T, rtol=1e-4, atol=1e-4)
     before = extractor.weights_hash()
-    assert before == extractor.weights_hash()
-    extractor.network.Mixed_7c.branch_pool.bn.running_mean[3] += 1e-3
-    assert extractor.weights_hash() != before
+    assert before == FeatureExtractor(MetricSpec("inception", ("fd",), weights_path=str(path)), "cpu").weights_hash()
+    net.Mixed_7c.branch_pool.bn.running_mean[3] += 1e-3
+    torch.save(net.state_dict(), path)
+    monkeypatch.setattr("ddim.evaluation.extractors.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    changed = FeatureExtractor(MetricSpec("inception", ("fd",), weights_path=str(path)), "cpu")
+    assert changed.weights_hash() != before
+    assert not torch.equal(changed.extract(grey)["2048"], features["2048"])
 
 
 def test_description_is_json_and_tells_extractors_apart() -> None:
