@@ -21,21 +21,8 @@ from ddim.logger import LoggerSpec
 
 
 @pytest.fixture
-def spec(checkpoint: Path, tmp_path: Path) -> EvaluateSpec:
-    from test_cells import DIGITS
-
-    return EvaluateSpec(
-        checkpoint=str(checkpoint),
-        name="tiny",
-        output_dir=str(tmp_path / "out"),
-        data=DIGITS,
-        metric=MetricSpec("digits_classifier"),
-        sampler=SamplerSpec(S=3),
-        compute=ComputeSpec("cpu", batch_size=8),
-        n=20,
-        grid=0,
-        reference_dir=str(tmp_path / "reference"),
-    )
+def spec(spec: EvaluateSpec) -> EvaluateSpec:
+    return dataclasses.replace(spec, sampler=SamplerSpec(S=3))
 
 
 @pytest.fixture
