@@ -1,8 +1,8 @@
 """The measurements of the speed benchmark; each writes lines of the record."""
 
-import contextlib
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,8 +66,9 @@ class Bench:
     def variants(self, build: Callable[[Peer, Setting], Variant]) -> dict[str, Build]:
         """One variant for each setting of each peer; the first setting of all peers comes first."""
         found: dict[str, Build] = {}
-        for setting in self.settings:
+        for named in self.settings:
             for name, peer in self.peers.items():
+                setting = named if name == "ours" else replace(named, winograd=False)
                 found[f"{name} {setting}"] = lambda peer=peer, setting=setting: build(peer, setting)  # type: ignore[misc]
         return found
 
@@ -99,8 +100,9 @@ def add_ceiling(bench: Bench, size: int) -> dict[str, float]:
 
 
 def resolve(names: Iterable[str], ceiling: Mapping[str, float]) -> list[Setting]:
-    """Return the settings by these names; `best` has bf16 where the ceiling is higher with it."""
-    best = Setting(bf16=ceiling["bf16"] < ceiling["float32"], channels_last=True, compile=True)
+    """Return the settings by these names; `best` has bf16 where the ceiling is higher with it, else winograd."""
+    bf16 = ceiling["bf16"] < ceiling["float32"]
+    best = Setting(bf16=bf16, channels_last=True, compile=True, winograd=not bf16)
     return [best if name == "best" else Setting.parse(name) for name in names]
 
 
@@ -151,8 +153,11 @@ def steps(bench: Bench, minutes: float) -> None:
     }
     pixels = to_pixels(x)
     for name in ("efficientnet", "inception"):
-        with contextlib.suppress(UserError):  # weights that are not on this machine
+        try:
             extractor = _extractor(name, device, batch)
+        except (UserError, ModuleNotFoundError) as error:
+            bench.write("missing", peer=f"features {name}", reason=str(error))
+        else:
             calls[f"features_{name}"] = lambda extractor=extractor: extractor.extract(pixels)  # type: ignore[misc]
     variants: dict[str, Build] = {
         f"{name} {setting}": lambda call=call: clocked(call, device, 0.1)  # type: ignore[misc]
@@ -189,9 +194,26 @@ def _loaded(bench: Bench, setting: Setting) -> LoadedModel:
 
 
 def _extractor(name: Any, device: torch.device, batch: int) -> Any:
-    from ddim.evaluation.metrics import FeatureExtractor, MetricSpec
+    """An extractor of ours; Inception with random weights, which take the same time and need no download."""
+    from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec
 
-    return FeatureExtractor(MetricSpec(name, batch_size=batch), device)
+    if name != "inception":
+        return FeatureExtractor(MetricSpec(name, batch_size=batch), device)
+    import torch_fidelity
+
+    class Random(torch_fidelity.FeatureExtractorInceptionV3):
+        def load_state_dict(self, *args: Any, **options: Any) -> None:
+            """Keep the random weights."""
+
+    class Extractor(FeatureExtractor):
+        def __init__(self) -> None:
+            with tempfile.NamedTemporaryFile() as nothing:
+                torch.save({}, nothing.name)
+                network = Random("random", ["2048"], feature_extractor_weights_path=nothing.name)
+            self.spec = MetricSpec("inception", batch_size=batch)
+            self.device, self.facts, self.network = device, EXTRACTORS["inception"], network.to(device)
+
+    return Extractor()
 
 
 MEASURES: dict[str, Callable[[Bench, float], None]] = {

@@ -46,11 +46,13 @@ class Official:
         return loaded
 
     def network(self) -> nn.Module:
+        """See `Peer`."""
         network = self.load("models/diffusion").Model(self.config)
         network.load_state_dict(self.state)
         return network
 
     def sampler(self, setting: Setting, device: torch.device, batch: int, S: int) -> Variant:
+        """See `Peer`."""
         steps = self.load("functions/denoising").generalized_steps
         model = nn.DataParallel(setting.apply(self.network().eval(), device))
         betas, times = self.betas.to(device), range(0, T, T // S)
@@ -64,6 +66,7 @@ class Official:
         return clocked(call, device)
 
     def trainer(self, setting: Setting, device: torch.device, batch: int) -> Variant:
+        """See `Peer`."""
         loss_of = self.load("functions/losses").noise_estimation_loss
         network = setting.apply(self.network().train(), device)
         model, average = nn.DataParallel(network), self.load("models/ema").EMAHelper(mu=RATE)
@@ -98,6 +101,7 @@ class Diffusers:
         self.spec, self.state = spec, state
 
     def network(self) -> nn.Module:
+        """See `Peer`."""
         from diffusers import UNet2DModel
 
         from ddim.checkpoints.exporting import write_diffusers
@@ -123,14 +127,17 @@ class Diffusers:
 
         from ddim.checkpoints.diffusers import scheduler_config
 
-        unet = setting.apply(self.network().unet, device)
+        network: Any = self.network()
+        unet: Any = setting.apply(network.unet, device)
         return unet, DDIMScheduler.from_config(scheduler_config(linear_schedule(T), "eps"))
 
     def sampler(self, setting: Setting, device: torch.device, batch: int, S: int) -> Variant:
+        """See `Peer`."""
         from diffusers import DDIMPipeline
 
         unet, scheduler = self._parts(setting, device)
-        pipeline = DDIMPipeline(unet.eval(), scheduler).to(device)
+        pipeline: Any = DDIMPipeline(unet.eval(), scheduler)
+        pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
 
         def call() -> Any:
@@ -140,6 +147,7 @@ class Diffusers:
         return clocked(call, device)
 
     def trainer(self, setting: Setting, device: torch.device, batch: int) -> Variant:
+        """See `Peer`."""
         from diffusers.training_utils import EMAModel
 
         unet, scheduler = self._parts(setting, device)
@@ -175,6 +183,7 @@ class DenoisingDiffusionPytorch:
         self.spec = spec
 
     def network(self) -> nn.Module:
+        """See `Peer`."""
         from denoising_diffusion_pytorch import Unet
 
         # 144 makes 36.0 M parameters and 11.3 GFLOP of the CIFAR-10 network's 35.7 M and 12.4.
@@ -189,6 +198,7 @@ class DenoisingDiffusionPytorch:
         return GaussianDiffusion(network, image_size=self.spec.image_size, timesteps=T, **options).to(device)
 
     def sampler(self, setting: Setting, device: torch.device, batch: int, S: int) -> Variant:
+        """See `Peer`."""
         diffusion = self._diffusion(setting, device, S).eval()
 
         def call() -> Tensor:
@@ -198,6 +208,7 @@ class DenoisingDiffusionPytorch:
         return clocked(call, device)
 
     def trainer(self, setting: Setting, device: torch.device, batch: int) -> Variant:
+        """See `Peer`."""
         from ema_pytorch import EMA
 
         diffusion = self._diffusion(setting, device, 10).train()

@@ -64,11 +64,13 @@ class Ours:
         self.spec, self.state = spec, state
 
     def network(self) -> nn.Module:
+        """See `Peer`."""
         network = build_network("unet", self.spec)
         network.load_state_dict(self.state)
         return network
 
     def sampler(self, setting: Setting, device: torch.device, batch: int, S: int) -> Variant:
+        """See `Peer`."""
         from ddim.diffusion.sampling import SamplerSpec
         from ddim.evaluation.generate import ComputeSpec, generate
 
@@ -78,6 +80,7 @@ class Ours:
         return clocked(lambda: generate(model, SamplerSpec(S=S, spacing="uniform"), range(batch), 0, compute), device)
 
     def trainer(self, setting: Setting, device: torch.device, batch: int) -> Variant:
+        """See `Peer`."""
         from ddim.data.datamodule import ImageDataModule
         from ddim.data.datasets import DataSpec
         from ddim.data.images import MemoryImages
@@ -119,7 +122,8 @@ class Ours:
 def build_peers(names: list[str], spec: UNetSpec, official: str | None) -> tuple[dict[str, Peer], dict[str, str]]:
     """Return the peers that are here, and why the others are not."""
     state = random_weights(spec)
-    found, missing = {}, {}
+    found: dict[str, Peer] = {}
+    missing: dict[str, str] = {}
     for name in names:
         if name == "official" and official is None:
             missing[name] = "give --official PATH of a checkout of ermongroup/ddim"

@@ -8,8 +8,8 @@
 PATH is a checkout of ermongroup/ddim. All have the CIFAR-10 network of 35.7 M parameters, on the accelerator if there
 is one. First the outputs of all on the same weights are compared, so that the same work is timed. Rounds are
 interleaved: each of them times every variant once. A setting is `default`, `best`, or words of bf16, channels_last,
-compile and graphs joined by +; `best` is channels_last+compile, with bf16 where this machine multiplies bf16 faster
-than float32.
+compile, graphs and winograd (ours only) joined by +; `best` is channels_last+compile, with bf16 where this machine
+multiplies bf16 faster than float32, and else with winograd.
 """
 
 import argparse
