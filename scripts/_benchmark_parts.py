@@ -24,7 +24,7 @@ class Bench:
     """What is measured, how, and where it is written."""
 
     peers: dict[str, Peer]
-    settings: list[Setting]
+    settings: list[tuple[Setting, Setting]]  # for ours, and for the others
     device: torch.device
     sampling_batches: list[int]
     training_batch: int
@@ -66,9 +66,9 @@ class Bench:
     def variants(self, build: Callable[[Peer, Setting], Variant]) -> dict[str, Build]:
         """One variant for each setting of each peer; the first setting of all peers comes first."""
         found: dict[str, Build] = {}
-        for named in self.settings:
+        for ours, others in self.settings:
             for name, peer in self.peers.items():
-                setting = named if name == "ours" else replace(named, winograd=False)
+                setting = ours if name == "ours" else others
                 found[f"{name} {setting}"] = lambda peer=peer, setting=setting: build(peer, setting)  # type: ignore[misc]
         return found
 
@@ -99,11 +99,19 @@ def add_ceiling(bench: Bench, size: int) -> dict[str, float]:
     return {name.split()[1]: min(timing.seconds) for name, timing in timings.items()}
 
 
-def resolve(names: Iterable[str], ceiling: Mapping[str, float]) -> list[Setting]:
-    """Return the settings by these names; `best` has bf16 where the ceiling is higher with it, else winograd."""
+def resolve(names: Iterable[str], ceiling: Mapping[str, float]) -> list[tuple[Setting, Setting]]:
+    """Return the settings by these names, for ours and for the others.
+
+    `best` compiles, with bf16 where the ceiling is higher with it; where it is not, ours takes winograd instead.
+    """
     bf16 = ceiling["bf16"] < ceiling["float32"]
-    best = Setting(bf16=bf16, channels_last=True, compile=True, winograd=not bf16)
-    return [best if name == "best" else Setting.parse(name) for name in names]
+    others = Setting(bf16=bf16, channels_last=True, compile=True)
+    best = others if bf16 else Setting(channels_last=True, winograd=True)
+    pairs = []
+    for name in names:
+        setting = best if name == "best" else Setting.parse(name)
+        pairs.append((setting, others if name == "best" else replace(setting, winograd=False)))
+    return pairs
 
 
 def sampling(bench: Bench, minutes: float) -> None:
@@ -129,7 +137,7 @@ def steps(bench: Bench, minutes: float) -> None:
     from ddim.evaluation.generate import to_pixels
 
     device, batch, schedule = bench.device, bench.sampling_batches[0], linear_schedule()
-    setting = bench.settings[-1]
+    setting = bench.settings[-1][0]
     model = _loaded(bench, setting)
     x = initial_noise(range(batch), bench.image_shape, 0, device=device)
     t = torch.full((batch,), 500, device=device)
@@ -173,7 +181,7 @@ def profile(bench: Bench, minutes: float) -> None:
     if device.type != "cpu":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     x, t = initial_noise(range(batch), bench.image_shape, 0, device=device), torch.full((batch,), 500, device=device)
-    for setting in dict.fromkeys((bench.settings[0], bench.settings[-1])):
+    for setting in dict.fromkeys((bench.settings[0][0], bench.settings[-1][0])):
         model = _loaded(bench, setting)
         with torch.inference_mode(), setting.autocast(device):
             model(x, t)

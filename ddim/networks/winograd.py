@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 OUT, IN = 4, 6  # sides of a tile
+TILES = 256  # at once, so that they stay in a cache
 Matrix = Sequence[Sequence[float]]
 
 _B = (
@@ -51,10 +52,11 @@ class WinogradConv2d(nn.Conv2d):
     transformed: Tensor | None  # G g G^T of frozen weights, (6, 6, C_in, C_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[2] % OUT or x.shape[3] % OUT:
+        frozen = self.transformed
+        gradient = frozen is not None and x.requires_grad and torch.is_grad_enabled()
+        if gradient or x.shape[2] % OUT or x.shape[3] % OUT:
             return super().forward(x)
         x = x.permute(0, 2, 3, 1)
-        frozen = self.transformed
         y = _Convolution.apply(x, self.weight) if frozen is None else _convolve(x, frozen)
         assert self.bias is not None  # `use_winograd` sees to it
         return (y + self.bias).permute(0, 3, 1, 2)
@@ -107,6 +109,9 @@ class _Convolution(torch.autograd.Function):
 
 def _convolve(x: Tensor, filters: Tensor) -> Tensor:
     """(B, H, W, C_in), (6, 6, C_in, C_out) -> (B, H, W, C_out)."""
+    images = max(1, TILES * OUT * OUT // (x.shape[1] * x.shape[2]))
+    if len(x) > images:
+        return torch.cat([_convolve(part, filters) for part in x.split(images)])
     inputs = _transform_input(x)
     product = torch.bmm(_matrices(inputs), _matrices(filters)).view(*inputs.shape[:-1], filters.shape[-1])
     rows = _combine(_A, _combine(_A, product.unbind(0)).unbind(1))  # (4 rows, 4 columns, B, H/4, W/4, C_out)
@@ -128,15 +133,14 @@ def _transform_filter(weight: Tensor) -> Tensor:
 
 
 def _combine(matrix: Matrix, parts: Sequence[Tensor]) -> Tensor:
-    """The products of a small matrix with a vector of tensors, stacked; zeros cost nothing."""
-    sums = []
-    for row in matrix:
-        terms = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]
-        total = terms[0][1] * terms[0][0]
-        for factor, part in terms[1:]:
-            total = torch.add(total, part, alpha=factor)
-        sums.append(total)
-    return torch.stack(sums)
+    """The products of a small matrix with a vector of tensors, stacked, outside of autograd; zeros cost nothing."""
+    sums = parts[0].new_empty(len(matrix), *parts[0].shape)
+    for total, row in zip(sums.unbind(0), matrix, strict=True):
+        (first, part), *others = [(factor, part) for factor, part in zip(row, parts, strict=True) if factor]
+        torch.mul(part, first, out=total)
+        for factor, part in others:
+            total.add_(part, alpha=factor)
+    return sums
 
 
 def _matrices(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddim.networks import UNetSpec, build_network
+from ddim.networks import UNetSpec, build_network, winograd
 from ddim.networks.winograd import WinogradConv2d, use_winograd
 
 SPEC = UNetSpec((8, 16), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), num_groups=8, init="torch")
@@ -23,8 +23,10 @@ def seeded():
         yield
 
 
+@pytest.mark.parametrize("tiles", [256, 7])
 @pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 4, 4), (3, 1, 16, 4)])
-def test_output_and_gradients_are_those_of_a_direct_convolution(shape):
+def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch):
+    monkeypatch.setattr(winograd, "TILES", tiles)
     direct = nn.Conv2d(shape[1], 7, 3, padding=1, dtype=torch.float64)
     fast = copy.deepcopy(direct)
     use_winograd(fast, least=1)
@@ -69,6 +71,15 @@ def test_weights_that_are_trained_are_seen_and_frozen_ones_are_transformed_once(
     with torch.no_grad():
         layer.weight.mul_(2)
     assert (layer(x) - layer.bias[:, None, None] - 2 * (before - layer.bias[:, None, None])).abs().max() < 1e-4
+
+
+def test_frozen_weights_let_a_gradient_of_the_input_through():
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    fast = copy.deepcopy(layer)
+    use_winograd(fast)
+    x = gaussian(1, 32, 8, 8, dtype=torch.float32).requires_grad_()
+    expected, got = (torch.autograd.grad(convolution(x).square().sum(), x)[0] for convolution in (layer, fast))
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize(
