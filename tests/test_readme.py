@@ -13,7 +13,14 @@ from ddim.networks import UNetSpec, build_network
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/equations.md", "outputs/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/equations.md",
+    "docs/performance.md",
+    "outputs/README.md",
+]
 FOLDERS = ("ddim", "scripts", "configs", "tests", "docs")
 
 
