@@ -187,11 +187,12 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
     On an accelerator those of torch's allocator. On a CPU those of the process, which only Linux tells.
     """
     if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
-        before = torch.accelerator.memory_allocated(device)
+        memory: Any = torch.get_device_module(device)
+        memory.reset_peak_memory_stats(device)
+        before = memory.memory_allocated(device)
         call()
         synchronise(device)
-        return torch.accelerator.max_memory_allocated(device) - before
+        return memory.max_memory_allocated(device) - before
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         refs.write_text("5")  # the peak begins anew
@@ -219,16 +220,19 @@ def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
 def ceilings(device: torch.device, size: int) -> dict[str, Callable[[], Variant]]:
     """Variants that multiply square matrices of random numbers: the most FLOP/s to be had at a dtype.
 
+    On a CPU those of bfloat16 are smaller: without units for it one product takes seconds.
+
     The unit of work is one floating-point operation, so that 1 / seconds is FLOP/s.
     """
 
-    def build(dtype: torch.dtype) -> Variant:
+    def build(dtype: torch.dtype, size: int) -> Variant:
         generator = torch.Generator().manual_seed(0)
         a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
         run = clocked(lambda: a @ b, device, 0.2)
         return lambda: run() / (2 * size**3)
 
-    return {"float32": lambda: build(torch.float32), "bf16": lambda: build(torch.bfloat16)}
+    smaller = size // 2 if device.type == "cpu" else size
+    return {"float32": lambda: build(torch.float32, size), "bf16": lambda: build(torch.bfloat16, smaller)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
