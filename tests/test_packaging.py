@@ -90,7 +90,9 @@ def test_every_import_is_declared() -> None:
     names = {extra: {canonicalize_name(Requirement(line).name) for line in lines} for extra, lines in EXTRAS.items()}
     declared = set(RANGES) - names["dev"]
     assert sorted(third_party_imports("ddim") - declared) == []
-    assert sorted(third_party_imports("scripts") - declared) == []
+    # a code base that the benchmark times beside ours where it is installed, and its own helper
+    peers = {"denoising-diffusion-pytorch", "ema-pytorch"}
+    assert sorted(third_party_imports("scripts") - declared - peers) == []
     # pip's own companion, which pytest brings
     assert sorted(third_party_imports("tests") - set(RANGES) - {"packaging"}) == []
 

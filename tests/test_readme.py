@@ -19,6 +19,7 @@ DOCUMENTS = [
     "CHANGELOG.md",
     "docs/equations.md",
     "docs/training_speed.md",
+    "docs/performance.md",
     "outputs/README.md",
 ]
 FOLDERS = ("ddim", "scripts", "configs", "tests", "docs")

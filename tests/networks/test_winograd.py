@@ -1,0 +1,106 @@
+"""Winograd's algorithm is a convolution: the same numbers, the same gradients, the same names."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ddim.networks import UNetSpec, build_network, winograd
+from ddim.networks.winograd import WinogradConv2d, use_winograd
+
+SPEC = UNetSpec((8, 16), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), num_groups=8, init="torch")
+
+
+def gaussian(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.mark.parametrize("tiles", [256, 7])
+@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 4, 4), (3, 1, 16, 4)])
+def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch):
+    monkeypatch.setattr(winograd, "TILES", tiles)
+    direct = nn.Conv2d(shape[1], 7, 3, padding=1, dtype=torch.float64)
+    fast = copy.deepcopy(direct)
+    use_winograd(fast, least=1)
+    assert type(fast) is WinogradConv2d
+    outputs, gradients = [], []
+    for layer in (direct, fast):
+        x = gaussian(*shape).requires_grad_()
+        y = layer(x)
+        outputs.append(y)
+        gradients.append(torch.autograd.grad(y, (x, *layer.parameters()), gaussian(*y.shape, seed=1)))
+    assert (outputs[1] - outputs[0]).abs().max() < 1e-12
+    for expected, got in zip(*gradients, strict=True):
+        assert got.shape == expected.shape
+        assert (got - expected).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_network_keeps_its_outputs_and_its_names(frozen):
+    network = build_network("unet", SPEC).eval().requires_grad_(not frozen)
+    fast = copy.deepcopy(network)
+    use_winograd(fast)
+    used = [name for name, module in fast.named_modules() if isinstance(module, WinogradConv2d)]
+    assert len(used) == 17  # all but the first, the last, and the one of stride 2
+    assert fast.state_dict().keys() == network.state_dict().keys()
+    x, t = gaussian(2, 3, 8, 16, dtype=torch.float32), torch.tensor([3, 800])
+    with torch.no_grad():
+        expected, got = network(x, t), fast(x, t)
+    assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
+    assert not torch.equal(got, expected)
+
+
+def test_weights_that_are_trained_are_seen_and_frozen_ones_are_transformed_once():
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    use_winograd(layer)
+    assert layer.transformed is None
+    frozen = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    use_winograd(frozen)
+    assert frozen.transformed.shape == (6, 6, 32, 32)
+    assert "transformed" not in frozen.state_dict()
+    x = gaussian(1, 32, 4, 4, dtype=torch.float32)
+    before = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert (layer(x) - layer.bias[:, None, None] - 2 * (before - layer.bias[:, None, None])).abs().max() < 1e-4
+
+
+def test_frozen_weights_let_a_gradient_of_the_input_through():
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    fast = copy.deepcopy(layer)
+    use_winograd(fast)
+    x = gaussian(1, 32, 8, 8, dtype=torch.float32).requires_grad_()
+    expected, got = (torch.autograd.grad(convolution(x).square().sum(), x)[0] for convolution in (layer, fast))
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(32, 32, 3, padding=1, stride=2),
+        nn.Conv2d(32, 32, 1),
+        nn.Conv2d(32, 32, 3),
+        nn.Conv2d(32, 32, 3, padding=1, groups=2),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(3, 32, 3, padding=1),
+    ],
+)
+def test_other_convolutions_stay_as_they_are(layer):
+    use_winograd(layer)
+    assert type(layer) is nn.Conv2d
+
+
+def test_sizes_that_tiles_do_not_cover_are_convolved_directly():
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    fast = copy.deepcopy(layer)
+    use_winograd(fast)
+    x = gaussian(1, 32, 6, 8, dtype=torch.float32)
+    assert torch.equal(fast(x), layer(x))
