@@ -16,6 +16,7 @@ from ddim.config import build
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.timesteps import reference_quad_tau
+from ddim.errors import UserError
 from ddim.evaluation.cells import EvaluateSpec
 from ddim.evaluation.figures import FigureSpec
 from ddim.evaluation.generate import ComputeSpec
@@ -84,12 +85,15 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
+# Encoding is deterministic, and TensorBoard is for training.
+REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
+REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct")}
 CHOICES = [
-    (main, f"{group}={option}")
+    choice
     for main in SPECS
     for group in group_of(main)
     for option in options(group)
-    if (main, group) != ("reconstruct", "sampler") or option == "ddim"  # encoding is deterministic
+    if (choice := (main, f"{group}={option}")) not in REFUSED
 ]
 # The script that an experiment belongs to is named by the command at its head.
 EXPERIMENTS = {
@@ -111,6 +115,12 @@ def test_every_option_of_every_group_makes_a_spec(main: str, choice: str) -> Non
         model = spec.model_spec()
         assert model.image_shape == (spec.data.channels, *spec.data.size)
         spec.grid.sampler.tau(model.schedule.T)
+
+
+@pytest.mark.parametrize(("main", "choice"), sorted(REFUSED))
+def test_options_that_make_no_sense_are_refused(main: str, choice: str) -> None:
+    with pytest.raises(UserError):
+        spec_of(main, choice)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
