@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from _benchmark import synchronise, this_device
 from _cli import silence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -71,8 +72,7 @@ def main() -> None:
     arguments = parser.parse_args()
     silence()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    assert device is not None
+    device = this_device()
     common = provenance() | {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -196,12 +196,6 @@ def plain_loop(
                     mean.lerp_(weight, 1 - 0.9999)
     synchronise(device)
     return (clock() - start) / (steps - WARM_UP)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def device_name(device: torch.device) -> str:

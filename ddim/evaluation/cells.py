@@ -43,6 +43,7 @@ from ddim.evaluation.work import (
     common_facts,
     label,
     model_facts,
+    on_own_device,
     once,
     sampler_facts,
 )
@@ -133,7 +134,7 @@ class EvaluateSpec:
         Raises:
             UserError: bad input.
         """
-        spec = dataclasses.replace(self, compute=_on_own_device(self.compute, processes))
+        spec = dataclasses.replace(self, compute=on_own_device(self.compute, processes))
         model = cached_model(spec.checkpoint, spec.weights, spec.compute)
         tau = check_sampler(model, spec.sampler)
         reference = cached_images(spec.data, spec.metric.reference_split)
@@ -253,10 +254,6 @@ def _identity(spec: EvaluateSpec, model: LoadedModel, tau: tuple[int, ...], refe
         "reference": real if npz is None else {"name": Path(npz).name, "images": None, "fingerprint": file_hash(npz)},
         "metric": _extractor_facts(spec.metric, spec.compute.device),
     }
-
-
-def _on_own_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
-    return dataclasses.replace(compute, device=processes.own_device(compute.device))
 
 
 @lru_cache(maxsize=1)

@@ -33,6 +33,7 @@ from ddim.evaluation.work import (
     common_facts,
     label,
     model_facts,
+    on_own_device,
     sampler_facts,
 )
 from ddim.logger import LoggerSpec
@@ -107,7 +108,7 @@ class ReconstructSpec:
         Raises:
             UserError: bad input.
         """
-        compute = dataclasses.replace(self.compute, device=processes.own_device(self.compute.device))
+        compute = on_own_device(self.compute, processes)
         model = cached_model(self.checkpoint, self.weights, compute)
         tau = check_sampler(model, self.sampler)
         images = cached_images(self.data, self.split)

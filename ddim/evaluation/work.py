@@ -1,5 +1,6 @@
 """A cell of a table: computed once, by any number of processes, however often it was interrupted."""
 
+import dataclasses
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +116,11 @@ def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> LoadedM
 @lru_cache(maxsize=1)
 def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -> LoadedModel:
     return place(load_model(checkpoint, weights), compute)
+
+
+def on_own_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
+    """Return how this process computes: of several on one machine, each on a device of its own."""
+    return dataclasses.replace(compute, device=processes.own_device(compute.device))
 
 
 @lru_cache(maxsize=1)
