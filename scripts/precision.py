@@ -63,6 +63,7 @@ def measure(options: argparse.Namespace) -> str:
     from ddim.evaluation.generate import ComputeSpec, generate
     from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics
     from ddim.evaluation.records import RecordFile
+    from ddim.evaluation.statistics import FeatureSet, feature_set
 
     device = this_device()
     choose("extractor", options.extractor, EXTRACTORS)
@@ -81,10 +82,13 @@ def measure(options: argparse.Namespace) -> str:
         with at_precision(model.network, name, device) as network:
             return generate(replace(model, network=network), sampler, range(first, first + n), 0, compute)
 
-    def distance(one: Any, other: Any) -> float:
+    def features(images: Any) -> FeatureSet:
+        return feature_set(extractor.extract(images), extractor.layers[0])
+
+    def distance(one: FeatureSet, other: FeatureSet) -> float:
         return next(iter(compute_metrics(one, other, metric, n).values()))
 
-    fresh = extractor.extract(sample(n, "float32"))
+    fresh = features(sample(n, "float32"))
     names = options.precisions or (ON_CPUS if device.type == "cpu" else ON_ACCELERATORS)
     exact = None
     for name in dict.fromkeys(("float32", *names)):
@@ -92,10 +96,10 @@ def measure(options: argparse.Namespace) -> str:
         images = sample(0, name)
         seconds = time.perf_counter() - start
         exact = images if exact is None else exact
-        features = extractor.extract(images)
+        measured = features(images)
         apart = (images.int() - exact.int()).abs()
         numbers = {"seconds": seconds, "largest": int(apart.max()), "mean": float(apart.float().mean())}
-        numbers |= {"to_fresh": distance(features, fresh), "to_float32": distance(features, extractor.extract(exact))}
+        numbers |= {"to_fresh": distance(measured, fresh), "to_float32": distance(measured, features(exact))}
         file.append({**common, "precision": name, **numbers})
         print(f"{name}: {seconds:.1f} s", flush=True)
     assert torch.isfinite(exact.float()).all()  # type: ignore[union-attr]
