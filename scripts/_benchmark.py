@@ -1,6 +1,7 @@
 """What the benchmarks share: rounds that interleave, medians and ratios, the settings, the ceiling, peak memory."""
 
 import contextlib
+import ctypes
 import math
 import platform
 import statistics
@@ -15,7 +16,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.errors import UserError
-from ddim.networks.winograd import use_winograd
+from ddim.networks import tune_network
+from ddim.networks.tuning import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 
 Variant = Callable[[], float]  # runs once and returns the seconds of one unit of work
 AT_LEAST = 0.3  # seconds that one measurement lasts on an accelerator, where a clock reads badly below
@@ -59,19 +61,35 @@ class Setting:
 
     def apply(self, network: N, device: torch.device) -> N:
         """Move a network to the device, lay its weights out, and compile it, in place."""
-        network.to(device)
-        if self.channels_last:
-            network.to(memory_format=torch.channels_last)
-        if self.winograd:
-            use_winograd(network)
-        if self.graphs or self.compile:
-            # Each network and each batch size gets code of its own, though they share a class.
-            network.compile(mode="reduce-overhead" if self.graphs else None, dynamic=False)
+        ways = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "bf16"}
+        tune_network(network.to(device), device, **ways)
         return network
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context in which the network runs."""
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
+
+
+def with_memory(variant: Variant, kept: bool) -> Variant:
+    """Let a variant run with memory as we leave it on CPUs (`keep_freed_memory`), or as the C library has it."""
+
+    def run() -> float:
+        if kept:
+            keep_freed_memory()
+        else:
+            hand_back_memory()
+        return variant()
+
+    return run
+
+
+def hand_back_memory() -> None:
+    """Undo `keep_freed_memory`: glibc's own thresholds as they are after the first large tensors, 32 and 64 MiB."""
+    if keep_freed_memory():
+        c, m_mmap_threshold = ctypes.CDLL(None), -3
+        for parameter, value in ((M_MMAP_MAX, 65536), (m_mmap_threshold, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
+            c.mallopt(parameter, value)
+        c.malloc_trim(0)
 
 
 class Timing(NamedTuple):

@@ -3,10 +3,11 @@
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from _benchmark import Setting, Timing, Variant, ceilings, clocked, flops, interleave
+from _benchmark import Setting, Timing, Variant, ceilings, clocked, flops, interleave, with_memory
 from _peers import Ours, Peer
 
 from ddim.checkpoints import LoadedModel, ModelSpec
@@ -67,10 +68,13 @@ class Bench:
         """One variant for each setting of each peer; the first setting of all peers comes first."""
         found: dict[str, Build] = {}
         for ours, others in self.settings:
-            for name, peer in self.peers.items():
+            for name in self.peers:
                 setting = ours if name == "ours" else others
-                found[f"{name} {setting}"] = lambda peer=peer, setting=setting: build(peer, setting)  # type: ignore[misc]
+                found[f"{name} {setting}"] = partial(self._build, build, name, setting)
         return found
+
+    def _build(self, build: Callable[[Peer, Setting], Variant], name: str, setting: Setting) -> Variant:
+        return with_memory(build(self.peers[name], setting), kept=name == "ours")
 
     def time(self, what: str, variants: dict[str, Build], minutes: float, **fields: Any) -> dict[str, Timing]:
         """Time variants and write a line for each."""

@@ -85,9 +85,8 @@ class Ours:
         from ddim.data.datasets import DataSpec
         from ddim.data.images import MemoryImages
         from ddim.training.ema import EMA
-        from ddim.training.module import DiffusionModule
         from ddim.training.plan import Stopwatch
-        from ddim.training.run import TrainerSpec, TrainSpec, build_trainer
+        from ddim.training.run import TrainerSpec, TrainSpec, build_module, build_trainer
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -98,6 +97,9 @@ class Ours:
             accelerator=device.type,
             devices=1,
             precision="bf16-mixed" if setting.bf16 else "32-true",
+            channels_last=setting.channels_last,
+            compile=setting.compile or setting.graphs,
+            winograd=setting.winograd,
         )
         data = DataSpec(name="cifar10", size=self.spec.image_size, channels=self.spec.channels)
         fields = {"name": "unet", **vars(self.spec), "init": "torch"}
@@ -105,8 +107,7 @@ class Ours:
         generator = torch.Generator().manual_seed(0)
         shape = (max(batch, 512), self.spec.channels, *self.spec.image_size)
         images = MemoryImages("random", torch.randint(256, shape, generator=generator, dtype=torch.uint8))
-        module = DiffusionModule(spec.model_spec(), spec.objective, spec.optim, spec.seed)
-        setting.apply(module.network, torch.device("cpu"))
+        module = build_module(spec, spec.model_spec())
 
         def run() -> float:
             assert spec.ema is not None

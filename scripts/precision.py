@@ -22,8 +22,9 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm
 
-ON_ACCELERATORS = ("float32", "tf32", "bf16", "fp16", "winograd")
+ON_ACCELERATORS = ("float32", "tf32", "bf16", "fp16")
 ON_CPUS = ("float32", "bf16", "winograd")
+PRECISIONS = tuple(dict.fromkeys(ON_ACCELERATORS + ON_CPUS))
 
 
 def main() -> None:
@@ -35,7 +36,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="S")
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=250)
-    parser.add_argument("--precisions", nargs="+", choices=ON_ACCELERATORS, metavar="NAME", help="float32 always runs")
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=dict.fromkeys((*ON_CPUS, *ON_ACCELERATORS)),
+        metavar="NAME",
+        help="float32 always runs",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark/precision.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RECORD", help="only print the table of a record")
     options = parser.parse_args()
@@ -113,7 +120,7 @@ def at_precision(network: Any, name: str, device: Any) -> Iterator[Any]:
 
     import torch
 
-    from ddim.networks.winograd import use_winograd
+    from ddim.networks import tune_network
 
     class Cast(torch.nn.Module):
         """A network under autocast."""
@@ -128,7 +135,7 @@ def at_precision(network: Any, name: str, device: Any) -> Iterator[Any]:
     try:
         if name == "winograd":
             network = copy.deepcopy(network)
-            use_winograd(network)
+            tune_network(network, device, winograd=True)
         yield Cast() if name in ("bf16", "fp16") else network
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -14,7 +14,7 @@ from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import SamplerSpec, State
 from ddim.errors import UserError
 from ddim.evaluation.parts import in_batches, split
-from ddim.networks import compile_network
+from ddim.networks import tune_network
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class ComputeSpec:
         device: a torch device, such as cuda or cpu.
         batch_size: images in one network evaluation.
         bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
-        channels_last, compile: of the network.
+        channels_last, compile, graphs, winograd: see `ddim.networks.tune_network`.
 
     Raises:
-        ValueError: batch_size below 1.
+        ValueError: batch_size below 1, or bf16 with winograd, which is for float32.
     """
 
     device: str
@@ -36,27 +36,29 @@ class ComputeSpec:
     bf16: bool = False
     channels_last: bool = False
     compile: bool = False
+    graphs: bool = False
+    winograd: bool = False
 
     def __post_init__(self) -> None:
+        if self.bf16 and self.winograd:
+            raise ValueError("bf16 and winograd exclude each other: Winograd's algorithm needs float32.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
 
 
 def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
-    """Move a model to its device and compile it, as `compute` says; returns the same model.
+    """Move a model to its device and tune it, as `compute` says; returns the same model.
 
     Raises:
-        UserError: the device is not there.
+        UserError: the device is not there, or cannot do what `compute` says.
     """
     try:
         model.network.to(compute.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
-    if compute.channels_last:
-        model.network.to(memory_format=torch.channels_last)
-    if compute.compile:
-        compile_network(model.network)
+    ways = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
+    tune_network(model.network, torch.device(compute.device), **ways)
     return model
 
 

@@ -22,7 +22,7 @@ from ddim.data.images import Images
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import Interrupted, UserError
-from ddim.networks import NETWORKS, compile_network
+from ddim.networks import NETWORKS, tune_network
 from ddim.training.callbacks import GridSpec, Guard, Progress, SampleGrid
 from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, explaining_writes
 from ddim.training.ema import EMA, EMASpec
@@ -44,7 +44,7 @@ class TrainerSpec:
         accumulate: micro-batches per optimiser step on each process.
         accelerator, devices, num_nodes, strategy: Lightning's.
         precision: 32-true or bf16-mixed; the weights stay float32.
-        channels_last, compile: of the network.
+        channels_last, compile, winograd: see `ddim.networks.tune_network`.
         num_workers: processes that read images which are not in memory.
         log_every, checkpoint_every: optimiser steps.
         keep_last: how many of the newest checkpoints stay.
@@ -52,7 +52,7 @@ class TrainerSpec:
         max_skipped: steps in a row that may be skipped because their gradient is not finite.
 
     Raises:
-        ValueError: a number that must be positive is not.
+        ValueError: a number that must be positive is not, or bf16 with winograd, which is for float32.
     """
 
     max_steps: int = 800_000
@@ -65,6 +65,7 @@ class TrainerSpec:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     channels_last: bool = False
     compile: bool = False
+    winograd: bool = False
     num_workers: int = 0
     log_every: int = 100
     checkpoint_every: int = 5000
@@ -85,6 +86,8 @@ class TrainerSpec:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.winograd and self.precision != "32-true":
+            raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
         if self.keep_every < 0:
             raise ValueError(f"keep_every={self.keep_every} must not be negative; 0 keeps none for good.")
 
@@ -225,12 +228,12 @@ def _prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Images, DiffusionModule
 
 
 def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
-    """Return the module of a run, its network laid out and compiled as `spec.trainer` says."""
+    """Return the module of a run, its network tuned as `spec.trainer` says."""
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
-    if spec.trainer.channels_last:
-        module.network.to(memory_format=torch.channels_last)
-    if spec.trainer.compile:
-        compile_network(module.network)
+    t = spec.trainer
+    found = torch.accelerator.current_accelerator() if t.accelerator != "cpu" else None
+    ways = {name: getattr(t, name) for name in ("channels_last", "compile", "winograd")}
+    tune_network(module.network, found or torch.device("cpu"), **ways)
     return module
 
 

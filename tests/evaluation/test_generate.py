@@ -157,7 +157,7 @@ def test_the_progress_bar_shows_on_terminals_only(model: LoadedModel, capsys: py
 def test_place_moves_and_lays_out_the_network(model: LoadedModel) -> None:
     network = torch.nn.Conv2d(3, 4, 3)
     compiled: list[bool] = []
-    network.compile = lambda: compiled.append(True)  # type: ignore[method-assign]  # the real one takes seconds
+    network.compile = lambda **_: compiled.append(True)  # type: ignore[method-assign]  # the real one takes seconds
     placed = place(dataclasses.replace(model, network=network), ComputeSpec("meta", channels_last=True, compile=True))
     assert network.weight.device.type == "meta"
     assert network.weight.is_contiguous(memory_format=torch.channels_last)

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim.networks import CACHE, compile_network
+from ddim.errors import UserError
+from ddim.networks.tuning import CACHE, tune_network
 
 PROGRAM = """
 import torch
 from torch._dynamo.utils import counters
-from ddim.networks import compile_network
+from ddim.networks import tune_network
 
 torch.manual_seed(0)
 network = torch.nn.Linear(4, 8)
 x = torch.ones(3, 4)
 plain = network(x)
-compile_network(network)
+tune_network(network, torch.device("cpu"), compile=True)
 with torch.no_grad():
     assert torch.allclose(plain, network(x).sin().asin(), atol=1e-6)
 assert network.state_dict().keys() == {"weight", "bias"}
@@ -61,8 +62,8 @@ def place(monkeypatch, tmp_path):
         if value is not None:
             monkeypatch.setenv(CACHE, value)
         network = torch.nn.Linear(2, 2)
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "compiled", True))
-        compile_network(network)
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: setattr(self, "compiled", True))
+        tune_network(network, torch.device("cpu"), compile=True)
         assert network.compiled
         return os.environ.get(CACHE)
 
@@ -80,6 +81,58 @@ def test_a_place_that_somebody_named_is_used(place):
 
 def test_where_home_cannot_be_written_torch_decides(place, monkeypatch, tmp_path):
     seen = []
+    monkeypatch.setattr("ddim.networks.tuning._need_compiler", lambda: None)  # which looks for files too
     monkeypatch.setattr(os, "access", lambda path, mode: seen.append(Path(path)) and False)
     assert place(None) is None
     assert seen == [tmp_path]  # the first folder above that is there
+
+
+@pytest.mark.parametrize("way", ["compile", "winograd"])
+@pytest.mark.parametrize("named", [None, "mycc"])
+def test_a_missing_compiler_is_told_before_any_work(monkeypatch, tmp_path, way, named):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if named:
+        monkeypatch.setenv("CXX", named)
+    with pytest.raises(UserError, match=f"need a C.. compiler, and {named or 'g..,'}"):
+        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), **{way: True})
+    tune_network(torch.nn.Linear(2, 2), torch.device("cpu"))
+
+
+def test_winograd_is_for_cpus_and_graphs_are_for_cuda(monkeypatch):
+    with pytest.raises(UserError, match="winograd=true is for CPUs, and the device is cuda"):
+        tune_network(torch.nn.Linear(2, 2), torch.device("cuda"), winograd=True)
+    with pytest.raises(UserError, match="graphs=true is for CUDA devices, and the device is cpu"):
+        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), graphs=True)
+    asked = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    for way in ("compile", "graphs"):
+        tune_network(torch.nn.Linear(2, 2), torch.device("cuda"), **{way: True})
+    assert [options["mode"] for options in asked] == [None, "reduce-overhead"]
+
+
+FAULTS = """
+import resource
+import sys
+import torch
+from ddim.networks.tuning import keep_freed_memory
+
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit(3)
+for number in range(21):
+    torch.ones(16 << 20)  # 64 MB, which the C library maps anew for each tensor
+    if number == 0:
+        first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
+"""
+
+
+def test_memory_that_is_kept_is_not_mapped_again():
+    faults = {}
+    for how in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+        if done.returncode == 3:
+            pytest.skip("the C library has no mallopt")
+        assert done.returncode == 0, done.stderr
+        faults[how] = int(done.stdout)
+    assert faults["keep"] < 0.5 * faults["leave"]

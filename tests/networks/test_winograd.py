@@ -1,6 +1,7 @@
 """Winograd's algorithm is a convolution: the same numbers, the same gradients, the same names."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from ddim.networks import UNetSpec, build_network, winograd
 from ddim.networks.winograd import WinogradConv2d, use_winograd
 
-SPEC = UNetSpec((8, 16), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), num_groups=8, init="torch")
+SPEC = UNetSpec((16, 32), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), num_groups=8, init="torch")
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):
@@ -23,8 +24,22 @@ def seeded():
         yield
 
 
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch, request):
+    """The same functions without the minute of compiling, but where a test asks for it."""
+    if "compiled" not in request.fixturenames:
+        monkeypatch.setattr(winograd, "_fused", lambda function: function)
+
+
+@pytest.fixture
+def compiled():
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("torch compiles for the CPU with a C++ compiler")
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("tiles", [256, 7])
-@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 4, 4), (3, 1, 16, 4)])
+@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 8, 8), (5, 1, 16, 8)])
 def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch):
     monkeypatch.setattr(winograd, "TILES", tiles)
     direct = nn.Conv2d(shape[1], 7, 3, padding=1, dtype=torch.float64)
@@ -51,7 +66,7 @@ def test_a_network_keeps_its_outputs_and_its_names(frozen):
     used = [name for name, module in fast.named_modules() if isinstance(module, WinogradConv2d)]
     assert len(used) == 17  # all but the first, the last, and the one of stride 2
     assert fast.state_dict().keys() == network.state_dict().keys()
-    x, t = gaussian(2, 3, 8, 16, dtype=torch.float32), torch.tensor([3, 800])
+    x, t = gaussian(2, 3, 16, 32, dtype=torch.float32), torch.tensor([3, 800])
     with torch.no_grad():
         expected, got = network(x, t), fast(x, t)
     assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
@@ -64,9 +79,9 @@ def test_weights_that_are_trained_are_seen_and_frozen_ones_are_transformed_once(
     assert layer.transformed is None
     frozen = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
     use_winograd(frozen)
-    assert frozen.transformed.shape == (6, 6, 32, 32)
+    assert frozen.transformed.shape == (36, 32, 32)
     assert "transformed" not in frozen.state_dict()
-    x = gaussian(1, 32, 4, 4, dtype=torch.float32)
+    x = gaussian(1, 32, 8, 8, dtype=torch.float32)
     before = layer(x)
     with torch.no_grad():
         layer.weight.mul_(2)
@@ -98,9 +113,36 @@ def test_other_convolutions_stay_as_they_are(layer):
     assert type(layer) is nn.Conv2d
 
 
-def test_sizes_that_tiles_do_not_cover_are_convolved_directly():
+@pytest.mark.parametrize("size", [(6, 8), (8, 4), (4, 4)])
+def test_sizes_that_tiles_do_not_cover_or_just_one_does_are_convolved_directly(size):
     layer = nn.Conv2d(32, 32, 3, padding=1)
     fast = copy.deepcopy(layer)
     use_winograd(fast)
-    x = gaussian(1, 32, 6, 8, dtype=torch.float32)
+    x = gaussian(1, 32, *size, dtype=torch.float32)
     assert torch.equal(fast(x), layer(x))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # torch's own check
+def test_the_operations_keep_what_torch_asks_of_them():
+    """Shapes and strides told in advance, and gradients: what compiling a network around them relies on."""
+    x, weight, bias = gaussian(2, 3, 8, 12), gaussian(5, 3, 3, 3).requires_grad_(), gaussian(5).requires_grad_()
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    torch.library.opcheck(torch.ops.ddim.winograd_trained.default, (x, weight, bias))
+    filters = winograd._filters(weight.detach())
+    torch.library.opcheck(torch.ops.ddim.winograd.default, (x.detach(), filters, bias.detach()))
+
+
+@pytest.mark.slow
+def test_compiled_code_is_for_all_shapes(compiled):
+    frames = torch._dynamo.utils.counters["frames"]
+    for batch, channels, height, width in ((3, 32, 8, 16), (9, 64, 16, 16), (5, 32, 32, 8), (2, 96, 32, 32)):
+        layer = nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False)
+        fast = copy.deepcopy(layer)
+        use_winograd(fast)
+        x = gaussian(batch, channels, height, width, dtype=torch.float32)
+        before = frames["total"]
+        expected, got = layer(x), fast(x)
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+        assert frames["total"] == before + (2 if batch == 3 else 0)
