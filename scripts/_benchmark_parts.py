@@ -44,7 +44,7 @@ class Bench:
         """Our own code, which some measurements are of alone."""
         ours = self.peers.get("ours")
         if not isinstance(ours, Ours):
-            raise UserError("the parts steps and profile are of ours; name ours among the --peers.")
+            raise UserError("the parts scaling, steps and profile are of ours; name ours among the --peers.")
         return ours
 
     def describe(self, missing: Mapping[str, str], apart: Mapping[str, float]) -> None:
@@ -134,6 +134,24 @@ def training(bench: Bench, minutes: float) -> None:
     batch = bench.training_batch
     variants = bench.variants(lambda peer, setting: peer.trainer(setting, bench.device, batch))
     bench.time("training", variants, minutes, batch=batch)
+
+
+def scaling(bench: Bench, minutes: float) -> None:
+    """Time ours over the number of steps, and over the number of images at one batch size."""
+    from ddim.diffusion.sampling import SamplerSpec
+    from ddim.evaluation.generate import ComputeSpec, generate
+
+    setting, batch = bench.settings[-1][0], bench.sampling_batches[0]
+    model = _loaded(bench, setting)
+    compute = ComputeSpec(str(bench.device), batch, bf16=setting.bf16)
+    points = [(batch, S) for S in (1, 2, 5, 10)] + [(batches * batch, 2) for batches in (2, 3, 4)]
+
+    def build(n: int, S: int) -> Variant:
+        sampler = SamplerSpec(S=S, spacing="uniform")
+        return clocked(lambda: generate(model, sampler, range(n), 0, compute), bench.device)
+
+    variants: dict[str, Build] = {f"n={n},S={S} {setting}": partial(build, n, S) for n, S in points}
+    bench.time("scaling", variants, minutes, batch=batch)
 
 
 def steps(bench: Bench, minutes: float) -> None:
@@ -231,6 +249,7 @@ def _extractor(name: Any, device: torch.device, batch: int) -> Any:
 MEASURES: dict[str, Callable[[Bench, float], None]] = {
     "sampling": sampling,
     "training": training,
+    "scaling": scaling,
     "steps": steps,
     "profile": profile,
 }

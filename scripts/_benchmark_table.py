@@ -1,5 +1,6 @@
 """Markdown from the record of the speed benchmark; every number is computed here from the lines, none is typed."""
 
+import re
 import statistics
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +29,7 @@ def _run(records: list[Record]) -> str:
     for what, batch in sorted({(r["what"], r["batch"]) for r in records if r["what"] in ("sampling", "training")}):
         chosen = [r for r in records if (r["what"], r.get("batch")) == (what, batch)]
         blocks.append(_comparison(what, batch, chosen, records))
-    blocks += [_steps(records), _profile(records), _missing(records)]
+    blocks += [_scaling(records), _steps(records), _profile(records), _missing(records)]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -117,6 +118,26 @@ def _verdict(what: str, chosen: list[Record]) -> list[str]:
         hours = TABLE1_EVALUATIONS / evaluations / 3600
         lines.append(f"{evaluations:,.0f} evaluations/s; sampling for the paper's CIFAR-10 table: {hours:,.1f} h.")
     return lines
+
+
+def _scaling(records: list[Record]) -> str:
+    """How well a straight line tells the time, over S and over n."""
+    found = [(*map(int, re.findall(r"\d+", r["peer"])), r) for r in records if r["what"] == "scaling"]
+    blocks = []
+    for name, varies, fixed in (("steps S", 1, 0), ("images n", 0, 1)):
+        at = min((point[fixed] for point in found), default=0) if fixed == 0 else 2
+        points = sorted((p[varies], statistics.median(p[2]["seconds"])) for p in found if p[fixed] == at)
+        if len(points) < 3:
+            continue
+        slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
+        off = max(abs(intercept + slope * x - seconds) / seconds for x, seconds in points)
+        rows = [[x, f"{seconds * 1e3:,.0f}", f"{(intercept + slope * x) * 1e3:,.0f}"] for x, seconds in points]
+        title = (
+            f"Time over the number of {name}, {at} {'images' if fixed == 0 else 'steps'}, {found[0][2]['setting']}: "
+            f"{round(intercept * 1e3):,} ms + {round(slope * 1e3):,} ms each, off by {off:.1%} at most:"
+        )
+        blocks.append(f"{title}\n\n" + _table([name, "ms", "line"], rows))
+    return "\n\n".join(blocks)
 
 
 def _steps(records: list[Record]) -> str:

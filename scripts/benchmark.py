@@ -22,7 +22,7 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm
 
-PARTS = {"sampling": 4.0, "training": 4.0, "steps": 1.0, "profile": 1.0}  # shares of the time
+PARTS = {"sampling": 4.0, "training": 4.0, "scaling": 1.0, "steps": 1.0, "profile": 1.0}  # shares of the time
 NETWORKS = ("cifar10", "tiny")
 
 

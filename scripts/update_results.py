@@ -3,6 +3,7 @@
     python scripts/update_results.py                                    # rewrite the tables from docs/results/*.jsonl
     python scripts/update_results.py digits=outputs/evaluate/digits     # first take over the records of a sweep
     python scripts/update_results.py training_speed=outputs/benchmark   # or those of benchmark_training.py
+    python scripts/update_results.py speed=outputs/benchmark/speed.jsonl precision=outputs/benchmark/precision.jsonl
 
 The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`.
 """
@@ -12,12 +13,14 @@ import re
 import shutil
 import statistics
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))  # for the scripts that know how to show their records
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "training_speed.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "training_speed.md", ROOT / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -29,6 +32,10 @@ def render(name: str) -> str:
     records = RecordFile(RESULTS / f"{name}.jsonl").read()
     if all("variant" in record for record in records):
         return speed_table(records)
+    if all("what" in record for record in records):
+        return f"\n{import_module('_benchmark_table').markdown(records)}\n\n"
+    if all("precision" in record for record in records):
+        return f"{import_module('precision').table(records)}\n\n"
     return "".join(f"\n{table.markdown()}\n\n<sub>{table.title()}</sub>\n\n" for table in build_tables(records))
 
 
@@ -54,11 +61,11 @@ def fill(text: str) -> str:
 def main() -> None:
     """Take over records if asked, then rewrite the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweeps", nargs="*", metavar="NAME=FOLDER")
-    for name, _, folder in (sweep.partition("=") for sweep in parser.parse_args().sweeps):
-        records = Path(folder) / "records.jsonl"
-        if not folder or not records.is_file():
-            sys.exit(f"error: there are no records {records}; give NAME=FOLDER with the folder of a finished sweep.")
+    parser.add_argument("sweeps", nargs="*", metavar="NAME=PATH", help="a folder with records.jsonl, or such a file")
+    for name, _, path in (sweep.partition("=") for sweep in parser.parse_args().sweeps):
+        records = Path(path) if path.endswith(".jsonl") else Path(path) / "records.jsonl"
+        if not path or not records.is_file():
+            sys.exit(f"error: there are no records {records}; give NAME=PATH with the folder of a finished sweep.")
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(records, RESULTS / f"{name}.jsonl")
     for document in DOCUMENTS:

@@ -134,8 +134,8 @@ class EvaluateSpec:
         Raises:
             UserError: bad input.
         """
-        spec = dataclasses.replace(self, compute=on_own_device(self.compute, processes))
-        model = cached_model(spec.checkpoint, spec.weights, spec.compute)
+        model, compute = cached_model(self.checkpoint, self.weights, on_own_device(self.compute, processes))
+        spec = dataclasses.replace(self, compute=compute)
         tau = check_sampler(model, spec.sampler)
         reference = cached_images(spec.data, spec.metric.reference_split)
         check_shape(model, reference)

@@ -1,13 +1,15 @@
 """Generating exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
 
+import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.checkpoints import LoadedModel
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import blame
 from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
@@ -16,6 +18,9 @@ from ddim.errors import UserError
 from ddim.evaluation.parts import in_batches, split
 from ddim.networks import tune_network
 
+log = logging.getLogger(__name__)
+LONG = 5.0  # seconds, for one network evaluation of a search
+
 
 @dataclass(frozen=True)
 class ComputeSpec:
@@ -23,12 +28,13 @@ class ComputeSpec:
 
     Attributes:
         device: a torch device, such as cuda or cpu.
-        batch_size: images in one network evaluation.
+        batch_size: images in one network evaluation; 0 finds it by a short search (`find_batch_size`).
         bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
         channels_last, compile, graphs, winograd: see `ddim.networks.tune_network`.
 
     Raises:
-        ValueError: batch_size below 1, or bf16 with winograd, which is for float32.
+        ValueError: batch_size below 0, or 0 where each size would be compiled anew; bf16 with winograd, which is for
+            float32.
     """
 
     device: str
@@ -42,8 +48,10 @@ class ComputeSpec:
     def __post_init__(self) -> None:
         if self.bf16 and self.winograd:
             raise ValueError("bf16 and winograd exclude each other: Winograd's algorithm needs float32.")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size} must be at least 1.")
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1, or 0 for a search.")
+        if self.batch_size == 0 and (self.compile or self.graphs):
+            raise ValueError("batch_size=0 would compile the network for each size; give a number, or compile=false.")
 
 
 def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
@@ -60,6 +68,56 @@ def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     ways = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
     tune_network(model.network, torch.device(compute.device), **ways)
     return model
+
+
+def load_placed(checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
+    """Load a model and `place` it; returns it and how it is going to run, with a batch size that is at least 1.
+
+    Raises:
+        UserError: as from `load_model` and `place`.
+    """
+    model = place(load_model(checkpoint, weights), compute)
+    if compute.batch_size == 0:
+        compute = replace(compute, batch_size=find_batch_size(lambda count: evaluate_zeros(model, compute, count)))
+        log.info("compute.batch_size=%d is about the fastest here.", compute.batch_size)
+    return model, compute
+
+
+def find_batch_size(evaluate: Callable[[int], object], most: int = 1024) -> int:
+    """Return the smallest of 1, 2, 4, ... images with which one takes at most 5 % longer than with the best number.
+
+    The search ends at `most`, where memory does, where one evaluation takes `LONG` seconds, and where twice the images
+    take twice the time or more.
+
+    Args:
+        evaluate: what is timed, with so many images at once.
+    """
+    paces: dict[int, float] = {}  # seconds for an image
+
+    def seconds(batch: range) -> float:
+        evaluate(len(batch))  # allocates for this number of images
+        start = time.perf_counter()
+        evaluate(len(batch))
+        return time.perf_counter() - start
+
+    count, slower = 1, 0
+    while count <= most and slower < 2:
+        batch, took = next(in_batches([range(count)], seconds))
+        pace = took / len(batch)
+        slower = slower + 1 if paces and pace >= min(paces.values()) else 0
+        paces[len(batch)] = min(pace, paces.get(len(batch), pace))
+        if len(batch) < count or took > LONG:
+            break
+        count *= 2
+    return min(size for size, pace in paces.items() if pace <= 1.05 * min(paces.values()))
+
+
+@torch.inference_mode()
+def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None:
+    """Evaluate the network once, for timing, and wait for it."""
+    x = torch.zeros(count, *model.spec.image_shape, device=compute.device)
+    with autocast(compute):
+        model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
 
 
 def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:

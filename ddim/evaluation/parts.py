@@ -11,6 +11,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +117,7 @@ class Parts:
         processes: Processes = SOLO,
         started: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Compute what is missing, each process its share.
+        """Compute what is missing, each process its share; a batch is written while the next is computed.
 
         Args:
             batch_size: images at a time.
@@ -130,9 +131,14 @@ class Parts:
         batches = processes.ask_first(lambda: self.missing(batch_size))
         mine = batches[processes.rank :: processes.world_size]
         started(sum(map(len, mine)))
-        with processes.together():
+        with processes.together(), ThreadPoolExecutor(1) as writer:
+            written = None
             for batch, tensors in in_batches(mine, compute):
-                write_safetensors(self.path(batch), tensors, {})
+                if written is not None:
+                    written.result()
+                written = writer.submit(write_safetensors, self.path(batch), tensors, {})
+            if written is not None:
+                written.result()
         with processes.together():
             self._wait_until_complete()
 

@@ -108,8 +108,7 @@ class ReconstructSpec:
         Raises:
             UserError: bad input.
         """
-        compute = on_own_device(self.compute, processes)
-        model = cached_model(self.checkpoint, self.weights, compute)
+        model, compute = cached_model(self.checkpoint, self.weights, on_own_device(self.compute, processes))
         tau = check_sampler(model, self.sampler)
         images = cached_images(self.data, self.split)
         check_shape(model, images)

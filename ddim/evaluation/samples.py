@@ -1,17 +1,18 @@
 """Images from a checkpoint as files: a grid, single PNGs, or an animation of the trajectory."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
-from ddim.checkpoints import LoadedModel, load_model
+from ddim.checkpoints import LoadedModel
 from ddim.data.pictures import grid, save_gif, save_png
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, progress, to_pixels
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, load_placed, progress, to_pixels
 from ddim.evaluation.trajectories import Source, along
 
 
@@ -59,7 +60,8 @@ def write_samples(spec: SampleSpec) -> list[Path]:
     Raises:
         UserError: bad input, or files that would be overwritten; before any image is generated.
     """
-    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
+    model, compute = load_placed(spec.checkpoint, spec.weights, spec.compute)
+    spec = dataclasses.replace(spec, compute=compute)
     check_sampler(model, spec.sampler)
     indices = range(spec.first, spec.first + spec.n)
     folder = Path(spec.output_dir)

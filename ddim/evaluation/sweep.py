@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, autocast
+from ddim.evaluation.generate import ComputeSpec, evaluate_zeros
 from ddim.evaluation.parts import in_batches
 from ddim.evaluation.processes import SOLO, Processes
 from ddim.evaluation.records import record_key
@@ -178,19 +178,14 @@ def _expected(cells: Sequence[_Outlook], processes: Processes) -> str:
 
 
 def _pace(cell: Cell) -> Pace:
-    shape, compute = cell.model.spec.image_shape, cell.compute
-
-    @torch.inference_mode()
-    def evaluate(count: int) -> None:
-        x = torch.zeros(count, *shape, device=compute.device)
-        with autocast(compute):
-            cell.model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
-
-    look = cell.look
+    compute, look = cell.compute, cell.look
     largest = min(compute.batch_size, len(cell.indices))
-    network = _seconds_per_image(evaluate, largest, at_once=compute.compile)
+    network = _seconds_per_image(
+        lambda count: evaluate_zeros(cell.model, compute, count), largest, at_once=compute.compile or compute.graphs
+    )
     if look is None:
         return Pace(network, 0.0)
+    shape = cell.model.spec.image_shape
     looking = _seconds_per_image(lambda count: look(torch.zeros(count, *shape, dtype=torch.uint8)), largest)
     return Pace(network, looking)
 

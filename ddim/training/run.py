@@ -231,7 +231,7 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     """Return the module of a run, its network tuned as `spec.trainer` says."""
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
-    found = torch.accelerator.current_accelerator() if t.accelerator != "cpu" else None
+    found = torch.accelerator.current_accelerator(True) if t.accelerator != "cpu" else None
     ways = {name: getattr(t, name) for name in ("channels_last", "compile", "winograd")}
     tune_network(module.network, found or torch.device("cpu"), **ways)
     return module

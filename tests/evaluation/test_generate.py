@@ -1,6 +1,7 @@
 """Exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation import generate as generate_module
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, sample_batch
+from ddim.evaluation.generate import (
+    ComputeSpec,
+    check_sampler,
+    find_batch_size,
+    generate,
+    load_placed,
+    place,
+    sample_batch,
+)
 from ddim.evaluation.parts import split
 
 CPU = ComputeSpec("cpu")
@@ -174,3 +183,43 @@ def test_a_device_that_is_not_there_is_refused(model: LoadedModel, device: str) 
 def test_a_batch_size_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
         ComputeSpec("cpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("fits", "fixed", "linear", "expected"),
+    [
+        (10**9, 1.0, 0.001, 1024),  # starting costs so much that more is always better, up to the most that is tried
+        (10**9, 0.1, 0.1, 32),  # 31 of 32 parts of the gain are there
+        (10**9, 0.0, 0.1, 1),
+        (100, 1.0, 0.001, 64),  # 128 do not fit, and the half of them does
+        (10**9, 0.0, 6.0, 1),
+    ],
+)
+def test_the_search_for_a_batch_size_takes_the_smallest_that_is_about_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, fits: int, fixed: float, linear: float, expected: int
+) -> None:
+    clock, tried = [0.0], []
+    monkeypatch.setattr("ddim.evaluation.generate.time.perf_counter", lambda: clock[0])
+
+    def evaluate(count: int) -> None:
+        if count > fits:
+            raise torch.OutOfMemoryError
+        tried.append(count)
+        clock[0] += fixed + linear * count
+
+    assert find_batch_size(evaluate) == expected
+    assert max(tried) <= 1024
+    assert clock[0] < 200
+
+
+def test_a_batch_size_of_zero_is_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddim.evaluation.generate.find_batch_size", lambda evaluate: evaluate(3) or 3)
+    _, compute = load_placed(str(checkpoint), "ema", ComputeSpec("cpu", batch_size=0))
+    assert compute == ComputeSpec("cpu", batch_size=3)
+    assert load_placed(str(checkpoint), "ema", compute)[1] is compute
+    with pytest.raises(ValueError, match="batch_size=0 would compile"):
+        ComputeSpec("cuda", batch_size=0, compile=True)
+    with pytest.raises(ValueError, match="batch_size=-1 must be at least 1, or 0"):
+        ComputeSpec("cpu", batch_size=-1)
+    with pytest.raises(ValueError, match="bf16 and winograd exclude"):
+        ComputeSpec("cpu", bf16=True, winograd=True)

@@ -86,6 +86,36 @@ def test_a_failure_keeps_what_was_done(tmp_path: Path) -> None:
     assert parts.missing(5) == [range(10, 15), range(15, 20)]
 
 
+def test_a_batch_is_written_while_the_next_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    second = threading.Event()
+
+    def write(*arguments: Any) -> None:
+        assert second.wait(20)
+        write_safetensors(*arguments)
+
+    def compute(batch: range) -> Tensors:
+        if batch.start:
+            second.set()
+        return {"rows": torch.zeros(len(batch), 1)}
+
+    monkeypatch.setattr(module, "write_safetensors", write)
+    parts = Parts(tmp_path / "parts", range(4))
+    parts.fill(2, compute)
+    assert not parts.missing(2)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Also of the last batch, after which nothing is computed."""
+
+    def write(path: Path, *_: Any) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(module, "write_safetensors", write)
+    with pytest.raises(OSError, match="No space left"):
+        Parts(tmp_path / "parts", range(count)).fill(2, lambda batch: {"rows": torch.zeros(len(batch), 1)})
+
+
 def test_a_part_that_does_not_hold_what_is_required_is_computed_again(tmp_path: Path) -> None:
     parts = Parts(tmp_path, range(20))
     parts.fill(5, squares)

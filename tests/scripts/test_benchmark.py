@@ -158,11 +158,24 @@ def test_the_tables_are_computed_from_the_record():
     assert "another network" in next(row for row in found if row[0] == "denoising-diffusion-pytorch")
 
 
+def test_a_line_is_laid_through_the_times():
+    from _benchmark_table import markdown
+
+    times = {(8, 1): 1.5, (8, 2): 2.5, (8, 4): 4.5, (16, 2): 5.0, (24, 2): 8.0, (32, 2): 10.0}
+    points = [timing("scaling", f"n={n},S={S}", "default", [t], batch=8) for (n, S), t in times.items()]
+    text = markdown([*RECORDS, *points])
+    assert "Time over the number of steps S, 8 images, default: 500 ms + 1,000 ms each, off by 0.0% at most:" in text
+    # 0 + 319 n tells 2.55, 5.1, 7.65, 10.2 s of 2.5, 5, 8, 10
+    assert "Time over the number of images n, 2 steps, default: 0 ms + 319 ms each, off by 4.4% at most:" in text
+    assert ["4", "4,500", "4,500"] in rows(text)
+    assert "Time over" not in markdown(RECORDS)
+
+
 @pytest.mark.slow
 def test_a_run_measures_diffusers_beside_ours_and_says_who_is_missing(run, tmp_path):
     pytest.importorskip("diffusers")
     out = tmp_path / "speed.jsonl"
-    words = "--network tiny --parts sampling training steps profile --rounds 1 --batch 1 --train-batch 2 --steps 2"
+    words = "--network tiny --rounds 1 --batch 1 --train-batch 2 --steps 2"
     settings = ("--settings", "default", "channels_last+winograd", "--threads", str(torch.get_num_threads()))
     done = run("benchmark", *words.split(), *settings, "--peers", "ours", "diffusers", "official", "--out", str(out))
     assert done.code == 0, done.err
@@ -178,6 +191,7 @@ def test_a_run_measures_diffusers_beside_ours_and_says_who_is_missing(run, tmp_p
             ("diffusers", "channels_last"),  # Winograd's algorithm is ours alone
         )
     }
+    assert sum(r["what"] == "scaling" for r in records) == 7
     steps = {r["peer"] for r in records if r["what"] == "step"}
     assert steps >= {"network", "arithmetic", "noise", "copy"}
     assert all(len(r["rows"]) == 10 for r in records if r["what"] == "profile")

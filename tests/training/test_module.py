@@ -14,6 +14,7 @@ from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.data.order import MicroBatches, finish
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.errors import UserError
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 from ddim.training.run import TrainSpec
 
@@ -240,3 +241,17 @@ def test_adam_gets_every_setting(make):
         "eps": 0.3,
         "weight_decay": 0.4,
     }
+
+
+def test_winograd_trains_what_direct_convolutions_do(run, same, monkeypatch):
+    monkeypatch.setattr("ddim.networks.winograd._fused", lambda function: function)  # compiling takes a minute
+    options = {"network": {"ch": 32}, "optim": {"eps": 1e-3}}  # a small eps makes a full step of rounding noise
+    direct = run("direct", **options)
+    fast = run("fast", **options, trainer={"winograd": True, "channels_last": True})
+    assert same(direct, fast, atol=1e-5)
+    assert not same(direct, fast)
+
+
+def test_winograd_is_refused_where_it_cannot_be(config):
+    with pytest.raises(UserError, match="winograd=true needs precision=32-true"):
+        build(TrainSpec, config(trainer={"winograd": True, "precision": "bf16-mixed"}), "")
