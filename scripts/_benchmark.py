@@ -77,19 +77,18 @@ def with_memory(variant: Variant, kept: bool) -> Variant:
         if kept:
             keep_freed_memory()
         else:
-            hand_back_memory()
+            leave_memory()
         return variant()
 
     return run
 
 
-def hand_back_memory() -> None:
+def leave_memory() -> None:
     """Undo `keep_freed_memory`: glibc's own thresholds as they are after the first large tensors, 32 and 64 MiB."""
     if keep_freed_memory():
-        c, m_mmap_threshold = ctypes.CDLL(None), -3
+        m_mmap_threshold, c = -3, ctypes.CDLL(None)
         for parameter, value in ((M_MMAP_MAX, 65536), (m_mmap_threshold, 32 << 20), (M_TRIM_THRESHOLD, 64 << 20)):
             c.mallopt(parameter, value)
-        c.malloc_trim(0)
 
 
 class Timing(NamedTuple):
@@ -173,8 +172,10 @@ def interleave(
             continue
         built[name], timings[name] = variant, Timing(first, peak, [])
         say(f"{name}: ready after {first:.1f} s")
+    ready = time.monotonic()
     for number in range(rounds):
-        if number and time.monotonic() - start > minutes * 60 * (1 - 1 / (number + 1)):
+        now = time.monotonic()
+        if number and now + (now - ready) / number > start + minutes * 60:
             break  # a round more would take as long as the mean of those before
         for name, variant in built.items():
             timings[name].seconds.append(variant())
@@ -213,6 +214,8 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
         return memory.max_memory_allocated(device) - before
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
+        if keep_freed_memory():
+            ctypes.CDLL(None).malloc_trim(0)  # what was kept would not count
         refs.write_text("5")  # the peak begins anew
         before = _kilobytes(status, "VmRSS")
         call()

@@ -122,22 +122,26 @@ def _verdict(what: str, chosen: list[Record]) -> list[str]:
 
 def _scaling(records: list[Record]) -> str:
     """How well a straight line tells the time, over S and over n."""
-    found = [(*map(int, re.findall(r"\d+", r["peer"])), r) for r in records if r["what"] == "scaling"]
-    blocks = []
-    for name, varies, fixed in (("steps S", 1, 0), ("images n", 0, 1)):
-        at = min((point[fixed] for point in found), default=0) if fixed == 0 else 2
-        points = sorted((p[varies], statistics.median(p[2]["seconds"])) for p in found if p[fixed] == at)
-        if len(points) < 3:
-            continue
-        slope, intercept = statistics.linear_regression(*zip(*points, strict=True))
-        off = max(abs(intercept + slope * x - seconds) / seconds for x, seconds in points)
-        rows = [[x, f"{seconds * 1e3:,.0f}", f"{(intercept + slope * x) * 1e3:,.0f}"] for x, seconds in points]
-        title = (
-            f"Time over the number of {name}, {at} {'images' if fixed == 0 else 'steps'}, {found[0][2]['setting']}: "
-            f"{round(intercept * 1e3):,} ms + {round(slope * 1e3):,} ms each, off by {off:.1%} at most:"
-        )
-        blocks.append(f"{title}\n\n" + _table([name, "ms", "line"], rows))
+    lines = [r for r in records if r["what"] == "scaling"]
+    if not lines:
+        return ""
+    # The part's name of a point is n=...,S=...
+    found = {tuple(map(int, re.findall(r"\d+", r["peer"]))): statistics.median(r["seconds"]) for r in lines}
+    setting, n = lines[0]["setting"], lines[0]["batch"]
+    over_S = {point[1]: seconds for point, seconds in found.items() if point[0] == n}
+    over_n = {point[0]: seconds for point, seconds in found.items() if point[1] == 2}
+    blocks = [_line("steps S", f"{n} images, {setting}", over_S), _line("images n", f"2 steps, {setting}", over_n)]
     return "\n\n".join(blocks)
+
+
+def _line(name: str, how: str, seconds: dict[int, float]) -> str:
+    slope, intercept = statistics.linear_regression(list(seconds), list(seconds.values()))
+    fit = {x: intercept + slope * x for x in seconds}
+    off = max(abs(fit[x] / seconds[x] - 1) for x in seconds)
+    terms = f"{round(intercept * 1e3):,} ms + {round(slope * 1e3):,} ms each"
+    rows = [[x, f"{seconds[x] * 1e3:,.0f}", f"{fit[x] * 1e3:,.0f}"] for x in sorted(seconds)]
+    title = f"Time over the number of {name}, {how}: {terms}, off by {off:.1%} at most:"
+    return f"{title}\n\n" + _table([name, "ms", "line"], rows)
 
 
 def _steps(records: list[Record]) -> str:

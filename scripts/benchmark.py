@@ -85,12 +85,12 @@ def measure(options: argparse.Namespace) -> str:
 
     from ddim.checkpoints.published import PRESETS
     from ddim.config import choose
+    from ddim.errors import UserError
     from ddim.evaluation.records import RecordFile
     from ddim.networks import UNetSpec
 
     end = time.monotonic() + 60 * options.minutes
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     device = this_device()
     tiny = UNetSpec((8, 8), ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
     spec = PRESETS["cifar10"] if options.network == "cifar10" else tiny
@@ -129,10 +129,12 @@ def measure(options: argparse.Namespace) -> str:
         del left[name]
         measure_part: Callable[[Bench, float], None] = MEASURES[name]
         print(f"\n{name}: {minutes:.1f} minutes", flush=True)
-        if minutes > 0:
+        try:
+            if minutes <= 0:
+                raise UserError(f"no time left of {options.minutes:g} minutes")
             measure_part(bench, minutes)
-        else:
-            bench.write("missing", peer=name, reason=f"no time left of {options.minutes:g} minutes")
+        except UserError as error:  # such as a setting that this device has not
+            bench.write("missing", peer=name, reason=str(error))
     return run
 
 

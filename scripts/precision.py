@@ -36,13 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="S")
     parser.add_argument("--eta", type=float, default=0.0)
     parser.add_argument("--batch", type=int, default=250)
-    parser.add_argument(
-        "--precisions",
-        nargs="+",
-        choices=dict.fromkeys((*ON_CPUS, *ON_ACCELERATORS)),
-        metavar="NAME",
-        help="float32 always runs",
-    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, metavar="NAME", help="float32 always runs")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark/precision.jsonl"))
     parser.add_argument("--table", type=Path, metavar="RECORD", help="only print the table of a record")
     options = parser.parse_args()
@@ -67,16 +61,17 @@ def measure(options: argparse.Namespace) -> str:
     from ddim.checkpoints import load_model
     from ddim.config import choose
     from ddim.diffusion.sampling import SamplerSpec
-    from ddim.evaluation.generate import ComputeSpec, generate
+    from ddim.evaluation.generate import ComputeSpec, evaluate_zeros, generate
     from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics
     from ddim.evaluation.records import RecordFile
     from ddim.evaluation.statistics import FeatureSet, feature_set
+    from ddim.networks import tune_network
 
     device = this_device()
     choose("extractor", options.extractor, EXTRACTORS)
     metric: Any = MetricSpec(options.extractor)
     model = load_model(options.checkpoint)
-    model.network.to(device)
+    tune_network(model.network.to(device), device)
     extractor = FeatureExtractor(metric, device)
     sampler = SamplerSpec(S=options.steps, eta=options.eta)
     file, n = RecordFile(options.out), options.n
@@ -87,7 +82,11 @@ def measure(options: argparse.Namespace) -> str:
     def sample(first: int, name: str) -> Any:
         compute = ComputeSpec(str(device), options.batch)
         with at_precision(model.network, name, device) as network:
-            return generate(replace(model, network=network), sampler, range(first, first + n), 0, compute)
+            at = replace(model, network=network)
+            evaluate_zeros(at, compute, min(n, options.batch))  # compiles
+            start = time.perf_counter()
+            images = generate(at, sampler, range(first, first + n), 0, compute)
+            return images, time.perf_counter() - start
 
     def features(images: Any) -> FeatureSet:
         return feature_set(extractor.extract(images), extractor.layers[0])
@@ -95,13 +94,11 @@ def measure(options: argparse.Namespace) -> str:
     def distance(one: FeatureSet, other: FeatureSet) -> float:
         return next(iter(compute_metrics(one, other, metric, n).values()))
 
-    fresh = features(sample(n, "float32"))
+    fresh = features(sample(n, "float32")[0])
     names = options.precisions or (ON_CPUS if device.type == "cpu" else ON_ACCELERATORS)
     exact = None
     for name in dict.fromkeys(("float32", *names)):
-        start = time.perf_counter()
-        images = sample(0, name)
-        seconds = time.perf_counter() - start
+        images, seconds = sample(0, name)
         exact = images if exact is None else exact
         measured = features(images)
         apart = (images.int() - exact.int()).abs()

@@ -30,6 +30,8 @@ def render(name: str) -> str:
     from ddim.evaluation.tables import build_tables
 
     records = RecordFile(RESULTS / f"{name}.jsonl").read()
+    if not records:
+        sys.exit(f"error: there are no records docs/results/{name}.jsonl, which a document asks for.")
     if all("variant" in record for record in records):
         return speed_table(records)
     if all("what" in record for record in records):

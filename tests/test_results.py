@@ -19,8 +19,9 @@ def test_the_tables_are_those_of_the_records():
     assert sorted(names) == sorted(path.stem for path in (ROOT / "docs" / "results").glob("*.jsonl"))
     for text in texts:
         assert SCRIPT["fill"](text) == text
-    typed = texts[0].replace("| η=0.0 | 7", "| η=0.0 | 1"), texts[1].replace("| 1.0", "| 0.5")
-    for text, changed in zip(texts, typed, strict=True):
+    typed = (("| η=0.0 | 7", "| η=0.0 | 1"), ("| 1.0", "| 0.5"), ("| ours | default | ", "| ours | default | 9"))
+    for text, change in zip(texts, typed, strict=True):
+        changed = text.replace(*change)
         assert changed != text
         assert SCRIPT["fill"](changed) == text  # a typed number does not survive
 
@@ -57,10 +58,9 @@ def test_records_name_no_place_of_the_machine_they_were_made_on():
     for path in (ROOT / "docs" / "results").glob("*.jsonl"):
         for record in RecordFile(path).read():
             assert not record["revision"].endswith("+changes")
-            if "variant" in record:
-                continue
-            config = record["config"]
-            for place in (config["checkpoint"], config["output_dir"], config["data"]["root"]):
+            config = record.get("config", {"data": {}})
+            places = [config.get("checkpoint"), config.get("output_dir"), config["data"].get("root")]
+            for place in filter(None, [*places, record.get("checkpoint")]):
                 assert not Path(place).is_absolute()
 
 
@@ -68,3 +68,8 @@ def test_records_of_a_sweep_that_is_not_there_are_refused(monkeypatch, tmp_path)
     monkeypatch.setattr("sys.argv", ["update_results.py", f"digits={tmp_path}"])
     with pytest.raises(SystemExit, match=r"error: there are no records .*records\.jsonl"):
         SCRIPT["main"]()
+
+
+def test_a_table_without_records_is_refused(monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: there are no records docs/results/nothing\.jsonl"):
+        SCRIPT["render"]("nothing")

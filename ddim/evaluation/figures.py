@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ddim.checkpoints import load_model
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation import panels
 from ddim.evaluation.drawing import animate, draw
-from ddim.evaluation.generate import ComputeSpec, check_sampler, load_placed
+from ddim.evaluation.generate import ComputeSpec, check_sampler, place, with_batch_size
 from ddim.evaluation.panels import Panel, save_panel
 from ddim.evaluation.records import provenance
 from ddim.evaluation.trajectories import Source, evenly
@@ -91,8 +92,8 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     Raises:
         UserError: bad input, or files that would be overwritten; before anything is sampled.
     """
-    model, compute = load_placed(spec.checkpoint, spec.weights, spec.compute)
-    spec = dataclasses.replace(spec, compute=compute)
+    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
+    spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
     source = Source(model, spec.seed, spec.compute)
     names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
     plans = {name: FIGURES[name](spec, source) for name in names}

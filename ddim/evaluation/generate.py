@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.checkpoints import LoadedModel, load_model
+from ddim.checkpoints import LoadedModel
 from ddim.config import blame
 from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
@@ -28,7 +28,7 @@ class ComputeSpec:
 
     Attributes:
         device: a torch device, such as cuda or cpu.
-        batch_size: images in one network evaluation; 0 finds it by a short search (`find_batch_size`).
+        batch_size: images in one network evaluation; 0 asks `with_batch_size` for a short search.
         bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
         channels_last, compile, graphs, winograd: see `ddim.networks.tune_network`.
 
@@ -51,7 +51,7 @@ class ComputeSpec:
         if self.batch_size < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1, or 0 for a search.")
         if self.batch_size == 0 and (self.compile or self.graphs):
-            raise ValueError("batch_size=0 would compile the network for each size; give a number, or compile=false.")
+            raise ValueError("batch_size=0 would compile the network for each size; give a number, or do not compile.")
 
 
 def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
@@ -70,24 +70,24 @@ def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     return model
 
 
-def load_placed(checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
-    """Load a model and `place` it; returns it and how it is going to run, with a batch size that is at least 1.
+def with_batch_size(model: LoadedModel, compute: ComputeSpec, most: int = 1024) -> ComputeSpec:
+    """Return `compute` with a batch size of at least 1: where it is 0, that of a search up to `most` images.
 
-    Raises:
-        UserError: as from `load_model` and `place`.
+    Args:
+        model: on its device (`place`).
     """
-    model = place(load_model(checkpoint, weights), compute)
-    if compute.batch_size == 0:
-        compute = replace(compute, batch_size=find_batch_size(lambda count: evaluate_zeros(model, compute, count)))
-        log.info("compute.batch_size=%d is about the fastest here.", compute.batch_size)
-    return model, compute
+    if compute.batch_size:
+        return compute
+    found = find_batch_size(lambda count: evaluate_zeros(model, compute, count), most)
+    log.info("compute.batch_size=%d is about the fastest here.", found)
+    return replace(compute, batch_size=found)
 
 
-def find_batch_size(evaluate: Callable[[int], object], most: int = 1024) -> int:
+def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
     """Return the smallest of 1, 2, 4, ... images with which one takes at most 5 % longer than with the best number.
 
-    The search ends at `most`, where memory does, where one evaluation takes `LONG` seconds, and where twice the images
-    take twice the time or more.
+    The search ends at `most`, where memory does, where one evaluation takes `LONG` seconds, and where two sizes in a
+    row were no faster than those before.
 
     Args:
         evaluate: what is timed, with so many images at once.
@@ -142,6 +142,8 @@ def generate(
     """
     if len(indices) < 1:
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
+    if compute.batch_size < 1:
+        raise UserError("batch_size=0 was not replaced by a number; see with_batch_size.")
     tau = check_sampler(model, sampler)
     places = split(range(len(indices)), compute.batch_size)
     with progress(len(indices) * len(tau), title) as bar:

@@ -7,12 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from ddim.checkpoints import LoadedModel
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.pictures import grid, save_gif, save_png
 from ddim.diffusion.noise import check_seed
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, load_placed, progress, to_pixels
+from ddim.evaluation.generate import ComputeSpec, check_sampler, generate, place, progress, to_pixels, with_batch_size
 from ddim.evaluation.trajectories import Source, along
 
 
@@ -60,14 +60,14 @@ def write_samples(spec: SampleSpec) -> list[Path]:
     Raises:
         UserError: bad input, or files that would be overwritten; before any image is generated.
     """
-    model, compute = load_placed(spec.checkpoint, spec.weights, spec.compute)
-    spec = dataclasses.replace(spec, compute=compute)
+    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
     check_sampler(model, spec.sampler)
     indices = range(spec.first, spec.first + spec.n)
     folder = Path(spec.output_dir)
     targets = _targets(spec, folder, indices)
     if not spec.overwrite and (present := next((path for path in targets if path.exists()), None)) is not None:
         raise UserError(f"{present} exists already; choose another output_dir=..., or overwrite=true to replace it.")
+    spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute, spec.n))
     if spec.format == "gif":
         save_gif(_frames(model, spec, indices), targets[0])
         return targets

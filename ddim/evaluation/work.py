@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddim.checkpoints import LoadedModel
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import Images
 from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.timesteps import distinct_evaluations
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, load_placed
+from ddim.evaluation.generate import ComputeSpec, place, with_batch_size
 from ddim.evaluation.parts import Parts
 from ddim.evaluation.processes import SOLO, Processes
 from ddim.evaluation.records import Record, RecordFile, provenance, record_key
@@ -108,14 +108,15 @@ def once(prepare: Callable[[Processes], Cell], processes: Processes = SOLO) -> t
 
 
 def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
-    """Return what `load_placed` does, the same as before unless the file was written to meanwhile."""
+    """Return the model on its device and how it is run, the same as before unless the file was written to meanwhile."""
     path = Path(checkpoint)
     return _model(checkpoint, path.stat().st_mtime_ns if path.exists() else 0, weights, compute)
 
 
 @lru_cache(maxsize=1)
 def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
-    return load_placed(checkpoint, weights, compute)
+    model = place(load_model(checkpoint, weights), compute)
+    return model, with_batch_size(model, compute)
 
 
 def on_own_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import shlex
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from ddim.errors import UserError
 from ddim.networks.winograd import use_winograd
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: where it keeps what it compiled
-COMPILERS = ("g++", "clang++", "cl")  # those that torch looks for
+COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch takes $CXX, or else this one
+SIZES = 64  # that a network is compiled for; beyond them torch runs it uncompiled, and says so in passing
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -55,7 +58,8 @@ def tune_network(
         use_winograd(network)
     if compile or graphs:
         _keep_compiled()
-        # For each batch size anew: there are few, and code for all of them is slower.
+        # For each batch size anew: code for all of them is slower, and on some CPUs it does not compile.
+        torch._dynamo.config.recompile_limit = max(SIZES, torch._dynamo.config.recompile_limit)
         network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 
@@ -73,11 +77,11 @@ def keep_freed_memory() -> bool:
 
 
 def _need_compiler() -> None:
-    named = os.environ.get("CXX")
-    if not any(map(shutil.which, [named] if named else COMPILERS)):
+    command = shlex.split(os.environ.get("CXX") or COMPILER)[0]
+    if shutil.which(command) is None:
         raise UserError(
-            f"compile=true and winograd=true need a C++ compiler, and {named or ', '.join(COMPILERS)} cannot be found; "
-            "install one (apt install g++, conda install gxx), or leave both false."
+            f"compile=true and winograd=true need a C++ compiler, and {command} cannot be found; install it "
+            "(apt install g++, conda install gxx), name another by the variable CXX, or leave both false."
         )
 
 

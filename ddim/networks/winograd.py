@@ -3,7 +3,7 @@
 Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016, F(4x4, 3x3): with its B, G and A,
 a tile of 4x4 outputs is A^T [(G g G^T) * (B^T d B)] A for the 6x6 inputs d below it and the filter g. Of all tiles and
 channels together the elementwise product becomes 36 matrix products. What stands around them moves memory rather than
-computes, so torch compiles it into one loop each, for all shapes at once.
+computes, so torch compiles it into a loop or three each, for all shapes.
 
 In float32 the result differs from a direct convolution's by about 1e-5 of its range: a tenth of TF32's error, a
 hundredth of bfloat16's, ten times that of a direct convolution.
@@ -112,7 +112,7 @@ def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]
     products = grad.new_zeros(IN * IN, weight.shape[1], weight.shape[0])
     for part, spread in zip(_parts(x), _parts(grad), strict=True):
         products.baddbmm_(_input_tiles(part).transpose(1, 2), _fused(_spread_tiles)(spread))
-    return grad_x, _fused(_unfiltered)(products)
+    return grad_x, _fused(_unfiltered)(products).contiguous()  # as was promised to torch
 
 
 def _output_like(x: Tensor, weights: Tensor, bias: Tensor) -> Tensor:
@@ -153,9 +153,10 @@ def _parts(x: Tensor) -> Sequence[Tensor]:
 
 @functools.cache
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One loop for a function of small matrices of tensors, compiled once for all shapes.
+    """One loop for a function of small matrices of tensors, compiled for all shapes, or twice or thrice for all.
 
-    For all but those of an `nn.Parameter`, which torch takes for constant: hand over what `detach` returns.
+    torch takes sizes that are 1, or equal to each other, in the first call for a rule, and the shape of an
+    `nn.Parameter` for constant: hand over what `detach` returns.
     """
     return torch.compile(function, dynamic=True)
 

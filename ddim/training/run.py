@@ -231,9 +231,11 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     """Return the module of a run, its network tuned as `spec.trainer` says."""
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
-    found = torch.accelerator.current_accelerator(True) if t.accelerator != "cpu" else None
+    here = next(module.network.parameters()).device
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = here if found is None or t.accelerator == here.type else found
     ways = {name: getattr(t, name) for name in ("channels_last", "compile", "winograd")}
-    tune_network(module.network, found or torch.device("cpu"), **ways)
+    tune_network(module.network, device, **ways)
     return module
 
 

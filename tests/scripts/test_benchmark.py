@@ -67,6 +67,26 @@ def test_time_that_is_up_leaves_variants_out():
     assert "no time left" in missing["a"]
 
 
+def test_rounds_are_done_while_one_more_fits_into_the_time(monkeypatch):
+    from _benchmark import interleave
+
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("_benchmark.peak_memory", lambda call, device: None)
+
+    def build():
+        clock[0] += 95  # compiling
+
+        def run():
+            clock[0] += 10
+            return 10.0
+
+        return run
+
+    timings, _ = interleave({"a": build}, 100, CPU, minutes=3.0, say=lambda text: None)
+    assert len(timings["a"].seconds) == 7  # 105 + 7 x 10 of 180 seconds
+
+
 def test_the_cifar10_network_costs_12_44_gflop_an_evaluation():
     from _benchmark import flops
 
