@@ -225,6 +225,7 @@ def _loaded(bench: Bench, setting: Setting) -> LoadedModel:
 
 def _extractor(name: Any, device: torch.device, batch: int) -> Any:
     """An extractor of ours; Inception with random weights, which take the same time and need no download."""
+    from ddim.evaluation.extractors import fold_normalisation
     from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec
 
     if name != "inception":
@@ -240,6 +241,7 @@ def _extractor(name: Any, device: torch.device, batch: int) -> Any:
             with tempfile.NamedTemporaryFile() as nothing:
                 torch.save({}, nothing.name)
                 network = Random("random", ["2048"], feature_extractor_weights_path=nothing.name)
+            fold_normalisation(network)
             self.spec = MetricSpec("inception", batch_size=batch)
             self.device, self.facts, self.network = device, EXTRACTORS["inception"], network.to(device)
 
