@@ -154,7 +154,6 @@ def interleave(
         What was measured, and why a variant is missing: it raised, or its turn did not come.
     """
     start, timings, missing = time.monotonic(), {}, {}
-    torch._dynamo.config.recompile_limit = 100  # beyond it torch runs without compiling, and says so in passing
     built: dict[str, Variant] = {}
     for name, build in variants.items():
         if time.monotonic() - start > minutes * 40:

@@ -96,17 +96,19 @@ def measure(options: argparse.Namespace) -> str:
 
     fresh = features(sample(n, "float32")[0])
     names = options.precisions or (ON_CPUS if device.type == "cpu" else ON_ACCELERATORS)
-    exact = None
+    exact: Any = None
+    at_float32: Any = None
     for name in dict.fromkeys(("float32", *names)):
         images, seconds = sample(0, name)
-        exact = images if exact is None else exact
         measured = features(images)
+        if exact is None:
+            exact, at_float32 = images, measured
         apart = (images.int() - exact.int()).abs()
         numbers = {"seconds": seconds, "largest": int(apart.max()), "mean": float(apart.float().mean())}
-        numbers |= {"to_fresh": distance(measured, fresh), "to_float32": distance(measured, features(exact))}
+        numbers |= {"to_fresh": distance(measured, fresh), "to_float32": distance(measured, at_float32)}
         file.append({**common, "precision": name, **numbers})
         print(f"{name}: {seconds:.1f} s", flush=True)
-    assert torch.isfinite(exact.float()).all()  # type: ignore[union-attr]
+    assert torch.isfinite(exact.float()).all()
     return str(common["run"])
 
 

@@ -93,23 +93,32 @@ def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
         evaluate: what is timed, with so many images at once.
     """
     paces: dict[int, float] = {}  # seconds for an image
-
-    def seconds(batch: range) -> float:
-        evaluate(len(batch))  # allocates for this number of images
-        start = time.perf_counter()
-        evaluate(len(batch))
-        return time.perf_counter() - start
-
     count, slower = 1, 0
     while count <= most and slower < 2:
-        batch, took = next(in_batches([range(count)], seconds))
-        pace = took / len(batch)
+        fitted, took = time_second(evaluate, count)
+        pace = took / fitted
         slower = slower + 1 if paces and pace >= min(paces.values()) else 0
-        paces[len(batch)] = min(pace, paces.get(len(batch), pace))
-        if len(batch) < count or took > LONG:
+        paces[fitted] = min(pace, paces.get(fitted, pace))
+        if fitted < count or took > LONG:
             break
         count *= 2
     return min(size for size, pace in paces.items() if pace <= 1.05 * min(paces.values()))
+
+
+def time_second(call: Callable[[int], object], count: int) -> tuple[int, float]:
+    """Return the seconds of the second of two calls for `count` images, and for how many it was.
+
+    The first one compiles, and allocates. What does not fit into memory is halved, as when images are generated.
+    """
+
+    def seconds(batch: range) -> float:
+        call(len(batch))
+        start = time.perf_counter()
+        call(len(batch))
+        return time.perf_counter() - start
+
+    batch, took = next(in_batches([range(count)], seconds))
+    return len(batch), took
 
 
 @torch.inference_mode()

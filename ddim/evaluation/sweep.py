@@ -6,7 +6,6 @@ What decides whether a cell is computed again are the records and the parts of u
 import dataclasses
 import fcntl
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,8 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, evaluate_zeros
-from ddim.evaluation.parts import in_batches
+from ddim.evaluation.generate import ComputeSpec, evaluate_zeros, time_second
 from ddim.evaluation.processes import SOLO, Processes
 from ddim.evaluation.records import record_key
 from ddim.evaluation.work import Cell, device_name
@@ -191,20 +189,10 @@ def _pace(cell: Cell) -> Pace:
 
 
 def _seconds_per_image(call: Callable[[int], object], largest: int, at_once: bool = False) -> float:
-    """Time calls with 1, 2, 4, ... images until one takes long enough, or with the largest number at once.
-
-    What does not fit into memory is halved, as in the cell itself.
-    """
-
-    def seconds(batch: range) -> float:
-        call(len(batch))  # compiles, and allocates for this number of images
-        start = time.perf_counter()
-        call(len(batch))
-        return time.perf_counter() - start
-
+    """Time calls with 1, 2, 4, ... images until one takes long enough, or with the largest number at once."""
     count = largest if at_once else 1
     while True:
-        batch, took = next(in_batches([range(count)], seconds))
-        if took > LONG_ENOUGH or len(batch) == largest or len(batch) < count:
-            return took / len(batch)
+        fitted, took = time_second(call, count)
+        if took > LONG_ENOUGH or fitted == largest or fitted < count:
+            return took / fitted
         count = min(2 * count, largest)

@@ -47,17 +47,17 @@ def tune_network(
         raise UserError(f"graphs=true is for CUDA devices, and the device is {device}; leave it false.")
     if winograd and device.type != "cpu":
         raise UserError(f"winograd=true is for CPUs, and the device is {device}; leave it false.")
-    if (winograd or compile) and device.type == "cpu":
-        _need_compiler()
     if device.type == "cpu":
+        if winograd or compile:
+            _need_compiler()
         keep_freed_memory()
+    if winograd or compile or graphs:
+        _keep_compiled()
     if channels_last:
         network.to(memory_format=torch.channels_last)
     if winograd:
-        _keep_compiled()
         use_winograd(network)
     if compile or graphs:
-        _keep_compiled()
         # For each batch size anew: code for all of them is slower, and on some CPUs it does not compile.
         torch._dynamo.config.recompile_limit = max(SIZES, torch._dynamo.config.recompile_limit)
         network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)

@@ -245,7 +245,7 @@ def test_a_timing_is_of_as_many_images_as_fit_and_not_of_the_first_call(
     largest: int, at_once: bool, room: int, counts: list[int], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(room)
-    monkeypatch.setattr(sweep.time, "perf_counter", lambda: device.now)
+    monkeypatch.setattr("time.perf_counter", lambda: device.now)
     assert sweep._seconds_per_image(device, largest, at_once) == pytest.approx(expected, rel=1e-9)
     assert device.asked == [count for count in counts for _ in range(2)]
 

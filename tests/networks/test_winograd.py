@@ -25,10 +25,9 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch, request):
-    """The same functions without the minute of compiling, but where a test asks for it."""
+def uncompiled_unless_asked(request):
     if "compiled" not in request.fixturenames:
-        monkeypatch.setattr(winograd, "_fused", lambda function: function)
+        request.getfixturevalue("uncompiled")
 
 
 @pytest.fixture

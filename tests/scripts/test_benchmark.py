@@ -18,14 +18,8 @@ SCRIPTS = str(Path(__file__).parents[2] / "scripts")
 
 
 @pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch):
+def scripts_on_the_path(monkeypatch, uncompiled):
     monkeypatch.syspath_prepend(SCRIPTS)
-
-
-@pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
-    """What Winograd's algorithm compiles takes a minute; tests/networks/test_winograd.py has it."""
-    monkeypatch.setattr("ddim.networks.winograd._fused", lambda function: function)
 
 
 def test_a_speed_up_is_the_median_of_the_ratios_of_each_round():
