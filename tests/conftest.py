@@ -11,12 +11,6 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """What Winograd's algorithm compiles takes a minute; the same functions as they are."""
-    monkeypatch.setattr("ddim.networks.winograd._fused", lambda function: function)
-
-
 @pytest.fixture(autouse=True)
 def own_environment():
     """What a test, or a library in it, sets in the environment ends with it.

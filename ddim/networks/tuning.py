@@ -2,9 +2,6 @@
 
 import ctypes
 import os
-import shlex
-import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -12,10 +9,10 @@ import torch
 from torch import nn
 
 from ddim.errors import UserError
+from ddim.networks.native import find_compiler
 from ddim.networks.winograd import use_winograd
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: where it keeps what it compiled
-COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch takes $CXX, or else this one
 SIZES = 64  # that a network is compiled for; beyond them torch runs it uncompiled, and says so in passing
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -48,10 +45,10 @@ def tune_network(
     if winograd and device.type != "cpu":
         raise UserError(f"winograd=true is for CPUs, and the device is {device}; leave it false.")
     if device.type == "cpu":
-        if winograd or compile:
-            _need_compiler()
+        if compile:
+            find_compiler()
         keep_freed_memory()
-    if winograd or compile or graphs:
+    if compile or graphs:
         _keep_compiled()
     if channels_last:
         network.to(memory_format=torch.channels_last)
@@ -74,15 +71,6 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # not glibc
         return False
     return all(mallopt(parameter, value) for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)))
-
-
-def _need_compiler() -> None:
-    command = shlex.split(os.environ.get("CXX") or COMPILER)[0]
-    if shutil.which(command) is None:
-        raise UserError(
-            f"compile=true and winograd=true need a C++ compiler, and {command} cannot be found; install it "
-            "(apt install g++, conda install gxx), name another by the variable CXX, or leave both false."
-        )
 
 
 def _keep_compiled() -> None:

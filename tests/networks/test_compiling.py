@@ -1,7 +1,6 @@
 """What torch compiled is found again by the next process."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from ddim.errors import UserError
-from ddim.networks.tuning import CACHE, COMPILER, tune_network
+from ddim.networks.tuning import CACHE, tune_network
 
 PROGRAM = """
 import torch
@@ -82,21 +81,16 @@ def test_a_place_that_somebody_named_is_used(place):
 
 def test_where_home_cannot_be_written_torch_decides(place, monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("ddim.networks.tuning._need_compiler", lambda: None)  # which looks for files too
+    monkeypatch.setattr("ddim.networks.tuning.find_compiler", lambda: None)  # which looks for files too
     monkeypatch.setattr(os, "access", lambda path, mode: seen.append(Path(path)) and False)
     assert place(None) is None
     assert seen == [tmp_path]  # the first folder above that is there
 
 
-@pytest.mark.parametrize("way", ["compile", "winograd"])
-@pytest.mark.parametrize("named", [None, "mycc -O2"])
-def test_a_missing_compiler_is_told_before_any_work(monkeypatch, tmp_path, way, named):
+def test_a_missing_compiler_is_told_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    if named:
-        monkeypatch.setenv("CXX", named)
-    with pytest.raises(UserError, match=f"need a C.. compiler, and {re.escape((named or COMPILER).split()[0])} cannot"):
-        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), **{way: True})
+    with pytest.raises(UserError, match=r"need a C\+\+ compiler"):
+        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), compile=True)
     tune_network(torch.nn.Linear(2, 2), torch.device("cpu"))
 
 

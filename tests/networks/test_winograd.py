@@ -1,7 +1,6 @@
 """Winograd's algorithm is a convolution: the same numbers, the same gradients, the same names."""
 
 import copy
-import shutil
 
 import pytest
 import torch
@@ -24,26 +23,13 @@ def seeded():
         yield
 
 
-@pytest.fixture(autouse=True)
-def uncompiled_unless_asked(request):
-    if "compiled" not in request.fixturenames:
-        request.getfixturevalue("uncompiled")
-
-
-@pytest.fixture
-def compiled():
-    if not any(map(shutil.which, ("g++", "clang++"))):
-        pytest.skip("torch compiles for the CPU with a C++ compiler")
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize("tiles", [256, 7])
-@pytest.mark.parametrize("shape", [(2, 5, 8, 12), (1, 3, 8, 8), (5, 1, 16, 8)])
+@pytest.mark.parametrize("shape", [(2, 48, 8, 12), (1, 32, 8, 8), (5, 16, 16, 4), (3, 16, 4, 4)])
 def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch):
     monkeypatch.setattr(winograd, "TILES", tiles)
-    direct = nn.Conv2d(shape[1], 7, 3, padding=1, dtype=torch.float64)
+    direct = nn.Conv2d(shape[1], 32, 3, padding=1, dtype=torch.float64)
     fast = copy.deepcopy(direct)
-    use_winograd(fast, least=1)
+    use_winograd(fast, least=16)
     assert type(fast) is WinogradConv2d
     outputs, gradients = [], []
     for layer in (direct, fast):
@@ -105,6 +91,7 @@ def test_frozen_weights_let_a_gradient_of_the_input_through():
         nn.Conv2d(32, 32, 3, padding=1, groups=2),
         nn.Conv2d(32, 32, 3, padding=1, padding_mode="circular"),
         nn.Conv2d(3, 32, 3, padding=1),
+        nn.Conv2d(40, 32, 3, padding=1),
     ],
 )
 def test_other_convolutions_stay_as_they_are(layer):
@@ -112,8 +99,8 @@ def test_other_convolutions_stay_as_they_are(layer):
     assert type(layer) is nn.Conv2d
 
 
-@pytest.mark.parametrize("size", [(6, 8), (8, 4), (4, 4)])
-def test_sizes_that_tiles_do_not_cover_or_just_one_does_are_convolved_directly(size):
+@pytest.mark.parametrize("size", [(6, 8), (8, 2), (5, 5)])
+def test_sizes_that_tiles_do_not_cover_are_convolved_directly(size):
     layer = nn.Conv2d(32, 32, 3, padding=1)
     fast = copy.deepcopy(layer)
     use_winograd(fast)
@@ -126,27 +113,13 @@ def test_sizes_that_tiles_do_not_cover_or_just_one_does_are_convolved_directly(s
 )  # torch's own check
 def test_the_operations_keep_what_torch_asks_of_them():
     """Shapes and strides told in advance, and gradients: what compiling a network around them relies on."""
-    x, weight, bias = gaussian(2, 3, 8, 12), gaussian(5, 3, 3, 3).requires_grad_(), gaussian(5).requires_grad_()
+    x, weight, bias = gaussian(2, 16, 8, 12), gaussian(32, 16, 3, 3).requires_grad_(), gaussian(32).requires_grad_()
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(torch.ops.ddim.winograd_trained.default, (x, weight, bias))
-    filters = winograd._filters(weight.detach())
-    grad = gaussian(2, 5, 8, 12, seed=1)
+    filters = winograd._filters(weight.detach()).transpose(1, 2)
+    grad = gaussian(2, 32, 8, 12, seed=1)
     arguments = (grad, x.detach(), weight.detach())
     torch.library.opcheck(torch.ops.ddim.winograd_gradients.default, arguments)
     for told, got in zip(winograd._gradients._abstract_fn(*arguments), winograd._gradients(*arguments), strict=True):
         assert (told.shape, told.stride()) == (got.shape, got.stride())
     torch.library.opcheck(torch.ops.ddim.winograd.default, (x.detach(), filters, bias.detach()))
-
-
-@pytest.mark.slow
-def test_compiled_code_is_for_all_shapes(compiled):
-    frames, before = torch._dynamo.utils.counters["frames"], torch._dynamo.utils.counters["frames"]["total"]
-    for batch, channels, height, width in ((4, 32, 16, 16), (9, 64, 16, 24), (5, 32, 32, 8), (2, 96, 32, 32)):
-        layer = nn.Conv2d(channels, 32, 3, padding=1).requires_grad_(False)
-        fast = copy.deepcopy(layer)
-        use_winograd(fast)
-        x = gaussian(batch, channels, height, width, dtype=torch.float32)
-        expected, got = layer(x), fast(x)
-        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
-    # The first shape, a square of 4 x 4 tiles in a part of four images, is taken for a rule.
-    assert frames["total"] - before <= 4

@@ -18,7 +18,7 @@ SCRIPTS = str(Path(__file__).parents[2] / "scripts")
 
 
 @pytest.fixture(autouse=True)
-def scripts_on_the_path(monkeypatch, uncompiled):
+def scripts_on_the_path(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS)
 
 

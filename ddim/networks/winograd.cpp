@@ -1,0 +1,158 @@
+// The transforms of Winograd's algorithm, which move memory rather than compute; winograd.py says what they are for.
+//
+// Each is M X M^T for a fixed matrix M and the small matrices X into which images are cut. Compiled by native.py, for
+// the vectors that the processor has.
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int BYTES = 64;
+#else
+constexpr int BYTES = 32;
+#endif
+template <typename T>
+struct Vector {
+  typedef T type __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
+};
+
+// Lavin and Gray's matrices of F(4x4, 3x3).
+struct Bt {
+  static constexpr int rows = 6, columns = 6;
+  static constexpr double m[rows][columns] = {{4, 0, -5, 0, 1, 0},   {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
+                                              {0, -2, -1, 2, 1, 0}, {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
+};
+struct G {
+  static constexpr int rows = 6, columns = 3;
+  static constexpr double m[rows][columns] = {{1. / 4, 0, 0},
+                                              {-1. / 6, -1. / 6, -1. / 6},
+                                              {-1. / 6, 1. / 6, -1. / 6},
+                                              {1. / 24, 1. / 12, 1. / 6},
+                                              {1. / 24, -1. / 12, 1. / 6},
+                                              {0, 0, 1}};
+};
+struct At {
+  static constexpr int rows = 4, columns = 6;
+  static constexpr double m[rows][columns] = {
+      {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+};
+template <class M>
+struct Transposed {
+  static constexpr int rows = M::columns, columns = M::rows;
+  struct Rows {
+    struct Row {
+      int r;
+      constexpr double operator[](int k) const { return M::m[k][r]; }
+    };
+    constexpr Row operator[](int r) const { return {r}; }
+  };
+  static constexpr Rows m{};
+};
+
+// y = M x for a vector x of vectors; entries that are zero cost nothing.
+template <class M, int stride, typename V>
+inline __attribute__((always_inline)) void multiply(const V* x, V* y) {
+  typedef typename std::remove_reference<decltype(V()[0])>::type T;
+#pragma GCC unroll 6
+  for (int r = 0; r < M::rows; r++) {
+    V sum = {};
+    bool first = true;
+#pragma GCC unroll 6
+    for (int k = 0; k < M::columns; k++) {
+      if (M::m[r][k] == 0) continue;
+      const V term = x[k] * T(M::m[r][k]);
+      sum = first ? term : sum + term;
+      first = false;
+    }
+    y[r * stride] = sum;
+  }
+}
+
+// out = M in M^T + bias for all channels of one small matrix of pixels.
+template <class M, typename T>
+inline void sandwich(const T* in, int64_t in_row, int64_t in_column, T* out, int64_t out_row, int64_t out_column,
+                     int64_t channels, const T* bias) {
+  typedef typename Vector<T>::type V;
+  constexpr int R = M::rows, K = M::columns;
+  for (int64_t c = 0; c < channels; c += BYTES / sizeof(T)) {
+    V half[R * K], column[K], row[R];
+#pragma GCC unroll 6
+    for (int k = 0; k < K; k++) {
+#pragma GCC unroll 6
+      for (int i = 0; i < K; i++) column[i] = *(const V*)(in + i * in_row + k * in_column + c);
+      multiply<M, K>(column, half + k);
+    }
+    const V plus = bias ? *(const V*)(bias + c) : V{};
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+      multiply<M, 1>(half + r * K, row);
+#pragma GCC unroll 6
+      for (int s = 0; s < R; s++) *(V*)(out + r * out_row + s * out_column + c) = row[s] + plus;
+    }
+  }
+}
+
+// images (n, H, W, C), bordered by `border` zeros -> tiles (36, n H/step W/step, C), whose 36 parts lie `pitch` apart.
+template <class M, int step, int border, typename T>
+void cut(const T* images, T* tiles, int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch, int64_t threads) {
+  const int64_t h = H / step, w = W / step, bordered = W + 2 * border;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> copy(border ? M::columns * bordered * C : 0);  // of one row of tiles, with its border
+#pragma omp for
+    for (int64_t k = 0; k < n * h; k++) {
+      const int64_t top = k % h * step - border;
+      const T* rows = images + (k / h * H + top) * W * C;
+      if (border) {
+        for (int64_t i = 0; i < M::columns; i++) {
+          T* to = copy.data() + (i * bordered + border) * C;
+          if (top + i < 0 || top + i >= H)
+            memset(to, 0, W * C * sizeof(T));
+          else
+            memcpy(to, rows + i * W * C, W * C * sizeof(T));
+        }
+        rows = copy.data();
+      }
+      for (int64_t j = 0; j < w; j++)
+        sandwich<M, T>(rows + j * step * C, bordered * C, C, tiles + (k * w + j) * C, M::rows * pitch, pitch, C, nullptr);
+    }
+  }
+}
+
+// tiles (36, n H/step W/step, C), whose 36 parts lie `pitch` apart, and a bias (C,) or null -> images (n, H, W, C).
+template <class M, typename T>
+void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch,
+          int64_t threads) {
+  constexpr int step = M::rows;
+  const int64_t h = H / step, w = W / step;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t k = 0; k < n * h; k++)
+    for (int64_t j = 0; j < w; j++)
+      sandwich<M, T>(tiles + (k * w + j) * C, M::columns * pitch, pitch, images + (k * W + j) * step * C, W * C, C, C,
+                     bias);
+}
+
+}  // namespace
+
+#define CUT(name, T, M, step, border)                                                                              \
+  extern "C" void name##_##T(const T* images, T* tiles, int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch, \
+                             int64_t threads) {                                                                        \
+    cut<M, step, border, T>(images, tiles, n, H, W, C, pitch, threads);                                            \
+  }
+#define JOIN(name, T, M)                                                                                           \
+  extern "C" void name##_##T(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_t W, int64_t C, \
+                             int64_t pitch, int64_t threads) {                                                         \
+    join<M, T>(tiles, bias, images, n, H, W, C, pitch, threads);                                                   \
+  }
+#define ALL(T)                              \
+  CUT(input_tiles, T, Bt, 4, 1)             \
+  CUT(spread_tiles, T, Transposed<At>, 4, 0) \
+  CUT(filter_tiles, T, G, 3, 0)             \
+  JOIN(output, T, At)                       \
+  JOIN(filters, T, Transposed<G>)
+ALL(float)
+ALL(double)
