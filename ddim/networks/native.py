@@ -3,6 +3,7 @@
 For loops only. Their code includes nothing of torch, so that compiling takes seconds and the result fits every version.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -70,8 +71,6 @@ def load(source: Path) -> ctypes.CDLL:
 
 def _folder() -> Path:
     folder = Path(torch.hub.get_dir()).parent / "ddim"
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        pass
     return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="ddim-"))
