@@ -3,7 +3,6 @@
 For loops only. Their code includes nothing of torch, so that compiling takes seconds and the result fits every version.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ddim.errors import UserError
 
@@ -25,6 +25,25 @@ VECTORS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }  # by what torch calls a processor's abilities
+TYPES = {torch.float32: "float", torch.float64: "double"}
+LANES = 16  # numbers in the longest vector of a processor: channels come in multiples of it
+
+
+def run(source: Path, function: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
+    """Call `{function}_float` or `{function}_double` of a C++ file.
+
+    It gets pointers for tensors, which must be contiguous or have their strides among the arguments; int64_t for whole
+    numbers, double for others; and last the number of torch's threads.
+    """
+    last = torch.get_num_threads()
+    values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in (*arguments, last)]
+    numbers = [ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value) for value in values]
+    getattr(load(source), f"{function}_{TYPES[dtype]}")(*numbers)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def find_compiler() -> list[str]:
@@ -54,7 +73,8 @@ def load(source: Path) -> ctypes.CDLL:
     """
     options = (*OPTIONS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
     command = [*find_compiler(), *options, str(source)]
-    key = hashlib.sha256(source.read_bytes() + " ".join((*command[:-1], sys.platform)).encode()).hexdigest()[:16]
+    content = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
+    key = hashlib.sha256(b"".join((*content, " ".join((*command[:-1], sys.platform)).encode()))).hexdigest()[:16]
     library = _folder() / f"{source.stem}-{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -71,6 +91,8 @@ def load(source: Path) -> ctypes.CDLL:
 
 def _folder() -> Path:
     folder = Path(torch.hub.get_dir()).parent / "ddim"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="ddim-"))
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        return Path(tempfile.mkdtemp(prefix="ddim-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

@@ -10,6 +10,7 @@ from torch import nn
 
 from ddim.errors import UserError
 from ddim.networks.native import find_compiler
+from ddim.networks.norm_silu import fuse_norms
 from ddim.networks.winograd import use_winograd
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: where it keeps what it compiled
@@ -54,6 +55,7 @@ def tune_network(
         network.to(memory_format=torch.channels_last)
     if winograd:
         use_winograd(network)
+        fuse_norms(network)
     if compile or graphs:
         # For each batch size anew: code for all of them is slower, and on some CPUs it does not compile.
         torch._dynamo.config.recompile_limit = max(SIZES, torch._dynamo.config.recompile_limit)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddim.networks.norm_silu import NormSiLU
+
 Init = Literal["ddpm", "torch"]
 
 
@@ -132,8 +134,8 @@ class TimeMLP(nn.Module):
         return self.dense[1](F.silu(self.dense[0](embedding)))
 
 
-def _norm(spec: UNetSpec, width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(spec.num_groups, width, eps=1e-6)
+def _norm_silu(spec: UNetSpec, width: int) -> NormSiLU:
+    return NormSiLU(spec.num_groups, width, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -141,18 +143,18 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, spec: UNetSpec, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.norm1 = _norm(spec, width_in)
+        self.norm1 = _norm_silu(spec, width_in)
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.temb_proj = nn.Linear(4 * spec.ch, width_out)
-        self.norm2 = _norm(spec, width_out)
+        self.norm2 = _norm_silu(spec, width_out)
         self.dropout = nn.Dropout(spec.dropout)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if width_in == width_out else nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         h = h + rearrange(self.temb_proj(F.silu(temb)), "b c -> b c 1 1")
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(self.dropout(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
 
@@ -161,7 +163,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, spec: UNetSpec, width: int) -> None:
         super().__init__()
-        self.norm = _norm(spec, width)
+        self.norm = nn.GroupNorm(spec.num_groups, width, eps=1e-6)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -281,7 +283,7 @@ class UNet(nn.Module):
             below = widths[i]
         self.up = nn.ModuleList(reversed(up))
 
-        self.norm_out = _norm(spec, widths[0])
+        self.norm_out = _norm_silu(spec, widths[0])
         self.conv_out = nn.Conv2d(widths[0], spec.channels, 3, padding=1)
         if spec.init == "ddpm":
             _init_ddpm(self)
@@ -313,7 +315,7 @@ class UNet(nn.Module):
         h = self.mid(skips[-1], temb)
         for level in reversed(self.up):
             h = level(h, temb, skips)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 def _init_ddpm(network: UNet) -> None:

@@ -3,22 +3,14 @@
 // Each is M X M^T for a fixed matrix M and the small matrices X into which images are cut. Compiled by native.py, for
 // the vectors that the processor has.
 
+#include "vector.h"
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
 namespace {
-
-#ifdef __AVX512F__
-constexpr int BYTES = 64;
-#else
-constexpr int BYTES = 32;
-#endif
-template <typename T>
-struct Vector {
-  typedef T type __attribute__((vector_size(BYTES), aligned(sizeof(T)), may_alias));
-};
 
 // Lavin and Gray's matrices of F(4x4, 3x3).
 struct Bt {
@@ -78,20 +70,20 @@ inline void sandwich(const T* in, int64_t in_row, int64_t in_column, T* out, int
                      int64_t channels, const T* bias) {
   typedef typename Vector<T>::type V;
   constexpr int R = M::rows, K = M::columns;
-  for (int64_t c = 0; c < channels; c += BYTES / sizeof(T)) {
+  for (int64_t c = 0; c < channels; c += LANES<T>) {
     V half[R * K], column[K], row[R];
 #pragma GCC unroll 6
     for (int k = 0; k < K; k++) {
 #pragma GCC unroll 6
-      for (int i = 0; i < K; i++) column[i] = *(const V*)(in + i * in_row + k * in_column + c);
+      for (int i = 0; i < K; i++) column[i] = at(in + i * in_row + k * in_column + c);
       multiply<M, K>(column, half + k);
     }
-    const V plus = bias ? *(const V*)(bias + c) : V{};
+    const V plus = bias ? at(bias + c) : V{};
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
       multiply<M, 1>(half + r * K, row);
 #pragma GCC unroll 6
-      for (int s = 0; s < R; s++) *(V*)(out + r * out_row + s * out_column + c) = row[s] + plus;
+      for (int s = 0; s < R; s++) at(out + r * out_row + s * out_column + c) = row[s] + plus;
     }
   }
 }

@@ -9,8 +9,6 @@ In float32 the result differs from a direct convolution's by about 1e-5 of its r
 hundredth of bfloat16's, ten times that of a direct convolution.
 """
 
-import ctypes
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from ddim.networks import native
 
 OUT, IN = 4, 6  # sides of a tile
 TILES = 256  # at once, so that they stay in a cache
-LANES = 16  # numbers in the longest vector of a processor: channels come in multiples of it
-TYPES = {torch.float32: "float", torch.float64: "double"}
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
@@ -39,7 +35,7 @@ class WinogradConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         frozen = self.transformed
         gradient = frozen is not None and x.requires_grad and torch.is_grad_enabled()
-        if gradient or x.dtype not in TYPES or any(side % OUT for side in x.shape[2:]):
+        if gradient or x.dtype not in native.TYPES or any(side % OUT for side in x.shape[2:]):
             return super().forward(x)
         assert self.bias is not None  # `use_winograd` sees to it
         return _trained(x, self.weight, self.bias) if frozen is None else _frozen(x, frozen, self.bias)
@@ -63,8 +59,8 @@ def use_winograd(network: nn.Module, least: int = 32) -> None:
             and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
             and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
             and min(module.in_channels, module.out_channels) >= least
-            and module.in_channels % LANES == module.out_channels % LANES == 0
-            and module.weight.dtype in TYPES
+            and module.in_channels % native.LANES == module.out_channels % native.LANES == 0
+            and module.weight.dtype in native.TYPES
             and module.bias is not None
         ):
             module.__class__ = WinogradConv2d
@@ -78,7 +74,7 @@ def use_winograd(network: nn.Module, least: int = 32) -> None:
 @torch.library.custom_op("ddim::winograd", mutates_args=())
 def _frozen(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """(B, C_in, H, W), (36, C_in, C_out), (C_out,) -> (B, C_out, H, W)."""
-    return _convolve(_pixels(x), filters, bias).permute(0, 3, 1, 2)
+    return _convolve(native.pixels(x), filters, bias).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("ddim::winograd_trained", mutates_args=())
@@ -90,11 +86,13 @@ def _trained(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("ddim::winograd_gradients", mutates_args=())
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C_out, H, W), (B, C_in, H, W), (C_out, C_in, 3, 3) -> gradients of x and of weight."""
-    grad, x = _pixels(grad), _pixels(x)
+    grad, x = native.pixels(grad), native.pixels(x)
     grad_x = _convolve(grad, _filters(weight.flip(2, 3)), None).permute(0, 3, 1, 2)
     products = grad.new_zeros(IN * IN, weight.shape[0], weight.shape[1])
-    for part, spread in zip(_parts(x), _parts(grad), strict=True):
-        products.baddbmm_(_tiles("spread_tiles", spread, OUT).transpose(1, 2), _tiles("input_tiles", part, OUT))
+    for part, part_grad, tiles, spread in zip(_parts(x), _parts(grad), _rooms(x), _rooms(grad), strict=True):
+        _cut("input_tiles", part, tiles)
+        _cut("spread_tiles", part_grad, spread)
+        products.baddbmm_(spread[:, :-1].transpose(1, 2), tiles[:, :-1])
     grad_weight = x.new_empty(weight.shape[0], 3, 3, weight.shape[1])
     _join("filters", products, grad_weight)
     return grad_x, grad_weight.permute(0, 3, 1, 2)
@@ -125,49 +123,45 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 _trained.register_autograd(_backward, setup_context=_keep)
 
 
-def _pixels(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, H, W, C), contiguous."""
-    return x.detach().permute(0, 2, 3, 1).contiguous()
-
-
 def _convolve(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
     """(B, H, W, C_in), (36, C_in, C_out), (C_out,) -> (B, H, W, C_out)."""
     y = x.new_empty(*x.shape[:3], filters.shape[2])
-    for part, out in zip(_parts(x), _parts(y), strict=True):
-        _join("output", torch.bmm(_tiles("input_tiles", part, OUT, whole=True), filters), out, bias)
+    for part, out, tiles, products in zip(_parts(x), _parts(y), _rooms(x), _rooms(y), strict=True):
+        _cut("input_tiles", part, tiles)
+        torch.bmm(tiles, filters, out=products)
+        _join("output", products, out, bias)
     return y
-
-
-def _parts(x: Tensor) -> Sequence[Tensor]:
-    """Cut (B, H, W, C) along B into equal parts of about TILES tiles."""
-    images = max(1, TILES * OUT * OUT // (x.shape[1] * x.shape[2]))
-    return x.tensor_split(math.ceil(len(x) / images))
 
 
 def _filters(weight: Tensor) -> Tensor:
     """G g G^T of every filter: (C_out, C_in, 3, 3) -> (36, C_out, C_in)."""
-    return _tiles("filter_tiles", _pixels(weight), 3)
+    filters = weight.new_empty(IN * IN, weight.shape[0] + 1, weight.shape[1])
+    _cut("filter_tiles", native.pixels(weight), filters)
+    return filters[:, :-1]
 
 
-def _tiles(transform: str, images: Tensor, step: int, whole: bool = False) -> Tensor:
-    """Cut (B, H, W, C) into T = B H/step W/step tiles and transform each: (36, T, C), or as it is kept, (36, T + 1, C).
+def _parts(x: Tensor) -> Sequence[Tensor]:
+    """Cut (B, H, W, C) along B into parts of about TILES tiles."""
+    return x.split(max(1, TILES * OUT * OUT // (x.shape[1] * x.shape[2])))
 
-    The row that is kept beside them is empty. Without it the 36 parts would lie a power of two apart as a rule, and
-    push each other out of the cache.
+
+def _rooms(x: Tensor) -> Sequence[Tensor]:
+    """Memory for the T tiles of each part of (B, H, W, C): (36, T + 1, C), the same for all, so it stays in a cache.
+
+    Without the row that is empty the 36 would lie a power of two apart as a rule, and push each other out of the cache.
     """
-    batch, height, width, channels = images.shape
-    count = batch * (height // step) * (width // step)
-    tiles = images.new_empty(IN * IN, count + 1, channels)
-    _run(transform, images, (images.data_ptr(), tiles.data_ptr(), *images.shape, tiles.stride(0)))
-    return tiles if whole else tiles[:, :count]
+    rows = [part.shape[0] * part.shape[1] * part.shape[2] // OUT**2 + 1 for part in _parts(x)]
+    memory = x.new_empty(IN * IN * rows[0] * x.shape[3])
+    return [memory[: IN * IN * count * x.shape[3]].view(IN * IN, count, x.shape[3]) for count in rows]
+
+
+def _cut(transform: str, images: Tensor, tiles: Tensor) -> None:
+    """Cut images (B, H, W, C) into T tiles, transform each, and write them into (36, T or more, C)."""
+    native.run(SOURCE, transform, images.dtype, images, tiles, *images.shape, tiles.stride(0))
 
 
 def _join(transform: str, tiles: Tensor, images: Tensor, bias: Tensor | None = None) -> None:
     """Transform tiles (36, T or more, C), add a bias (C,), and put them together in images (B, H, W, C)."""
-    plus = 0 if bias is None else bias.data_ptr()
-    _run(transform, tiles, (tiles.data_ptr(), plus, images.data_ptr(), *images.shape, tiles.stride(0)))
-
-
-def _run(transform: str, x: Tensor, arguments: Sequence[int]) -> None:
-    function = getattr(native.load(SOURCE), f"{transform}_{TYPES[x.dtype]}")
-    function(*map(ctypes.c_int64, (*arguments, torch.get_num_threads())))
+    native.run(
+        SOURCE, transform, tiles.dtype, tiles, 0 if bias is None else bias, images, *images.shape, tiles.stride(0)
+    )
