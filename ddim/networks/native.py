@@ -26,7 +26,7 @@ VECTORS = {
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
 }  # by what torch calls a processor's abilities
 TYPES = {torch.float32: "float", torch.float64: "double"}
-LANES = 16  # numbers in the longest vector of a processor: channels come in multiples of it
+CHANNELS = 32  # come in multiples of what two of the longest vectors of a processor hold
 
 
 def run(source: Path, function: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:

@@ -34,11 +34,11 @@ class FusedNormSiLU(NormSiLU):
 def fuse_norms(network: nn.Module) -> None:
     """Replace the `NormSiLU` of a network by a faster one, in place; names and weights stay.
 
-    Those whose channels are no multiple of 16 stay as they are.
+    Those whose channels are no multiple of 32 stay as they are.
     """
     native.load(SOURCE)  # what it has to say, it says before work starts
     for module in network.modules():
-        if type(module) is NormSiLU and module.affine and module.num_channels % native.LANES == 0:
+        if type(module) is NormSiLU and module.affine and module.num_channels % native.CHANNELS == 0:
             module.__class__ = FusedNormSiLU
 
 

@@ -47,7 +47,7 @@ struct Transposed {
 
 // y = M x for a vector x of vectors; entries that are zero cost nothing.
 template <class M, int stride, typename V>
-inline __attribute__((always_inline)) void multiply(const V* x, V* y) {
+inline __attribute__((always_inline)) void combine(const V* x, V* y) {
   typedef typename std::remove_reference<decltype(V()[0])>::type T;
 #pragma GCC unroll 6
   for (int r = 0; r < M::rows; r++) {
@@ -76,12 +76,12 @@ inline void sandwich(const T* in, int64_t in_row, int64_t in_column, T* out, int
     for (int k = 0; k < K; k++) {
 #pragma GCC unroll 6
       for (int i = 0; i < K; i++) column[i] = at(in + i * in_row + k * in_column + c);
-      multiply<M, K>(column, half + k);
+      combine<M, K>(column, half + k);
     }
     const V plus = bias ? at(bias + c) : V{};
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-      multiply<M, 1>(half + r * K, row);
+      combine<M, 1>(half + r * K, row);
 #pragma GCC unroll 6
       for (int s = 0; s < R; s++) at(out + r * out_row + s * out_column + c) = row[s] + plus;
     }
@@ -128,6 +128,56 @@ void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_
                      bias);
 }
 
+// A panel is as wide as the sums that fit into registers beside one row of a panel.
+template <typename T>
+constexpr int PANEL = 2 * LANES<T>;
+
+// weights (K, 3, 3, N) -> G g G^T of each filter, (36, N/PANEL, K, PANEL), so that `products` reads them in their order.
+template <typename T>
+void filters(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t n = 0; n < N; n += PANEL<T>)
+      sandwich<G, T>(weights + 9 * k * N + n, 3 * N, N, panels + n * K + k * PANEL<T>, 6 * K * N, K * N, PANEL<T>,
+                     nullptr);
+}
+
+// R rows of a product: a (R, K) and a panel (K, PANEL) -> c (R, PANEL), whose rows lie N apart.
+template <int R, typename T>
+inline __attribute__((always_inline)) void rows(const T* a, const T* panel, T* c, int64_t K, int64_t N) {
+  typename Vector<T>::type left[R] = {}, right[R] = {};
+  for (int64_t k = 0; k < K; k++) {
+    const auto l = at(panel + k * PANEL<T>), r = at(panel + k * PANEL<T> + LANES<T>);
+#pragma GCC unroll 6
+    for (int i = 0; i < R; i++) {
+      left[i] += a[i * K + k] * l;
+      right[i] += a[i * K + k] * r;
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < R; i++) {
+    at(c + i * N) = left[i];
+    at(c + i * N + LANES<T>) = right[i];
+  }
+}
+
+// 36 matrix products, a (36, M, K) times panels (36, N/PANEL, K, PANEL) -> c (36, M, N). The 36 parts of a and of c lie
+// `pitch_a` and `pitch_c` apart.
+template <typename T>
+void products(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a, int64_t pitch_c,
+              int64_t threads) {
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (int64_t part = 0; part < 36; part++)
+    for (int64_t n = 0; n < N; n += PANEL<T>) {
+      const T *in = a + part * pitch_a, *panel = panels + part * K * N + n * K;
+      T* out = c + part * pitch_c + n;
+      int64_t m = 0;
+      for (; m + 6 <= M; m += 6) rows<6>(in + m * K, panel, out + m * N, K, N);
+      for (; m + 4 <= M; m += 4) rows<4>(in + m * K, panel, out + m * N, K, N);
+      for (; m < M; m++) rows<1>(in + m * K, panel, out + m * N, K, N);
+    }
+}
+
 }  // namespace
 
 #define CUT(name, T, M, step, border)                                                                              \
@@ -140,11 +190,21 @@ void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_
                              int64_t pitch, int64_t threads) {                                                         \
     join<M, T>(tiles, bias, images, n, H, W, C, pitch, threads);                                                   \
   }
+#define FILTERS(name, T)                                                                                           \
+  extern "C" void name##_##T(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {                 \
+    filters<T>(weights, panels, K, N, threads);                                                                    \
+  }
+#define PRODUCTS(name, T)                                                                                          \
+  extern "C" void name##_##T(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a,  \
+                             int64_t pitch_c, int64_t threads) {                                                   \
+    products<T>(a, panels, c, M, K, N, pitch_a, pitch_c, threads);                                                 \
+  }
 #define ALL(T)                              \
   CUT(input_tiles, T, Bt, 4, 1)             \
   CUT(spread_tiles, T, Transposed<At>, 4, 0) \
-  CUT(filter_tiles, T, G, 3, 0)             \
+  FILTERS(filters, T)                        \
+  PRODUCTS(products, T)                      \
   JOIN(output, T, At)                       \
-  JOIN(filters, T, Transposed<G>)
+  JOIN(weights, T, Transposed<G>)
 ALL(float)
 ALL(double)

@@ -41,16 +41,14 @@ class WinogradConv2d(nn.Conv2d):
         return _trained(x, self.weight, self.bias) if frozen is None else _frozen(x, frozen, self.bias)
 
 
-def use_winograd(network: nn.Module, least: int = 32) -> None:
+def use_winograd(network: nn.Module) -> None:
     """Let the 3x3 convolutions of a network use Winograd's algorithm, in place; names and weights stay.
 
     Weights that take no gradient are transformed once, here, which takes four times their memory: change them
     afterwards and the network does not see it. Others are transformed in each evaluation.
 
     Args:
-        network: any.
-        least: channels, on either side, below which a convolution stays as it is, as it does if they are no multiple
-            of 16.
+        network: any. Convolutions stay as they are where channels, on either side, are no multiple of 32.
     """
     native.load(SOURCE)  # what it has to say, it says before work starts
     for module in network.modules():
@@ -58,13 +56,12 @@ def use_winograd(network: nn.Module, least: int = 32) -> None:
             type(module) is nn.Conv2d
             and (module.kernel_size, module.stride, module.padding) == ((3, 3), (1, 1), (1, 1))
             and (module.dilation, module.groups, module.padding_mode) == ((1, 1), 1, "zeros")
-            and min(module.in_channels, module.out_channels) >= least
-            and module.in_channels % native.LANES == module.out_channels % native.LANES == 0
+            and module.in_channels % native.CHANNELS == module.out_channels % native.CHANNELS == 0
             and module.weight.dtype in native.TYPES
             and module.bias is not None
         ):
             module.__class__ = WinogradConv2d
-            frozen = None if module.weight.requires_grad else _filters(module.weight).transpose(1, 2).contiguous()
+            frozen = None if module.weight.requires_grad else _filters(module.weight.permute(1, 2, 3, 0))
             module.register_buffer("transformed", frozen, persistent=False)
 
 
@@ -80,21 +77,21 @@ def _frozen(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("ddim::winograd_trained", mutates_args=())
 def _trained(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, C_in, H, W), (C_out, C_in, 3, 3), (C_out,) -> (B, C_out, H, W)."""
-    return _frozen(x, _filters(weight).transpose(1, 2), bias)
+    return _frozen(x, _filters(weight.permute(1, 2, 3, 0)), bias)
 
 
 @torch.library.custom_op("ddim::winograd_gradients", mutates_args=())
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C_out, H, W), (B, C_in, H, W), (C_out, C_in, 3, 3) -> gradients of x and of weight."""
     grad, x = native.pixels(grad), native.pixels(x)
-    grad_x = _convolve(grad, _filters(weight.flip(2, 3)), None).permute(0, 3, 1, 2)
+    grad_x = _convolve(grad, _filters(weight.flip(2, 3).permute(0, 2, 3, 1)), None).permute(0, 3, 1, 2)
     products = grad.new_zeros(IN * IN, weight.shape[0], weight.shape[1])
     for part, part_grad, tiles, spread in zip(_parts(x), _parts(grad), _rooms(x), _rooms(grad), strict=True):
         _cut("input_tiles", part, tiles)
         _cut("spread_tiles", part_grad, spread)
         products.baddbmm_(spread[:, :-1].transpose(1, 2), tiles[:, :-1])
     grad_weight = x.new_empty(weight.shape[0], 3, 3, weight.shape[1])
-    _join("filters", products, grad_weight)
+    _join("weights", products, grad_weight)
     return grad_x, grad_weight.permute(0, 3, 1, 2)
 
 
@@ -128,16 +125,18 @@ def _convolve(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(*x.shape[:3], filters.shape[2])
     for part, out, tiles, products in zip(_parts(x), _parts(y), _rooms(x), _rooms(y), strict=True):
         _cut("input_tiles", part, tiles)
-        torch.bmm(tiles, filters, out=products)
+        sizes = (tiles.shape[1] - 1, x.shape[3], y.shape[3], tiles.stride(0), products.stride(0))
+        native.run(SOURCE, "products", x.dtype, tiles, filters, products, *sizes)
         _join("output", products, out, bias)
     return y
 
 
 def _filters(weight: Tensor) -> Tensor:
-    """G g G^T of every filter: (C_out, C_in, 3, 3) -> (36, C_out, C_in)."""
-    filters = weight.new_empty(IN * IN, weight.shape[0] + 1, weight.shape[1])
-    _cut("filter_tiles", native.pixels(weight), filters)
-    return filters[:, :-1]
+    """G g G^T of every filter, (K, 3, 3, N) -> (36, K, N), in the order in which `winograd.cpp` multiplies with them."""
+    weight = weight.contiguous()
+    filters = weight.new_empty(IN * IN, weight.shape[0], weight.shape[3])
+    native.run(SOURCE, "filters", weight.dtype, weight, filters, weight.shape[0], weight.shape[3])
+    return filters
 
 
 def _parts(x: Tensor) -> Sequence[Tensor]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ddim.networks import UNetSpec, build_network, native, norm_silu
 from ddim.networks.norm_silu import FusedNormSiLU, NormSiLU, fuse_norms
 
-SHAPES = [(2, 32, 5, 7), (1, 48, 8, 8), (3, 64, 1, 1), (2, 16, 9, 16)]  # 129 pixels and fewer than 64
+SHAPES = [(2, 32, 5, 7), (1, 96, 8, 8), (3, 64, 1, 1), (2, 32, 9, 16)]  # 129 pixels and fewer than 64
 
 
 def gaussian(*shape, seed=0, dtype=torch.float64):
@@ -69,14 +69,14 @@ def test_in_float32_it_is_as_exact_as_torch():
 def test_the_exponential_is_right_everywhere():
     """With one group of two equal and opposite channels the normalised value is the weight."""
     z = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-30, -1e-30, 87.9, -87.9])])
-    module = NormSiLU(1, 16)
+    module = NormSiLU(1, 32)
     fuse_norms(module)
     with torch.no_grad():
         module.weight.zero_()
     for value in z:
         with torch.no_grad():
             module.bias.fill_(value)
-            got = module(gaussian(1, 16, 1, 1, dtype=torch.float32))[0, 0, 0, 0].item()
+            got = module(gaussian(1, 32, 1, 1, dtype=torch.float32))[0, 0, 0, 0].item()
         expected = value.item() / (1 + math.exp(-value.item()))
         assert got == pytest.approx(expected, rel=5e-7, abs=1e-36), value
 
@@ -98,7 +98,7 @@ def test_a_network_keeps_its_outputs_and_its_names():
     assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("module", [NormSiLU(4, 24), NormSiLU(4, 32, affine=False), nn.GroupNorm(4, 32)])
+@pytest.mark.parametrize("module", [NormSiLU(4, 48), NormSiLU(4, 32, affine=False), nn.GroupNorm(4, 32)])
 def test_others_stay_as_they_are(module):
     kind = type(module)
     fuse_norms(module)
