@@ -36,7 +36,8 @@ def tune_network(
         compile: let torch compile the network when it is first called.
         graphs: and replay what was compiled as one CUDA graph, which saves starting every kernel by itself; worth it
             where batches are so small that starting takes longer than computing. On CUDA devices only.
-        winograd: see `use_winograd`; on CPUs only. Weights must not change afterwards where they take no gradient.
+        winograd: see `use_winograd`, and `fuse_norms`, which comes with it; on CPUs only. Weights must not change
+            afterwards where they take no gradient.
 
     Raises:
         UserError: winograd or graphs on another device, or a compiler is needed and there is none.

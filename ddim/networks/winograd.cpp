@@ -1,7 +1,6 @@
-// The transforms of Winograd's algorithm, which move memory rather than compute; winograd.py says what they are for.
+// The loops of Winograd's algorithm; winograd.py says what they are for, and native.py compiles them.
 //
-// Each is M X M^T for a fixed matrix M and the small matrices X into which images are cut. Compiled by native.py, for
-// the vectors that the processor has.
+// Each transform is M X M^T for a fixed matrix M and the small matrices X into which images are cut.
 
 #include "vector.h"
 
@@ -128,7 +127,7 @@ void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_
                      bias);
 }
 
-// A panel is as wide as the sums that fit into registers beside one row of a panel.
+// The columns of a product that one pass over its rows computes: their sums, of six rows, fill the registers.
 template <typename T>
 constexpr int PANEL = 2 * LANES<T>;
 
@@ -144,7 +143,7 @@ void filters(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads)
 
 // R rows of a product: a (R, K) and a panel (K, PANEL) -> c (R, PANEL), whose rows lie N apart.
 template <int R, typename T>
-inline __attribute__((always_inline)) void rows(const T* a, const T* panel, T* c, int64_t K, int64_t N) {
+inline __attribute__((always_inline)) void multiply(const T* a, const T* panel, T* c, int64_t K, int64_t N) {
   typename Vector<T>::type left[R] = {}, right[R] = {};
   for (int64_t k = 0; k < K; k++) {
     const auto l = at(panel + k * PANEL<T>), r = at(panel + k * PANEL<T> + LANES<T>);
@@ -162,7 +161,7 @@ inline __attribute__((always_inline)) void rows(const T* a, const T* panel, T* c
 }
 
 // 36 matrix products, a (36, M, K) times panels (36, N/PANEL, K, PANEL) -> c (36, M, N). The 36 parts of a and of c lie
-// `pitch_a` and `pitch_c` apart.
+// `pitch_a` and `pitch_c` apart. A row of c depends on the same row of a only, to the last bit.
 template <typename T>
 void products(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a, int64_t pitch_c,
               int64_t threads) {
@@ -172,39 +171,34 @@ void products(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N
       const T *in = a + part * pitch_a, *panel = panels + part * K * N + n * K;
       T* out = c + part * pitch_c + n;
       int64_t m = 0;
-      for (; m + 6 <= M; m += 6) rows<6>(in + m * K, panel, out + m * N, K, N);
-      for (; m + 4 <= M; m += 4) rows<4>(in + m * K, panel, out + m * N, K, N);
-      for (; m < M; m++) rows<1>(in + m * K, panel, out + m * N, K, N);
+      for (; m + 6 <= M; m += 6) multiply<6>(in + m * K, panel, out + m * N, K, N);
+      for (; m + 4 <= M; m += 4) multiply<4>(in + m * K, panel, out + m * N, K, N);
+      for (; m < M; m++) multiply<1>(in + m * K, panel, out + m * N, K, N);
     }
 }
 
 }  // namespace
 
-#define CUT(name, T, M, step, border)                                                                              \
-  extern "C" void name##_##T(const T* images, T* tiles, int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch, \
-                             int64_t threads) {                                                                        \
-    cut<M, step, border, T>(images, tiles, n, H, W, C, pitch, threads);                                            \
+#define SIZES int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch, int64_t threads
+#define BOTH(T)                                                                                                     \
+  extern "C" void input_tiles_##T(const T* images, T* tiles, SIZES) {                                               \
+    cut<Bt, 4, 1>(images, tiles, n, H, W, C, pitch, threads);                                                       \
+  }                                                                                                                 \
+  extern "C" void spread_tiles_##T(const T* images, T* tiles, SIZES) {                                              \
+    cut<Transposed<At>, 4, 0>(images, tiles, n, H, W, C, pitch, threads);                                           \
+  }                                                                                                                 \
+  extern "C" void output_##T(const T* tiles, const T* bias, T* images, SIZES) {                                     \
+    join<At>(tiles, bias, images, n, H, W, C, pitch, threads);                                                      \
+  }                                                                                                                 \
+  extern "C" void weights_##T(const T* tiles, const T* bias, T* images, SIZES) {                                    \
+    join<Transposed<G>>(tiles, bias, images, n, H, W, C, pitch, threads);                                           \
+  }                                                                                                                 \
+  extern "C" void filters_##T(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {                 \
+    filters(weights, panels, K, N, threads);                                                                        \
+  }                                                                                                                 \
+  extern "C" void products_##T(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a, \
+                               int64_t pitch_c, int64_t threads) {                                                  \
+    products(a, panels, c, M, K, N, pitch_a, pitch_c, threads);                                                     \
   }
-#define JOIN(name, T, M)                                                                                           \
-  extern "C" void name##_##T(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_t W, int64_t C, \
-                             int64_t pitch, int64_t threads) {                                                         \
-    join<M, T>(tiles, bias, images, n, H, W, C, pitch, threads);                                                   \
-  }
-#define FILTERS(name, T)                                                                                           \
-  extern "C" void name##_##T(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {                 \
-    filters<T>(weights, panels, K, N, threads);                                                                    \
-  }
-#define PRODUCTS(name, T)                                                                                          \
-  extern "C" void name##_##T(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a,  \
-                             int64_t pitch_c, int64_t threads) {                                                   \
-    products<T>(a, panels, c, M, K, N, pitch_a, pitch_c, threads);                                                 \
-  }
-#define ALL(T)                              \
-  CUT(input_tiles, T, Bt, 4, 1)             \
-  CUT(spread_tiles, T, Transposed<At>, 4, 0) \
-  FILTERS(filters, T)                        \
-  PRODUCTS(products, T)                      \
-  JOIN(output, T, At)                       \
-  JOIN(weights, T, Transposed<G>)
-ALL(float)
-ALL(double)
+BOTH(float)
+BOTH(double)

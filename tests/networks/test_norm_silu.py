@@ -58,6 +58,14 @@ def test_output_and_gradients_are_those_of_the_two_operations(shape, groups, thr
         assert (got - expected).abs().max() < 1e-12 * max(1, expected.abs().max())
 
 
+def test_an_image_does_not_depend_on_the_others_of_its_batch(threads):
+    _, fused = a_pair(8, 64, torch.float32)
+    x = gaussian(13, 64, 8, 12, dtype=torch.float32)
+    whole = fused(x)
+    for size in (1, 2, 7):
+        assert torch.equal(torch.cat([fused(part) for part in x.split(size)]), whole)
+
+
 def test_in_float32_it_is_as_exact_as_torch():
     plain, fused = a_pair(8, 64, torch.float32)
     x = gaussian(4, 64, 32, 32, dtype=torch.float32) + 100  # a mean that dwarfs the deviation

@@ -24,7 +24,7 @@ def seeded():
 
 
 @pytest.mark.parametrize("tiles", [256, 7])
-@pytest.mark.parametrize("shape", [(2, 96, 8, 12), (1, 32, 8, 8), (5, 64, 16, 4), (3, 32, 4, 4)])
+@pytest.mark.parametrize("shape", [(2, 96, 8, 12), (1, 32, 8, 8), (5, 64, 16, 4), (3, 32, 4, 4), (11, 32, 4, 4)])
 def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch):
     monkeypatch.setattr(winograd, "TILES", tiles)
     direct = nn.Conv2d(shape[1], 32, 3, padding=1, dtype=torch.float64)
@@ -41,6 +41,15 @@ def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, mo
     for expected, got in zip(*gradients, strict=True):
         assert got.shape == expected.shape
         assert (got - expected).abs().max() < 1e-11
+
+
+def test_an_image_does_not_depend_on_the_others_of_its_batch():
+    layer = nn.Conv2d(64, 96, 3, padding=1).requires_grad_(False)
+    use_winograd(layer)
+    x = gaussian(13, 64, 8, 12, dtype=torch.float32)
+    whole = layer(x)
+    for size in (1, 2, 7):
+        assert torch.equal(torch.cat([layer(part) for part in x.split(size)]), whole)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
