@@ -32,7 +32,7 @@ class Setting:
         bf16: autocast to bfloat16.
         channels_last, compile: of the network.
         graphs: compile with CUDA graphs (torch's mode reduce-overhead).
-        winograd: our 3x3 convolutions; other code bases have none, and for them the word is left out.
+        winograd: our 3x3 convolutions and normalisations; other code bases have none, and the word is left out.
     """
 
     bf16: bool = False

@@ -1,14 +1,33 @@
 import os
+import shutil
 from unittest import mock
 
 import pytest
 import torch
+
+from ddim.networks.native import COMPILER
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Small tensors on many threads are slower, and far slower on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def compiler():
+    """For tests whose loops in C++ must be compiled."""
+    if not any(map(shutil.which, (os.environ.get("CXX", ""), COMPILER))):
+        pytest.skip("there is no C++ compiler")
+
+
+@pytest.fixture(params=[1, 2, 5])
+def threads(request):
+    """Fewer than images, as many, and more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

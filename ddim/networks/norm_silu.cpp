@@ -44,10 +44,10 @@ struct Sums {
   }
 };
 
-// Channels that one thread works on: all, or the fewest that are whole vectors and whole groups if images are few.
+// Channels that one thread works on: all, or the fewest that are whole groups and lines of a cache if images are few.
 template <typename T>
 int64_t share(int64_t n, int64_t C, int64_t groups, int64_t threads) {
-  return n >= threads ? C : std::lcm<int64_t>(C / groups, LANES<T>);
+  return n >= threads ? C : std::lcm<int64_t>(C / groups, 64 / sizeof(T));
 }
 
 // Call body(p) for all pixels, and keep() what it summed now and then.

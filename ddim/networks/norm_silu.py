@@ -23,10 +23,14 @@ class NormSiLU(nn.GroupNorm):
 
 
 class FusedNormSiLU(NormSiLU):
-    """The same in one operation, whose output is laid out channels last; `fuse_norms` makes it of a `NormSiLU`."""
+    """The same in one operation, whose output is laid out channels last; `fuse_norms` makes it of a `NormSiLU`.
+
+    A gradient of a gradient cannot be had.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.dtype not in native.TYPES or x.dtype != self.weight.dtype:
+        known = x.dtype in native.TYPES and x.dtype == self.weight.dtype and x.is_cpu
+        if not known or x.dim() != 4 or x.shape[1] != self.num_channels:
             return super().forward(x)
         return _norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)[0]
 

@@ -30,7 +30,7 @@ def tune_network(
     """Prepare a network for the device on which it is going to run, in place; names and weights stay.
 
     Args:
-        network: on any device.
+        network: on any device; on the CPU for winograd.
         device: where it will be.
         channels_last: lay out weights and with them activations so.
         compile: let torch compile the network when it is first called.
@@ -40,7 +40,7 @@ def tune_network(
             afterwards where they take no gradient.
 
     Raises:
-        UserError: winograd or graphs on another device, or a compiler is needed and there is none.
+        UserError: winograd or graphs on another device; a compiler is needed and there is none, or it fails.
     """
     if graphs and device.type != "cuda":
         raise UserError(f"graphs=true is for CUDA devices, and the device is {device}; leave it false.")

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 namespace {
@@ -45,17 +44,16 @@ struct Transposed {
 };
 
 // y = M x for a vector x of vectors; entries that are zero cost nothing.
-template <class M, int stride, typename V>
-inline __attribute__((always_inline)) void combine(const V* x, V* y) {
-  typedef typename std::remove_reference<decltype(V()[0])>::type T;
+template <class M, int stride, typename T>
+inline __attribute__((always_inline)) void combine(const typename Vector<T>::type* x, typename Vector<T>::type* y) {
 #pragma GCC unroll 6
   for (int r = 0; r < M::rows; r++) {
-    V sum = {};
+    typename Vector<T>::type sum = {};
     bool first = true;
 #pragma GCC unroll 6
     for (int k = 0; k < M::columns; k++) {
       if (M::m[r][k] == 0) continue;
-      const V term = x[k] * T(M::m[r][k]);
+      const typename Vector<T>::type term = x[k] * T(M::m[r][k]);
       sum = first ? term : sum + term;
       first = false;
     }
@@ -75,12 +73,12 @@ inline void sandwich(const T* in, int64_t in_row, int64_t in_column, T* out, int
     for (int k = 0; k < K; k++) {
 #pragma GCC unroll 6
       for (int i = 0; i < K; i++) column[i] = at(in + i * in_row + k * in_column + c);
-      combine<M, K>(column, half + k);
+      combine<M, K, T>(column, half + k);
     }
     const V plus = bias ? at(bias + c) : V{};
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-      combine<M, 1>(half + r * K, row);
+      combine<M, 1, T>(half + r * K, row);
 #pragma GCC unroll 6
       for (int s = 0; s < R; s++) at(out + r * out_row + s * out_column + c) = row[s] + plus;
     }

@@ -30,17 +30,23 @@ class WinogradConv2d(nn.Conv2d):
 
     `use_winograd` makes it of an `nn.Conv2d`, whose parameters it keeps. The output is laid out channels last. Images
     whose sides are not multiples of 4 pixels, or whose values are not float32 or float64, are convolved directly.
+    A gradient of a gradient cannot be had.
     """
 
-    transformed: Tensor | None  # G g G^T of frozen weights, (36, C_in, C_out)
+    transformed: Tensor | None  # G g G^T of frozen weights, (36, C_in, C_out), as `filters` of winograd.cpp orders it
+    order: tuple[torch.dtype, str]  # which goes by these two
 
     def forward(self, x: Tensor) -> Tensor:
-        frozen = self.transformed
-        gradient = frozen is not None and x.requires_grad and torch.is_grad_enabled()
-        if gradient or x.dtype not in native.TYPES or any(side % OUT for side in x.shape[2:]):
-            return super().forward(x)
         assert self.bias is not None  # `use_winograd` sees to it
-        return _trained(x, self.weight, self.bias) if frozen is None else _frozen(x, frozen, self.bias)
+        known = x.dtype in native.TYPES and x.dtype == self.weight.dtype and x.is_cpu
+        if not known or x.dim() != 4 or x.shape[1] != self.in_channels or any(side % OUT for side in x.shape[2:]):
+            return super().forward(x)
+        if self.transformed is None:
+            return _trained(x, self.weight, self.bias)
+        asked = any(tensor.requires_grad for tensor in (x, self.weight, self.bias)) and torch.is_grad_enabled()
+        if asked or self.order != (x.dtype, native.CAPABILITY):
+            return super().forward(x)
+        return _frozen(x, self.transformed, self.bias)
 
 
 def use_winograd(network: nn.Module) -> None:
@@ -50,7 +56,7 @@ def use_winograd(network: nn.Module) -> None:
     afterwards and the network does not see it. Others are transformed in each evaluation.
 
     Args:
-        network: any. Convolutions stay as they are where channels, on either side, are no multiple of 32.
+        network: on the CPU. Convolutions stay as they are where channels, on either side, are no multiple of 32.
     """
     native.load(SOURCE)  # what it has to say, it says before work starts
     for module in network.modules():
@@ -63,8 +69,10 @@ def use_winograd(network: nn.Module) -> None:
             and module.bias is not None
         ):
             module.__class__ = WinogradConv2d
+            assert isinstance(module, WinogradConv2d)
             frozen = None if module.weight.requires_grad else _filters(module.weight.permute(1, 2, 3, 0))
             module.register_buffer("transformed", frozen, persistent=False)
+            module.order = (module.weight.dtype, native.CAPABILITY)
 
 
 # Operations of their own, which torch neither traces into nor breaks at when it compiles the network around them.

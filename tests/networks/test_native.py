@@ -6,10 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ddim.errors import UserError
 from ddim.networks import native
 
+pytestmark = pytest.mark.usefixtures("compiler")
 SOURCE = 'extern "C" double twice(double x) { return 2 * x; }'
 
 
@@ -63,6 +65,34 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(source, counted, 
     (tmp_path / "home").write_text("a file where a folder should be")
     assert [twice(source), twice(source)] == [42, 42]
     assert len(counted) == 2
+
+
+def test_what_is_kept_needs_no_compiler(source, counted, monkeypatch, tmp_path):
+    source.write_text(SOURCE)
+    twice(source)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert twice(source) == 42
+    assert len(counted) == 1
+
+
+def test_what_is_kept_and_cannot_be_loaded_is_told(source, tmp_path, monkeypatch):
+    source.write_text(SOURCE)
+    twice(source)
+    native.load.cache_clear()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))  # the C library remembers paths that it has loaded
+    (kept,) = (tmp_path / "home" / "ddim").iterdir()
+    (tmp_path / "another" / "ddim").mkdir(parents=True)
+    (tmp_path / "another" / "ddim" / kept.name).write_bytes(b"not a library")
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*\); delete it"):
+        native.load(source)
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(2, 2).T, torch.ones(2, dtype=torch.float64), torch.ones(2, device="meta")], ids=str
+)
+def test_tensors_that_a_loop_would_misread_are_refused(x):
+    with pytest.raises(ValueError, match=r"takes contiguous torch\.float32 on CPUs"):
+        native.run(native.Path("none.cpp"), "none", torch.float32, x)
 
 
 def test_processes_may_compile_at_the_same_time(source):

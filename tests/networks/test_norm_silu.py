@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from ddim.networks import UNetSpec, build_network, native, norm_silu
 from ddim.networks.norm_silu import FusedNormSiLU, NormSiLU, fuse_norms
 
+pytestmark = pytest.mark.usefixtures("compiler")
 SHAPES = [(2, 32, 5, 7), (1, 96, 8, 8), (3, 64, 1, 1), (2, 32, 9, 16)]  # 129 pixels and fewer than 64
 
 
@@ -30,15 +31,6 @@ def a_pair(groups, channels, dtype=torch.float64):
     return plain, fused
 
 
-@pytest.fixture(params=[1, 2, 5])
-def threads(request):
-    """Fewer than images, as many, and more: then the channels of an image are shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_plain_module_is_silu_of_a_group_normalisation():
     plain, _ = a_pair(8, 32)
     x = gaussian(2, 32, 5, 7)
@@ -46,16 +38,27 @@ def test_the_plain_module_is_silu_of_a_group_normalisation():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("groups", [2, 8])
-def test_output_and_gradients_are_those_of_the_two_operations(shape, groups, threads):
+@pytest.mark.parametrize("groups", [2, 8, 16])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_output_and_gradients_are_those_of_the_two_operations(shape, groups, dtype, tolerance, threads):
     results = []
-    for module in a_pair(groups, shape[1]):
-        x = (3 * gaussian(*shape) + 7).requires_grad_()
+    for module in a_pair(groups, shape[1], dtype):
+        x = (3 * gaussian(*shape, dtype=dtype) + 7).requires_grad_()
         y = module(x)
-        results.append((y, *torch.autograd.grad(y, (x, module.weight, module.bias), gaussian(*shape, seed=1))))
+        grad = gaussian(*shape, seed=1, dtype=dtype)
+        results.append((y, *torch.autograd.grad(y, (x, module.weight, module.bias), grad)))
     for expected, got in zip(*results, strict=True):
         assert got.shape == expected.shape
-        assert (got - expected).abs().max() < 1e-12 * max(1, expected.abs().max())
+        assert (got - expected).abs().max() < tolerance * max(1, expected.abs().max())
+
+
+def test_the_input_has_a_gradient_where_weights_have_none_and_that_of_a_sum_is_one():
+    grads = []
+    for module in a_pair(8, 32):
+        x = gaussian(2, 32, 4, 4).requires_grad_()
+        module.requires_grad_(False)(x).sum().backward()  # whose gradient is one number, expanded
+        grads.append(x.grad)
+    assert (grads[1] - grads[0]).abs().max() < 1e-12
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(threads):
@@ -75,7 +78,7 @@ def test_in_float32_it_is_as_exact_as_torch():
 
 
 def test_the_exponential_is_right_everywhere():
-    """With one group of two equal and opposite channels the normalised value is the weight."""
+    """With weights of zero what SiLU sees is the bias."""
     z = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-30, -1e-30, 87.9, -87.9])])
     module = NormSiLU(1, 32)
     fuse_norms(module)
@@ -118,6 +121,12 @@ def test_what_the_loop_is_not_for_is_left_to_torch(x, monkeypatch):
     plain, fused = a_pair(4, 32, x.dtype)
     monkeypatch.setattr(native, "run", None)
     assert torch.equal(fused(x), plain(x))
+
+
+@pytest.mark.parametrize("x", [torch.ones(2, 64, 4, 4), torch.ones(2, 32, 4, 4, dtype=torch.float64)])
+def test_what_does_not_fit_is_torch_s_to_refuse(x):
+    with pytest.raises(RuntimeError):
+        a_pair(4, 32, torch.float32)[1](x)
 
 
 @pytest.mark.filterwarnings(

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ddim.networks import UNetSpec, build_network, winograd
+from ddim.networks import UNetSpec, build_network, native, winograd
+from ddim.networks.norm_silu import NormSiLU, fuse_norms
 from ddim.networks.winograd import WinogradConv2d, use_winograd
 
+pytestmark = pytest.mark.usefixtures("compiler")
 SPEC = UNetSpec((16, 32), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), num_groups=8, init="torch")
 
 
@@ -23,9 +25,9 @@ def seeded():
         yield
 
 
-@pytest.mark.parametrize("tiles", [256, 7])
+@pytest.mark.parametrize("tiles", [256, 11, 7])
 @pytest.mark.parametrize("shape", [(2, 96, 8, 12), (1, 32, 8, 8), (5, 64, 16, 4), (3, 32, 4, 4), (11, 32, 4, 4)])
-def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch):
+def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch, threads):
     monkeypatch.setattr(winograd, "TILES", tiles)
     direct = nn.Conv2d(shape[1], 32, 3, padding=1, dtype=torch.float64)
     fast = copy.deepcopy(direct)
@@ -46,7 +48,7 @@ def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, mo
 def test_an_image_does_not_depend_on_the_others_of_its_batch():
     layer = nn.Conv2d(64, 96, 3, padding=1).requires_grad_(False)
     use_winograd(layer)
-    x = gaussian(13, 64, 8, 12, dtype=torch.float32)
+    x = gaussian(13, 64, 8, 8, dtype=torch.float32)  # 4 tiles an image, while 6, 4 or 1 are multiplied at once
     whole = layer(x)
     for size in (1, 2, 7):
         assert torch.equal(torch.cat([layer(part) for part in x.split(size)]), whole)
@@ -89,6 +91,55 @@ def test_frozen_weights_let_a_gradient_of_the_input_through():
     x = gaussian(1, 32, 8, 8, dtype=torch.float32).requires_grad_()
     expected, got = (torch.autograd.grad(convolution(x).square().sum(), x)[0] for convolution in (layer, fast))
     assert torch.equal(got, expected)
+
+
+def test_frozen_weights_with_a_bias_that_is_trained_are_convolved_directly():
+    layer = nn.Conv2d(32, 32, 3, padding=1)
+    layer.weight.requires_grad_(False)
+    use_winograd(layer)
+    layer(gaussian(1, 32, 8, 8, dtype=torch.float32)).sum().backward()
+    assert torch.allclose(layer.bias.grad, torch.full((32,), 64.0))
+
+
+@pytest.mark.parametrize("change", ["dtype", "processor"])
+def test_filters_in_another_order_are_not_used(change, monkeypatch):
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    fast = copy.deepcopy(layer)
+    use_winograd(fast)
+    x = gaussian(1, 32, 8, 8, dtype=torch.float32)
+    if change == "dtype":
+        layer, fast, x = layer.double(), fast.double(), x.double()
+    else:  # where it was pickled
+        monkeypatch.setattr(native, "CAPABILITY", "another")
+    assert torch.equal(fast(x), layer(x))
+
+
+@pytest.mark.parametrize("x", [torch.ones(1, 64, 8, 8), torch.ones(1, 32, 8, 8, dtype=torch.float64)])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_does_not_fit_is_torch_s_to_refuse(x, frozen):
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(not frozen)
+    use_winograd(layer)
+    with pytest.raises(RuntimeError):
+        layer(x)
+
+
+@pytest.mark.slow
+def test_a_network_around_the_operations_can_be_compiled():
+    """Without a break, with the same outputs and gradients."""
+    block = nn.Sequential(NormSiLU(4, 32), nn.Conv2d(32, 64, 3, padding=1), NormSiLU(4, 64))
+    results = []
+    for compile in (False, True):
+        torch.compiler.reset()
+        fast = copy.deepcopy(block)
+        use_winograd(fast)
+        fuse_norms(fast)
+        if compile:
+            fast.compile(fullgraph=True, dynamic=False)
+        x = gaussian(2, 32, 8, 8, dtype=torch.float32).requires_grad_()
+        y = fast(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, *fast.parameters()))))
+    for expected, got in zip(*results, strict=True):
+        assert (got - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_line_is_laid_through_the_times():
 
 
 @pytest.mark.slow
-def test_a_run_measures_diffusers_beside_ours_and_says_who_is_missing(run, tmp_path):
+def test_a_run_measures_diffusers_beside_ours_and_says_who_is_missing(run, tmp_path, compiler):
     pytest.importorskip("diffusers")
     out = tmp_path / "speed.jsonl"
     words = "--network tiny --rounds 1 --batch 1 --train-batch 2 --steps 2"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-def test_a_run_compares_the_same_images(run, checkpoint, tmp_path):
+def test_a_run_compares_the_same_images(run, checkpoint, tmp_path, compiler):
     out = tmp_path / "precision.jsonl"
     words = "--extractor pixels --n 70 --steps 2 --batch 35 --precisions winograd bf16"
     done = run("precision", str(checkpoint), *words.split(), "--out", str(out))

@@ -243,7 +243,7 @@ def test_adam_gets_every_setting(make):
     }
 
 
-def test_winograd_trains_what_direct_convolutions_do(run, same):
+def test_winograd_trains_what_direct_convolutions_do(run, same, compiler):
     options = {"network": {"ch": 32}, "optim": {"eps": 1e-3}}  # a small eps makes a full step of rounding noise
     direct = run("direct", **options)
     fast = run("fast", **options, trainer={"winograd": True, "channels_last": True})
