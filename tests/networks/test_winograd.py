@@ -93,6 +93,14 @@ def test_frozen_weights_let_a_gradient_of_the_input_through():
     assert torch.equal(got, expected)
 
 
+def test_a_profile_names_the_loops():
+    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
+    use_winograd(layer)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        layer(gaussian(1, 32, 8, 8, dtype=torch.float32))
+    assert {f"winograd.{loop}" for loop in ("input_tiles", "products", "output")} <= {e.key for e in profiler.events()}
+
+
 def test_frozen_weights_with_a_bias_that_is_trained_are_convolved_directly():
     layer = nn.Conv2d(32, 32, 3, padding=1)
     layer.weight.requires_grad_(False)
