@@ -1,11 +1,11 @@
 import os
-import shutil
 from unittest import mock
 
 import pytest
 import torch
 
-from ddim.networks.native import COMPILER
+from ddim.errors import UserError
+from ddim.networks.native import find_compiler
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,8 +17,10 @@ def one_thread():
 @pytest.fixture
 def compiler():
     """For tests whose loops in C++ must be compiled."""
-    if not any(map(shutil.which, (os.environ.get("CXX", ""), COMPILER))):
-        pytest.skip("there is no C++ compiler")
+    try:
+        find_compiler()
+    except UserError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(params=[1, 2, 5])

@@ -53,6 +53,12 @@ def run(source: Path, function: str, dtype: torch.dtype, *arguments: Tensor | in
         getattr(load(source), f"{function}_{TYPES[dtype]}")(*numbers)
 
 
+def takes(x: Tensor, weight: Tensor, channels: int) -> bool:
+    """Whether x is (B, channels, H, W), and with the weight of a kind that `run` takes."""
+    known = x.dtype in TYPES and x.dtype == weight.dtype and x.is_cpu
+    return known and x.dim() == 4 and x.shape[1] == channels
+
+
 def pixels(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H, W, C), contiguous."""
     return x.permute(0, 2, 3, 1).contiguous()
@@ -83,7 +89,7 @@ def load(source: Path) -> ctypes.CDLL:
     Raises:
         UserError: no compiler, or it fails, with the last of what it says; or what was kept cannot be loaded.
     """
-    options = (*OPTIONS, *VECTORS.get(torch.backends.cpu.get_cpu_capability(), ()))
+    options = (*OPTIONS, *VECTORS.get(CAPABILITY, ()))
     content = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
     told = " ".join((*_compiler(), *options, sys.platform, platform.machine()))
     key = hashlib.sha256(b"".join((*content, told.encode()))).hexdigest()[:16]

@@ -29,8 +29,7 @@ class FusedNormSiLU(NormSiLU):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        known = x.dtype in native.TYPES and x.dtype == self.weight.dtype and x.is_cpu
-        if not known or x.dim() != 4 or x.shape[1] != self.num_channels:
+        if not native.takes(x, self.weight, self.num_channels):
             return super().forward(x)
         return _norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)[0]
 

@@ -38,8 +38,7 @@ class WinogradConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None  # `use_winograd` sees to it
-        known = x.dtype in native.TYPES and x.dtype == self.weight.dtype and x.is_cpu
-        if not known or x.dim() != 4 or x.shape[1] != self.in_channels or any(side % OUT for side in x.shape[2:]):
+        if not native.takes(x, self.weight, self.in_channels) or any(side % OUT for side in x.shape[2:]):
             return super().forward(x)
         if self.transformed is None:
             return _trained(x, self.weight, self.bias)

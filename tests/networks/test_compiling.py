@@ -1,7 +1,6 @@
 """What torch compiled is found again by the next process."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from ddim.errors import UserError
+from ddim.networks import native
 from ddim.networks.tuning import CACHE, tune_network
 
 PROGRAM = """
@@ -30,10 +30,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxg
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++"))), reason="torch compiles for the CPU with a C++ compiler"
-)
-def test_the_next_process_compiles_nothing_again(tmp_path):
+def test_the_next_process_compiles_nothing_again(tmp_path, compiler):
     kept = {k: v for k, v in os.environ.items() if k not in (CACHE, "TORCH_HOME", "XDG_CACHE_HOME")}
     cache = tmp_path / ".cache" / "torch" / "inductor"
 
@@ -87,10 +84,13 @@ def test_where_home_cannot_be_written_torch_decides(place, monkeypatch, tmp_path
     assert seen == [tmp_path]  # the first folder above that is there
 
 
-def test_a_missing_compiler_is_told_before_any_work(monkeypatch, tmp_path):
+@pytest.mark.parametrize("way", ["compile", "winograd"])
+def test_a_missing_compiler_is_told_before_any_work(monkeypatch, tmp_path, way):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where nothing is kept
+    native.load.cache_clear()
     with pytest.raises(UserError, match=r"need a C\+\+ compiler"):
-        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), compile=True)
+        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), **{way: True})
     tune_network(torch.nn.Linear(2, 2), torch.device("cpu"))
 
 

@@ -54,7 +54,7 @@ def test_a_source_is_compiled_once_and_again_when_it_changes(source, counted, tm
 def test_another_processor_has_code_of_its_own(source, counted, monkeypatch):
     source.write_text(SOURCE)
     twice(source)
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "a capability of tomorrow")
+    monkeypatch.setattr(native, "CAPABILITY", "a capability of tomorrow")
     twice(source)
     assert len(counted) == 2
     assert not any(word.startswith("-m") for word in counted[1])
