@@ -1,8 +1,9 @@
 """Denoising Diffusion Implicit Models (Song, Meng, Ermon, ICLR 2021). `import ddim` needs torch only."""
 
-from ddim.diffusion.noise import initial_noise, slerp, step_noise
+from ddim.diffusion.interpolation import slerp
+from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.diffusion.objective import antithetic_times, per_sample_loss, q_sample, uniform_times
-from ddim.diffusion.sampling import DDIM, SamplerSpec, SigmaHat, State, encode, sample, step, trajectory
+from ddim.diffusion.sampling import DDIM, SigmaHat, State, encode, sample, step, trajectory
 from ddim.diffusion.schedule import (
     SCHEDULES,
     NoiseSchedule,
@@ -11,6 +12,7 @@ from ddim.diffusion.schedule import (
     linear_schedule,
     scaled_linear_schedule,
 )
+from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import (
     SPACINGS,
     cosine_tau,

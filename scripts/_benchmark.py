@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.errors import UserError
 from ddim.networks import tune_network
-from ddim.networks.tuning import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
+from ddim.networks.acceleration import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 
 Variant = Callable[[], float]  # runs once and returns the seconds of one unit of work
 AT_LEAST = 0.3  # seconds that one measurement lasts on an accelerator, where a clock reads badly below
@@ -257,7 +257,7 @@ def ceilings(device: torch.device, size: int) -> dict[str, Callable[[], Variant]
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What decides a time besides the code: the processor, the device, threads, versions, revision."""
-    from ddim.evaluation.records import provenance
+    from ddim.results.records import provenance
 
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -138,8 +138,9 @@ def training(bench: Bench, minutes: float) -> None:
 
 def scaling(bench: Bench, minutes: float) -> None:
     """Time ours over the number of steps, and over the number of images at one batch size."""
-    from ddim.diffusion.sampling import SamplerSpec
-    from ddim.evaluation.generate import ComputeSpec, generate
+    from ddim.diffusion.spec import SamplerSpec
+    from ddim.inference.compute import ComputeSpec
+    from ddim.inference.generate import generate
 
     setting, batch = bench.settings[-1][0], bench.sampling_batches[0]
     model = _loaded(bench, setting)
@@ -156,7 +157,7 @@ def scaling(bench: Bench, minutes: float) -> None:
 
 def steps(bench: Bench, minutes: float) -> None:
     """Time the parts of one stochastic step, and what follows the last: pixels to the host, and their features."""
-    from ddim.evaluation.generate import to_pixels
+    from ddim.inference.generate import to_pixels
 
     device, batch, schedule = bench.device, bench.sampling_batches[0], linear_schedule()
     setting = bench.settings[-1][0]
@@ -225,7 +226,7 @@ def _loaded(bench: Bench, setting: Setting) -> LoadedModel:
 
 def _extractor(name: Any, device: torch.device, batch: int) -> Any:
     """An extractor of ours; Inception with random weights, which take the same time and need no download."""
-    from ddim.evaluation.extractors import fold_normalisation
+    from ddim.evaluation.features import fold_normalisation
     from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec
 
     if name != "inception":

@@ -104,7 +104,7 @@ class Diffusers:
         """See `Peer`."""
         from diffusers import UNet2DModel
 
-        from ddim.checkpoints.exporting import write_diffusers
+        from ddim.checkpoints.convert.exporting import write_diffusers
 
         class Plain(nn.Module):
             """Called as the others are."""
@@ -125,7 +125,7 @@ class Diffusers:
     def _parts(self, setting: Setting, device: torch.device) -> tuple[Any, Any]:
         from diffusers import DDIMScheduler
 
-        from ddim.checkpoints.diffusers import scheduler_config
+        from ddim.checkpoints.convert.diffusers import scheduler_config
 
         network: Any = self.network()
         unet: Any = setting.apply(network.unet, device)

@@ -71,8 +71,9 @@ class Ours:
 
     def sampler(self, setting: Setting, device: torch.device, batch: int, S: int) -> Variant:
         """See `Peer`."""
-        from ddim.diffusion.sampling import SamplerSpec
-        from ddim.evaluation.generate import ComputeSpec, generate
+        from ddim.diffusion.spec import SamplerSpec
+        from ddim.inference.compute import ComputeSpec
+        from ddim.inference.generate import generate
 
         network = setting.apply(self.network().eval().requires_grad_(False), device)
         model = LoadedModel(ModelSpec("unet", self.spec, linear_schedule(T)), network, "raw", "", None)
@@ -84,9 +85,10 @@ class Ours:
         from ddim.data.datamodule import ImageDataModule
         from ddim.data.datasets import DataSpec
         from ddim.data.images import MemoryImages
+        from ddim.training.dry_run import Stopwatch
         from ddim.training.ema import EMA
-        from ddim.training.plan import Stopwatch
-        from ddim.training.run import TrainerSpec, TrainSpec, build_module, build_trainer
+        from ddim.training.run import build_module, build_trainer
+        from ddim.training.spec import TrainerSpec, TrainSpec
 
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

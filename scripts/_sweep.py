@@ -31,15 +31,15 @@ class Sweep:
 
     def dashboard(self, spec: Any) -> Any:
         """Return the dashboard of a cell's folder."""
-        from ddim.evaluation.dashboard import Dashboard
+        from ddim.results.wandb import Dashboard
 
         folder = Path(spec.output_dir)
         return self.dashboards.setdefault(folder, Dashboard(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
         """Say what is going to be computed, and note it; `here` or in jobs that a launcher starts elsewhere."""
+        from ddim.distributed import join_processes
         from ddim.errors import UserError
-        from ddim.evaluation.processes import join_processes
         from ddim.evaluation.sweep import Manifest, forecast, outline
 
         specs, lines = [], []
@@ -59,9 +59,9 @@ class Sweep:
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one cell and print its numbers."""
-        from ddim.evaluation.processes import join_processes
+        from ddim.distributed import join_processes
+        from ddim.evaluation.job import once
         from ddim.evaluation.sweep import Manifest
-        from ddim.evaluation.work import once
 
         processes = join_processes()
         spec = self.build(config)
@@ -92,11 +92,11 @@ class Sweep:
 
     def report(self) -> None:
         """Write tables, plots and a page of all records in each folder, and print where they are."""
-        from ddim.evaluation.processes import join_processes
-        from ddim.evaluation.records import RecordFile
+        from ddim.distributed import join_processes
+        from ddim.evaluation.job import RECORDS
         from ddim.evaluation.sweep import Manifest
-        from ddim.evaluation.tables import write_report
-        from ddim.evaluation.work import RECORDS
+        from ddim.results.records import RecordFile
+        from ddim.results.report import write_report
 
         if not join_processes().first:
             return

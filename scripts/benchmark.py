@@ -68,7 +68,7 @@ def tables(path: Path, run: str | None = None) -> str:
     from _benchmark_table import markdown
 
     from ddim.errors import UserError
-    from ddim.evaluation.records import RecordFile
+    from ddim.results.records import RecordFile
 
     records = [record for record in RecordFile(path).read() if run in (None, record["run"])]
     if not records:
@@ -83,11 +83,11 @@ def measure(options: argparse.Namespace) -> str:
     from _benchmark_parts import MEASURES, Bench, add_ceiling, resolve
     from _peers import PEERS, build_peers, check_same_work
 
-    from ddim.checkpoints.published import PRESETS
+    from ddim.checkpoints.convert.model_zoo import PRESETS
     from ddim.config import choose
     from ddim.errors import UserError
-    from ddim.evaluation.records import RecordFile
     from ddim.networks import UNetSpec
+    from ddim.results.records import RecordFile
 
     end = time.monotonic() + 60 * options.minutes
     torch.set_num_threads(options.threads or torch.get_num_threads())

@@ -27,16 +27,17 @@ from _benchmark import synchronise, this_device
 from _cli import silence
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ddim.data.batches import MicroBatches, finish
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import DataSpec
 from ddim.data.images import MemoryImages
-from ddim.data.order import MicroBatches, finish
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
-from ddim.evaluation.records import RecordFile, provenance
+from ddim.results.records import RecordFile, provenance
 from ddim.training.callbacks import Guard, Progress
+from ddim.training.dry_run import Stopwatch
 from ddim.training.ema import EMA
-from ddim.training.plan import Stopwatch
-from ddim.training.run import TrainerSpec, TrainSpec, build_module, build_trainer
+from ddim.training.run import build_module, build_trainer
+from ddim.training.spec import TrainerSpec, TrainSpec
 
 WARM_UP = 2  # steps that are not timed
 NETWORK = {"name": "unet", "image_size": [32, 32], "channels": 3, "ch_mult": [1, 2, 2, 2], "dropout": 0.1}

@@ -13,5 +13,5 @@ from _cli import entry
 from _sweep import Sweep
 
 if __name__ == "__main__":
-    sweep = Sweep("ddim.evaluation.cells", "EvaluateSpec")
+    sweep = Sweep("ddim.evaluation.fidelity", "EvaluateSpec")
     entry(sweep.run, "evaluate", finish=sweep.report, plan=sweep.plan)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from _cli import entry
 
 if TYPE_CHECKING:
-    from ddim.checkpoints.card import Result
+    from ddim.checkpoints.convert.model_card import Result
 
 
 def main(config: dict[str, Any]) -> None:
     """Export as `config` says and print what was written."""
-    from ddim.checkpoints.exporting import ExportSpec, export_checkpoint
+    from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
     from ddim.config import build
 
     spec = build(ExportSpec, config, "")
@@ -33,10 +33,10 @@ def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
     """Return what a file of records says about these weights; () without a file."""
     if records is None:
         return ()
-    from ddim.checkpoints.card import Result
+    from ddim.checkpoints.convert.model_card import Result
     from ddim.errors import UserError
-    from ddim.evaluation.records import RecordFile
-    from ddim.evaluation.tables import build_tables
+    from ddim.results.records import RecordFile
+    from ddim.results.report import build_tables
 
     if not Path(records).is_file():
         raise UserError(f"there is no file of records {records}; evaluate.py writes one, records.jsonl.")

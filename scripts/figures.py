@@ -15,7 +15,7 @@ from _cli import entry, pick_device
 def main(config: dict[str, Any]) -> None:
     """Make the figures that `config` says and print what was written."""
     from ddim.config import build
-    from ddim.evaluation.figures import FigureSpec, write_figures
+    from ddim.figures.paper_figures import FigureSpec, write_figures
 
     pick_device(config.get("compute"), "device")
     for path in write_figures(build(FigureSpec, config, "")):

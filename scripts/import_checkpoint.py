@@ -15,7 +15,7 @@ TABLES = {(3, 32, 32): "table1_cifar10", (3, 64, 64): "table1_celeba"}  # of mod
 
 def main(config: dict[str, Any]) -> None:
     """Import as `config` says; print what was found and taken, and what to do with it."""
-    from ddim.checkpoints.importing import ImportSpec, import_checkpoint
+    from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
     from ddim.config import build
 
     done = import_checkpoint(build(ImportSpec, config, ""))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddim.evaluation.extractors import DIGITS_WEIGHTS, DigitsNet
+from ddim.evaluation.features import DIGITS_WEIGHTS, DigitsNet
 
 HELD_OUT = 360
 

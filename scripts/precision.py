@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="RECORD", help="only print the table of a record")
     options = parser.parse_args()
     from ddim.errors import UserError
-    from ddim.evaluation.records import RecordFile
+    from ddim.results.records import RecordFile
 
     try:
         if options.table is None and options.checkpoint is None:
@@ -60,12 +60,13 @@ def measure(options: argparse.Namespace) -> str:
 
     from ddim.checkpoints import load_model
     from ddim.config import choose
-    from ddim.diffusion.sampling import SamplerSpec
-    from ddim.evaluation.generate import ComputeSpec, evaluate_zeros, generate
+    from ddim.diffusion.spec import SamplerSpec
+    from ddim.evaluation.feature_stats import FeatureSet, feature_set
     from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics
-    from ddim.evaluation.records import RecordFile
-    from ddim.evaluation.statistics import FeatureSet, feature_set
+    from ddim.inference.compute import ComputeSpec, evaluate_zeros
+    from ddim.inference.generate import generate
     from ddim.networks import tune_network
+    from ddim.results.records import RecordFile
 
     device = this_device()
     choose("extractor", options.extractor, EXTRACTORS)

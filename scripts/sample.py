@@ -14,7 +14,7 @@ from _cli import entry, pick_device
 def main(config: dict[str, Any]) -> None:
     """Sample as `config` says and print what was written."""
     from ddim.config import build
-    from ddim.evaluation.samples import SampleSpec, write_samples
+    from ddim.inference.sample_files import SampleSpec, write_samples
 
     pick_device(config.get("compute"), "device")
     for path in write_samples(build(SampleSpec, config, "")):

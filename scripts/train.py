@@ -13,13 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 if TYPE_CHECKING:
-    from ddim.training.run import TrainerSpec
+    from ddim.training.spec import TrainerSpec
 
 
 def main(config: dict[str, Any]) -> None:
     """Train as `config` says and print the path of the checkpoint."""
     from ddim.config import build
-    from ddim.training.run import TrainSpec, dry_run, train
+    from ddim.training.run import dry_run, train
+    from ddim.training.spec import TrainSpec
 
     pick_device(config.get("trainer"), "accelerator")
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN

@@ -26,8 +26,8 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", r
 
 def render(name: str) -> str:
     """Return the Markdown of the records docs/results/NAME.jsonl."""
-    from ddim.evaluation.records import RecordFile
-    from ddim.evaluation.tables import build_tables
+    from ddim.results.records import RecordFile
+    from ddim.results.report import build_tables
 
     records = RecordFile(RESULTS / f"{name}.jsonl").read()
     if not records:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddim.errors import UserError
-from ddim.networks.native import find_compiler
+from ddim.networks.cpu.native import find_compiler
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,15 +13,15 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ddim.checkpoints.exporting import ExportSpec
-from ddim.checkpoints.importing import ImportSpec
+from ddim.checkpoints.convert.exporting import ExportSpec
+from ddim.checkpoints.convert.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
-from ddim.evaluation.cells import EvaluateSpec
-from ddim.evaluation.figures import FigureSpec
+from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
-from ddim.evaluation.samples import SampleSpec
-from ddim.training.run import TrainSpec
+from ddim.figures.paper_figures import FigureSpec
+from ddim.inference.sample_files import SampleSpec
+from ddim.training.spec import TrainSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))

@@ -8,19 +8,19 @@ import pytest
 
 from ddim.config import blame, build, choose, convert, suggest
 from ddim.data.datasets import DataSpec
-from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.schedule import ScheduleSpec
+from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.cells import EvaluateSpec
-from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import MetricSpec
-from ddim.evaluation.samples import SampleSpec
+from ddim.inference.compute import ComputeSpec
+from ddim.inference.sample_files import SampleSpec
 from ddim.networks import UNetSpec
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
 from ddim.training.loggers import LoggerSpec
 from ddim.training.module import ObjectiveSpec, OptimSpec
-from ddim.training.run import TrainerSpec, TrainSpec
+from ddim.training.spec import TrainerSpec, TrainSpec
 
 
 @dataclass(frozen=True)

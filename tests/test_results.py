@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ddim.evaluation.records import RecordFile
-from ddim.evaluation.tables import build_tables
+from ddim.results.records import RecordFile
+from ddim.results.report import build_tables
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_results.py"))

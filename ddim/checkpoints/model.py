@@ -16,7 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.checkpoints.files import (
+from ddim.checkpoints.checksum import damaged, sealed
+from ddim.checkpoints.spec import KEY, ModelSpec
+from ddim.config import choose
+from ddim.errors import UserError
+from ddim.io import (
     Tensors,
     is_safetensors,
     read_safetensors,
@@ -24,10 +28,6 @@ from ddim.checkpoints.files import (
     understanding,
     write_safetensors,
 )
-from ddim.checkpoints.seal import damaged, sealed
-from ddim.checkpoints.spec import KEY, ModelSpec
-from ddim.config import choose
-from ddim.errors import UserError
 from ddim.networks import build_network, zero_based
 
 SEALED = "sealed"  # in the description of a training checkpoint: true when the file was written with a checksum

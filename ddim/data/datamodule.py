@@ -7,8 +7,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ddim.data.batches import Addresses, Batch, From, MicroBatches, finish
 from ddim.data.images import Images, MemoryImages
-from ddim.data.order import Addresses, Batch, From, MicroBatches, finish
 from ddim.errors import UserError
 
 RESIDENT_FRACTION = 0.25  # of the free memory of a device that images may take by default

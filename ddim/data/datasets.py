@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from ddim.config import choose
-from ddim.data.files import FileImages
-from ddim.data.folder import folder_images
+from ddim.data.image_files import FileImages
+from ddim.data.image_folder import folder_images
 from ddim.data.images import Images, MemoryImages
 from ddim.data.lsun import LSUNImages
 from ddim.errors import UserError

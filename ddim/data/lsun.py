@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.files import resize_and_center_crop, to_pixels
+from ddim.data.image_files import resize_and_center_crop, to_pixels
 from ddim.data.images import LazyImages
 from ddim.errors import UserError
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ddim.diffusion.noise import TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
+from ddim.random import TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
 
 
 def q_sample(x0: Tensor, eps: Tensor, a_t: Tensor) -> Tensor:

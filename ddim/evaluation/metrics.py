@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ddim.checkpoints import weights_hash
 from ddim.config import choose
 from ddim.errors import UserError
-from ddim.evaluation.statistics import Features, FeatureSet
+from ddim.evaluation.feature_stats import Features, FeatureSet
 
 INCEPTION_NAMES = {"fd": "fid", "kd": "kid"}
 # torch-fidelity's defaults, written out so that they are stored with every number.
@@ -86,7 +86,7 @@ class FeatureExtractor:
     """
 
     def __init__(self, spec: MetricSpec, device: torch.device | str) -> None:
-        from ddim.evaluation.extractors import INCEPTION, fold_normalisation, load_network
+        from ddim.evaluation.features import INCEPTION, fold_normalisation, load_network
 
         self.spec = spec
         self.device = torch.device(device)

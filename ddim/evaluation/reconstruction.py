@@ -11,19 +11,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
-from ddim.checkpoints.files import Tensors
 from ddim.config import choose
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, to_signed
-from ddim.data.pictures import grid, save_png
-from ddim.diffusion.sampling import DDIM, SamplerSpec, trajectory
+from ddim.diffusion.sampling import DDIM, trajectory
+from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SOLO, Processes
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, autocast, check_sampler, progress, to_pixels
-from ddim.evaluation.metrics import count_name
-from ddim.evaluation.paper import PAPER_TABLES
-from ddim.evaluation.parts import Parts
-from ddim.evaluation.processes import SOLO, Processes
-from ddim.evaluation.work import (
+from ddim.evaluation.job import (
     Cell,
     asked_steps,
     cached_fingerprint,
@@ -36,7 +31,14 @@ from ddim.evaluation.work import (
     on_own_device,
     sampler_facts,
 )
-from ddim.logger import LoggerSpec
+from ddim.evaluation.metrics import count_name
+from ddim.evaluation.shards import Parts
+from ddim.image_io import grid, save_png
+from ddim.inference.compute import ComputeSpec, autocast
+from ddim.inference.generate import check_sampler, progress, to_pixels
+from ddim.io import Tensors
+from ddim.results.paper import PAPER_TABLES
+from ddim.results.wandb import LoggerSpec
 
 ERRORS, SHOWN, SECONDS = "errors", "shown", "seconds"  # of a part
 

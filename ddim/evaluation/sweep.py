@@ -14,12 +14,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ddim.distributed import SOLO, Processes
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec, evaluate_zeros, time_second
-from ddim.evaluation.processes import SOLO, Processes
-from ddim.evaluation.records import record_key
-from ddim.evaluation.work import Cell, device_name
-from ddim.files import whole
+from ddim.evaluation.job import Cell, device_name
+from ddim.inference.compute import ComputeSpec, evaluate_zeros, time_second
+from ddim.io import whole
+from ddim.results.records import record_key
 
 MANIFEST = "manifest.json"
 COSMETIC = ("logger", "grid", "save_images", "reference_dir")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddim.networks.norm_silu import NormSiLU
+from ddim.networks.cpu.norm_silu import NormSiLU
 
 Init = Literal["ddpm", "torch"]
 

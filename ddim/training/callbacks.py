@@ -14,10 +14,12 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from ddim.data.images import to_uint8
-from ddim.data.pictures import grid, save_png
-from ddim.diffusion.noise import check_seed, initial_noise
-from ddim.diffusion.sampling import SamplerSpec, last_state
+from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.sampling import last_state
+from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.image_io import grid, save_png
+from ddim.random import check_seed
 from ddim.training.checkpoints import Checkpoints
 from ddim.training.ema import EMA
 from ddim.training.module import DiffusionModule

@@ -17,11 +17,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from ddim.checkpoints.checksum import seal
 from ddim.checkpoints.model import SEALED, read_checkpoint
-from ddim.checkpoints.seal import seal
 from ddim.checkpoints.spec import KEY
 from ddim.errors import UserError
-from ddim.files import whole
+from ddim.io import whole
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ddim.logger import LoggerSpec, explained
+from ddim.results.wandb import LoggerSpec, explained
 
 
 def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str, Any]) -> list[Logger]:

@@ -14,12 +14,12 @@ from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import RECIPE
 from ddim.checkpoints.spec import KEY
 from ddim.config import choose
-from ddim.data.order import Batch
-from ddim.diffusion.noise import DROPOUT, WEIGHTS, random_words
+from ddim.data.batches import Batch
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
+from ddim.random import DROPOUT, WEIGHTS, random_words
 
 COUNTS = "ddim_counts"  # the entry of a training checkpoint with what its logs count
 

@@ -5,8 +5,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from ddim.data import LazyImages, MemoryImages
+from ddim.data.batches import MicroBatches, finish
 from ddim.data.datamodule import ImageDataModule
-from ddim.data.order import MicroBatches, finish
 from ddim.errors import UserError
 
 pytestmark = [

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from ddim.diffusion import noise
-from ddim.diffusion.noise import gaussian, initial_noise, philox, random_words, slerp, step_noise
+from ddim.diffusion.interpolation import slerp
+from ddim.diffusion.noise import initial_noise, step_noise
+from ddim.random import gaussian, philox, random_words
 
 # Known answers published with Random123 (Salmon et al. 2011): counter, key, result.
 PHILOX_VECTORS = [

@@ -21,7 +21,7 @@ from ddim import (
     step_noise,
     trajectory,
 )
-from ddim.diffusion.sampling import RULES
+from ddim.diffusion.spec import RULES
 from ddim.diffusion.timesteps import quadratic_tau
 
 SCHEDULE = linear_schedule(1000)

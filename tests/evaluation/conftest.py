@@ -10,11 +10,11 @@ from ddim.checkpoints import LoadedModel, ModelSpec, load_model
 from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX
 from ddim.checkpoints.spec import KEY
 from ddim.data.datasets import DataSpec
-from ddim.diffusion.sampling import SamplerSpec
 from ddim.diffusion.schedule import linear_schedule
-from ddim.evaluation.cells import EvaluateSpec
-from ddim.evaluation.generate import ComputeSpec, place
+from ddim.diffusion.spec import SamplerSpec
+from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import MetricSpec
+from ddim.inference.compute import ComputeSpec, place
 from ddim.networks import UNetSpec, build_network
 
 

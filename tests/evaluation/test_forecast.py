@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim.diffusion.sampling import SamplerSpec
+from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import Processes
 from ddim.evaluation import sweep
-from ddim.evaluation.cells import EvaluateSpec, evaluate_cell
-from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
 from ddim.evaluation.metrics import MetricSpec
-from ddim.evaluation.processes import Processes
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.sweep import MANIFEST, Manifest, Pace, cell_id, forecast, outline
-from ddim.logger import LoggerSpec
+from ddim.inference.compute import ComputeSpec
+from ddim.results.wandb import LoggerSpec
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def note_in_a_process(processes: Processes, specs: list[EvaluateSpec], folder: P
 
 
 def test_notes_of_several_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
-    from together import together
+    from two_processes import together
 
     specs = [dataclasses.replace(spec, seed=seed) for seed in range(60)]
     Manifest(tmp_path / "sweep").plan("command", specs)

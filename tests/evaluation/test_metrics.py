@@ -10,6 +10,7 @@ import yaml
 
 from ddim.config import build
 from ddim.errors import UserError
+from ddim.evaluation.feature_stats import FeatureSet, feature_set
 from ddim.evaluation.metrics import (
     EXTRACTORS,
     METRICS,
@@ -19,7 +20,6 @@ from ddim.evaluation.metrics import (
     compute_metrics,
     metric_name,
 )
-from ddim.evaluation.statistics import FeatureSet, feature_set
 
 OFFLINE = [name for name in EXTRACTORS if name != "inception"]
 CONFIGS = Path(__file__).parents[2] / "configs" / "metric"

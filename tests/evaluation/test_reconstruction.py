@@ -12,13 +12,13 @@ from sklearn.datasets import load_digits
 import ddim
 from ddim.checkpoints import LoadedModel
 from ddim.data.datasets import DataSpec
-from ddim.diffusion.sampling import SamplerSpec
+from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SOLO
 from ddim.errors import UserError
-from ddim.evaluation.generate import ComputeSpec
-from ddim.evaluation.processes import SOLO
+from ddim.evaluation.job import once
 from ddim.evaluation.reconstruction import ReconstructSpec
-from ddim.evaluation.records import RecordFile
-from ddim.evaluation.work import once
+from ddim.inference.compute import ComputeSpec
+from ddim.results.records import RecordFile
 
 
 @pytest.fixture

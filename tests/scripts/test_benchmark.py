@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddim.checkpoints.published import PRESETS
+from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.errors import UserError
 from ddim.networks import UNetSpec, build_network
 

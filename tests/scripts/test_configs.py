@@ -14,22 +14,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddim.config import build
 from ddim.data.datasets import DataSpec
-from ddim.diffusion.sampling import SamplerSpec
+from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import reference_quad_tau
 from ddim.errors import UserError
-from ddim.evaluation.cells import EvaluateSpec
-from ddim.evaluation.figures import FigureSpec
-from ddim.evaluation.generate import ComputeSpec
+from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.evaluation.job import row_label
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
-from ddim.evaluation.samples import SampleSpec
-from ddim.evaluation.work import row_label
+from ddim.figures.paper_figures import FigureSpec
+from ddim.inference.compute import ComputeSpec
+from ddim.inference.sample_files import SampleSpec
 from ddim.networks import build_network
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
 from ddim.training.loggers import LoggerSpec
 from ddim.training.module import ObjectiveSpec, OptimSpec
-from ddim.training.run import TrainerSpec, TrainSpec
+from ddim.training.spec import TrainerSpec, TrainSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SPECS: dict[str, Any] = {

@@ -158,7 +158,7 @@ def test_a_training_run_of_ours_is_imported_and_exported(run: Run, checkpoint: P
 CIFAR10 = UNetSpec((32, 32), ch_mult=(1, 2, 2, 2), dropout=0.1)
 MEASURE = """
 import resource, sys, time
-from ddim.checkpoints.importing import ImportSpec, import_checkpoint
+from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
 
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 import_checkpoint(ImportSpec("o", "d", source=sys.argv[1], out="model.safetensors"))

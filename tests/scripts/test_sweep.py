@@ -175,7 +175,7 @@ def test_a_sweep_that_only_its_running_jobs_can_read_has_no_plan(run: Run, check
 def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddim.evaluation import parts as module
+    from ddim.evaluation import shards as module
 
     real, left = module.write_safetensors, iter(range(3))
 
@@ -202,7 +202,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
 def test_ctrl_c_is_one_word_and_the_same_command_goes_on(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddim.evaluation import parts as module
+    from ddim.evaluation import shards as module
 
     real = module.write_safetensors
 

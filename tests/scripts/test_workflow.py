@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from ddim.checkpoints import load_model
-from ddim.data.pictures import grid
-from ddim.diffusion.sampling import SamplerSpec
-from ddim.evaluation import cells
-from ddim.evaluation.generate import ComputeSpec, generate
+from ddim.diffusion.spec import SamplerSpec
+from ddim.evaluation import fidelity
+from ddim.image_io import grid
+from ddim.inference.compute import ComputeSpec
+from ddim.inference.generate import generate
 
 Run = Callable[..., Any]
 SWEEP = ("-m", "data=digits", "metric=digits_classifier", "n=20", "compute.device=cpu", "output_dir=out")
@@ -77,7 +78,7 @@ def test_a_second_run_computes_only_what_is_missing(
     before = (folder / "records.jsonl").read_bytes()
     table = (folder / "table.md").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "generate_batch", no_images)
+        patch.setattr(fidelity, "generate_batch", no_images)
         outcome = run("evaluate", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("(already in the records)") == 4
@@ -100,7 +101,7 @@ def test_a_cell_that_fails_does_not_take_the_others_down(run: Run, checkpoint: P
 def test_a_defect_of_ours_keeps_its_traceback(
     run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cells, "generate_batch", no_images)
+    monkeypatch.setattr(fidelity, "generate_batch", no_images)
     outcome = run("evaluate", *SWEEP, f"checkpoint={checkpoint}", "sampler.S=2,3")
     assert outcome.code == 1
     assert outcome.err.count("Traceback (most recent call last)") == 2

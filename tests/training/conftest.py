@@ -9,7 +9,8 @@ import torch
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
 from ddim.training.module import DiffusionModule
-from ddim.training.run import TrainSpec, train
+from ddim.training.run import train
+from ddim.training.spec import TrainSpec
 
 TINY = {
     "data": {"name": "digits", "size": [8, 8], "channels": 1, "flip": True},

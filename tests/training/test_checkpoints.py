@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ddim.checkpoints import load_model
+from ddim.checkpoints.checksum import seal, sealed
 from ddim.checkpoints.model import read_checkpoint
-from ddim.checkpoints.seal import seal, sealed
 from ddim.errors import Interrupted, UserError
 from ddim.training.module import DiffusionModule
 

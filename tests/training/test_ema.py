@@ -13,7 +13,7 @@ from ddim.config import build
 from ddim.errors import UserError
 from ddim.training.ema import EMA, EMASpec
 from ddim.training.module import DiffusionModule
-from ddim.training.run import TrainSpec
+from ddim.training.spec import TrainSpec
 
 
 def average(spec, weights, batches_per_step=1):

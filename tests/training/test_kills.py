@@ -11,7 +11,8 @@ import pytest
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
-from ddim.training.run import TrainSpec, train
+from ddim.training.run import train
+from ddim.training.spec import TrainSpec
 
 KILLS = int(os.environ.get("DDIM_KILLS", "2"))
 EVERY, STEPS = 40, 120 + 40 * KILLS

@@ -10,13 +10,13 @@ from lightning.pytorch import Trainer
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
+from ddim.data.batches import MicroBatches, finish
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
-from ddim.data.order import MicroBatches, finish
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.errors import UserError
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
-from ddim.training.run import TrainSpec
+from ddim.training.spec import TrainSpec
 
 
 @pytest.fixture

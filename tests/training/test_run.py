@@ -9,7 +9,7 @@ from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.training.module import DiffusionModule
-from ddim.training.run import TrainSpec
+from ddim.training.spec import TrainSpec
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from stored import NETWORK, ORIGIN, SCHEDULES, same, state_of
 
-from ddim import DDIM, initial_noise, quadratic_tau, sample
-from ddim.checkpoints import files, load_model, read_model, save_model, weights_hash
+from ddim import DDIM, initial_noise, io, quadratic_tau, sample
+from ddim.checkpoints import load_model, read_model, save_model, weights_hash
 from ddim.checkpoints.model import header, read_header
 from ddim.errors import UserError
 from ddim.networks import UNet
@@ -129,7 +129,7 @@ def test_saving_makes_folders_and_replaces_only_by_a_whole_file(model, tmp_path,
     save_model(model, path)
     before = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", breaks_off)
+        patch.setattr(io, "save_file", breaks_off)
         with pytest.raises(OSError, match="no space left"):
             save_model(replace(model, step=3), path)
     assert path.read_bytes() == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stored import same
 
-from ddim.checkpoints.files import read_safetensors, write_safetensors
+from ddim.io import read_safetensors, write_safetensors
 
 BASE = torch.arange(24.0).reshape(2, 3, 4)
 

@@ -1,0 +1,1 @@
+"""The checkpoints of other code bases, in and out."""

@@ -1,0 +1,141 @@
+"""The processes of one evaluation: this one alone, or several that torchrun or SLURM started together.
+
+What they compute is divided by image numbers (`ddim.evaluation.shards`), so they communicate rarely: at the start and
+the end of a piece of work, over gloo. All of them must see the same output folder.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from ddim.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # for the slowest process; a dead one is noticed by whoever started them
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the evaluation.
+
+    Attributes:
+        rank: number of this process, 0 .. world_size - 1.
+        world_size: how many there are.
+        local_rank: number of this process on its machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes records and speaks."""
+        return self.rank == 0
+
+    def share(self, value: T) -> T:
+        """Return the value that the first process has."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values)
+        return values[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all processes, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def ask_first(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns in the first process, the only one that calls it.
+
+        Raises:
+            UserError: it failed there, and this is another process.
+        """
+        found = None
+        with self.together():
+            if self.first:
+                found = call()
+        return self.share(found)  # type: ignore[return-value]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the elementwise sum over all processes, on the CPU."""
+        values = values.cpu()
+        if self.world_size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait at the end of the block for all processes; a failure of one in the block is a failure of all.
+
+        Raises:
+            UserError: the block failed in another process.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        reasons = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise UserError(f"process {rank} of {self.world_size} failed ({reason}).")
+
+    def own_device(self, device: str) -> str:
+        """Return the device of this process: of "cuda", the one whose number is the local rank."""
+        named = torch.device(device)
+        if self.world_size == 1 or named.type == "cpu" or named.index is not None:
+            return device
+        return f"{named.type}:{self.local_rank % max(1, torch.get_device_module(named.type).device_count())}"
+
+
+SOLO = Processes()
+
+
+def join_processes() -> Processes:
+    """Return this process among those it was started with; meets the others at the first call.
+
+    Raises:
+        UserError: the others cannot be met.
+    """
+    address, here = _started_together()
+    if here.world_size > 1 and not distributed.is_initialized():
+        try:
+            distributed.init_process_group(
+                "gloo", init_method=address, rank=here.rank, world_size=here.world_size, timeout=PATIENCE
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"process {here.rank} of {here.world_size} cannot meet the others at {address} "
+                f"({str(error).splitlines()[0]}); start all of them with torchrun or srun."
+            ) from error
+    return here
+
+
+def _started_together() -> tuple[str, Processes]:
+    e = os.environ
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= e.keys():  # torchrun
+        return "env://", Processes(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)))
+    # Of this step of the job: the script of a job has SLURM_NTASKS too, though it runs once.
+    if int(e.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        from lightning.fabric.plugins.environments import SLURMEnvironment
+
+        try:
+            slurm = SLURMEnvironment()
+        except RuntimeError as error:  # it wants --ntasks-per-node
+            raise UserError(" ".join(str(error).split())) from error
+        here = Processes(slurm.global_rank(), int(e["SLURM_STEP_NUM_TASKS"]), slurm.local_rank())
+        return f"tcp://{slurm.main_address}:{slurm.main_port}", here
+    return "", SOLO

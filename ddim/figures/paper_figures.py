@@ -1,0 +1,193 @@
+"""The paper's figures from a checkpoint, each one a picture and the tensors behind it."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ddim.checkpoints import load_model
+from ddim.diffusion.spec import SamplerSpec
+from ddim.errors import UserError
+from ddim.figures import panels
+from ddim.figures.layout import animate, draw
+from ddim.figures.panels import Panel, save_panel
+from ddim.inference.compute import ComputeSpec, place, with_batch_size
+from ddim.inference.generate import check_sampler
+from ddim.inference.trajectories import Source, evenly
+from ddim.random import check_seed
+from ddim.results.records import provenance
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """See configs/figures.yaml.
+
+    Attributes:
+        figure: a key of FIGURES, or all.
+        checkpoint: path of the model.
+        name: of the folder.
+        output_dir: gets a picture and a file of tensors for each figure.
+        compute: how.
+        sampler: of all figures, but for what a figure varies: S and η in samples, S in consistency.
+        indices: image numbers; null for the first n. Interpolation takes them as pairs, its grid the first four.
+        n: images 0 .. n-1; null for each figure's own number.
+        S: numbers of steps in samples and consistency; null for the paper's, as far as the model has so many times.
+        etas: rows of samples.
+        sigma_hat: one row more in samples.
+        points: weights 0 .. 1 along an interpolation.
+        columns: times shown in x0_strip.
+        frames: predictions shown in trajectory.
+        seed: of the noise, 0 .. 2**64 - 1.
+        weights: ema, raw, or ema_RATE for another average of the training.
+        overwrite: replace files of an earlier call.
+
+    Raises:
+        ValueError: a value out of range, both indices and n, or samples without rows.
+    """
+
+    figure: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
+    checkpoint: str
+    name: str
+    output_dir: str
+    compute: ComputeSpec
+    sampler: SamplerSpec = field(default_factory=SamplerSpec)
+    indices: tuple[int, ...] | None = None
+    n: int | None = None
+    S: tuple[int, ...] | None = None
+    etas: tuple[float, ...] = (0.0, 0.2, 0.5, 1.0)
+    sigma_hat: bool = True
+    points: int = 11
+    columns: int = 10
+    frames: int = 30
+    seed: int = 0
+    weights: str = "ema"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.n is not None and self.indices is not None:
+            raise ValueError(f"give either n={self.n} or indices={list(self.indices)}, not both.")
+        if self.n is not None and self.n < 1:
+            raise ValueError(f"n={self.n} must be at least 1.")
+        if self.indices is not None and not (self.indices and all(0 <= i < 1 << 32 for i in self.indices)):
+            raise ValueError(f"indices={list(self.indices)} must hold image numbers, 0 .. 2**32 - 1.")
+        if self.S is not None and not self.S:
+            raise ValueError("S=[] must hold a number of steps.")
+        if not self.etas and not self.sigma_hat:
+            raise ValueError("etas=[] and sigma_hat=false leave no rows; give at least one.")
+        for eta in self.etas:
+            SamplerSpec(eta=eta)
+        for key in ("points", "columns", "frames"):
+            if getattr(self, key) < 2:
+                raise ValueError(f"{key}={getattr(self, key)} must be at least 2.")
+        check_seed(self.seed)
+
+    def images(self, default: int) -> tuple[int, ...]:
+        """Return the image numbers of a figure that shows `default` images when nothing is asked for."""
+        return self.indices if self.indices is not None else tuple(range(self.n or default))
+
+
+def write_figures(spec: FigureSpec) -> list[Path]:
+    """Make the figures and return the paths written: for each a PNG, or a GIF, and safetensors (`panels.load_panel`).
+
+    Raises:
+        UserError: bad input, or files that would be overwritten; before anything is sampled.
+    """
+    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
+    spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
+    source = Source(model, spec.seed, spec.compute)
+    names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
+    plans = {name: FIGURES[name](spec, source) for name in names}
+    files = {name: targets(name, Path(spec.output_dir)) for name in names}
+    present = [path for paths in files.values() for path in paths if path.exists()]
+    if present and not spec.overwrite:
+        raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
+    origin = provenance()
+    for name, plan in plans.items():
+        picture, tensors = files[name]
+        panel = plan()
+        panel = dataclasses.replace(panel, facts=panel.facts | origin)
+        (animate if picture.suffix == ".gif" else draw)(panel, picture)
+        save_panel(panel, tensors)
+    return [path for paths in files.values() for path in paths]
+
+
+def targets(name: str, folder: Path) -> tuple[Path, Path]:
+    """Return the files of a figure: its picture and its tensors."""
+    return folder / f"{name}{'.gif' if name == 'trajectory' else '.png'}", folder / f"{name}.safetensors"
+
+
+Plan = Callable[[], Panel]
+
+
+def _samples(spec: FigureSpec, source: Source) -> Plan:
+    S = _numbers_of_steps(spec, source, (10, 100))
+    rows = [dataclasses.replace(spec.sampler, rule="ddim", eta=eta, S=S[0]) for eta in spec.etas]
+    if spec.sigma_hat:
+        rows.append(dataclasses.replace(spec.sampler, rule="sigma_hat", eta=None))
+    return lambda: panels.samples(source, rows, S, spec.images(5))
+
+
+def _consistency(spec: FigureSpec, source: Source) -> Plan:
+    S = _numbers_of_steps(spec, source, (10, 20, 50, 100, 1000))
+    return lambda: panels.consistency(source, spec.sampler, S, spec.images(5))
+
+
+def _interpolation(spec: FigureSpec, source: Source) -> Plan:
+    _check_deterministic(spec, source)
+    images = spec.images(8)
+    if len(images) % 2:
+        raise UserError(f"interpolation takes pairs of images, not {len(images)}; give an even number of them.")
+    pairs = list(zip(images[0::2], images[1::2], strict=True))
+    return lambda: panels.interpolation(source, spec.sampler, pairs, _weights(spec))
+
+
+def _interpolation_grid(spec: FigureSpec, source: Source) -> Plan:
+    _check_deterministic(spec, source)
+    if len(images := spec.images(4)) < 4:
+        raise UserError(f"interpolation_grid takes two pairs of images, not {len(images)} images; give four.")
+    corners = (images[0], images[1], images[2], images[3])
+    return lambda: panels.interpolation_grid(source, spec.sampler, corners, _weights(spec), _weights(spec))
+
+
+def _x0_strip(spec: FigureSpec, source: Source) -> Plan:
+    steps = evenly(spec.columns, len(check_sampler(source.model, spec.sampler)))
+    return lambda: panels.x0_strip(source, spec.sampler, spec.images(4), steps)
+
+
+def _trajectory(spec: FigureSpec, source: Source) -> Plan:
+    steps = evenly(spec.frames, len(check_sampler(source.model, spec.sampler)))
+    # Few of the large ones: all frames are kept as they are, for the file of tensors.
+    images = spec.images(16 if source.model.spec.image_shape[1] < 128 else 4)
+    return lambda: panels.trajectory(source, spec.sampler, images, steps)
+
+
+def _weights(spec: FigureSpec) -> list[float]:
+    return [k / (spec.points - 1) for k in range(spec.points)]
+
+
+def _numbers_of_steps(spec: FigureSpec, source: Source, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the S that were asked for, or of the default ones those that the model's T allows, or T."""
+    if spec.sampler.times is not None:
+        raise UserError("samples and consistency choose S; give a named sampler.spacing, not explicit times.")
+    T = source.model.spec.schedule.T
+    S = spec.S or tuple(count for count in default if count <= T) or (T,)
+    for count in S:
+        check_sampler(source.model, dataclasses.replace(spec.sampler, S=count))
+    return S
+
+
+def _check_deterministic(spec: FigureSpec, source: Source) -> None:
+    check_sampler(source.model, spec.sampler)
+    if spec.sampler.rule != "ddim" or spec.sampler.eta != 0:
+        raise UserError("interpolation is between deterministic samples; choose sampler=ddim with sampler.eta=0.")
+
+
+FIGURES: dict[str, Callable[[FigureSpec, Source], Plan]] = {
+    "samples": _samples,
+    "consistency": _consistency,
+    "interpolation": _interpolation,
+    "interpolation_grid": _interpolation_grid,
+    "x0_strip": _x0_strip,
+    "trajectory": _trajectory,
+}

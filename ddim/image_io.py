@@ -1,0 +1,57 @@
+"""Pictures for people: grids and animations of uint8 images."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ddim.io import whole
+
+
+def grid(images_u8: Tensor, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Tensor:
+    """Lay images out in rows.
+
+    Args:
+        images_u8: uint8 (N, C, H, W) with C = 1 or 3.
+        columns: images in a row; about as many as rows when not given.
+        scale: each pixel becomes scale x scale; when not given, such that an image is at least 32 pixels high.
+        gap: white pixels between images.
+
+    Returns:
+        uint8 (C, H', W').
+    """
+    n, c, h, w = images_u8.shape
+    columns = min(n, columns or math.ceil(math.sqrt(n)))
+    rows = -(-n // columns)
+    scale = scale or max(1, -(-32 // h))
+    h, w = h * scale, w * scale
+    enlarged = images_u8.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    canvas = torch.full((c, rows * (h + gap) - gap, columns * (w + gap) - gap), 255, dtype=torch.uint8)
+    for i, image in enumerate(enlarged):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        canvas[:, top : top + h, left : left + w] = image
+    return canvas
+
+
+def to_pil(image_u8: Tensor) -> Image.Image:
+    """Return a uint8 (C, H, W) tensor as a PIL image, grey for one channel."""
+    pixels = image_u8.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def save_png(image_u8: Tensor, path: Path) -> None:
+    """Write a uint8 (C, H, W) image."""
+    with whole(path) as partial:
+        to_pil(image_u8).save(partial, format="PNG")
+
+
+def save_gif(frames_u8: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:
+    """Write frames, each uint8 (C, H, W), as an endless GIF of about `seconds`; the last frame stays for a second."""
+    # Browsers slow down delays under 20 ms.
+    durations = [max(20, round(1000 * seconds / len(frames_u8)))] * (len(frames_u8) - 1) + [1000]
+    first, *rest = [to_pil(frame) for frame in frames_u8]
+    with whole(path) as partial:
+        first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)

@@ -1,0 +1,1 @@
+"""Run a checkpoint: images from their numbers, trajectories, files of samples."""

@@ -1,0 +1,128 @@
+"""How a model is run: its device, its precision, and how many images at once."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ddim.checkpoints import LoadedModel
+from ddim.errors import UserError
+from ddim.inference.batching import in_batches
+from ddim.networks import tune_network
+
+log = logging.getLogger(__name__)
+LONG = 5.0  # seconds, for one network evaluation of a search
+
+
+@dataclass(frozen=True)
+class ComputeSpec:
+    """How to compute; what is computed does not depend on it, but for rounding.
+
+    Attributes:
+        device: a torch device, such as cuda or cpu.
+        batch_size: images in one network evaluation; 0 asks `with_batch_size` for a short search.
+        bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
+        channels_last, compile, graphs, winograd: see `ddim.networks.tune_network`.
+
+    Raises:
+        ValueError: batch_size below 0, or 0 where each size would be compiled anew; bf16 with winograd, which is for
+            float32.
+    """
+
+    device: str
+    batch_size: int = 250
+    bf16: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    graphs: bool = False
+    winograd: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bf16 and self.winograd:
+            raise ValueError("bf16 and winograd exclude each other: Winograd's algorithm needs float32.")
+        if self.batch_size < 0:
+            raise ValueError(f"batch_size={self.batch_size} must be at least 1, or 0 for a search.")
+        if self.batch_size == 0 and (self.compile or self.graphs):
+            raise ValueError("batch_size=0 would compile the network for each size; give a number, or do not compile.")
+
+
+def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
+    """Move a model to its device and tune it, as `compute` says; returns the same model.
+
+    Raises:
+        UserError: the device is not there, or cannot do what `compute` says.
+    """
+    try:
+        model.network.to(compute.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
+    ways = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
+    tune_network(model.network, torch.device(compute.device), **ways)
+    return model
+
+
+def with_batch_size(model: LoadedModel, compute: ComputeSpec, most: int = 1024) -> ComputeSpec:
+    """Return `compute` with a batch size of at least 1: where it is 0, that of a search up to `most` images.
+
+    Args:
+        model: on its device (`place`).
+    """
+    if compute.batch_size:
+        return compute
+    found = find_batch_size(lambda count: evaluate_zeros(model, compute, count), most)
+    log.info("compute.batch_size=%d is about the fastest here.", found)
+    return replace(compute, batch_size=found)
+
+
+def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
+    """Return the smallest of 1, 2, 4, ... images with which one takes at most 5 % longer than with the best number.
+
+    The search ends at `most`, where memory does, where one evaluation takes `LONG` seconds, and where two sizes in a
+    row were no faster than those before.
+
+    Args:
+        evaluate: what is timed, with so many images at once.
+    """
+    paces: dict[int, float] = {}  # seconds for an image
+    count, slower = 1, 0
+    while count <= most and slower < 2:
+        fitted, took = time_second(evaluate, count)
+        pace = took / fitted
+        slower = slower + 1 if paces and pace >= min(paces.values()) else 0
+        paces[fitted] = min(pace, paces.get(fitted, pace))
+        if fitted < count or took > LONG:
+            break
+        count *= 2
+    return min(size for size, pace in paces.items() if pace <= 1.05 * min(paces.values()))
+
+
+def time_second(call: Callable[[int], object], count: int) -> tuple[int, float]:
+    """Return the seconds of the second of two calls for `count` images, and for how many it was.
+
+    The first one compiles, and allocates. What does not fit into memory is halved, as when images are generated.
+    """
+
+    def seconds(batch: range) -> float:
+        call(len(batch))
+        start = time.perf_counter()
+        call(len(batch))
+        return time.perf_counter() - start
+
+    batch, took = next(in_batches([range(count)], seconds))
+    return len(batch), took
+
+
+@torch.inference_mode()
+def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None:
+    """Evaluate the network once, for timing, and wait for it."""
+    x = torch.zeros(count, *model.spec.image_shape, device=compute.device)
+    with autocast(compute):
+        model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
+
+
+def autocast(compute: ComputeSpec) -> torch.autocast:
+    """Return the context in which the network runs as `compute` says."""
+    return torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=compute.bf16)

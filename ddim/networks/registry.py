@@ -1,0 +1,24 @@
+"""Networks by name."""
+
+from typing import Any
+
+from torch import nn
+
+from ddim.config import choose
+from ddim.networks.unet import UNet, UNetSpec
+
+
+def build_network(name: str, spec: Any) -> nn.Module:
+    """Return the network `name` of NETWORKS, initialised, for a spec of the type that is registered with it.
+
+    Raises:
+        UserError: the name is not registered; the message lists those that are.
+        TypeError: the spec belongs to another network.
+    """
+    spec_type, network_type = choose("network", name, NETWORKS)
+    if not isinstance(spec, spec_type):
+        raise TypeError(f"network {name!r} takes a {spec_type.__name__}, not a {type(spec).__name__}.")
+    return network_type(spec)
+
+
+NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {"unet": (UNetSpec, UNet)}

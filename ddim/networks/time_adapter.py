@@ -1,0 +1,24 @@
+"""The adapter between the paper's times 1..T and those of networks, 0..T-1."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+
+def zero_based(network: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Let a network that was trained on the times 0..T-1 be called with the paper's times 1..T.
+
+    This is the one place of that shift. The paper's time 0 is data, which no network is asked about: trajectories feed
+    t >= 1 only.
+
+    Args:
+        network: (x (B, C, H, W), zero-based t (B,)) -> (B, C, H, W).
+
+    Returns:
+        model(x, t) = network(x, t - 1), with t (B,) the paper's times.
+    """
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t - 1)
+
+    return model

@@ -1,0 +1,174 @@
+"""Plots made from tables and records: a metric against S, and the time to sample against S (the paper's Fig. 4)."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddim.io import whole
+from ddim.results.protocol import is_distance
+from ddim.results.records import Record
+from ddim.results.table import Table, row_order
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PAPER_IMAGES = 50_000  # Fig. 4 counts hours for so many
+DPI = 200
+PAPER_LOOK: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markerfacecolor": "none", "markersize": 9}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of cells of one model on one kind of device.
+
+    Attributes:
+        device: its name, for example NVIDIA H200.
+        compute: how it was used: processes and images per batch.
+        model: weights, and number format of the network.
+        images: numbers of images that were timed.
+        points: (row label, S, hours for 50,000 images on one device).
+    """
+
+    device: str
+    compute: str
+    model: str
+    images: tuple[int, ...]
+    points: tuple[tuple[str, int, float], ...]
+
+    @property
+    def exponent(self) -> float:
+        """Return p of the least-squares fit time = c S^p, both logarithms taken; 1 is linear in S."""
+        return self._fit()[0]
+
+    def fitted(self, S: float) -> float:
+        """Return the hours of the fit at S."""
+        exponent, constant = self._fit()
+        return math.exp(constant + exponent * math.log(S))
+
+    def caption(self) -> str:
+        """Return what was timed, and how far from linear in S the time is."""
+        scaled = "" if self.images == (PAPER_IMAGES,) else f", scaled from {_and(self.images)}"
+        return (
+            f"Hours to sample {PAPER_IMAGES:,} images on one device{scaled} "
+            f"({self.device}; {self.compute}; {self.model}). "
+            f"Fit: time ∝ S^{self.exponent:.3f}, {round(100 * (self.exponent - 1), 1) + 0.0:+.1f} % from linear."
+        )
+
+    def _fit(self) -> tuple[float, float]:
+        logs = np.log([(S, hours) for _, S, hours in self.points])
+        exponent, constant = np.polyfit(logs[:, 0], logs[:, 1], 1)
+        return float(exponent), float(constant)
+
+
+def timings(records: Sequence[Record]) -> list[Timing]:
+    """Return the times of completed records by device and model; those with at least two values of S.
+
+    Records that do not say where they were computed are left out.
+    """
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
+            shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"])
+            groups.setdefault(json.dumps(shared), []).append(record)
+    found = (_timing(groups[key]) for key in sorted(groups))
+    return [timing for timing in found if len({S for _, S, _ in timing.points}) > 1]
+
+
+def _timing(records: list[Record]) -> Timing:
+    model = records[0]["model"]
+    use = {(r["compute"].get("processes", 1), r["compute"].get("batch_size")) for r in records}
+    processes, batches = (sorted({used[i] for used in use if used[i] is not None}) for i in (0, 1))
+    return Timing(
+        device=records[0]["compute"]["device"],
+        compute=f"processes: {_and(processes)}; images per batch: {_and(batches) or 'not known'}",
+        model=f"weights {model['weights_hash'][:8]}, {'bfloat16' if records[0]['bf16'] else 'float32'}",
+        images=tuple(sorted({r["n"] for r in records})),
+        points=tuple(
+            sorted((r["label"], r["S"], r["seconds_sampling"] / r["n"] * PAPER_IMAGES / 3600) for r in records)
+        ),
+    )
+
+
+def plot(table: Table) -> "Figure":
+    """Plot the metric against S, a line for each row, both axes logarithmic unless a value is not positive.
+
+    Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's numbers.
+    """
+    figure, axes = _figure()
+    shown: list[float] = []
+    drawn: set[str | None] = set()  # rows of the paper: σ̂ may be there clipped and not
+    for number, row in enumerate(table.rows):
+        points = [(S, v, table.spread(row, S)) for S in table.columns if (v := table.value(row, S)) is not None]
+        S, values, spreads = zip(*points, strict=True)
+        bars = None if table.ranges == 1 else [spread or 0.0 for spread in spreads]
+        look: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5]}
+        axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row), **look)
+        shown += values
+        paper = [(S, v) for S in table.columns if (v := table.paper_value(row, S)) is not None]
+        if paper and table.paper and (name := table.paper.row(row)) not in drawn:
+            drawn.add(name)
+            axes.plot(*zip(*paper, strict=True), **PAPER_LOOK, **look)
+    if table.paper is not None:
+        axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_LOOK)
+    # An unbiased kernel distance can be negative.
+    _scales(axes, table.columns, "log" if min(shown) > 0 else "linear")
+    axes.set_ylabel(f"{table.metric} ({'less' if is_distance(table.metric) else 'more'} is better)")
+    axes.legend()
+    axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
+    return figure
+
+
+def plot_time(timing: Timing) -> "Figure":
+    """Plot hours for 50,000 images against S, both axes logarithmic, with the fit."""
+    figure, axes = _figure()
+    for number, row in enumerate(sorted({row for row, _, _ in timing.points}, key=row_order)):
+        points = [(S, hours) for label, S, hours in timing.points if label == row]
+        # Hollow and of growing size, since the times of all samplers nearly coincide.
+        look: dict[str, Any] = {"marker": "osD^v"[number % 5], "color": f"C{number % 10}", "markersize": 5 + 2 * number}
+        axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **look)
+    steps = sorted({S for _, S, _ in timing.points})
+    label = f"fit, $S^{{{timing.exponent:.3f}}}$"
+    axes.plot(steps, [timing.fitted(S) for S in steps], color="gray", linewidth=1, zorder=1, label=label)
+    _scales(axes, steps, "log")
+    scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
+    axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
+    axes.legend()
+    axes.set_title(_plain(timing.caption()), fontsize=6, wrap=True)
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> Path:
+    """Write a figure as PNG, and beside it as PDF for papers; return the path of the PNG."""
+    for target, metadata in ((path, None), (path.with_suffix(".pdf"), {"CreationDate": None})):
+        with whole(target) as partial:
+            figure.savefig(partial, dpi=DPI, metadata=metadata)
+    return path
+
+
+def _figure() -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _scales(axes: "Axes", steps: Sequence[int], y: str) -> None:
+    axes.set(xscale="log", yscale=y, xlabel="S, steps")
+    axes.set_xticks(steps, [str(S) for S in steps])
+    axes.xaxis.minorticks_off()  # the values of S stand there; on y, minor ticks carry the labels of a narrow range
+    axes.grid(alpha=0.3)
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading formulas, but for σ̂, whose hat its fonts set beside the letter."""
+    return text.replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
+
+
+def _and(numbers: Sequence[int]) -> str:
+    return " and ".join(f"{number:,}" for number in numbers)

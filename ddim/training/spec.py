@@ -1,0 +1,135 @@
+"""What a training run is made of, validated."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ddim.checkpoints import ModelSpec
+from ddim.config import build, choose
+from ddim.data.datasets import DataSpec
+from ddim.diffusion.schedule import ScheduleSpec
+from ddim.errors import UserError
+from ddim.networks import NETWORKS
+from ddim.random import check_seed
+from ddim.results.wandb import LoggerSpec
+from ddim.training.callbacks import GridSpec
+from ddim.training.ema import EMASpec
+from ddim.training.module import ObjectiveSpec, OptimSpec
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """How and how long to train.
+
+    Attributes:
+        max_steps: optimiser steps, those before a resumption included.
+        batch_size: the global batch of one optimiser step, over all processes and accumulated batches.
+        accumulate: micro-batches per optimiser step on each process.
+        accelerator, devices, num_nodes, strategy: Lightning's.
+        precision: 32-true or bf16-mixed; the weights stay float32.
+        channels_last, compile, winograd: see `ddim.networks.tune_network`.
+        num_workers: processes that read images which are not in memory.
+        log_every, checkpoint_every: optimiser steps.
+        keep_last: how many of the newest checkpoints stay.
+        keep_every: checkpoints whose step is a multiple of it stay for good; 0 for none.
+        max_skipped: steps in a row that may be skipped because their gradient is not finite.
+
+    Raises:
+        ValueError: a number that must be positive is not, or bf16 with winograd, which is for float32.
+    """
+
+    max_steps: int = 800_000
+    batch_size: int = 128
+    accumulate: int = 1
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int = 1
+    strategy: str = "auto"
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    channels_last: bool = False
+    compile: bool = False
+    winograd: bool = False
+    num_workers: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 5000
+    keep_last: int = 2
+    keep_every: int = 0
+    max_skipped: int = 100
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_steps",
+            "batch_size",
+            "accumulate",
+            "num_nodes",
+            "log_every",
+            "checkpoint_every",
+            "keep_last",
+            "max_skipped",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.winograd and self.precision != "32-true":
+            raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every={self.keep_every} must not be negative; 0 keeps none for good.")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """Everything a training run is made of; see configs/train.yaml.
+
+    Attributes:
+        name: of the run; its folder is output_dir.
+        network: `name`, a key of NETWORKS, and the fields of that network's spec.
+        ckpt_path: null to start, "last" to go on from the newest checkpoint of this run if there is one, or a file.
+        ema: null to train without an average.
+        seed: of everything random, 0 .. 2**64 - 1.
+        dry_run: say what the run would be, after a few steps of it, instead of training.
+
+    Raises:
+        ValueError: the seed is out of range.
+    """
+
+    name: str
+    output_dir: str
+    data: DataSpec
+    network: dict[str, Any]
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    objective: ObjectiveSpec = field(default_factory=ObjectiveSpec)
+    optim: OptimSpec = field(default_factory=OptimSpec)
+    ema: EMASpec | None = field(default_factory=EMASpec)
+    trainer: TrainerSpec = field(default_factory=TrainerSpec)
+    logger: LoggerSpec = field(default_factory=LoggerSpec)
+    grid: GridSpec = field(default_factory=GridSpec)
+    seed: int = 0
+    ckpt_path: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+    def recipe(self) -> dict[str, Any]:
+        """Return what decides the weights after a number of steps, besides the model: plain values by their keys."""
+        data = {key: getattr(self.data, key) for key in ("name", "category", "flip", "resize")}
+        parts = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
+        parts["ema"] = asdict(self.ema) if self.ema else {"decay": None}
+        parts["trainer"] = {"batch_size": self.trainer.batch_size}
+        values = {f"{part}.{key}": value for part, fields in parts.items() for key, value in fields.items()}
+        return {"seed": self.seed} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def model_spec(self) -> ModelSpec:
+        """Return the description of the model that this run trains.
+
+        Raises:
+            UserError: the network's fields are wrong, or do not fit the data.
+        """
+        fields = dict(self.network)
+        name = fields.pop("name", "unet")
+        network_spec = build(choose("network", name, NETWORKS)[0], fields, "network")
+        model = ModelSpec(name, network_spec, self.schedule.build(), self.objective.prediction, self.data.name)
+        if model.image_shape != (self.data.channels, *self.data.size):
+            raise UserError(
+                f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
+                f"{(self.data.channels, *self.data.size)}; leave network.channels and network.image_size to the data."
+            )
+        return model

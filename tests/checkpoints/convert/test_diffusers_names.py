@@ -1,0 +1,150 @@
+"""The names and shapes of parameters here and in diffusers."""
+
+import json
+
+import pytest
+import torch
+from exported import SMALL, SPECS, randomised
+
+from ddim.checkpoints.convert.diffusers import (
+    modern_names,
+    name_there,
+    unet_config,
+)
+from ddim.checkpoints.convert.model_zoo import PRESETS
+from ddim.checkpoints.convert.parameter_names import Parameters, in_words
+from ddim.networks import UNet
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("temb.dense.0.weight", "time_embedding.linear_1.weight"),
+        ("temb.dense.1.bias", "time_embedding.linear_2.bias"),
+        ("conv_in.weight", "conv_in.weight"),
+        ("down.0.block.1.norm1.weight", "down_blocks.0.resnets.1.norm1.weight"),
+        ("down.1.block.0.nin_shortcut.weight", "down_blocks.1.resnets.0.conv_shortcut.weight"),
+        ("down.2.block.1.temb_proj.bias", "down_blocks.2.resnets.1.time_emb_proj.bias"),
+        ("down.1.attn.0.q.weight", "down_blocks.1.attentions.0.to_q.weight"),
+        ("down.1.attn.1.norm.bias", "down_blocks.1.attentions.1.group_norm.bias"),
+        ("down.2.downsample.conv.bias", "down_blocks.2.downsamplers.0.conv.bias"),
+        ("mid.block_1.conv1.weight", "mid_block.resnets.0.conv1.weight"),
+        ("mid.block_2.temb_proj.weight", "mid_block.resnets.1.time_emb_proj.weight"),
+        ("mid.attn_1.norm.weight", "mid_block.attentions.0.group_norm.weight"),
+        ("mid.attn_1.k.weight", "mid_block.attentions.0.to_k.weight"),
+        ("mid.attn_1.proj_out.bias", "mid_block.attentions.0.to_out.0.bias"),
+        ("up.0.block.2.nin_shortcut.bias", "up_blocks.3.resnets.2.conv_shortcut.bias"),
+        ("up.1.attn.2.v.weight", "up_blocks.2.attentions.2.to_v.weight"),
+        ("up.1.attn.0.proj_out.weight", "up_blocks.2.attentions.0.to_out.0.weight"),
+        ("up.3.upsample.conv.weight", "up_blocks.0.upsamplers.0.conv.weight"),
+        ("up.3.block.0.norm2.bias", "up_blocks.0.resnets.0.norm2.bias"),
+        ("norm_out.weight", "conv_norm_out.weight"),
+        ("conv_out.bias", "conv_out.bias"),
+    ],
+)
+def test_a_parameter_of_the_cifar10_network_has_the_published_name(ours, theirs):
+    assert Parameters(PRESETS["cifar10"], as_diffusers=True).names[ours] == theirs
+    assert name_there(ours, 4) == theirs
+
+
+def test_the_way_up_counts_from_the_lowest_of_however_many_levels():
+    names = Parameters(PRESETS["lsun"], as_diffusers=True).names
+    assert names["up.4.attn.0.k.weight"] == "up_blocks.1.attentions.0.to_k.weight"
+    assert names["up.5.upsample.conv.bias"] == "up_blocks.0.upsamplers.0.conv.bias"
+    assert names["up.0.block.0.conv1.weight"] == "up_blocks.5.resnets.0.conv1.weight"
+    assert names["down.4.attn.1.v.bias"] == "down_blocks.4.attentions.1.to_v.bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"),
+    [
+        ("time_embedding.linear_1.weight", (512, 128), (512, 128)),
+        ("down_blocks.1.resnets.0.conv_shortcut.weight", (256, 128, 1, 1), (256, 128, 1, 1)),
+        ("down_blocks.1.resnets.0.time_emb_proj.weight", (256, 512), (256, 512)),
+        ("down_blocks.1.attentions.0.to_q.weight", (256, 256, 1, 1), (256, 256)),
+        ("down_blocks.1.attentions.0.to_q.bias", (256,), (256,)),
+        ("down_blocks.1.attentions.0.group_norm.weight", (256,), (256,)),
+        ("mid_block.attentions.0.to_out.0.weight", (256, 256, 1, 1), (256, 256)),
+        ("conv_out.weight", (3, 128, 3, 3), (3, 128, 3, 3)),
+    ],
+)
+def test_only_attention_changes_its_shape(name, here, there):
+    parameters = Parameters(PRESETS["cifar10"], as_diffusers=True)
+    ours = {theirs: name for name, theirs in parameters.names.items()}
+    assert parameters.shapes[name] == there
+    assert parameters.shapes_here[ours[name]] == here
+
+
+def test_the_original_names_and_shapes_are_ours():
+    parameters = Parameters(SMALL, as_diffusers=False)
+    state = {name: tuple(value.shape) for name, value in UNet(SMALL).state_dict().items()}
+    assert parameters.shapes == parameters.shapes_here == state
+    assert all(name == theirs for name, theirs in parameters.names.items())
+
+
+@pytest.mark.parametrize("spec", [*SPECS.values(), *PRESETS.values()], ids=[*SPECS, *PRESETS])
+def test_names_and_shapes_are_those_of_unet2dmodel(hf, spec):
+    with torch.device("meta"):
+        theirs = hf.UNet2DModel.from_config(json.loads(json.dumps(unet_config(spec))))
+    expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
+    assert Parameters(spec, as_diffusers=True).shapes == expected
+
+
+@pytest.mark.parametrize("as_diffusers", [False, True])
+def test_weights_survive_the_way_there_and_back(as_diffusers):
+    parameters, state = Parameters(SPECS["oblong"], as_diffusers), randomised(SPECS["oblong"]).state_dict()
+    there = parameters.to_file(state)
+    assert {name: tuple(value.shape) for name, value in there.items()} == parameters.shapes
+    back = parameters.to_ours(there)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    if as_diffusers:
+        q = state["mid.attn_1.q.weight"]
+        assert torch.equal(there["mid_block.attentions.0.to_q.weight"], q[:, :, 0, 0])
+
+
+def test_every_way_in_which_weights_do_not_fit_is_named():
+    parameters = Parameters(SMALL, as_diffusers=True)
+    state = parameters.to_file(UNet(SMALL).state_dict())
+    assert parameters.problems(state) == {}
+    weight = state.pop("conv_norm_out.weight")
+    state["stray"] = weight
+    state["mid_block.attentions.0.to_q.weight"] = state["mid_block.attentions.0.to_q.weight"][:, :, None, None]
+    problems = parameters.problems(state)
+    assert problems == {
+        "missing": ["conv_norm_out.weight"],
+        "unexpected": ["stray"],
+        "of the wrong shape": ["mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16)"],
+    }
+    assert in_words(problems) == (
+        "1 missing (conv_norm_out.weight); 1 unexpected (stray); "
+        "1 of the wrong shape (mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16))"
+    )
+
+
+def test_of_many_names_five_are_given():
+    assert in_words({"missing": list("abcde")}) == "5 missing (a, b, c, d, e)"
+    assert in_words({"missing": list("abcdef")}) == "6 missing (a, b, c, d, e, ...)"
+
+
+def test_attention_of_older_files_gets_its_present_names():
+    old = {
+        "mid_block.attentions.0.query.weight": 0,
+        "mid_block.attentions.0.key.bias": 1,
+        "down_blocks.1.attentions.1.value.weight": 2,
+        "up_blocks.2.attentions.10.proj_attn.bias": 3,
+        "mid_block.attentions.0.group_norm.weight": 4,
+        "up_blocks.2.attentions.2.to_q.weight": 5,
+        "time_embedding.linear_1.weight": 6,
+        "conv_out.bias": 7,
+    }
+    assert modern_names(old) == {
+        "mid_block.attentions.0.to_q.weight": 0,
+        "mid_block.attentions.0.to_k.bias": 1,
+        "down_blocks.1.attentions.1.to_v.weight": 2,
+        "up_blocks.2.attentions.10.to_out.0.bias": 3,
+        "mid_block.attentions.0.group_norm.weight": 4,
+        "up_blocks.2.attentions.2.to_q.weight": 5,
+        "time_embedding.linear_1.weight": 6,
+        "conv_out.bias": 7,
+    }

@@ -1,0 +1,144 @@
+"""scheduler_config.json: schedules and predictions there and here."""
+
+import json
+import re
+
+import pytest
+import torch
+from exported import HERE
+
+from ddim import linear_schedule
+from ddim.checkpoints.convert.diffusers import (
+    read_scheduler,
+    scheduler_config,
+)
+from ddim.diffusion.schedule import NoiseSchedule, cosine_schedule, from_betas, scaled_linear_schedule
+from ddim.errors import UserError
+
+SOME_BETAS = [0.3, 0.01, 0.125, 0.4, 1e-5, 0.2]
+SCHEDULES = {
+    "linear": linear_schedule(),
+    "linear, other betas": linear_schedule(250, 0.0004, 0.08),
+    "linear, digits": linear_schedule(1000, 0.0001234567, 0.01987654321),
+    "linear, thirds": linear_schedule(1000, 1 / 30_000, 1 / 30),
+    "linear, one": linear_schedule(1, 0.25, 0.5),
+    "scaled_linear": scaled_linear_schedule(),
+    "scaled_linear, other betas": scaled_linear_schedule(100, 1e-3, 0.3),
+    "cosine": cosine_schedule(),
+    "cosine, short": cosine_schedule(50),
+    "cosine, other offset": cosine_schedule(1000, 0.02),
+    "custom": from_betas(SOME_BETAS),
+    "custom, many": from_betas(1e-4 + 0.03 * torch.rand(500, generator=torch.Generator().manual_seed(0))),
+    "linear by another name": NoiseSchedule(linear_schedule().alpha_bar, "custom"),
+    "custom by the name of linear": NoiseSchedule(from_betas(SOME_BETAS).alpha_bar, "linear"),
+}
+NAMED = {
+    "linear": ("linear", 1000, 0.0001, 0.02),
+    "linear, other betas": ("linear", 250, 0.0004, 0.08),
+    "linear, digits": ("linear", 1000, 0.0001234567, 0.01987654321),
+    "scaled_linear": ("scaled_linear", 1000, 0.00085, 0.012),
+    "scaled_linear, other betas": ("scaled_linear", 100, 0.001, 0.3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_survives_its_config_bitwise(name):
+    schedule = SCHEDULES[name]
+    config = json.loads(json.dumps(scheduler_config(schedule, "eps")))
+    assert config["num_train_timesteps"] == schedule.T
+    back, prediction = read_scheduler(config, HERE)
+    assert torch.equal(back.alpha_bar, schedule.alpha_bar)
+    assert prediction == "eps"
+    assert back.name == (schedule.name if config["trained_betas"] is None else "custom")
+
+
+def test_betas_of_one_half_and_more_survive_to_the_last_digits():
+    schedule = from_betas(torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    back, _ = read_scheduler(scheduler_config(schedule, "eps"), HERE)
+    torch.testing.assert_close(back.alpha_bar, schedule.alpha_bar, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("name", "words"), NAMED.items(), ids=NAMED)
+def test_a_schedule_that_diffusers_knows_is_written_by_name(name, words):
+    config = scheduler_config(SCHEDULES[name], "eps")
+    keys = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "trained_betas")
+    assert tuple(config[key] for key in keys) == (*words, None)
+
+
+def test_the_cosine_schedule_is_written_by_name_and_others_as_their_betas():
+    assert scheduler_config(cosine_schedule(), "eps")["beta_schedule"] == "squaredcos_cap_v2"
+    assert scheduler_config(cosine_schedule(), "eps")["trained_betas"] is None
+    assert scheduler_config(from_betas(SOME_BETAS), "eps")["trained_betas"] == pytest.approx(SOME_BETAS, abs=1e-15)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
+def test_what_a_network_predicts_has_its_name_there(ours, theirs):
+    config = scheduler_config(linear_schedule(), ours)
+    assert config["prediction_type"] == theirs
+    assert read_scheduler(config, HERE)[1] == ours
+
+
+def test_the_scheduler_does_what_the_paper_does():
+    config = scheduler_config(linear_schedule(), "eps")
+    wanted = {
+        "_class_name": "DDIMScheduler",
+        "clip_sample": False,
+        "thresholding": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "leading",
+        "rescale_betas_zero_snr": False,
+    }
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_a_published_scheduler_config_is_read():
+    published = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": "0.1.1",
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "clip_sample": True,
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+        "variance_type": "fixed_large",
+    }
+    for config in (published, {}):  # nothing said: the defaults of diffusers, which are DDPM's
+        schedule, prediction = read_scheduler(config, HERE)
+        betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        torch.testing.assert_close(schedule.alpha_bar[1:], (1 - betas).cumprod(0), rtol=1e-12, atol=0)
+        assert (schedule.name, schedule.T, prediction) == ("linear", 1000, "eps")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"prediction_type": "flow"}, "prediction_type='flow'"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
+        ({"beta_schedule": "sigmoid"}, "unknown beta_schedule 'sigmoid'"),
+        ({"trained_betas": [0.1, 1.0]}, "beta_2=1.0 must lie strictly between 0 and 1"),
+        ({"trained_betas": []}, "betas must be a list of at least one number"),
+        ({"num_train_timesteps": 0}, "T=0 must be at least 1"),
+        ({"num_train_timesteps": "many"}, "T="),
+        ({"beta_end": 3}, "must lie strictly between 0 and 1"),
+    ],
+)
+def test_a_scheduler_that_is_not_understood_is_refused(config, words):
+    with pytest.raises(UserError) as caught:
+        read_scheduler(config, HERE)
+    assert str(HERE) in str(caught.value)
+    assert words in str(caught.value)
+    assert re.search(r"[^.\n]\.$", str(caught.value)), "one sentence ends with one point"
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_scheduler_there_has_our_noise_levels(hf, name):
+    schedule = SCHEDULES[name]
+    theirs = hf.DDIMScheduler.from_config(json.loads(json.dumps(scheduler_config(schedule, "eps"))))
+    assert theirs.config.num_train_timesteps == schedule.T
+    # A float32 table: 1 - 0.999, at the end of the cosine schedule, is known to 5 digits only.
+    rtol = 5e-5 if name.startswith("cosine") else 5e-6
+    torch.testing.assert_close(theirs.alphas_cumprod.double(), schedule.alpha_bar[1:], rtol=rtol, atol=0)
+    assert theirs.final_alpha_cumprod == 1

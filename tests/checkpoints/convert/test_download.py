@@ -1,0 +1,224 @@
+"""Fetching a published file: whole, resumed, checked, whatever the server can do."""
+
+import hashlib
+
+import pytest
+from web import CONTENT, FOREIGN, MD5, SHA256, chunked, head, ranged, redirect, refusal, visible, whole, without_length
+
+from ddim.checkpoints.convert import download
+from ddim.checkpoints.convert.download import fetch
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The progress bars that were shown."""
+    shown = []
+
+    class Bar:
+        def __init__(self, *, total, initial, unit, desc, **looks):
+            self.total, self.initial, self.steps, self.unit, self.desc = total, initial, [], unit, desc
+            shown.append(self)
+
+        def update(self, n):
+            self.steps.append(n)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.closed = True
+
+    monkeypatch.setattr(download, "tqdm", Bar)
+    return shown
+
+
+@pytest.mark.parametrize("checksum", [MD5, SHA256], ids=["MD5", "SHA-256"])
+@pytest.mark.parametrize("answer", [ranged(), whole(), without_length, chunked()])
+def test_a_file_is_fetched_whole_into_a_folder_that_is_made(site, tmp_path, checksum, answer):
+    site.answers = [answer]
+    folder = tmp_path / "a" / "b"
+    path = fetch(site.published(checksum), folder)
+    assert path == folder / "toy.ckpt"
+    assert path.read_bytes() == CONTENT
+    assert site.requests == [("/f/0123/?dl=1", None)]
+    assert visible(folder) == ["toy.ckpt"]
+
+
+def test_progress_goes_to_the_end_from_where_it_stopped(site, tmp_path, bars):
+    site.answers = [ranged(stop=300_000), ranged()]
+    refusal(site.published(), tmp_path)
+    fetch(site.published(), tmp_path)
+    broken, resumed = bars
+    assert [bar.total for bar in bars] == [700_001] * 2
+    assert [bar.initial for bar in bars] == [0, 300_000]
+    assert [bar.desc for bar in bars] == ["toy.ckpt"] * 2
+    assert [bar.unit for bar in bars] == ["B"] * 2
+    assert sum(broken.steps) == 300_000
+    assert sum(resumed.steps) == 400_001
+    assert len(broken.steps) > 1  # it moves meanwhile
+    assert broken.closed
+    assert resumed.closed
+
+
+def test_progress_of_an_unknown_length_has_no_total_and_starts_anew_with_the_file(site, tmp_path, bars):
+    (tmp_path / "toy.ckpt.part").write_bytes(CONTENT[:300_000])
+    site.answers = [without_length]
+    fetch(site.published(), tmp_path)
+    assert [(bar.total, bar.initial, sum(bar.steps)) for bar in bars] == [(None, 0, 700_001)]
+
+
+@pytest.mark.parametrize("stop", [1, 262_144, 300_000, 700_000])
+def test_a_download_that_broke_off_goes_on_at_that_byte(site, tmp_path, stop):
+    site.answers = [ranged(stop=stop), ranged()]
+    message = refusal(site.published(), tmp_path)
+    assert f"broke off after {stop:,} of 700,001 bytes" in message
+    assert visible(tmp_path) == ["toy.ckpt.part"]
+    assert (tmp_path / "toy.ckpt.part").read_bytes() == CONTENT[:stop]
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    assert site.ranges == [None, f"bytes={stop}-"]
+    assert site.sent == 700_001  # each byte once
+    assert visible(tmp_path) == ["toy.ckpt"]
+
+
+def test_a_download_that_breaks_off_again_and_again_gets_there(site, tmp_path):
+    site.answers = [ranged(stop=0), ranged(stop=1000), ranged(stop=1000), ranged(stop=500_000), ranged()]
+    for _ in range(4):
+        refusal(site.published(), tmp_path)
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    assert site.ranges == [None, None, "bytes=1000-", "bytes=1000-", "bytes=500000-"]
+    assert site.sent == 700_001
+
+
+def test_a_download_of_unknown_length_that_broke_off_is_noticed(site, tmp_path):
+    site.answers = [chunked(stop=300_000), whole()]
+    message = refusal(site.published(), tmp_path)
+    assert site.url in message
+    assert CONTENT.startswith((tmp_path / "toy.ckpt.part").read_bytes())
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "part", [CONTENT[:300_000], FOREIGN[:300_000], FOREIGN + FOREIGN], ids=["ours", "foreign", "long"]
+)
+def test_a_server_without_ranges_sends_everything_again(site, tmp_path, part):
+    site.answers = [whole()]
+    (tmp_path / "toy.ckpt.part").write_bytes(part)
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    assert site.ranges == [f"bytes={len(part)}-"]
+    assert visible(tmp_path) == ["toy.ckpt"]
+
+
+def test_a_server_without_ranges_that_breaks_off_leaves_what_it_sent_last(site, tmp_path):
+    site.answers = [whole(stop=1000), ranged()]
+    (tmp_path / "toy.ckpt.part").write_bytes(FOREIGN[:300_000])
+    refusal(site.published(), tmp_path)
+    assert (tmp_path / "toy.ckpt.part").read_bytes() == CONTENT[:1000]
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_part_that_is_complete_becomes_the_file(site, tmp_path):
+    (tmp_path / "toy.ckpt.part").write_bytes(CONTENT)
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    assert site.ranges == ["bytes=700001-"]
+    assert site.sent == 0
+    assert visible(tmp_path) == ["toy.ckpt"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [CONTENT + b"more", FOREIGN + FOREIGN, FOREIGN, FOREIGN[:300_000], b"\0" + CONTENT[1:300_000]],
+    ids=["longer", "long and foreign", "foreign", "foreign beginning", "one wrong byte"],
+)
+def test_a_wrong_part_is_removed_so_that_the_next_run_starts_afresh(site, tmp_path, part):
+    (tmp_path / "toy.ckpt.part").write_bytes(part)
+    assert f"that of the published file {MD5}" in refusal(site.published(), tmp_path)
+    assert visible(tmp_path) == []
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    assert site.ranges == [f"bytes={len(part)}-", None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "checksum", "found"),
+    [
+        ("MD5", "0" * 32, hashlib.md5(FOREIGN, usedforsecurity=False).hexdigest()),
+        ("SHA-256", "0" * 64, hashlib.sha256(FOREIGN).hexdigest()),
+    ],
+)
+def test_another_file_than_the_published_one_is_refused_and_removed(site, tmp_path, kind, checksum, found):
+    site.answers = [ranged(FOREIGN)]
+    message = refusal(site.published(checksum), tmp_path)
+    assert f"not the published toy: its {kind} is {found}, that of the published file {checksum};" in message
+    assert site.url in message
+    assert visible(tmp_path) == []
+
+
+def test_the_file_has_its_name_only_when_it_is_complete_and_checked(site, tmp_path, monkeypatch):
+    seen = []
+    site.answers = [ranged(stop=300_000), ranged(stop=699_999, then=lambda site: seen.append(visible(tmp_path)))]
+    for _ in range(2):
+        refusal(site.published(), tmp_path)
+
+    def checksums(path):
+        seen.append(visible(tmp_path))
+        assert path.read_bytes() == CONTENT
+        return original(path)
+
+    original = download.checksums
+    monkeypatch.setattr(download, "checksums", checksums)
+    site.answers = [ranged()]
+    fetch(site.published(), tmp_path)
+    assert seen == [["toy.ckpt.part"]] * 2
+    assert visible(tmp_path) == ["toy.ckpt"]
+
+
+@pytest.mark.parametrize("checksum", [MD5, SHA256], ids=["MD5", "SHA-256"])
+def test_a_file_that_is_there_needs_no_network_and_no_writing(site, tmp_path, checksum):
+    path = tmp_path / "toy.ckpt"
+    path.write_bytes(CONTENT)
+    before = path.stat()
+    assert fetch(site.published(checksum), tmp_path) == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert list(tmp_path.iterdir()) == [path]  # not even a lock: folders that are shared are often read-only
+    assert site.requests == []
+
+
+@pytest.mark.parametrize("present", [b"", CONTENT[:-1], CONTENT + b"\n", FOREIGN])
+def test_another_file_under_its_name_is_refused_and_left_alone(site, tmp_path, present):
+    (tmp_path / "toy.ckpt").write_bytes(present)
+    message = refusal(site.published(), tmp_path)
+    assert f"{tmp_path / 'toy.ckpt'} is not the published toy" in message
+    assert "move it away" in message
+    assert (tmp_path / "toy.ckpt").read_bytes() == present
+    assert site.requests == []
+
+
+def test_a_length_that_is_no_number_is_no_length(site, tmp_path):
+    def answer(handler, site):
+        head(handler, 200, "long")
+        site.send(handler, CONTENT)
+
+    site.answers = [answer]
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+
+
+def test_a_redirect_is_followed_and_what_is_there_not_fetched_again(site, tmp_path):
+    site.answers = [redirect, ranged(stop=300_000), redirect, ranged()]
+    refusal(site.published(), tmp_path)
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    first, second = [("/f/0123/?dl=1", None), ("/files/toy.bin", None)], "bytes=300000-"
+    assert site.requests == [*first, *((path, second) for path, _ in first)]
+
+
+def test_an_interrupted_download_goes_on_later(site, tmp_path, monkeypatch, bars):
+    def interrupt(bar, n):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download.tqdm, "update", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(site.published(), tmp_path)
+    assert visible(tmp_path) == ["toy.ckpt.part"]
+    kept = (tmp_path / "toy.ckpt.part").read_bytes()
+    assert kept == CONTENT[: len(kept)] != b""
+    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
+    assert site.ranges == [None, f"bytes={len(kept)}-"]

@@ -1,0 +1,139 @@
+"""What the model card of an exported folder says."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from exported import RESULTS, SMALL, card_of, weights
+
+from ddim.checkpoints import ModelSpec, weights_hash
+from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
+from ddim.diffusion.schedule import cosine_schedule
+
+
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("ema", "Weights: averaged (EMA) SHA-256"),
+        ("raw", "Weights: raw, not averaged, SHA-256"),
+        ("unlabelled", "Weights: whether averaged is not known, SHA-256"),
+    ],
+)
+def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
+    source = model_file(label, origin={"file": "diffusion.ckpt", "layout": "flat"})
+    out = tmp_path / "my digits"
+    export_checkpoint(ExportSpec(source, str(out), weights="ema" if label == "ema" else "raw"))
+    _, text = card_of(out)
+    digest = weights_hash(weights())[:16]
+    assert f"{words} `{digest}` at step 790,000, imported from `diffusion.ckpt`.\n" in text
+    assert text.startswith("# my digits\n")
+    assert "DDPM's U-Net trained on digits: 1x8x8 images in [-1, 1]," in text
+    count = sum(value.numel() for value in weights().values())
+    assert f"\n{count:,} parameters, noise schedule linear with T=1000, prediction eps.\n" in text
+    averaged, raw, unknown = "averaged (EMA)" in text, "raw, not averaged" in text, "is not known" in text
+    assert [averaged, raw, unknown] == [label == "ema", label == "raw", label == "unlabelled"]
+
+
+def test_the_card_says_nothing_that_is_not_known(model_file, tmp_path):
+    oblong = replace(SMALL, image_size=(8, 12), channels=2)
+    spec = ModelSpec("unet", oblong, cosine_schedule(20), "v")
+    export_checkpoint(ExportSpec(model_file(spec=spec, step=None), str(tmp_path / "out")))
+    front, text = card_of(tmp_path / "out")
+    assert front == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
+    }
+    assert "DDPM's U-Net: 2x8x12 images" in text
+    assert "noise schedule cosine with T=20, prediction v." in text
+    digest = weights_hash(weights(spec=oblong))[:16]
+    assert f"Weights: averaged (EMA) SHA-256 `{digest}`.\n" in text
+    assert "None were recorded for these weights." in text
+    assert "| metric |" not in text
+
+
+def test_the_front_matter_holds_the_results_as_the_hub_reads_them(model_file, tmp_path):
+    out = tmp_path / 'the "best": 1'
+    export_checkpoint(ExportSpec(model_file(), str(out), license="cc-by-nc-4.0"), lambda of: RESULTS)
+    front, text = card_of(out)
+    task, data = {"type": "unconditional-image-generation"}, {"name": "cifar10/train", "type": "cifar10/train"}
+    assert front == {
+        "library_name": "diffusers",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
+        "license": "cc-by-nc-4.0",
+        "datasets": ["digits"],
+        "model-index": [
+            {
+                "name": 'the "best": 1',
+                "results": [
+                    {
+                        "task": task,
+                        "dataset": data,
+                        "metrics": [{"type": "fid_50k", "name": "fid_50k, ddim eta=0 S=50", "value": 4.6712345}],
+                    },
+                    {
+                        "task": task,
+                        "dataset": data,
+                        "metrics": [{"type": "fid_50k", "name": "fid_50k, σ̂ S=1000", "value": 3.0}],
+                    },
+                ],
+            }
+        ],
+    }
+    assert "| fid_50k | ddim eta=0 S=50 | 4.671 | fid_50k: 50,000 images, tau quad, seed 0 |\n" in text
+    assert "| fid_50k | σ̂ S=1000 | 3 | fid_50k: 50,000 images, tau full, seed 0 |\n" in text
+    assert "None were recorded" not in text
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        0.5,
+        1234567.0,
+        5e-05,
+    ],
+)
+def test_a_result_of_any_size_stays_a_number(model_file, tmp_path, value):
+    out = tmp_path / "model"
+    export_checkpoint(ExportSpec(model_file(), str(out)), lambda of: [replace(RESULTS[0], value=value)])
+    front, _ = card_of(out)
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == value
+
+
+def test_a_card_has_the_name_of_the_folder_however_it_is_given(model_file, tmp_path, monkeypatch):
+    source = model_file()
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path / "digits")
+    export_checkpoint(ExportSpec(source, "."), lambda of: RESULTS)
+    front, text = card_of(Path())
+    assert text.startswith("# digits\n")
+    assert front["model-index"][0]["name"] == "digits"
+
+
+def test_the_hub_reads_the_card(model_file, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    out = tmp_path / "model"
+    export_checkpoint(ExportSpec(model_file(), str(out), license="mit"), lambda of: RESULTS)
+    data = hub.ModelCard.load(out / "README.md").data
+    assert (data.license, data.datasets, data.library_name, data.model_name) == (
+        "mit",
+        ["digits"],
+        "diffusers",
+        "model",
+    )
+    assert [(r.metric_type, r.metric_value, r.dataset_name) for r in data.eval_results] == [
+        (r.metric, r.value, r.reference) for r in RESULTS
+    ]
+
+
+def test_the_example_in_the_card_runs(hf, model_file, tmp_path):
+    out = tmp_path / "model"
+    export_checkpoint(ExportSpec(model_file(), str(out)))
+    _, text = card_of(out)
+    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    names = {}
+    exec(example.replace("PATH", str(out)).replace("steps=50", "steps=2"), names)
+    assert [image.size for image in names["images"]] == [(8, 8)] * 4
+    assert type(names["pipeline"]).__name__ == "DDIMPipeline"

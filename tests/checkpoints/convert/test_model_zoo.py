@@ -1,0 +1,154 @@
+"""What is model_zoo, against tables written down independently."""
+
+import hashlib
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ddim.checkpoints.convert import model_zoo
+from ddim.checkpoints.convert.model_zoo import DOWNLOADS, PRESETS, Checksums, Published, checksums
+from ddim.networks import build_network
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# From the download table of the released DDIM code: name -> steps, MD5, share.
+TABLE = {
+    "cifar10": (790000, "82ed3067fd1002f5cf4c339fb80c4669", "869980b53bf5416c8a28"),
+    "ema_cifar10": (790000, "1fa350b952534ae442b1d5235cce5cd3", "2e4f01e2d9ee49bab1d5"),
+    "lsun_bedroom": (2388000, "f70280ac0e08b8e696f42cb8e948ff1c", "f179d4f21ebc4d43bbfe"),
+    "ema_lsun_bedroom": (2388000, "1921fa46b66a3665e450e42f36c2720f", "b95206528f384185889b"),
+    "lsun_cat": (1761000, "bbee0e7c3d7abfb6e2539eaf2fb9987b", "fac870bd988348eab88e"),
+    "ema_lsun_cat": (1761000, "646f23f4821f2459b8bafc57fd824558", "0701aac3aa69457bbe34"),
+    "lsun_church": (4432000, "eb619b8a5ab95ef80f94ce8a5488dae3", "2711a6f712e34b06b9d8"),
+    "ema_lsun_church": (4432000, "fdc68a23938c2397caba4a260bc2445f", "44ccb50ef3c6436db52e"),
+}
+CONFIGURED = [  # preset, network, data set
+    ("cifar10", "unet_cifar10", "cifar10"),
+    ("celeba", "unet_celeba", "celeba"),
+    ("lsun", "unet_lsun", "lsun_bedroom"),
+    ("lsun", "unet_lsun", "lsun_church"),
+]
+
+
+def test_there_are_these_presets_and_downloads():
+    assert set(PRESETS) == {"cifar10", "celeba", "lsun"}
+    assert set(DOWNLOADS) == set(TABLE)
+
+
+def configuration(group, name):
+    return yaml.safe_load((ROOT / "configs" / group / f"{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize(("preset", "network", "data"), CONFIGURED)
+def test_a_preset_is_the_configured_network_at_the_size_of_its_data(preset, network, data):
+    values, images = configuration("network", network), configuration("data", data)
+    assert values.pop("name") == "unet"
+    references = {"${data.size}": images["size"], "${data.channels}": images["channels"]}
+    found = {key: references.get(value, value) if isinstance(value, str) else value for key, value in values.items()}
+    spec = PRESETS[preset]
+    assert found.keys() == vars(spec).keys()
+    for key, value in found.items():
+        assert getattr(spec, key) == (tuple(value) if isinstance(value, list) else value), key
+
+
+@pytest.mark.parametrize(
+    ("preset", "shape", "count"),
+    [
+        ("cifar10", (3, 32, 32), 35_746_307),
+        ("celeba", (3, 64, 64), 78_700_803),
+        ("lsun", (3, 256, 256), 113_673_219),
+    ],
+)
+def test_a_preset_has_the_published_number_of_parameters(preset, shape, count):
+    spec = PRESETS[preset]
+    assert (spec.channels, *spec.image_size) == shape
+    with torch.device("meta"):
+        network = build_network("unet", spec)
+    assert sum(value.numel() for value in network.parameters()) == count
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_download_is_that_of_the_table(name):
+    file, (step, md5, share) = DOWNLOADS[name], TABLE[name]
+    assert (file.name, file.step, file.checksum) == (name, step, md5)
+    assert file.weights == ("ema" if name.startswith("ema_") else "raw")
+    assert file.data == name.removeprefix("ema_")
+    assert file.url == f"https://heibox.uni-heidelberg.de/f/{share}/?dl=1"
+    assert file.file_name == f"{name}.ckpt"
+
+
+def test_checksums_are_well_formed_and_unique():
+    files = [*DOWNLOADS.values(), *model_zoo._HUB_FILES]
+    assert len(files) == 10
+    assert len({file.checksum for file in files}) == len({file.name for file in files}) == 10
+    assert all(re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", file.checksum) for file in files)
+    urls = [file.url for file in files if file.url]
+    assert len(set(urls)) == len(urls) == 8
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_published_file_is_known_by_its_checksum(name):
+    found = Checksums(md5=TABLE[name][1], sha256="0" * 64).published
+    assert found is not None
+    assert found.name == name
+
+
+def test_the_files_of_the_hub_are_known_by_theirs_and_are_raw():
+    sha256 = [file.checksum for file in model_zoo._HUB_FILES]
+    assert [len(checksum) for checksum in sha256] == [64, 64]
+    for checksum in sha256:
+        found = Checksums(md5="0" * 32, sha256=checksum).published
+        assert found is not None
+        assert found.name.startswith("google/ddpm-cifar10-32")
+        assert (found.weights, found.data, found.step, found.url) == ("raw", "cifar10", None, "")
+
+
+def test_any_other_file_is_not_known():
+    assert Checksums(md5="0" * 32, sha256="0" * 64).published is None
+    near = TABLE["cifar10"][1][:-1] + "0"
+    assert Checksums(md5=near, sha256="0" * 64).published is None
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 2**20 - 1, 2**20, 2**20 + 1, 2_500_000])
+def test_checksums_are_those_of_the_whole_file(tmp_path, size):
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    sums = checksums(tmp_path / "file")
+    assert sums.md5 == hashlib.md5(content, usedforsecurity=False).hexdigest()
+    assert sums.sha256 == hashlib.sha256(content).hexdigest()
+    assert sums.published is None
+
+
+def test_a_file_is_recognised_by_its_content(tmp_path, monkeypatch):
+    (tmp_path / "renamed.bin").write_bytes(b"weights")
+    for digest in (hashlib.md5(b"weights", usedforsecurity=False), hashlib.sha256(b"weights")):
+        file = Published("toy", "ema", "digits", 7, digest.hexdigest())
+        monkeypatch.setattr(model_zoo, "_BY_CHECKSUM", {file.checksum: file})
+        assert checksums(tmp_path / "renamed.bin").published is file
+
+
+def test_the_configuration_names_the_downloads_and_presets():
+    text = (ROOT / "configs" / "import_checkpoint.yaml").read_text()
+    comment = re.search(r"^download: null #(.*)$", text, re.MULTILINE)[1]
+    assert set(re.findall(r"\w*(?:cifar|lsun)\w+", comment)) == {name for name in TABLE if name.startswith("ema_")}
+    comment = re.search(r"^preset: null #(.*)$", text, re.MULTILINE)[1]
+    assert re.findall(r"cifar10|celeba|lsun", comment) == ["cifar10", "celeba", "lsun"]
+
+
+@pytest.mark.parametrize(("option", "names"), [("download", set(TABLE)), ("preset", {"cifar10", "celeba", "lsun"})])
+def test_whatever_is_said_to_be_given_exists(option, names):
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    files += [path for name in ("configs", "scripts", "ddim") for path in (ROOT / name).rglob("*.*")]
+    written = {
+        (path.name, name)
+        for path in files
+        if path.suffix in (".md", ".yaml", ".py", ".sh")
+        for name in re.findall(rf"\b{option}=([a-z]\w+)", path.read_text())
+    }
+    if option == "download":
+        assert ("import_checkpoint.py", "ema_cifar10") in written  # the search finds something
+    assert not {(path, name) for path, name in written if name not in names | {"true", "false", "null"}}

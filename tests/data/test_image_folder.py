@@ -1,0 +1,186 @@
+"""Folders of images: what is read, in which order, and each refusal."""
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+from ddim.config import build
+from ddim.data import DataSpec, LazyImages, load_images
+from ddim.data.image_files import resize_and_center_crop, to_pixels
+from ddim.errors import UserError
+
+
+def write(path, colour=(10, 20, 30), size=(4, 6), mode="RGB", **options):
+    """Write one image of `size` = (H, W)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size[::-1], colour).save(path, **options)
+
+
+def noise(size, seed=0):
+    pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.numpy())
+
+
+def load(root, split="train", **values):
+    values = {"name": "folder", "size": [4, 6], "channels": 3, "root": str(root)} | values
+    return load_images(build(DataSpec, values, "data"), split)
+
+
+def test_images_come_in_the_order_of_their_paths(tmp_path):
+    for i, name in enumerate(["b/1.png", "a/2.bmp", "a/10.png", "c.WEBP", "a.b/0.png"]):
+        write(tmp_path / name, (i, 2 * i, 255 - i), lossless=True)
+    images = load(tmp_path)
+    assert images.images.dtype == torch.uint8
+    assert images.images.shape == (5, 3, 4, 6)
+    assert images.images[:, :, 0, 0].tolist() == [[i, 2 * i, 255 - i] for i in (4, 2, 1, 0, 3)]
+    assert images.name == f"{tmp_path.name}-train"
+
+
+def test_rows_and_columns_and_channels_stay_what_they_are(tmp_path):
+    image = noise((4, 6))
+    image.save(tmp_path / "x.png")
+    assert torch.equal(load(tmp_path).images[0], PILToTensor()(image))
+
+
+def test_grey_images(tmp_path):
+    image = noise((4, 6)).convert("L")
+    image.save(tmp_path / "x.png")
+    assert torch.equal(load(tmp_path, channels=1).images[0], PILToTensor()(image))
+
+
+def test_hidden_files_and_those_of_file_managers_are_passed_over(tmp_path):
+    write(tmp_path / "x.png")
+    for name in (".DS_Store", "Thumbs.db", ".cache/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert len(load(tmp_path)) == 1
+
+
+def test_linked_folders_are_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "cats").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert len(load(tmp_path / "root")) == 1
+
+
+def test_split_names_a_sub_folder_where_there_is_one(tmp_path):
+    write(tmp_path / "train/cat/0.png", (1, 1, 1))
+    with pytest.raises(UserError, match="test does not exist"):
+        load(tmp_path, split="test")
+    write(tmp_path / "test/cat/0.png", (2, 2, 2))
+    (tmp_path / "README.md").write_text("beside the splits")
+    assert [int(load(tmp_path, split).images[0, 0, 0, 0]) for split in ("train", "test")] == [1, 2]
+    write(tmp_path / "whole/0.png", (3, 3, 3))
+    assert [len(load(tmp_path / "whole", split)) for split in ("train", "test")] == [1, 1]
+    with pytest.raises(UserError, match="split='valid' is not known; allowed: train, test"):
+        load(tmp_path, "valid")
+
+
+def test_another_size_is_refused_unless_resizing_is_asked_for(tmp_path):
+    write(tmp_path / "a.png")
+    write(tmp_path / "b.png", size=(12, 9))
+    with pytest.raises(UserError, match=r"b\.png is 12 x 9 pixels .*data\.size=\[4, 6\]; set data\.resize=true"):
+        load(tmp_path)
+    assert load(tmp_path, resize=True).images.shape == (2, 3, 4, 6)
+
+
+@pytest.mark.parametrize("stored", [(40, 40), (41, 97), (97, 41), (20, 33), (300, 257)])
+def test_resizing_to_a_square_is_torchvisions_resize_and_center_crop(stored):
+    image = noise(stored)
+    expected = Compose([Resize(32), CenterCrop(32), PILToTensor()])(image)
+    assert torch.equal(torch.from_numpy(to_pixels(resize_and_center_crop(image, (32, 32)))), expected)
+
+
+@pytest.mark.parametrize("stored", [(10, 30), (30, 10), (20, 31), (16, 24)])
+def test_resizing_keeps_proportions_and_the_centre(stored):
+    # grey levels that rise linearly stay linear around the same centre, with a slope that tells the scale
+    height, width = stored
+    scale = max(8 / height, 12 / width)
+    for axis, inner in ((0, 3), (1, 7)):
+        levels = torch.arange(stored[axis], dtype=torch.uint8) * 4
+        ramp = (levels[:, None] if axis == 0 else levels[None]).expand(stored)
+        cut = torch.from_numpy(to_pixels(resize_and_center_crop(Image.fromarray(ramp.contiguous().numpy()), (8, 12))))
+        assert cut.shape == (1, 8, 12)
+        middle = cut[0, 2:6, 2:10].double()  # clear of the borders, where the filter has nothing to average with
+        rise = middle.diff(dim=axis).sum(dim=axis).mean() / inner
+        assert float(rise) == pytest.approx(4 / scale, rel=0.12)
+        assert float(middle.mean()) == pytest.approx(float(ramp.double().mean()), abs=3 / scale)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "channels", "message"),
+    [
+        ("L", 7, 3, r"x\.png is grey, but data\.channels=3; set data\.channels=1"),
+        ("RGB", (1, 2, 3), 1, r"x\.png is in colour, but data\.channels=1; set data\.channels=3"),
+        ("I;16", 300, 1, r"x\.png has pixels of mode I;16, not 8 bits"),
+        ("RGBA", (1, 2, 3, 254), 3, r"x\.png has transparent pixels"),
+    ],
+)
+def test_images_of_another_kind_are_refused(tmp_path, mode, colour, channels, message):
+    write(tmp_path / "x.png", colour, mode=mode)
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, channels=channels)
+
+
+def test_opaque_alpha_palettes_and_orientation_are_understood(tmp_path):
+    image = noise((4, 6))
+    image.convert("RGBA").save(tmp_path / "a.png")
+    image.quantize(256).save(tmp_path / "b.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: show rotated by 90 degrees clockwise
+    image.rotate(90, expand=True).save(tmp_path / "c.png", exif=exif)
+    images = load(tmp_path).images
+    assert torch.equal(images[0], PILToTensor()(image))
+    assert (images[1].int() - images[0].int()).abs().max() < 40
+    assert torch.equal(images[2], images[0])
+
+
+def test_damaged_files_are_counted_and_five_are_named(tmp_path):
+    write(tmp_path / "good.png")
+    noise((4, 6)).save(tmp_path / "0.png")
+    (tmp_path / "0.png").write_bytes((tmp_path / "0.png").read_bytes()[:-40])
+    for i in range(1, 7):
+        (tmp_path / f"{i}.png").write_bytes(b"" if i % 2 else b"no image")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path)
+    message = str(caught.value)
+    assert message.startswith("7 of 8 image files cannot be read: ")
+    assert all(f"{i}.png" in message for i in range(5))
+    assert "5.png" not in message
+    with pytest.raises(UserError, match=r"1\.png cannot be read"):
+        load(tmp_path, in_memory=False)[1]
+
+
+def test_files_that_are_no_images_are_named(tmp_path):
+    write(tmp_path / "x.png")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(UserError, match=r"holds 1 files that are not images: \S*notes\.txt; move them away"):
+        load(tmp_path)
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere does not exist; set data\.root"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"holds no images; put files there that end in \.png"):
+        load(tmp_path)
+
+
+def test_images_can_be_left_on_disk(tmp_path):
+    for i in range(3):
+        noise((4, 6), seed=i).save(tmp_path / f"{i}.png")
+    memory, lazy = load(tmp_path), load(tmp_path, in_memory=False)
+    assert isinstance(lazy, LazyImages)
+    assert lazy.shape == memory.shape
+    assert torch.equal(torch.stack([lazy[i] for i in range(len(lazy))]), memory.images)
+
+
+def test_images_left_on_disk_are_told_apart_by_their_files(tmp_path):
+    for i in range(2):
+        write(tmp_path / f"{i}.png")
+    before = load(tmp_path, in_memory=False).fingerprint()
+    assert load(tmp_path, in_memory=False).fingerprint() == before
+    noise((4, 6)).save(tmp_path / "1.png")
+    after = load(tmp_path, in_memory=False).fingerprint()
+    (tmp_path / "1.png").rename(tmp_path / "2.png")
+    assert len({before, after, load(tmp_path, in_memory=False).fingerprint()}) == 3

@@ -1,0 +1,118 @@
+"""A reference set is measured once, found again by everything that decided it, and can be a published file."""
+
+import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddim.data.images import MemoryImages
+from ddim.errors import UserError
+from ddim.evaluation import reference_stats
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
+from ddim.evaluation.metrics import FeatureExtractor, MetricSpec
+from ddim.evaluation.reference_stats import measure_reference, published_reference
+
+SPEC = MetricSpec("digits_classifier")
+
+
+@pytest.fixture
+def images() -> MemoryImages:
+    generator = torch.Generator().manual_seed(0)
+    return MemoryImages("noise-train", torch.randint(256, (60, 1, 8, 8), dtype=torch.uint8, generator=generator))
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("features were extracted")
+
+    monkeypatch.setattr(FeatureExtractor, "extract", fail)
+
+
+def test_it_is_measured_once_and_is_what_numpy_says(
+    images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference_stats, "IMAGES_AT_ONCE", 25)
+    extractor = FeatureExtractor(SPEC, "cpu")
+    features = extractor.extract(images.images)["64"].double().numpy()
+    first = measure_reference(images, {"a": 1}, extractor, tmp_path)
+    assert first.count == 60
+    assert first.mean.numpy() == pytest.approx(features.mean(0), rel=1e-6)
+    assert first.covariance.numpy() == pytest.approx(np.cov(features, rowvar=False), rel=1e-5, abs=1e-6)
+    [file] = tmp_path.glob("*.npz")
+    assert file.name.startswith("noise-train_")
+    with np.load(file) as arrays:
+        assert arrays["mu"] == pytest.approx(features.mean(0), rel=1e-6)
+    forbid(monkeypatch)
+    again = measure_reference(images, {"a": 1}, extractor, tmp_path)
+    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(first.covariance, again.covariance)
+    with pytest.raises(AssertionError, match="extracted"):
+        measure_reference(images, {"a": 2}, extractor, tmp_path)
+
+
+def test_features_are_kept_where_a_metric_needs_them(
+    images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_reference(images, {}, FeatureExtractor(SPEC, "cpu"), tmp_path)  # moments only
+    extractor = FeatureExtractor(MetricSpec("digits_classifier", ("fd", "prc")), "cpu")
+    expected = extractor.extract(images.images)["64"]
+    found = measure_reference(images, {}, extractor, tmp_path)
+    torch.testing.assert_close(found.features["64"], expected)
+    forbid(monkeypatch)
+    assert torch.equal(measure_reference(images, {}, extractor, tmp_path).features["64"], found.features["64"])
+
+
+def test_jobs_that_start_together_measure_it_once(
+    images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one removes the parts that another is about to read, which then takes the moments of what is left."""
+    monkeypatch.setattr(reference_stats, "IMAGES_AT_ONCE", 10)
+    asked: list[int] = []
+
+    class Slow(FeatureExtractor):
+        def extract(self, images: Any) -> Any:
+            asked.append(len(images))
+            time.sleep(0.02)
+            return super().extract(images)
+
+    def measure(_: int) -> Any:
+        return measure_reference(images, {}, Slow(SPEC, "cpu"), tmp_path)
+
+    with ThreadPoolExecutor(4) as jobs:
+        found = [*jobs.map(measure, range(4))]
+    assert asked == [10] * 6
+    assert {known.count for known in found} == {60}
+    assert all(torch.equal(found[0].covariance, known.covariance) for known in found)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".lock"}
+
+
+def test_a_published_file_gives_the_number_that_its_images_give(spec: EvaluateSpec, tmp_path: Path) -> None:
+    measured, _ = evaluate_cell(spec)
+    [ours] = (tmp_path / "reference").glob("digits_*.npz")
+    with np.load(ours) as arrays:  # as another code base writes it: without the number of images
+        np.savez(tmp_path / "theirs.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    npz = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "theirs.npz"))
+    published, new = evaluate_cell(dataclasses.replace(spec, metric=npz))
+    assert new
+    assert published["metrics"] == pytest.approx(measured["metrics"], rel=1e-12)
+    assert published["reference"]["name"] == "theirs.npz"
+    assert len(published["reference"]["fingerprint"]) == 64
+    assert published["key"] != measured["key"]
+
+
+def test_statistics_of_another_extractor_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    spec = dataclasses.replace(SPEC, reference_npz=str(tmp_path / "inception.npz"))
+    with pytest.raises(UserError, match="2048 dimensions, the features of digits_classifier 64"):
+        published_reference(spec, FeatureExtractor(spec, "cpu"), (1, 8, 8))
+
+
+@pytest.mark.parametrize("metric", ["kd", "prc"])
+def test_metrics_that_need_features_are_refused_with_a_file_of_moments(metric: Any) -> None:
+    with pytest.raises(ValueError, match=f"{metric} needs the features"):
+        MetricSpec("digits_classifier", ("fd", metric), reference_npz="x.npz")

@@ -1,0 +1,182 @@
+"""The files that `write_figures` writes, and the mistakes that it refuses before it samples."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ddim
+from ddim.checkpoints.model import LoadedModel
+from ddim.config import build
+from ddim.diffusion.spec import SamplerSpec
+from ddim.errors import UserError
+from ddim.figures import panels, paper_figures
+from ddim.figures.layout import animate, draw
+from ddim.figures.paper_figures import FIGURES, FigureSpec, targets, write_figures
+from ddim.inference import trajectories
+from ddim.inference.compute import ComputeSpec
+from ddim.inference.trajectories import Source
+
+
+@pytest.fixture
+def spec(checkpoint: Path, tmp_path: Path) -> FigureSpec:
+    compute = ComputeSpec("cpu", batch_size=16)
+    sampler = SamplerSpec(S=5)
+    return FigureSpec("all", str(checkpoint), "mine", str(tmp_path / "out"), compute, sampler, points=3, S=(2, 4))
+
+
+@pytest.fixture
+def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectories, "sample_batch", lambda *_: pytest.fail("something was sampled"))
+
+
+def test_all_figures_with_their_tensors(spec: FigureSpec, model: LoadedModel) -> None:
+    folder = Path(spec.output_dir)
+    written = write_figures(spec)
+    assert sorted(written) == sorted(folder.iterdir())
+    assert {path.name for path in written} == {
+        *(f"{name}.safetensors" for name in FIGURES),
+        *(f"{name}.png" for name in FIGURES if name != "trajectory"),
+        "trajectory.gif",
+    }
+    shapes = {
+        "samples": (5, 2 * 5),  # four η and σ̂; two S, five images
+        "consistency": (5, 2),
+        "interpolation": (4, 3),
+        "interpolation_grid": (3, 3),
+        "x0_strip": (2 * 4, 5),
+        "trajectory": (1 + 5, 16),
+    }
+    for name, shape in shapes.items():
+        picture, tensors = targets(name, folder)
+        panel = panels.load_panel(tensors)
+        assert panel.cells.shape == (*shape, 1, 8, 8)
+        assert (len(panel.rows), len(panel.columns)) == shape
+        assert panel.facts["figure"] == name
+        assert panel.facts["weights_hash"] == model.weights_hash
+        assert panel.facts["versions"].keys() >= {"torch", "python"}
+        if name not in ("x0_strip", "trajectory"):
+            continue
+        again = Path(spec.output_dir) / f"again{picture.suffix}"
+        (animate if name == "trajectory" else draw)(panel, again)
+        assert again.read_bytes() == picture.read_bytes()
+
+
+def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedModel) -> None:
+    spec, source = dataclasses.replace(spec, indices=(6, 2, 0, 9), S=(2, 5)), Source(model, 0, spec.compute)
+    cells = {name: plan(spec, source)().cells for name, plan in FIGURES.items()}
+    with torch.no_grad():
+        x_T = ddim.initial_noise((6, 2, 0, 9), (1, 8, 8), 0)
+        wanted = ddim.sample(model, model.spec.schedule, x_T, ddim.linear_tau(50, 5))
+    found = {
+        "samples": cells["samples"][0, 4:],
+        "consistency": cells["consistency"][:, 1],
+        "interpolation": cells["interpolation"][:, [0, -1]].flatten(0, 1),
+        "interpolation_grid": cells["interpolation_grid"][[0, 0, -1, -1], [0, -1, 0, -1]],
+        "x0_strip": cells["x0_strip"][:4, -1],
+        "trajectory": cells["trajectory"][-1],
+    }
+    for name in FIGURES:
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_the_seed_and_the_weights_count(spec: FigureSpec) -> None:
+    spec = dataclasses.replace(spec, figure="consistency")
+    found = []
+    for number, changes in enumerate(({}, {"seed": 1}, {"weights": "raw"})):
+        folder = f"{spec.output_dir}{number}"
+        _, tensors = write_figures(dataclasses.replace(spec, output_dir=folder, **changes))  # type: ignore[arg-type]
+        found.append(panels.load_panel(tensors))
+    assert [(panel.facts["seed"], panel.facts["weights"]) for panel in found] == [(0, "ema"), (1, "ema"), (0, "raw")]
+    for one, other in itertools.combinations(found, 2):
+        assert not torch.allclose(one.cells, other.cells, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["samples", "trajectory"])
+def test_nothing_is_overwritten_unless_that_is_wanted(
+    spec: FigureSpec, name: Any, request: pytest.FixtureRequest
+) -> None:
+    spec = dataclasses.replace(spec, figure=name)
+    written = write_figures(spec)
+    before = [path.read_bytes() for path in written]
+    written[0].unlink()  # the tensors alone are enough
+    write_figures(dataclasses.replace(spec, seed=1, overwrite=True))
+    assert all(a != path.read_bytes() for a, path in zip(before, written, strict=True))
+    request.getfixturevalue("no_sampling")
+    written[0].unlink()
+    with pytest.raises(UserError, match=r"safetensors exists already; choose another name=..., or overwrite=true"):
+        write_figures(spec)
+    with pytest.raises(UserError, match="exists already"):
+        write_figures(dataclasses.replace(spec, figure="all"))
+    assert sorted(Path(spec.output_dir).iterdir()) == written[1:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"figure": "samples", "S": (10, 51)}, r"S=51 .*T=50"),
+        ({"figure": "consistency", "S": (51,)}, r"S=51 .*T=50"),
+        ({"figure": "all", "S": (51,)}, r"S=51 .*T=50"),
+        ({"figure": "interpolation", "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": "x0_strip", "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": "trajectory", "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": "interpolation", "n": 3}, "pairs of images, not 3; give an even number"),
+        ({"figure": "interpolation", "indices": (4,)}, "pairs of images, not 1"),
+        ({"figure": "interpolation_grid", "n": 3}, "two pairs of images, not 3 images; give four"),
+        ({"figure": "interpolation_grid", "sampler": SamplerSpec(eta=0.5)}, r"choose sampler=ddim with sampler.eta=0"),
+        ({"figure": "interpolation", "sampler": SamplerSpec("sigma_hat", None)}, r"choose sampler=ddim"),
+        (
+            {"figure": "consistency", "sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))},
+            r"choose S; give a named sampler.spacing",
+        ),
+        ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt"),
+        ({"weights": "average"}, "weights 'average'"),
+    ],
+)
+@pytest.mark.usefixtures("no_sampling")
+def test_mistakes_are_refused_before_anything_is_sampled(
+    spec: FigureSpec, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        write_figures(dataclasses.replace(spec, **changes))
+    assert not Path(spec.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"figure": "sample"}, r"figure='sample' is not known \(did you mean samples\?\); allowed: samples, consist"),
+        ({"n": 2, "indices": [1, 2]}, r"either n=2 or indices=\[1, 2\], not both"),
+        ({"n": 0}, "n=0 must be at least 1"),
+        ({"indices": []}, r"indices=\[\] must hold image numbers"),
+        ({"indices": [0, -1]}, r"indices=\[0, -1\] must hold image numbers, 0 .. 2\*\*32 - 1"),
+        ({"indices": [1 << 32]}, "must hold image numbers"),
+        ({"S": []}, r"S=\[\] must hold a number of steps"),
+        ({"etas": [0.5, 2.0]}, r"eta=2.0 must lie in \[0, 1\]"),
+        ({"etas": [], "sigma_hat": False}, "leave no rows"),
+        ({"points": 1}, "points=1 must be at least 2"),
+        ({"columns": 1}, "columns=1 must be at least 2"),
+        ({"frames": 0}, "frames=0 must be at least 2"),
+        ({"seed": -1}, "seed=-1 must lie in 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
+    given = {"figure": "all", "checkpoint": "a.ckpt", "name": "a", "output_dir": "out", "compute": {"device": "cpu"}}
+    with pytest.raises(UserError, match=message):
+        build(FigureSpec, given | changes, "")
+    build(FigureSpec, given | {"indices": [0, (1 << 32) - 1], "etas": [], "points": 2}, "")
+
+
+def test_the_papers_S_end_where_the_model_does(
+    spec: FigureSpec, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(panels, "consistency", lambda source, sampler, S, indices: seen.update(S=S, indices=indices))
+    source = Source(model, 0, spec.compute)
+    spec = dataclasses.replace(spec, S=None)
+    FIGURES["consistency"](spec, source)()
+    assert seen == {"S": (10, 20, 50), "indices": (0, 1, 2, 3, 4)}
+    assert paper_figures._numbers_of_steps(spec, source, (100, 1000)) == (50,)

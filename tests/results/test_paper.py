@@ -1,0 +1,172 @@
+"""The paper's numbers are the paper's, and stand only beside ours of the same kind."""
+
+import re
+from pathlib import Path
+
+import pytest
+from made_records import FID, record
+
+from ddim.results.paper import PAPER_TABLES, comparison
+from ddim.results.report import build_tables
+from ddim.results.table import Table
+
+EXPERIMENTS = Path(__file__).parents[2] / "configs" / "experiment"
+ROWS = {"eta 0.0": "η=0.0", "eta 0.2": "η=0.2", "eta 0.5": "η=0.5", "eta 1.0": "η=1.0", "sigma": "σ̂"}
+
+
+@pytest.mark.parametrize("name", ["table1_cifar10", "table1_celeba"])
+def test_the_experiments_headers_hold_the_same_numbers(name: str) -> None:
+    """The headers were typed apart from the data, so that each checks the other."""
+    header = (EXPERIMENTS / f"{name}.yaml").read_text()
+    found = re.search(r"^#   S +(.*)$", header, re.MULTILINE)
+    assert found is not None
+    columns = [int(S) for S in found[1].split()]
+    typed = {
+        row: dict(zip(columns, map(float, numbers[1].split()), strict=True))
+        for text, row in ROWS.items()
+        if (numbers := re.search(rf"^#   {text} +([\d. ]+)$", header, re.MULTILINE))
+    }
+    assert typed == PAPER_TABLES[name].values
+
+
+def test_the_headers_of_the_other_experiments_hold_the_same_numbers() -> None:
+    readings = (EXPERIMENTS / "table1_cifar10_sigma_hat.yaml").read_text()
+    [line] = re.findall(r"for S = 10, 20, 50, 100: ([\d., ]+)\.", readings)
+    row = PAPER_TABLES["table1_cifar10"].values["σ̂"]
+    assert list(map(float, line.split(","))) == [row[S] for S in (10, 20, 50, 100)]
+    table2 = (EXPERIMENTS / "table2_reconstruction.yaml").read_text()
+    steps, errors = (re.search(rf"^#   {word} +([\d. ]+)$", table2, re.MULTILINE)[1].split() for word in ("S", "error"))
+    assert (
+        dict(zip(map(int, steps), map(float, errors), strict=True))
+        in PAPER_TABLES["table2_reconstruction"].values.values()
+    )
+    for name in ("bedroom", "church"):
+        found = re.search(r"at eta=0 is ([\d., ]+) for S = ([\d, ]+)\.", (EXPERIMENTS / f"{name}.yaml").read_text())
+        assert found is not None
+        numbers = dict(zip(map(int, found[2].split(",")), map(float, found[1].split(",")), strict=True))
+        assert numbers == PAPER_TABLES[f"table3_{name}"].values["η=0.0"]
+
+
+def test_what_the_paper_says_of_its_tables_holds() -> None:
+    """Its text (section 5 and the captions), number by number; catches a digit that was typed wrong."""
+    for name in ("table1_cifar10", "table1_celeba"):
+        values = PAPER_TABLES[name].values
+        for S in (
+            10,
+            20,
+            50,
+            100,
+        ):  # "DDIM achieves the best sample quality when dim(τ) is small", and η orders the rest
+            numbers = [row[S] for row in values.values()]
+            assert numbers == sorted(numbers)
+        assert min(row[1000] for row in values.values()) == values["σ̂"][1000]
+    for table in PAPER_TABLES.values():
+        for row in table.values.values():
+            assert list(row) == sorted(row)
+            assert list(row.values()) == sorted(row.values(), reverse=True)  # falls with S, everywhere
+            assert all(round(number, table.decimals) == number for number in row.values())
+    celeba = PAPER_TABLES["table1_celeba"].values  # "100-step DDPM is similar to 20-step DDIM" on CelebA
+    assert celeba["η=1.0"][100] == pytest.approx(celeba["η=0.0"][20], rel=0.02)
+    church = PAPER_TABLES["table3_church"].values
+    assert church["η=1.0"][100] < church["η=0.0"][100]
+    bedroom = PAPER_TABLES["table3_bedroom"].values
+    assert [bedroom["η=1.0"][S] for S in (10, 20, 50, 100)] == [42.78, 22.77, 10.81, 6.81]
+    assert [church["η=1.0"][S] for S in (10, 20, 50, 100)] == [51.56, 23.37, 11.16, 8.27]
+    errors = PAPER_TABLES["table2_reconstruction"].values["η=0.0"]
+    assert errors == {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
+
+
+def compared(*numbers: tuple[str, int, float]) -> Table:
+    [table] = build_tables([record(label, S, value, paper="table1_cifar10") for label, S, value in numbers])
+    return table
+
+
+def test_ours_the_papers_and_the_difference() -> None:
+    table = compared(("η=0.0", 10, 13.76), ("η=0.0", 30, 5.0), ("σ̂", 10, 330.687), ("η=0.3", 10, 14.5))
+    assert (table.value("η=0.0", 10), table.paper_value("η=0.0", 10)) == (13.76, 13.36)
+    assert table.difference("η=0.0", 10) == pytest.approx(0.4, rel=1e-6)
+    assert table.percent("η=0.0", 10) == pytest.approx(100 * 0.4 / 13.36, rel=1e-5)
+    assert table.percent("σ̂", 10) == pytest.approx(-10.0, rel=1e-5)
+    lines = {line.name: line.texts for line in table.lines()}
+    assert lines == {
+        "η=0.0": ["13.76", "5.00"],
+        "η=0.0, paper": ["13.36", ""],
+        "η=0.0, difference": ["+0.40 (+3.0 %)", ""],
+        "η=0.3": ["14.50", ""],  # the paper has no such row, and no S = 30
+        "σ̂": ["330.69", ""],
+        "σ̂, paper": ["367.43", ""],
+        "σ̂, difference": ["-36.74 (-10.0 %)", ""],
+    }
+    assert "Table 1, CIFAR-10" in table.note
+
+
+@pytest.mark.parametrize(
+    ("ours", "verdict", "text"),
+    [
+        (13.36, "same", "0.00 (same)"),
+        (13.3649, "same", "0.00 (same)"),
+        (13.3551, "same", "0.00 (same)"),
+        (13.366, "worse", "+0.01 (+0.0 %)"),
+        (13.354, "better", "-0.01 (-0.0 %)"),
+        (12.0, "better", "-1.36 (-10.2 %)"),
+    ],
+)
+def test_less_is_better_and_the_papers_last_digit_is_all_there_is(ours: float, verdict: str, text: str) -> None:
+    table = compared(("η=0.0", 10, ours))
+    [_, _, difference] = table.lines()
+    assert (difference.verdicts, difference.texts) == ([verdict], [text])
+
+
+def test_the_mean_over_ranges_is_compared() -> None:
+    records = [record("η=0.0", 10, v, paper="table1_cifar10", first=50_000 * k) for k, v in enumerate((13.0, 14.0))]
+    [table] = build_tables(records)
+    assert table.difference("η=0.0", 10) == pytest.approx(0.14, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"metrics": {"fd_digits_classifier_1k": 1.0}}, "fd_digits_classifier_1k is not fid_50k"),
+        ({"metrics": {"fid_10k": 13.0}, "n": 10_000}, "fid_10k is not fid_50k"),
+        ({"metrics": {"kid_50k": 0.1}}, "kid_50k is not fid_50k"),
+        ({"n": 10_000}, "10000 images are not 50000"),
+        ({"reference__name": "cifar10-test"}, "the reference set cifar10-test is not cifar10-train"),
+        ({"paper": "table9"}, "it has no table table9"),
+        ({"paper": "table2_reconstruction"}, "fid_50k is not reconstruction_mse_10k"),
+    ],
+    ids=str,
+)
+def test_what_is_of_another_kind_is_not_put_beside(changes: dict, reason: str) -> None:
+    [table] = build_tables([record("η=0.0", 10, 13.0, **{"paper": "table1_cifar10"} | changes)])
+    assert table.note == f"not compared with the paper: {reason}"
+    assert (table.paper, table.paper_value("η=0.0", 10), table.difference("η=0.0", 10)) == (None, None, None)
+    assert [line.kind for line in table.lines()] == ["ours"]
+
+
+def test_no_comparison_is_made_where_none_was_meant() -> None:
+    [table] = build_tables([record("η=0.0", 10, 13.0)])
+    assert (table.paper, table.note) == (None, "")
+
+
+def test_statistics_from_a_file_are_taken_for_the_reference_set() -> None:
+    paper, _ = comparison("table1_celeba", FID, 50_000, "fid_stats_celeba64_train_50000_ddim.npz")
+    assert paper is PAPER_TABLES["table1_celeba"]
+
+
+def test_reconstruction_errors_stand_beside_table_2() -> None:
+    made = record(
+        "η=0.0",
+        20,
+        0.0,
+        "linear",
+        kind="reconstruction",
+        paper="table2_reconstruction",
+        n=10_000,
+        metrics={"reconstruction_mse_10k": 0.0071},
+        reference={"name": "cifar10-test", "images": 10_000, "fingerprint": "f"},
+        metric={"name": "reconstruction"},
+    )
+    del made["seed"], made["pixels"], made["bf16"]  # a record of an encoding has none
+    [table] = build_tables([made])
+    assert [line.texts for line in table.lines()] == [["0.00710"], ["0.0065"], ["+0.0006 (+9.2 %)"]]
+    assert table.percent("η=0.0", 20) == pytest.approx(100 * 0.0006 / 0.0065, rel=1e-5)

@@ -1,0 +1,112 @@
+"""Plots hold the points they were given, and the time's exponent is that of the times."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_records import record
+from PIL import Image
+
+from ddim.results import plots
+from ddim.results.protocol import completed
+from ddim.results.report import build_tables, write_report
+
+H200 = {"device": "NVIDIA H200", "processes": 2, "batch_size": 250}
+
+
+def curves(figure: Any) -> list[list[tuple[float, float]]]:
+    return [
+        list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in figure.axes[0].lines
+        if len(line.get_xdata())
+    ]
+
+
+@pytest.mark.parametrize("numbers", [[13.36, 4.16], [-0.001, 0.002], [-1.0, -2.0]])
+def test_the_plot_is_a_png_of_its_size_and_a_pdf(tmp_path: Path, numbers: list[float]) -> None:
+    records = [record("σ̂", S, value) for S, value in zip((10, 100), numbers, strict=True)]
+    [path] = [path for path in write_report(records, tmp_path) if path.suffix == ".png"]
+    with Image.open(path) as plot:
+        assert (plot.format, plot.size) == ("PNG", (1200, 800))  # 6 x 4 inches at 200 dots per inch
+        assert len(plot.convert("RGB").getcolors(1 << 20) or []) > 10
+    assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_plot_shows_ours_the_papers_and_the_spread() -> None:
+    records = [record("η=0.0", S, v, paper="table1_cifar10") for S, v in ((10, 13.0), (50, 5.0))]
+    records += [
+        record("η=0.0", 10, 15.0, paper="table1_cifar10", first=50_000),
+        record("η=0.3", 10, 14.0, paper="table1_cifar10"),
+    ]
+    [table] = build_tables(records)
+    figure = plots.plot(table)
+    shown = curves(figure)
+    assert [(10, 14.0), (50, 5.0)] in shown
+    assert [(10, 14.0)] in shown  # η = 0.3, of which the paper says nothing
+    assert [(10, 13.36), (50, 4.67)] in shown
+    [axes] = figure.axes
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
+    assert {line.get_linestyle() for line in hollow} == {"--"}
+    assert "paper" in [text.get_text() for text in axes.get_legend().get_texts()]
+    bars = axes.collections[0].get_segments()[0]
+    assert bars[:, 1] == pytest.approx([14 - np.sqrt(2), 14 + np.sqrt(2)])
+    [plain] = build_tables([r | {"paper": None} for r in records])
+    assert "paper" not in [text.get_text() for text in plots.plot(plain).axes[0].get_legend().get_texts()]
+
+
+def test_the_papers_sigma_hat_row_is_drawn_once() -> None:
+    labels = ("σ̂", "σ̂ (clip x0_and_eps)")
+    [table] = build_tables([record(label, S, 100.0 / S, paper="table1_cifar10") for label in labels for S in (10, 20)])
+    assert curves(plots.plot(table)).count([(10, 367.43), (20, 133.37)]) == 1
+
+
+@pytest.mark.parametrize("text", ["$x$", r"\frac{ a_b^c σ̂ $"])
+def test_no_text_is_read_as_a_formula(tmp_path: Path, text: str) -> None:
+    records = [record(text, 10, 1.0, reference__name=text, compute=H200 | {"device": text})]
+    records.append(record(text, 20, 1.0, reference__name=text, compute=H200 | {"device": text}))
+    assert "plot_time.png" in [path.name for path in write_report(records, tmp_path)]
+
+
+def timed(S: int, seconds: float, **changes: Any) -> Any:
+    return completed(record("η=0.0", S, 1.0, seconds_sampling=seconds, **{"compute": H200} | changes))
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9, 1.25])
+def test_the_exponent_of_the_time(power: float) -> None:
+    [timing] = plots.timings([timed(S, 7.2 * S**power, n=1000) for S in (10, 20, 50, 100)])
+    assert timing.exponent == pytest.approx(power, abs=1e-9)
+    assert timing.fitted(50) == pytest.approx(7.2 * 50**power / 1000 * 50_000 / 3600)
+    assert f"S^{power:.3f}, {100 * (power - 1):+.1f} % from linear" in timing.caption()
+    assert curves(plots.plot_time(timing))[0] == [(S, hours) for _, S, hours in timing.points]
+
+
+def test_hours_are_for_fifty_thousand_images_and_said_to_be_scaled() -> None:
+    [timing] = plots.timings([timed(10, 36.0, n=1000), timed(20, 72.0, n=2000)])
+    assert [hours for _, _, hours in timing.points] == pytest.approx([0.5, 0.5])  # 0.036 s an image
+    assert "scaled from 1,000 and 2,000" in timing.caption()
+    assert plots.plot_time(timing).axes[0].get_ylabel() == "hours for 50,000 images, scaled"
+    [whole] = plots.timings([timed(10, 3600.0), timed(20, 7200.0)])
+    assert [hours for _, _, hours in whole.points] == pytest.approx([1.0, 2.0])
+    assert "scaled" not in whole.caption() + plots.plot_time(whole).axes[0].get_ylabel()
+    assert "NVIDIA H200; processes: 2; images per batch: 250; weights 01234567, float32" in whole.caption()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"compute": {"device": "another"}}, {"bf16": True}, {"model__weights_hash": "other"}],
+    ids=str,
+)
+def test_times_of_other_devices_and_models_are_not_mixed(change: dict[str, Any]) -> None:
+    records = [timed(S, 10.0 * S) for S in (10, 20)] + [timed(S, 20.0 * S, **change) for S in (10, 20)]
+    found = plots.timings(records)
+    assert sorted(points[0][2] for timing in found if (points := timing.points)) == pytest.approx(
+        [100 / 3600, 200 / 3600]
+    )
+    assert [len(timing.points) for timing in found] == [2, 2]
+
+
+def test_what_says_no_device_or_is_one_number_of_steps_is_not_timed() -> None:
+    older = [timed(S, 1.0, compute=None) for S in (10, 20)]
+    encoded = [timed(S, 1.0, kind="reconstruction") for S in (10, 20)]
+    assert plots.timings([*older, *encoded, timed(10, 1.0), timed(10, 2.0)]) == []

@@ -1,0 +1,230 @@
+"""Tables show the records they were made of: every number in its place, and no two protocols in one table."""
+
+import math
+import random
+from typing import Any
+
+import pytest
+from made_records import FID, RECORDS, record
+
+from ddim.results.report import Table, build_tables, sigma_hat_readings
+
+ROWS = ["η=0.0", "η=0.0 (clip x0)", "η=0.2", "η=1.0", "σ̂"]
+COLUMNS = [10, 20, 100, 1000]
+VALUES = {
+    "η=0.0": [13.36, None, 4.16, None],
+    "η=0.0 (clip x0)": [None, 0.0123, None, None],
+    "η=0.2": [None, 7.11, None, None],
+    "η=1.0": [41.07, None, None, None],
+    "σ̂": [367.43, None, None, 3.17],
+}
+
+
+def values(table: Table) -> dict[str, list[float | None]]:
+    return {row: [table.value(row, S) for S in table.columns] for row in table.rows}
+
+
+def test_rows_columns_and_blanks() -> None:
+    [table] = build_tables(RECORDS)
+    assert (table.metric, table.rows, table.columns) == (FID, ROWS, COLUMNS)
+    assert values(table) == VALUES
+
+
+def test_markdown_reads_back() -> None:
+    [table] = build_tables(RECORDS)
+    header, rule, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.markdown().splitlines()]
+    assert header == ["S", "10", "20", "100", "1000"]
+    assert rule == ["---"] * 5
+    assert [line[0] for line in lines] == ROWS
+    for name, *texts in lines:
+        for text, value in zip(texts, VALUES[name], strict=True):
+            assert (None if text == "" else float(text)) == value
+
+
+def test_the_title_says_what_was_measured() -> None:
+    [table] = build_tables(RECORDS)
+    assert table.title() == (
+        "fid_50k: 50,000 images against 50,000 of cifar10-train, ema weights 01234567 at step 800,000, tau quad, seed 0"
+    )
+    [unusual] = build_tables([record("η=0.0", 10, 1.0, bf16=True, sampler__last_time=1, first=7)])
+    assert unusual.title().endswith("seed 0, from image 7 on, bfloat16, ends at alpha_bar[1]")
+    [encoded] = build_tables(
+        [record("η=0.0", 10, 1.0, kind="reconstruction", reference__name="cifar10-test", seed=None)]
+    )
+    assert "50,000 images of cifar10-test, encoded and decoded, ema" in encoded.title()
+    assert "seed" not in encoded.title()
+
+
+@pytest.mark.parametrize("defaults", [{"kind": "fidelity"}, {"first": 0}, {"paper": None}], ids=str)
+def test_older_records_lack_fields_and_mean_their_defaults(defaults: dict[str, Any]) -> None:
+    [table] = build_tables([record("η=0.0", 10, 1.0), record("η=0.0", 20, 2.0, **defaults)])
+    assert values(table) == {"η=0.0": [1.0, 2.0]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "reconstruction"},
+        {"paper": "table1_cifar10"},
+        {"first": 1},
+        {"n": 1000},
+        {"seed": 1},
+        {"bf16": True},
+        {"pixels": "float"},
+        {"model__weights": "raw"},
+        {"model__weights_hash": "other"},
+        {"model__step": 1},
+        {"model__schedule": "cosine"},
+        {"model__T": 500},
+        {"model__prediction": "v"},
+        {"model__description_hash": "other"},
+        {"reference__name": "cifar10-test"},
+        {"reference__images": 10_000},
+        {"reference__fingerprint": "other"},
+        {"metric__extractor": "pixels"},
+        {"metric__weights_hash": "other"},
+        {"metric__feature_layer": "768"},
+        {"metric__resize": "none"},
+        {"metric__reference_split": "test"},
+        {"sampler__last_time": 1},
+        {"spacing": "linear"},
+        {"spacing": "explicit 1,500"},
+    ],
+    ids=str,
+)
+def test_protocols_are_never_mixed(change: dict[str, Any]) -> None:
+    tables = build_tables([record("η=0.0", 10, 1.0), record("η=0.0", 10, 2.0, **change)])
+    assert sorted(table.value("η=0.0", 10) or 0 for table in tables) == [1.0, 2.0]
+    assert [len(table.cells) for table in tables] == [1, 1]
+
+
+def test_the_full_chain_joins_every_spacing_of_its_protocol() -> None:
+    full = record("η=0.0", 1000, 4.04, "full")
+    tables = build_tables(
+        [
+            record("η=0.0", 10, 13.36),
+            full,
+            record("η=0.0", 10, 17.33, "linear"),
+            record("η=0.0", 10, 5.0, "linear", seed=1),
+            record("σ̂", 1000, 3.17, "full"),  # has no other spacing, and so joins all
+            record("η=1.0", 10, 41.07),
+            record("η=1.0", 1000, 4.73, "full"),  # is nothing to the linear rows, which are of other samplers
+        ]
+    )
+    found = {(table.protocol["seed"], table.protocol["spacing"]): values(table) for table in tables}
+    assert found == {
+        (0, "quad"): {"η=0.0": [13.36, 4.04], "η=1.0": [41.07, 4.73], "σ̂": [None, 3.17]},
+        (0, "linear"): {"η=0.0": [17.33, 4.04], "σ̂": [None, 3.17]},
+        (1, "linear"): {"η=0.0": [5.0]},
+    }
+    [alone] = build_tables([full])
+    assert (alone.protocol["spacing"], values(alone)) == ("full", {"η=0.0": [4.04]})
+
+
+def test_of_two_records_of_a_cell_neither_order_nor_value_chooses() -> None:
+    pairs = [[record("η=0.0", 10, float(v)), record("η=0.0", 10, float(v + 1))] for v in range(20)]
+    chosen = []
+    for pair in pairs:
+        [table], [other] = build_tables(pair), build_tables(pair[::-1])
+        assert values(table) == values(other)
+        assert table.ranges == 1
+        chosen.append(table.value("η=0.0", 10) == pair[0]["metrics"][FID])
+    assert 0 < sum(chosen) < len(chosen)
+
+
+def test_there_is_a_table_for_each_metric() -> None:
+    both = record("η=0.0", 10, 0.0, metrics={FID: 4.0, "kid_50k": 0.001})
+    assert {table.metric: values(table) for table in build_tables([both])} == {
+        FID: {"η=0.0": [4.0]},
+        "kid_50k": {"η=0.0": [0.001]},
+    }
+    assert build_tables([]) == []
+
+
+def repeated(label: str, S: int, numbers: list[float], n: int = 1000) -> list[Any]:
+    return [record(label, S, number, n=n, first=n * k) for k, number in enumerate(numbers)]
+
+
+def test_repeats_give_mean_and_sample_standard_deviation() -> None:
+    numbers = [7.5, 8.25, 6.9]
+    records = [*repeated("η=0.0", 10, numbers), *repeated("η=1.0", 10, [3.0, 4.0])]
+    random.Random(0).shuffle(records)
+    [table] = build_tables(records)
+    mean = sum(numbers) / 3
+    std = math.sqrt(sum((number - mean) ** 2 for number in numbers) / 2)
+    assert table.value("η=0.0", 10) == pytest.approx(mean, rel=1e-12)
+    assert table.spread("η=0.0", 10) == pytest.approx(std, rel=1e-9)
+    assert table.values("η=0.0", 10) == numbers
+    assert "mean ± sample standard deviation over 3 ranges of images, or as many as a cell says" in table.title()
+    assert f"| η=0.0 | {mean:.2f} ± {std:.2f} |" in table.markdown()
+    assert f"| η=1.0 | 3.50 ± {math.sqrt(0.5):.2f} (of 2) |" in table.markdown()
+    assert dict(table.facts(full=False))["images"] == "n = 1,000: numbers 0 to 999; 1,000 to 1,999; 2,000 to 2,999"
+
+
+def test_ranges_that_overlap_are_not_averaged() -> None:
+    tables = build_tables([record("η=0.0", 10, 1.0, n=1000, first=first) for first in (0, 500, 1000)])
+    assert sorted(table.ranges for table in tables) == [1, 2]
+    assert all(table.spread("η=0.0", 10) is None for table in tables if table.ranges == 1)
+
+
+def test_the_order_of_the_records_does_not_matter() -> None:
+    records = [*RECORDS, *repeated("η=0.0", 10, [1.0, 2.0]), record("σ̂", 10, 300.0, "uniform")]
+    texts = []
+    for seed in range(5):
+        random.Random(seed).shuffle(records)
+        tables = [*build_tables(records), *sigma_hat_readings(records)]
+        texts.append([(t.title(), t.markdown(), t.facts(full=True), t.protocol) for t in tables])
+    assert texts.count(texts[0]) == 5
+
+
+def test_the_readings_of_sigma_hat_stand_in_one_table() -> None:
+    clipped = "σ̂ (clip x0_and_eps)"
+    numbers = {("σ̂", "quad"): 150.0, ("σ̂", "uniform"): 370.0, (clipped, "quad"): 99.0, (clipped, "uniform"): 280.0}
+    records = [record(label, 10, v, spacing, paper="table1_cifar10") for (label, spacing), v in numbers.items()]
+    records += [
+        record("σ̂", 1000, 3.2, "full", paper="table1_cifar10"),
+        record("η=0.0", 10, 13.4, paper="table1_cifar10"),
+    ]
+    [table] = sigma_hat_readings(records)
+    assert table.heading == "σ̂: four readings against the paper"
+    assert values(table) == {
+        "σ̂, quad": [150.0, 3.2],
+        "σ̂, uniform": [370.0, 3.2],
+        f"{clipped}, quad": [99.0, None],
+        f"{clipped}, uniform": [280.0, None],
+    }
+    *_, last = table.lines()
+    assert (last.name, last.texts) == ("paper", ["367.43", "3.17"])
+    assert [line.kind for line in table.lines()].count("paper") == 1
+    [two] = sigma_hat_readings([r | {"paper": None} for r in records if "clip" not in r["label"]])
+    assert (two.heading, two.paper) == ("σ̂: two readings", None)
+    assert sigma_hat_readings([r for r in records if r["label"] != clipped and r["spacing"] != "uniform"]) == []
+    other = [r | {"seed": 1} if r["spacing"] == "uniform" else r for r in records if "clip" not in r["label"]]
+    assert sigma_hat_readings(other) == []  # another protocol is not another reading
+
+
+def test_the_whole_protocol_is_told() -> None:
+    records = [
+        record("η=0.0", 10, 1.0),
+        record("σ̂ (clip x0_and_eps)", 1000, 2.0, "full", sampler__tau=list(range(1, 1001))),
+    ]
+    records[1]["revision"] = "9" * 40 + "+changes"
+    [table] = build_tables(records)
+    full, short = dict(table.facts(full=True)), dict(table.facts(full=False))
+    assert full["τ"] == "quad: S=10: 1, 101, 201, 301, 401, 501, 601, 701, 801, 901; full S=1000: each from 1 to 1000"
+    assert short["τ"] == "quad: S=10: 1, 101, 201, 301, …, 801, 901; full S=1000: each from 1 to 1000"
+    assert full["reference set"] == "cifar10-train, split train, 50,000 images, fingerprint fedcba9876543210"
+    assert full["weights"] == "ema, hash 0123456789abcdef, step 800,000, trained on cifar10"
+    assert full["extractor"] == "inception, layer 2048, resize TF1-style bilinear, weights aaaabbbbccccdddd"
+    assert full["clip of x̂0"] == "none (η=0.0); x0_and_eps (σ̂ (clip x0_and_eps))"
+    assert short["code revision"] == "65555dbe4f56, 999999999999+changes"
+    expected = {
+        "metric": "fid_50k (less is better)",
+        "images": "n = 50,000: numbers 0 to 49,999",
+        "schedule": "linear, T=1000, prediction eps",
+        "end": "alpha_bar[0] = 1",
+        "pixels": "uint8, rounded half up",
+        "network in": "float32",
+        "seed": "0",
+    }
+    assert {name: full[name] for name in expected} == expected

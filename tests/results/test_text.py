@@ -1,0 +1,203 @@
+"""The files of a report hold the numbers, read back, and nothing that differs between two runs of the same cells."""
+
+import copy
+import csv
+import io
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_records import FID, RECORDS, record
+
+from ddim.results import text
+from ddim.results.protocol import completed
+from ddim.results.records import Record
+from ddim.results.report import build_tables, sigma_hat_readings, write_report
+
+TABLES = ("table.md", "table.csv", "table.json", "table.tex")
+COMPARED = [
+    record("η=0.0", 10, 13.45678901, paper="table1_cifar10"),
+    record("η=0.0", 10, 13.0, paper="table1_cifar10", first=50_000),
+    record("η=0.0", 20, 6.84, paper="table1_cifar10"),
+    record("σ̂", 10, 300.0, paper="table1_cifar10"),
+    record("σ̂", 10, 200.0, "uniform", paper="table1_cifar10"),
+]
+HOSTILE = r"50%_of & {set}#1$ ~^\ <b>|ü中"
+
+
+def files(records: list[Record]) -> list[str]:
+    tables = [*build_tables(records), *sigma_hat_readings(records)]
+    return [write(tables) for write in (text.markdown, text.as_csv, text.as_json, text.latex)]
+
+
+def test_the_csv_reads_back() -> None:
+    tables = [*build_tables(COMPARED), *sigma_hat_readings(COMPARED)]
+    rows = list(csv.DictReader(io.StringIO(text.as_csv(tables))))
+    cells = [(number, row, S) for number, t in enumerate(tables) for row, S in sorted(t.cells)]
+    assert sorted((int(r["table"]), r["sampler"], int(r["S"])) for r in rows) == sorted(cells)
+    first = next(r for r in rows if r["sampler"] == "η=0.0" and r["S"] == "10")
+    assert first == {
+        "table": "0",
+        "metric": FID,
+        "sampler": "η=0.0",
+        "S": "10",
+        "value": "13.2284",  # six digits of the mean of 13.45678901 and 13.0
+        "std": "0.322999",  # their difference / √2
+        "ranges": "2",
+        "paper": "13.36",
+        "difference": "-0.1316",
+        "percent": "-0.98503",
+        "n": "50000",
+        "spacing": "quad",
+        "distinct_evaluations": "10",
+        "key": "η=0.010quad0 η=0.010quad50000",
+    }
+    plain = list(csv.DictReader(io.StringIO(text.as_csv(build_tables(RECORDS)))))
+    assert {(r["sampler"], int(r["S"]), float(r["value"])) for r in plain} == {
+        (r["label"], r["S"], r["metrics"][FID]) for r in RECORDS
+    }
+    assert {r["key"] for r in plain} == {r["key"] for r in RECORDS}
+    assert {r["paper"] + r["std"] for r in plain} == {""}
+
+
+def test_the_json_reads_back() -> None:
+    tables = build_tables(COMPARED)
+    content = json.loads(text.as_json(tables))
+    assert [t["metric"] for t in content] == [FID, FID]
+    quad = content[[t["protocol"]["spacing"] for t in content].index("quad")]
+    table = tables[content.index(quad)]
+    assert quad["protocol"] == table.protocol
+    assert quad["title"] == table.title()
+    assert quad["columns"] == [10, 20]
+    assert quad["rows"] == {"η=0.0": [13.2284, 6.84], "σ̂": [300.0, None]}
+    assert quad["std"] == {"η=0.0": [0.322999, None], "σ̂": [None, None]}
+    assert quad["ranges"] == {"η=0.0": [2, 1], "σ̂": [1, 0]}
+    assert quad["paper"] == {"η=0.0": [13.36, 6.84], "σ̂": [367.43, 133.37]}
+    assert quad["difference"] == {"η=0.0": [-0.1316, 0.0], "σ̂": [-67.43, None]}
+    assert quad["tau"] == {"quad": {"10": list(range(1, 1001, 100)), "20": list(range(1, 1001, 50))}}
+    assert quad["clip"] == {"η=0.0": ["none"], "σ̂": ["none"]}
+    assert quad["first"] == [0, 50_000]
+    assert quad["revisions"] == ["65555dbe4f565bf0b97737c8a5ca57ab3ba9f7be"]
+    hostile = record("η=0.0", 10, 1.0, reference__name='a [1,\\n  2] "b]')
+    [back] = json.loads(text.as_json(build_tables([hostile])))
+    assert back["protocol"]["reference"]["name"] == hostile["reference"]["name"]
+
+
+def test_the_markdown_holds_title_table_comparison_and_protocol() -> None:
+    tables = [*build_tables(COMPARED), *sigma_hat_readings(COMPARED)]
+    shown = text.markdown(tables)
+    for table in tables:
+        assert f"**{table.title()}**\n\n{table.markdown()}\n\n{table.note}\n\n- metric: fid_50k (less" in shown
+        for name, fact in table.facts(full=False):
+            assert f"- {name}: {fact}\n" in shown
+    assert "### σ̂: two readings against the paper\n\n**fid_50k: " in shown
+    [table] = build_tables([record("a|b", 10, 1.0)])
+    assert r"| a\|b | 1.00 |" in table.markdown()
+
+
+def test_the_tables_are_the_same_bytes_for_any_order_and_for_another_run() -> None:
+    """Another run: other seconds, paths, machine and versions, and other last bits of the numbers."""
+    expected = files([*RECORDS, *COMPARED])
+    again: list[Record] = copy.deepcopy([*RECORDS, *COMPARED])
+    random.Random(1).shuffle(again)
+    for number, other in enumerate(again):
+        other |= {
+            "seconds_sampling": 77.7,
+            "seconds_metrics": 8.8,
+            "grid": f"grids/{number}.png",
+            "network_evaluations": 5,
+        }
+        other |= {"compute": {"device": "another", "processes": 64, "batch_size": 7}, "versions": {"torch": "9"}}
+        other["config"] = {"name": "other", "output_dir": "/elsewhere", "checkpoint": "/elsewhere/x"}
+        other["metrics"] = {name: value * (1 + 1e-13) for name, value in other["metrics"].items()}
+    assert files(again) == expected
+    assert not re.search(r"somewhere|seconds|made|device|2\.15\.0", "".join(expected))
+
+
+def test_seconds_are_in_a_file_of_their_own() -> None:
+    records = [
+        record("η=0.0", 10, 1.0, n=1000, compute={"device": "NVIDIA H200", "processes": 2, "batch_size": 250}),
+        record("η=0.0", 20, 1.0, n=1000),
+    ]
+    known, older = csv.DictReader(io.StringIO(text.timing_csv([completed(r) for r in reversed(records)])))
+    assert (known["seconds_sampling"], known["seconds_per_image"], known["seconds_metrics"]) == ("15", "0.015", "2")
+    assert (known["device"], known["processes"], known["batch_size"]) == ("NVIDIA H200", "2", "250")
+    assert (older["S"], older["seconds_per_image"], older["device"]) == ("20", "0.03", "")
+
+
+def balanced(text: str) -> bool:
+    """Whether braces and environments of LaTeX close as they open; escaped braces are letters."""
+    depth, open_environments = 0, []
+    for found in re.finditer(r"\\(begin|end)\{(\w+)\}|\\.|[{}]", text):
+        if found[1] == "begin":
+            open_environments.append(found[2])
+        elif found[1] == "end":
+            if not open_environments or open_environments.pop() != found[2]:
+                return False
+        elif found[0] in "{}":
+            depth += 1 if found[0] == "{" else -1
+            if depth < 0:
+                return False
+    return depth == 0 and not open_environments
+
+
+def test_the_latex_holds_the_lines_and_is_balanced() -> None:
+    tables = [*build_tables(COMPARED), *sigma_hat_readings(COMPARED)]
+    shown = text.latex(tables)
+    assert balanced(shown)
+    assert not balanced(shown.replace(r"\end{table}", "", 1))
+    assert shown.isascii()
+    assert shown.count(r"\begin{table}") == len(tables) == 3
+    body = shown[shown.index(r"\midrule") : shown.index(r"\bottomrule")]
+    assert body.splitlines()[1:6] == [
+        r"$\eta$=0.0 & 13.23 $\pm$ 0.32 & 6.84 (of 1) \\",
+        r"\quad paper & 13.36 & 6.84 \\",
+        r"\quad difference & $-$0.13 & 0.00 \\",
+        r" & ($-$1.0 \%) & (same) \\",
+        r"\addlinespace",
+    ]
+
+
+def test_latex_prints_what_the_text_says() -> None:
+    assert text.escape("σ̂ η=0.5 τ -0.3 +4 v3-compat 2020-10") == (
+        r"$\hat\sigma$ $\eta$=0.5 $\tau$ $-$0.3 $+$4 v3-compat 2020-10"
+    )
+    assert text.escape(HOSTILE) == (
+        r"50\%\_of \& \{set\}\#1\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
+        r"\textless{}b\textgreater{}\textbar{}[U+00FC][U+4E2D]"
+    )
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no LaTeX here")
+def test_the_latex_compiles_and_fits_a_page(tmp_path: Path) -> None:
+    columns: dict[str, Any] = {"paper": "table1_cifar10"}
+    records = [record("η=0.0", S, 100.0 + S, **columns) for S in (10, 20, 50, 100)]
+    records += [record("η=0.0", 1000, 4.0, "full", **columns), record("η=0.0", 10, 1.0, reference__name=HOSTILE)]
+    (tmp_path / "table.tex").write_text(text.latex(build_tables([*COMPARED, *records])))
+    (tmp_path / "page.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\input{table}\\end{document}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+
+
+def test_no_records_are_no_error(tmp_path: Path) -> None:
+    names = [path.name for path in write_report([], tmp_path / "new")]
+    assert names == [*TABLES, "timing.csv", "report.html"]
+    assert json.loads((tmp_path / "new" / "table.json").read_text()) == []
+    assert (tmp_path / "new" / "table.md").read_text() == "There are no records.\n"
+
+
+def test_the_paths_are_what_was_written(tmp_path: Path) -> None:
+    records = [*RECORDS, record("η=0.0", 10, 5.5, "linear")]
+    paths = write_report(records, tmp_path)
+    plots = [f"plot_fid_50k{number}.{kind}" for number in ("", "_1") for kind in ("png", "pdf")]
+    assert [path.name for path in paths] == [*TABLES, "timing.csv", *plots, "report.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)

@@ -1,0 +1,231 @@
+"""Several processes do what one does: no image twice, none left out, the same numbers, and failures are shared."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from two_processes import together
+
+from ddim.data.datasets import DataSpec
+from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SOLO, Processes, join_processes
+from ddim.errors import UserError
+from ddim.evaluation.feature_stats import moments
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
+from ddim.evaluation.metrics import MetricSpec
+from ddim.evaluation.shards import Parts
+from ddim.inference.compute import ComputeSpec
+from ddim.io import Tensors
+
+
+def rows(batch: range) -> torch.Tensor:
+    return torch.stack([torch.tensor([i, i * i % 7, 1.0]) for i in batch])
+
+
+def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
+    """Fill parts, take their moments, and fail in one process."""
+    asked: list[int] = []
+
+    def compute(batch: range) -> Tensors:
+        asked.extend(batch)
+        return {"rows": rows(batch)}
+
+    parts = Parts(folder, range(total))
+    told: list[int] = []
+    parts.fill(4, compute, processes, told.append)
+    count, mean, covariance = moments(parts.read("rows", processes), processes=processes)
+    failures = []
+    for failing in range(processes.world_size):
+        try:
+            with processes.together():
+                if processes.rank == failing:
+                    raise KeyError("broken")
+        except Exception as error:
+            failures.append(f"{type(error).__name__}: {error}")
+    return {
+        "asked": asked,
+        "told": told,
+        "moments": (count, mean, covariance),
+        "failures": failures,
+        "shared": processes.share(f"from {processes.rank}"),
+        "gathered": processes.gather(processes.rank),
+        "device": processes.own_device("cpu"),
+    }
+
+
+def test_two_processes_share_the_work_and_agree(tmp_path: Path) -> None:
+    x = rows(range(23)).double()
+    results = together(cooperate, tmp_path / "parts", 23, to=tmp_path / "results")
+    asked = [set(result["asked"]) for result in results]
+    assert all(asked)
+    assert [result["told"] for result in results] == [[len(mine)] for mine in asked]
+    assert not asked[0] & asked[1]
+    assert asked[0] | asked[1] == set(range(23))
+    for result in results:
+        count, mean, covariance = result["moments"]
+        assert count == 23
+        torch.testing.assert_close(mean, x.mean(0), rtol=1e-13, atol=0)
+        torch.testing.assert_close(covariance, torch.cov(x.T), rtol=1e-12, atol=1e-12)
+        assert (result["shared"], result["gathered"], result["device"]) == ("from 0", [0, 1], "cpu")
+    assert results[0]["failures"] == ["KeyError: 'broken'", "UserError: process 1 of 2 failed (KeyError: 'broken')."]
+    assert results[1]["failures"] == ["UserError: process 0 of 2 failed (KeyError: 'broken').", "KeyError: 'broken'"]
+
+
+def test_more_processes_than_parts(tmp_path: Path) -> None:
+    one, other = together(cooperate, tmp_path / "parts", 3, to=tmp_path / "results")
+    assert (one["asked"], other["asked"]) == ([0, 1, 2], [])
+    assert torch.equal(other["moments"][1], rows(range(3)).double().mean(0))
+
+
+def evaluate(processes: Processes, spec: EvaluateSpec) -> tuple[Any, bool]:
+    return evaluate_cell(spec, processes)
+
+
+def test_a_cell_of_two_processes_is_that_of_one(checkpoint: Path, tmp_path: Path) -> None:
+    """All metrics, which need the features of all images in the first process, and a set that was begun by one."""
+    spec = EvaluateSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "one"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        metric=MetricSpec("digits_classifier", ("fd", "kd", "is", "prc"), kid_subset_size=20),
+        sampler=SamplerSpec(S=3, eta=0.5),
+        compute=ComputeSpec("cpu", batch_size=7),
+        n=60,
+        grid=20,
+        reference_dir=str(tmp_path / "reference_one"),
+    )
+    alone, _ = evaluate_cell(spec)
+    two = dataclasses.replace(spec, output_dir=str(tmp_path / "two"), reference_dir=str(tmp_path / "reference_two"))
+    results = together(evaluate, two, to=tmp_path / "results")
+    assert results[0] == results[1]
+    record, new = results[0]
+    assert new
+    assert record["key"] == alone["key"]
+    assert record["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
+    assert (record["compute"]["processes"], alone["compute"]["processes"]) == (2, 1)
+    [line] = (tmp_path / "two" / "records.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == alone["key"]
+    grids = [(Path(s.output_dir) / r["grid"]).read_bytes() for s, r in ((spec, alone), (two, record))]
+    assert grids[0] == grids[1]
+    assert not (Path(two.output_dir) / "unfinished" / alone["key"]).exists()
+
+
+def refused(processes: Processes, spec: EvaluateSpec) -> list[str]:
+    """A cell that fails in the first process only, between two collectives; then one that all can do."""
+    said = []
+    for attempt in (spec, dataclasses.replace(spec, output_dir=f"{spec.output_dir}_again")):
+        try:
+            said.append(str(list(evaluate_cell(attempt, processes)[0]["metrics"])))
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def test_damaged_records_are_a_failure_of_all_processes(checkpoint: Path, tmp_path: Path) -> None:
+    """Only the first process reads them; another that waited for its answer would take that of the next cell."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "records.jsonl").write_text("damaged\n")
+    spec = EvaluateSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        metric=MetricSpec("digits_classifier"),
+        sampler=SamplerSpec(S=2),
+        compute=ComputeSpec("cpu", batch_size=4),
+        n=8,
+        grid=0,
+        reference_dir=str(tmp_path / "reference"),
+    )
+    first, second = together(refused, spec, to=tmp_path / "results")
+    assert "records.jsonl, line 1, is damaged" in first[0]
+    assert second[0].startswith("process 0 of 2 failed (UserError: ")
+    assert first[1] == second[1] == "['fd_digits_classifier_8']"
+
+
+def ask(processes: Processes) -> tuple[int, int]:
+    calls: list[int] = []
+    found = processes.ask_first(lambda: calls.append(processes.rank) or processes.rank + 5)
+    return found, len(calls)
+
+
+def test_only_the_first_process_is_asked(tmp_path: Path) -> None:
+    assert together(ask, to=tmp_path / "results") == [(5, 1), (5, 0)]
+    assert ask(SOLO) == (5, 1)
+
+
+def test_a_process_alone_needs_nobody() -> None:
+    assert SOLO.share("a") == "a"
+    assert SOLO.gather("a") == ["a"]
+    assert SOLO.own_device("cuda") == "cuda"
+    with pytest.raises(KeyError), SOLO.together():
+        raise KeyError
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, SOLO),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SOLO),  # the script of a job, not a step of it
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, SOLO),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, SOLO),
+    ],
+)
+def test_who_is_alone(environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert join_processes() == expected
+
+
+def test_tasks_of_a_slurm_step_meet_at_its_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = {
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_NTASKS": "16",
+        "SLURM_NTASKS_PER_NODE": "8",
+        "SLURM_JOB_NAME": "sweep",
+        "SLURM_JOB_ID": "4012345",
+        "SLURM_NODELIST": "gpu[07-08]",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+    }
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    met: dict[str, Any] = {}
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **how: met.update(how, backend=backend))
+    assert join_processes() == Processes(9, 16, 1)
+    assert (met["backend"], met["rank"], met["world_size"]) == ("gloo", 9, 16)
+    assert met["init_method"].startswith("tcp://gpu07:")
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(UserError, match="--ntasks-per-node"):
+        join_processes()
+
+
+def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such host\nand a stack")
+
+    monkeypatch.setattr("torch.distributed.init_process_group", refuse)
+    with pytest.raises(UserError, match=r"process 1 of 2 cannot meet the others .*no such host.*torchrun"):
+        join_processes()
+
+
+def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Four:
+        @staticmethod
+        def device_count() -> int:
+            return 4
+
+    monkeypatch.setattr(torch, "get_device_module", lambda _: Four)
+    assert [Processes(r, 8, r).own_device("cuda") for r in (0, 3, 4)] == ["cuda:0", "cuda:3", "cuda:0"]
+    assert Processes(9, 16, 1).own_device("cuda") == "cuda:1"  # of the second machine
+    assert Processes(1, 8, 1).own_device("cuda:2") == "cuda:2"
