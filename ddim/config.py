@@ -45,12 +45,12 @@ def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     if missing := [name for name in required if name not in values]:
         raise UserError(f"{where or 'the configuration'} lacks the key{'s' * (len(missing) > 1)} {', '.join(missing)}.")
     checked = {key: convert(value, hints[key], _join(where, key)) for key, value in values.items()}
-    with blame(where):
+    with config_context(where):
         return spec_type(**checked)
 
 
 @contextmanager
-def blame(where: str) -> Iterator[None]:
+def config_context(where: str) -> Iterator[None]:
     """Turn a ValueError of the block into a UserError that says which part of the configuration is at fault."""
     try:
         yield

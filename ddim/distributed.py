@@ -35,11 +35,11 @@ class Processes:
     local_rank: int = 0
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes records and speaks."""
         return self.rank == 0
 
-    def share(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Return the value that the first process has."""
         if self.world_size == 1:
             return value
@@ -55,17 +55,17 @@ class Processes:
         distributed.all_gather_object(values, value)
         return values
 
-    def ask_first(self, call: Callable[[], T]) -> T:
+    def run_on_main(self, call: Callable[[], T]) -> T:
         """Return what `call` returns in the first process, the only one that calls it.
 
         Raises:
             UserError: it failed there, and this is another process.
         """
         found = None
-        with self.together():
-            if self.first:
+        with self.barrier():
+            if self.is_main:
                 found = call()
-        return self.share(found)  # type: ignore[return-value]
+        return self.broadcast(found)  # type: ignore[return-value]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all processes, on the CPU."""
@@ -75,7 +75,7 @@ class Processes:
         return values
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def barrier(self) -> Iterator[None]:
         """Wait at the end of the block for all processes; a failure of one in the block is a failure of all.
 
         Raises:
@@ -93,7 +93,7 @@ class Processes:
             if reason is not None:
                 raise UserError(f"process {rank} of {self.world_size} failed ({reason}).")
 
-    def own_device(self, device: str) -> str:
+    def local_device(self, device: str) -> str:
         """Return the device of this process: of "cuda", the one whose number is the local rank."""
         named = torch.device(device)
         if self.world_size == 1 or named.type == "cpu" or named.index is not None:
@@ -101,10 +101,10 @@ class Processes:
         return f"{named.type}:{self.local_rank % max(1, torch.get_device_module(named.type).device_count())}"
 
 
-SOLO = Processes()
+SINGLE_PROCESS = Processes()
 
 
-def join_processes() -> Processes:
+def join_process_group() -> Processes:
     """Return this process among those it was started with; meets the others at the first call.
 
     Raises:
@@ -138,4 +138,4 @@ def _started_together() -> tuple[str, Processes]:
             raise UserError(" ".join(str(error).split())) from error
         here = Processes(slurm.global_rank(), int(e["SLURM_STEP_NUM_TASKS"]), slurm.local_rank())
         return f"tcp://{slurm.main_address}:{slurm.main_port}", here
-    return "", SOLO
+    return "", SINGLE_PROCESS

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.io import whole
+from ddim.io import atomic_write
 
 
 def grid(images_u8: Tensor, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Tensor:
@@ -44,7 +44,7 @@ def to_pil(image_u8: Tensor) -> Image.Image:
 
 def save_png(image_u8: Tensor, path: Path) -> None:
     """Write a uint8 (C, H, W) image."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         to_pil(image_u8).save(partial, format="PNG")
 
 
@@ -53,5 +53,5 @@ def save_gif(frames_u8: Sequence[Tensor], path: Path, seconds: float = 4.0) -> N
     # Browsers slow down delays under 20 ms.
     durations = [max(20, round(1000 * seconds / len(frames_u8)))] * (len(frames_u8) - 1) + [1000]
     first, *rest = [to_pil(frame) for frame in frames_u8]
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         first.save(partial, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)

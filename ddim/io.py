@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a name to write to, in the folder of `path`, which is made; `path` then appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}_{path.name}")
@@ -70,7 +70,7 @@ def _is_plain_archive(path: Path) -> bool:
 
 
 @contextmanager
-def understanding(path: str | Path) -> Iterator[None]:
+def explain_read_errors(path: str | Path) -> Iterator[None]:
     """Turn whatever the content of somebody else's file makes the block stumble over into one sentence.
 
     Raises:
@@ -86,7 +86,7 @@ def understanding(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Say in one sentence why a file cannot be written.
 
     Raises:
@@ -105,7 +105,7 @@ def check_target(path: Path, overwrite: bool) -> None:
     Raises:
         UserError: it is there already and shall not be replaced, or a folder has its name.
     """
-    with writing(path):
+    with explain_write_errors(path):
         if path.exists() and not overwrite:
             raise UserError(f"{path} exists already; choose another out=..., or overwrite=true to replace it.")
         if path.is_dir():
@@ -148,7 +148,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
         )  # the format has no place for sharing
         storages.add(own[name].untyped_storage().data_ptr())
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         try:

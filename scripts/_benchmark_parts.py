@@ -221,7 +221,7 @@ def profile(bench: Bench, minutes: float) -> None:
 
 def _loaded(bench: Bench, setting: Setting) -> LoadedModel:
     network = setting.apply(bench.ours.network().eval().requires_grad_(False), bench.device)
-    return LoadedModel(ModelSpec("unet", bench.ours.spec, linear_schedule()), network, "raw", "", None)
+    return LoadedModel(ModelSpec("unet", bench.ours.spec, linear_schedule()), network, "online", "", None)
 
 
 def _extractor(name: Any, device: torch.device, batch: int) -> Any:

@@ -1,4 +1,4 @@
-"""Other code bases, as their users have them: the released DDIM code, diffusers, denoising-diffusion-pytorch."""
+"""Other code bases, as their users have them: the official implementation, diffusers, denoising-diffusion-pytorch."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ T, RATE, LEARNING_RATE = 1000, 0.9999, 2e-4
 
 
 class Official:
-    """The released DDIM code, run from a checkout: its model, `generalized_steps`, its loss, optimiser and average."""
+    """The official implementation, from a checkout: its model, `generalized_steps`, loss, optimiser and average."""
 
     same_network = True
     about = "its sampler copies every step to the host; its PNG files are not written"
@@ -116,7 +116,7 @@ class Diffusers:
             def forward(self, x: Tensor, t: Tensor) -> Tensor:
                 return self.unet(x, t).sample
 
-        stored = StoredModel(ModelSpec("unet", self.spec, linear_schedule(T)), self.state, "raw", None)
+        stored = StoredModel(ModelSpec("unet", self.spec, linear_schedule(T)), self.state, "online", None)
         with tempfile.TemporaryDirectory() as folder:
             write_diffusers(stored, Path(folder), [], None)
             unet = UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
@@ -233,7 +233,7 @@ class DenoisingDiffusionPytorch:
 
 def _official_config(spec: UNetSpec) -> SimpleNamespace:
     if spec.num_groups != 32 or spec.image_size[0] != spec.image_size[1]:
-        raise UserError("the released code has 32 groups in every norm and square images only.")
+        raise UserError("the official implementation has 32 groups in every norm and square images only.")
     names = {"ch": spec.ch, "ch_mult": spec.ch_mult, "num_res_blocks": spec.num_res_blocks, "dropout": spec.dropout}
     model = {"type": "simple", "in_channels": spec.channels, "out_ch": spec.channels, "resamp_with_conv": True, **names}
     optim = {"optimizer": "Adam", "lr": LEARNING_RATE, "weight_decay": 0.0, "beta1": 0.9, "amsgrad": False, "eps": 1e-8}

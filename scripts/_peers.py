@@ -76,7 +76,7 @@ class Ours:
         from ddim.inference.generate import generate
 
         network = setting.apply(self.network().eval().requires_grad_(False), device)
-        model = LoadedModel(ModelSpec("unet", self.spec, linear_schedule(T)), network, "raw", "", None)
+        model = LoadedModel(ModelSpec("unet", self.spec, linear_schedule(T)), network, "online", "", None)
         compute = ComputeSpec(str(device), batch, bf16=setting.bf16)
         return clocked(lambda: generate(model, SamplerSpec(S=S, spacing="uniform"), range(batch), 0, compute), device)
 

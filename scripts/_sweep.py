@@ -38,7 +38,7 @@ class Sweep:
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
         """Say what is going to be computed, and note it; `here` or in jobs that a launcher starts elsewhere."""
-        from ddim.distributed import join_processes
+        from ddim.distributed import join_process_group
         from ddim.errors import UserError
         from ddim.evaluation.sweep import Manifest, forecast, outline
 
@@ -48,30 +48,30 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
-        processes = join_processes()
+        processes = join_process_group()
         outlook = forecast(specs, processes) if here else outline(specs)
         if not outlook:  # each cell is going to say why
             return
-        if processes.first:
+        if processes.is_main:
             for folder in {self.dashboard(spec).folder for spec in specs}:
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in outlook + lines), flush=True)
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one cell and print its numbers."""
-        from ddim.distributed import join_processes
+        from ddim.distributed import join_process_group
         from ddim.evaluation.job import once
         from ddim.evaluation.sweep import Manifest
 
-        processes = join_processes()
+        processes = join_process_group()
         spec = self.build(config)
         dashboard = self.dashboard(spec)
         manifest = Manifest(dashboard.folder)
         metrics: dict[str, float] = {}
 
         def first(call: Callable[..., Any], *arguments: Any) -> None:
-            with processes.together():  # so that none goes on alone if it fails
-                if processes.first:
+            with processes.barrier():  # so that none goes on alone if it fails
+                if processes.is_main:
                     call(*arguments)
 
         try:
@@ -84,7 +84,7 @@ class Sweep:
                 first(dashboard.log_cell, record, single.title)
             first(manifest.note, spec, "done")
         except Exception as error:
-            if processes.first:
+            if processes.is_main:
                 manifest.note(spec, "failed", reason(error))
                 print(f"{spec.title}: failed", flush=True)
             raise
@@ -92,13 +92,12 @@ class Sweep:
 
     def report(self) -> None:
         """Write tables, plots and a page of all records in each folder, and print where they are."""
-        from ddim.distributed import join_processes
-        from ddim.evaluation.job import RECORDS
+        from ddim.distributed import join_process_group
         from ddim.evaluation.sweep import Manifest
-        from ddim.results.records import RecordFile
+        from ddim.results.records import RECORDS, RecordFile
         from ddim.results.report import write_report
 
-        if not join_processes().first:
+        if not join_process_group().is_main:
             return
         for folder, dashboard in sorted(self.dashboards.items()):
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)

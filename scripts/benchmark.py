@@ -1,4 +1,4 @@
-"""Time training and sampling of ours, of the released DDIM code, of diffusers and of denoising-diffusion-pytorch.
+"""Time training and sampling of ours, of the official implementation, of diffusers and of denoising-diffusion-pytorch.
 
     python scripts/benchmark.py --official PATH
     python scripts/benchmark.py --official PATH --parts sampling --batch 4 16 --settings default best

@@ -33,7 +33,7 @@ from ddim.data.datasets import DataSpec
 from ddim.data.images import MemoryImages
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.results.records import RecordFile, provenance
-from ddim.training.callbacks import Guard, Progress
+from ddim.training.callbacks import DivergenceGuard, Progress
 from ddim.training.dry_run import Stopwatch
 from ddim.training.ema import EMA
 from ddim.training.run import build_module, build_trainer
@@ -148,7 +148,12 @@ def through_lightning(
     torch.compiler.reset()  # else a later round has used up the recompilations that torch allows
     assert spec.ema is not None
     stopwatch = Stopwatch(WARM_UP, clock)
-    callbacks = [EMA(spec.ema), Progress(t.batch_size, t.log_every), Guard(t.log_every, t.max_skipped), stopwatch]
+    callbacks = [
+        EMA(spec.ema),
+        Progress(t.batch_size, t.log_every),
+        DivergenceGuard(t.log_every, t.max_skipped),
+        stopwatch,
+    ]
     trainer = build_trainer(spec, Path(spec.output_dir), callbacks, loggers=[], max_steps=t.max_steps)
     data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, flip=True, device_resident=device_resident)
     trainer.fit(build_module(spec, spec.model_spec()), data)

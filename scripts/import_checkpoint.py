@@ -23,7 +23,7 @@ def main(config: dict[str, Any]) -> None:
     for warning in done.warnings:
         print(f"warning: {warning}.", file=sys.stderr)
     print(f"model file: {done.path}")
-    model = f"checkpoint={done.path}{' weights=raw' if done.model.weights == 'raw' else ''}"
+    model = f"checkpoint={done.path}{' weights=online' if done.model.weights == 'online' else ''}"
     run = "python scripts"
     print(f"sample from it: {run}/sample.py {model}")
     if experiment := TABLES.get(done.model.spec.image_shape):

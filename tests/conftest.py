@@ -1,10 +1,19 @@
 import os
+from collections.abc import Callable
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from tiny_model import write_checkpoint
 
+from ddim.checkpoints import LoadedModel, load_model
+from ddim.data.datasets import DataSpec
+from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.evaluation.metrics import MetricSpec
+from ddim.inference.compute import ComputeSpec, prepare_model
 from ddim.networks.cpu.native import find_compiler
 
 
@@ -40,3 +49,34 @@ def own_environment():
     """
     with mock.patch.dict(os.environ):
         yield
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Path]:
+    return write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "tiny.ckpt")
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Path) -> LoadedModel:
+    return prepare_model(load_model(checkpoint), ComputeSpec("cpu"))
+
+
+@pytest.fixture
+def spec(checkpoint: Path, tmp_path: Path) -> EvaluateSpec:
+    return EvaluateSpec(
+        checkpoint=str(checkpoint),
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        metric=MetricSpec("digits_classifier", batch_size=1000),
+        sampler=SamplerSpec(S=3, eta=0.5),
+        compute=ComputeSpec("cpu", batch_size=8),
+        n=20,
+        grid=0,
+        reference_dir=str(tmp_path / "reference"),
+    )

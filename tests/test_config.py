@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from ddim.config import blame, build, choose, convert, suggest
+from ddim.config import build, choose, config_context, convert, suggest
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.diffusion.spec import SamplerSpec
@@ -171,14 +171,14 @@ def test_values_that_do_not_fit_are_refused(value: Any, hint: Any, message: str)
 
 
 def test_blame_names_the_part_and_keeps_what_is_clear_already() -> None:
-    with pytest.raises(UserError, match=r"^sampler: too large$") as caught, blame("sampler"):
+    with pytest.raises(UserError, match=r"^sampler: too large$") as caught, config_context("sampler"):
         raise ValueError("too large")
     assert isinstance(caught.value.__cause__, ValueError)
-    with pytest.raises(UserError, match=r"^too large$"), blame(""):
+    with pytest.raises(UserError, match=r"^too large$"), config_context(""):
         raise ValueError("too large")
-    with pytest.raises(UserError, match=r"^clear already$"), blame("sampler"):
+    with pytest.raises(UserError, match=r"^clear already$"), config_context("sampler"):
         raise UserError("clear already")
-    with pytest.raises(TypeError, match="a defect"), blame("sampler"):
+    with pytest.raises(TypeError, match="a defect"), config_context("sampler"):
         raise TypeError("a defect")
 
 

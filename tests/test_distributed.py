@@ -11,7 +11,7 @@ from two_processes import together
 
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.spec import SamplerSpec
-from ddim.distributed import SOLO, Processes, join_processes
+from ddim.distributed import SINGLE_PROCESS, Processes, join_process_group
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import moments
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
@@ -40,7 +40,7 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
     failures = []
     for failing in range(processes.world_size):
         try:
-            with processes.together():
+            with processes.barrier():
                 if processes.rank == failing:
                     raise KeyError("broken")
         except Exception as error:
@@ -50,9 +50,9 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
         "told": told,
         "moments": (count, mean, covariance),
         "failures": failures,
-        "shared": processes.share(f"from {processes.rank}"),
+        "shared": processes.broadcast(f"from {processes.rank}"),
         "gathered": processes.gather(processes.rank),
-        "device": processes.own_device("cpu"),
+        "device": processes.local_device("cpu"),
     }
 
 
@@ -149,30 +149,30 @@ def test_damaged_records_are_a_failure_of_all_processes(checkpoint: Path, tmp_pa
 
 def ask(processes: Processes) -> tuple[int, int]:
     calls: list[int] = []
-    found = processes.ask_first(lambda: calls.append(processes.rank) or processes.rank + 5)
+    found = processes.run_on_main(lambda: calls.append(processes.rank) or processes.rank + 5)
     return found, len(calls)
 
 
 def test_only_the_first_process_is_asked(tmp_path: Path) -> None:
     assert together(ask, to=tmp_path / "results") == [(5, 1), (5, 0)]
-    assert ask(SOLO) == (5, 1)
+    assert ask(SINGLE_PROCESS) == (5, 1)
 
 
 def test_a_process_alone_needs_nobody() -> None:
-    assert SOLO.share("a") == "a"
-    assert SOLO.gather("a") == ["a"]
-    assert SOLO.own_device("cuda") == "cuda"
-    with pytest.raises(KeyError), SOLO.together():
+    assert SINGLE_PROCESS.broadcast("a") == "a"
+    assert SINGLE_PROCESS.gather("a") == ["a"]
+    assert SINGLE_PROCESS.local_device("cuda") == "cuda"
+    with pytest.raises(KeyError), SINGLE_PROCESS.barrier():
         raise KeyError
 
 
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, SOLO),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SOLO),  # the script of a job, not a step of it
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, SOLO),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, SOLO),
+        ({}, SINGLE_PROCESS),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SINGLE_PROCESS),  # the script of a job, not a step of it
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, SINGLE_PROCESS),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, SINGLE_PROCESS),
     ],
 )
 def test_who_is_alone(environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_who_is_alone(environment: dict[str, str], expected: Processes, monkeypa
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert join_processes() == expected
+    assert join_process_group() == expected
 
 
 def test_tasks_of_a_slurm_step_meet_at_its_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,12 +199,12 @@ def test_tasks_of_a_slurm_step_meet_at_its_first_machine(monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     met: dict[str, Any] = {}
     monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **how: met.update(how, backend=backend))
-    assert join_processes() == Processes(9, 16, 1)
+    assert join_process_group() == Processes(9, 16, 1)
     assert (met["backend"], met["rank"], met["world_size"]) == ("gloo", 9, 16)
     assert met["init_method"].startswith("tcp://gpu07:")
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(UserError, match="--ntasks-per-node"):
-        join_processes()
+        join_process_group()
 
 
 def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +216,7 @@ def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("torch.distributed.init_process_group", refuse)
     with pytest.raises(UserError, match=r"process 1 of 2 cannot meet the others .*no such host.*torchrun"):
-        join_processes()
+        join_process_group()
 
 
 def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +226,6 @@ def test_each_process_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyP
             return 4
 
     monkeypatch.setattr(torch, "get_device_module", lambda _: Four)
-    assert [Processes(r, 8, r).own_device("cuda") for r in (0, 3, 4)] == ["cuda:0", "cuda:3", "cuda:0"]
-    assert Processes(9, 16, 1).own_device("cuda") == "cuda:1"  # of the second machine
-    assert Processes(1, 8, 1).own_device("cuda:2") == "cuda:2"
+    assert [Processes(r, 8, r).local_device("cuda") for r in (0, 3, 4)] == ["cuda:0", "cuda:3", "cuda:0"]
+    assert Processes(9, 16, 1).local_device("cuda") == "cuda:1"  # of the second machine
+    assert Processes(1, 8, 1).local_device("cuda:2") == "cuda:2"

@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from ddim import io
-from ddim.io import whole
+from ddim.io import atomic_write
 
 
 def test_the_file_appears_with_its_content_when_the_block_ends(tmp_path):
     path = tmp_path / "a" / "b" / "file.txt"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("first")
         assert not path.exists()
         assert partial.parent == path.parent  # a rename is not atomic between file systems
@@ -22,7 +22,7 @@ def test_the_file_appears_with_its_content_when_the_block_ends(tmp_path):
 def test_the_old_file_is_there_until_the_new_one_is_whole(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("ne")
         assert path.read_text() == "old"
         partial.write_text("new")
@@ -34,7 +34,7 @@ def test_who_reads_the_old_file_goes_on_reading_it(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     with path.open() as reader:
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("new")
         assert reader.read() == "old"
 
@@ -45,14 +45,14 @@ def test_an_error_leaves_everything_as_it_was(tmp_path, error, old):
     path = tmp_path / "file.txt"
     if old is not None:
         path.write_text(old)
-    with pytest.raises(error, match="half way"), whole(path) as partial:  # noqa: PT012
+    with pytest.raises(error, match="half way"), atomic_write(path) as partial:  # noqa: PT012
         partial.write_text("half")
         raise error("half way")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([] if old is None else [("file.txt", old)])
 
 
 def test_an_error_before_anything_is_written_is_the_one_that_is_seen(tmp_path):
-    with pytest.raises(ValueError, match="at once"), whole(tmp_path / "file.txt"):
+    with pytest.raises(ValueError, match="at once"), atomic_write(tmp_path / "file.txt"):
         raise ValueError("at once")
     assert list(tmp_path.iterdir()) == []
 
@@ -60,7 +60,7 @@ def test_an_error_before_anything_is_written_is_the_one_that_is_seen(tmp_path):
 def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(FileNotFoundError), whole(path):
+    with pytest.raises(FileNotFoundError), atomic_write(path):
         pass
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file.txt", "old")]
 
@@ -68,7 +68,7 @@ def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old_file(tmp_path
 def test_a_folder_under_that_name_stays(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()
-    with pytest.raises(OSError, match="folder"), whole(path) as partial:
+    with pytest.raises(OSError, match="folder"), atomic_write(path) as partial:
         partial.write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
     assert path.is_dir()
@@ -76,18 +76,18 @@ def test_a_folder_under_that_name_stays(tmp_path):
 
 def test_the_remains_of_a_killed_process_do_no_harm(tmp_path):
     path = tmp_path / "file.txt"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         name = partial.name
         partial.write_text("new")
     (tmp_path / name).write_text("something longer than the new content")
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("newer")
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file.txt", "newer")]
 
 
 def test_what_is_not_finished_is_hidden(tmp_path):
     """So that no pattern like *.png takes it for a file."""
-    with whole(tmp_path / "file.txt") as partial:
+    with atomic_write(tmp_path / "file.txt") as partial:
         assert partial.name.startswith(".")
         partial.write_text("")
     assert not list(tmp_path.glob(".*"))

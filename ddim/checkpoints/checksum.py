@@ -16,7 +16,7 @@ _LENGTH = len(_PREFIX) + 64  # 64 hexadecimal digits
 _BLOCK = 1 << 20
 
 
-def seal(path: Path) -> None:
+def write_checksum(path: Path) -> None:
     """Append the checksum to an archive without a comment that was just written, and bring it all onto the disk."""
     with path.open("r+b") as file:
         file.seek(-2, os.SEEK_END)  # the last field of an archive: the length of its comment
@@ -27,7 +27,7 @@ def seal(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def sealed(path: Path) -> bool:
+def has_checksum(path: Path) -> bool:
     """Whether a file ends in a checksum at all.
 
     Raises:
@@ -40,11 +40,11 @@ def sealed(path: Path) -> bool:
         if not end.startswith(_PREFIX):
             return False
         if end != _PREFIX + _digest(file, size):
-            raise damaged(path)
+            raise checksum_error(path)
     return True
 
 
-def damaged(path: Path) -> UserError:
+def checksum_error(path: Path) -> UserError:
     """Return the error for a file whose checksum is wrong, or missing where there was one."""
     return UserError(
         f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind (its checksum is wrong)."

@@ -16,27 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.checkpoints.checksum import damaged, sealed
+from ddim.checkpoints.checksum import checksum_error, has_checksum
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
 from ddim.errors import UserError
 from ddim.io import (
     Tensors,
+    explain_read_errors,
     is_safetensors,
     read_safetensors,
     read_torch,
-    understanding,
     write_safetensors,
 )
 from ddim.networks import build_network, zero_based
 
-SEALED = "sealed"  # in the description of a training checkpoint: true when the file was written with a checksum
+HAS_CHECKSUM = "sealed"  # in the description of a training checkpoint: true when the file was written with a checksum
 RECIPE = "recipe"  # in the description of a training checkpoint: the settings of the training, for resuming
 EMA_STATE = (
     "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
 )
-NETWORK_PREFIX = "network."  # of the raw weights in `state_dict`
-WEIGHTS = r"raw|ema(_[\d.e-]+)?"  # pattern of a label
+NETWORK_PREFIX = "network."  # of the online weights in `state_dict`
+WEIGHTS = r"online|ema(_[\d.e-]+)?"  # pattern of a label
+OLD_LABELS = {"raw": "online"}  # in files and commands of earlier versions
 UNLABELLED = "unlabelled"  # weights of which nobody said whether they are averaged
 
 
@@ -47,7 +48,7 @@ class StoredModel:
     Attributes:
         spec: its description.
         state: the weights by the names of the network's parameters.
-        weights: "ema", "raw" or "unlabelled".
+        weights: "ema", "online" or "unlabelled".
         step: optimiser steps behind them; None when the file does not say.
         origin: where the weights were imported from, for people to read; {} for those trained here.
     """
@@ -66,7 +67,7 @@ class LoadedModel:
     Attributes:
         spec: its description.
         network: in eval mode, on the CPU, parameters without gradients.
-        weights: "ema", "raw" or "unlabelled".
+        weights: "ema", "online" or "unlabelled".
         weights_hash: SHA-256 of the weights that were taken.
         step: optimiser steps behind them; None when the file does not say.
     """
@@ -87,7 +88,7 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
 
     Args:
         path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.
-        weights: "ema" for the averaged weights, "raw" for those that the optimiser moves, "ema_RATE" for another
+        weights: "ema" for the EMA weights, "online" for the weights that the optimiser updates, "ema_RATE" for another
             average.
 
     Raises:
@@ -95,7 +96,7 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
             own description.
     """
     stored = read_model(path, weights)
-    with understanding(path):
+    with explain_read_errors(path):
         network = build_network(stored.spec.network, stored.spec.network_spec)
     try:
         network.load_state_dict(stored.state)
@@ -108,16 +109,17 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
     """Return what a file of this project holds, without building a network; see `load_model`."""
+    weights = OLD_LABELS.get(weights, weights)
     if not re.fullmatch(WEIGHTS, weights):
-        choose("weights", weights, {"ema": None, "raw": None, "ema_RATE": None})
+        choose("weights", weights, {"ema": None, "online": None, "ema_RATE": None})
     path = Path(path)
-    with understanding(path):
+    with explain_read_errors(path):
         if path.is_file() and is_safetensors(path):
             return _read_model_file(path, weights)
         checkpoint = read_checkpoint(path)
         sets = weight_sets(checkpoint)
         if weights == "ema" and weights not in sets:
-            raise UserError(f"{path} holds no averaged weights (it was trained without EMA); choose weights=raw.")
+            raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
         return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
 
@@ -149,6 +151,7 @@ def read_header(metadata: Mapping[str, str], path: Path) -> tuple[ModelSpec, dic
     try:
         values = json.loads(metadata[KEY])
         facts = {key: values[key] for key in ("weights", "step", "origin")}
+        facts["weights"] = OLD_LABELS.get(facts["weights"], facts["weights"])
         values["schedule"]["alpha_bar"] = torch.tensor(values["schedule"]["alpha_bar"], dtype=torch.float64)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
@@ -170,15 +173,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: no such file, a damaged one, one that needs code to load, or one that is not ours.
     """
     path = Path(path)
-    has_seal = path.is_file() and sealed(path)
+    has_seal = path.is_file() and has_checksum(path)
     checkpoint = read_torch(path)
     if not is_training_checkpoint(checkpoint):
         raise UserError(
             f"{path} is not a checkpoint of this project: it does not describe its model; if it is a published one, "
             "make one of it with scripts/import_checkpoint.py."
         )
-    if checkpoint[KEY].get(SEALED) and not has_seal:
-        raise damaged(path)
+    if checkpoint[KEY].get(HAS_CHECKSUM) and not has_seal:
+        raise checksum_error(path)
     return checkpoint
 
 
@@ -191,13 +194,13 @@ def is_training_checkpoint(content: Any) -> bool:
 
 
 def weight_sets(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
-    """Return the weights in a training checkpoint: "raw"; "ema", the first average; "ema_RATE" for each other one."""
+    """Return the weights in a training checkpoint: "online"; "ema", the first average; "ema_RATE" for each other."""
     state, average = checkpoint["state_dict"], checkpoint.get("callbacks", {}).get(EMA_STATE, {})
-    raw = {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
+    online = {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
     shadows = {"ema": average["shadow"]} if average.get("shadow") else {}
     shadows |= {f"ema_{rate}": shadow for rate, shadow in average.get("others", {}).items()}
     # The average covers parameters; a network's buffers, if it has any, are taken as they are.
-    return {"raw": raw} | {label: raw | shadow for label, shadow in shadows.items()}
+    return {"online": online} | {label: online | shadow for label, shadow in shadows.items()}
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:

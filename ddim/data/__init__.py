@@ -4,6 +4,6 @@
 """
 
 from ddim.data.datasets import DATASETS, DataSpec, load_images
-from ddim.data.images import Images, LazyImages, MemoryImages, to_signed, to_uint8
+from ddim.data.images import Images, LazyImages, MemoryImages, normalize, to_uint8
 
-__all__ = ["DATASETS", "DataSpec", "Images", "LazyImages", "MemoryImages", "load_images", "to_signed", "to_uint8"]
+__all__ = ["DATASETS", "DataSpec", "Images", "LazyImages", "MemoryImages", "load_images", "normalize", "to_uint8"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from ddim.data.images import Images, MemoryImages, to_signed
+from ddim.data.images import Images, MemoryImages, normalize
 from ddim.errors import UserError
 from ddim.random import FLIP, SHUFFLE, random_words
 
@@ -141,4 +141,4 @@ def finish(images_u8: Tensor, step: int, positions: Tensor, seed: int, flip: boo
     if flip:
         mirrored = flips(seed, step, positions)[:, None, None, None]
         images_u8 = torch.where(mirrored, images_u8.flip(-1), images_u8)
-    return Batch(images=to_signed(images_u8), step=step, positions=positions)
+    return Batch(images=normalize(images_u8), step=step, positions=positions)

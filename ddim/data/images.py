@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 
-def to_signed(images_u8: Tensor) -> Tensor:
+def normalize(images_u8: Tensor) -> Tensor:
     """Map pixels to the range that the diffusion works in: x / 127.5 - 1.
 
     Args:
@@ -21,7 +21,7 @@ def to_signed(images_u8: Tensor) -> Tensor:
         TypeError: the images are not uint8.
     """
     if images_u8.dtype != torch.uint8:
-        raise TypeError(f"to_signed takes uint8 images, not {images_u8.dtype}.")
+        raise TypeError(f"normalize takes uint8 images, not {images_u8.dtype}.")
     return images_u8.float().div_(127.5).sub_(1.0)
 
 
@@ -32,7 +32,7 @@ def to_uint8(x: Tensor) -> Tensor:
         x: floating point, any shape; -1 is black and 1 is white, values outside are clamped.
 
     Returns:
-        uint8 of the same shape; `to_uint8(to_signed(pixels))` is `pixels`.
+        uint8 of the same shape; `to_uint8(normalize(pixels))` is `pixels`.
 
     Raises:
         TypeError: x is not floating point.

@@ -61,8 +61,8 @@ def uniform_times(T: int, seed: int, step: int, positions: Sequence[int] | Tenso
 def antithetic_times(T: int, seed: int, step: int, positions: Sequence[int] | Tensor) -> Tensor:
     """Return uniform times in antithetic pairs: positions 2m and 2m + 1 get t and T + 1 - t.
 
-    The released code pairs the first half of its batch with the second. Pairing neighbours has the same distribution
-    and makes a sample's time a function of (seed, step, position) alone, whatever the batch size.
+    The official implementation pairs the first half of its batch with the second. Pairing neighbours has the same
+    distribution and makes a sample's time a function of (seed, step, position) alone, whatever the batch size.
     """
     positions = torch.as_tensor(positions, dtype=torch.int64)
     t = uniform_times(T, seed, step, positions // 2)

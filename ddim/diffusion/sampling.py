@@ -65,9 +65,9 @@ class DDIM:
 class SigmaHat:
     """The larger DDPM noise of section D.3: the fresh noise has std σ̂ = sqrt(1 - a_t / a_s), ε̂ keeps the σ of η = 1.
 
-    The total variance then exceeds that of the marginal. The last step, to a_s = 1, adds no noise. The released code
-    adds none from its first time, index 0, with which both of its spacings end; so with `uniform` and `quad` both agree
-    in every step. It also clips x̂0 and derives ε̂ anew: the clip policy `x0_and_eps`.
+    The total variance then exceeds that of the marginal. The last step, to a_s = 1, adds no noise. The official
+    implementation adds none from its first time, index 0, with which both of its spacings end; so with `uniform` and
+    `quad` both agree in every step. It also clips x̂0 and derives ε̂ anew: the clip policy `x0_and_eps`.
     """
 
     def coefficients(self, a_t: float, a_s: float) -> Coefficients:
@@ -233,7 +233,8 @@ def encode(
 ) -> Tensor:
     """Return the x_T that deterministic sampling over the same tau leads back to x_0 (section 5.4), (B, C, H, W).
 
-    The sampler's update with the ends of each step swapped: ε̂ comes from the lower time (issue 9 of the released code).
+    The sampler's update with the ends of each step swapped: ε̂ comes from the lower time (issue 9 of the official
+    repository).
     """
     return last_state(trajectory(model, schedule, x_0, (0, *tau), DDIM(), prediction=prediction, clip=clip))
 

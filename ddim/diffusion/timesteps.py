@@ -1,9 +1,9 @@
 """The sub-sequence tau of 1..T on which a trajectory runs (paper, sections 4.2, C.1 and D.2).
 
 A rule takes (T, S) and returns the times in increasing order. The paper's rules and `cosine` return exactly S times,
-strictly increasing, ending at T. The two rules of the released code keep their quirks, because published numbers were
-made with them: `uniform` returns more than S times when S does not divide T; `quad` stops at 0.8 T and repeats small
-times, and a repeated time is a step that costs a network evaluation and changes nothing.
+strictly increasing, ending at T. The two rules of the official implementation keep their quirks, because published
+numbers were made with them: `uniform` returns more than S times when S does not divide T; `quad` stops at 0.8 T and
+repeats small times, and a repeated time is a step that costs a network evaluation and changes nothing.
 """
 
 import math

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.io import whole
+from ddim.io import atomic_write
 
 Features = dict[str, Tensor]  # layer name -> (N, D) float32 on the CPU, rows in the order of the images
 
@@ -40,7 +40,7 @@ def feature_set(features: Features, layer: str) -> FeatureSet:
 
 
 def moments(
-    features: Iterable[Tensor], device: torch.device | str | None = None, processes: Processes = SOLO
+    features: Iterable[Tensor], device: torch.device | str | None = None, processes: Processes = SINGLE_PROCESS
 ) -> tuple[int, Tensor, Tensor]:
     """Return number, mean (D,) and unbiased covariance (D, D), float64 on the CPU, of features that come in parts.
 
@@ -49,7 +49,7 @@ def moments(
         device: where to multiply.
         processes: each with parts of its own, which are summed over them; all return the same.
     """
-    with processes.together():
+    with processes.barrier():
         count, mean, scatter = _scatter(features, device)
     size = max(processes.gather(len(mean)))
     if not count:  # more processes than parts
@@ -77,7 +77,7 @@ def _scatter(features: Iterable[Tensor], device: torch.device | str | None) -> t
 
 def save_moments(images: FeatureSet, path: Path) -> None:
     """Write the usual .npz with `mu` and `sigma`, float64, and the number of images beside them."""
-    with whole(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, mu=images.mean.numpy(), sigma=images.covariance.numpy(), images=np.array(images.count))
 
 

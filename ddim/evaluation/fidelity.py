@@ -14,20 +14,19 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import choose
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
+from ddim.diffusion.labels import asked_steps, title
 from ddim.diffusion.spec import SamplerSpec
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.evaluation.feature_stats import FeatureSet, moments
 from ddim.evaluation.job import (
     Cell,
-    asked_steps,
     cached_fingerprint,
     cached_images,
     cached_model,
     check_shape,
     common_facts,
-    label,
     model_facts,
-    on_own_device,
+    on_local_device,
     once,
     sampler_facts,
 )
@@ -67,7 +66,7 @@ class EvaluateSpec:
         first: number of the first image.
         repeats: how often the cell is measured, each time on the n images after those of the time before.
         seed: of their noise, 0 .. 2**64 - 1.
-        weights: ema, raw, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for another average of the training.
         grid: images shown in the grid of the cell; 0 for none.
         save_images: also write each image as a PNG, named by its number.
         reference_dir: where statistics of reference sets are kept for all sweeps.
@@ -120,14 +119,14 @@ class EvaluateSpec:
     def title(self) -> str:
         """The cell in a few words."""
         where = f" from image {self.first:,}" if self.first else ""
-        return f"{label(self.sampler)}{where}"
+        return f"{title(self.sampler)}{where}"
 
     @property
     def evaluations(self) -> int:
         """Network evaluations of one image, over all repeats, as far as the numbers asked for tell."""
         return self.repeats * self.n * asked_steps(self.sampler)
 
-    def prepare(self, processes: Processes = SOLO) -> Cell:
+    def prepare(self, processes: Processes = SINGLE_PROCESS) -> Cell:
         """Check everything and load what is needed, without generating an image.
 
         The model, the extractor and the reference set are loaded once and kept for the next cell.
@@ -135,7 +134,7 @@ class EvaluateSpec:
         Raises:
             UserError: bad input.
         """
-        model, compute = cached_model(self.checkpoint, self.weights, on_own_device(self.compute, processes))
+        model, compute = cached_model(self.checkpoint, self.weights, on_local_device(self.compute, processes))
         spec = dataclasses.replace(self, compute=compute)
         tau = check_sampler(model, spec.sampler)
         reference = cached_images(spec.data, spec.metric.reference_split)
@@ -159,7 +158,7 @@ class EvaluateSpec:
         )
 
 
-def evaluate_cell(spec: EvaluateSpec, processes: Processes = SOLO) -> tuple[Record, bool]:
+def evaluate_cell(spec: EvaluateSpec, processes: Processes = SINGLE_PROCESS) -> tuple[Record, bool]:
     """Return the record of a cell, and whether it was computed now rather than found among the records.
 
     Of `spec.repeats` this is the first; see `EvaluateSpec.single`.
@@ -201,8 +200,8 @@ class _Measurement:
         layer = self.extractor.layers[0]
         generated = FeatureSet(*moments(parts.read(layer, processes), self.extractor.device, processes))
         found: dict[str, Any] = {}
-        with processes.together():
-            if processes.first:
+        with processes.barrier():
+            if processes.is_main:
                 if keeps_features(spec.metric):
                     features = {name: torch.cat([*parts.read(name)]) for name in self.extractor.layers}
                     generated = dataclasses.replace(generated, features=features)
@@ -271,7 +270,7 @@ def _extractor_facts(metric: MetricSpec, device: str) -> dict[str, Any]:
 def _reference(data: DataSpec, metric: MetricSpec, device: str, folder: str, processes: Processes) -> FeatureSet:
     images, extractor = cached_images(data, metric.reference_split), _extractor(metric, device)
     if metric.reference_npz is not None:
-        with processes.together():
+        with processes.barrier():
             known = published_reference(metric, extractor, images.shape)
         return known
     features = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")

@@ -14,15 +14,15 @@ from torch import Tensor
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import Images
+from ddim.diffusion.labels import row_label, spacing_name
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import distinct_evaluations
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.evaluation.shards import Parts
-from ddim.inference.compute import ComputeSpec, place, with_batch_size
-from ddim.results.records import Record, RecordFile, provenance, record_key
+from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.results.records import RECORDS, Record, RecordFile, provenance, record_key
 
-RECORDS = "records.jsonl"
 UNFINISHED = "unfinished"  # sub-folder with the parts of cells that have no record yet
 
 
@@ -39,7 +39,7 @@ class Cell:
         steps: network evaluations of one image.
         model, compute: the network and how it is run.
         measure: fills the parts, each process its share, and returns the entries of the record that came out of them,
-            in the first process. What can fail in it stands in `Processes.together`, and no process reads the parts
+            in the first process. What can fail in it stands in `Processes.barrier`, and no process reads the parts
             after the last of these blocks.
         look: what is done with uint8 images (B, C, H, W) once they are there; only for timing.
     """
@@ -70,21 +70,21 @@ class Cell:
         return RecordFile(self.output_dir / RECORDS).find(self.key)
 
 
-def once(prepare: Callable[[Processes], Cell], processes: Processes = SOLO) -> tuple[Record, bool]:
+def once(prepare: Callable[[Processes], Cell], processes: Processes = SINGLE_PROCESS) -> tuple[Record, bool]:
     """Return the record of a cell, and whether it was computed now rather than found among the records.
 
     Raises:
         UserError: bad input; another run is at it; or it cannot be computed. What was done stays and the next call goes
             on.
     """
-    with processes.together():
+    with processes.barrier():
         cell = prepare(processes)
-    if (found := processes.ask_first(cell.find)) is not None:
+    if (found := processes.run_on_main(cell.find)) is not None:
         return found, False
     parts = cell.parts
     with parts.alone(processes):
-        if (found := processes.ask_first(cell.find)) is not None:  # of another run, which ended meanwhile
-            if processes.first:
+        if (found := processes.run_on_main(cell.find)) is not None:  # of another run, which ended meanwhile
+            if processes.is_main:
                 parts.delete()
             return found, False
         record = {
@@ -100,11 +100,11 @@ def once(prepare: Callable[[Processes], Cell], processes: Processes = SOLO) -> t
             },
             **provenance(),
         }
-        with processes.together():
-            if processes.first:
+        with processes.barrier():
+            if processes.is_main:
                 RecordFile(cell.output_dir / RECORDS).append(record)
                 parts.delete()
-    return processes.share(record), True
+    return processes.broadcast(record), True
 
 
 def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
@@ -115,13 +115,13 @@ def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[L
 
 @lru_cache(maxsize=1)
 def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
-    model = place(load_model(checkpoint, weights), compute)
+    model = prepare_model(load_model(checkpoint, weights), compute)
     return model, with_batch_size(model, compute)
 
 
-def on_own_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
+def on_local_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
     """Return how this process computes: of several on one machine, each on a device of its own."""
-    return dataclasses.replace(compute, device=processes.own_device(compute.device))
+    return dataclasses.replace(compute, device=processes.local_device(compute.device))
 
 
 @lru_cache(maxsize=1)
@@ -154,7 +154,8 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
     # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
     description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
     return {
-        "weights": model.weights,
+        # Records call the online weights raw, as they always did: the cache key of an evaluation must not change.
+        "weights": "raw" if model.weights == "online" else model.weights,
         "weights_hash": model.weights_hash,
         "step": model.step,
         "schedule": model.spec.schedule.name,
@@ -179,33 +180,6 @@ def common_facts(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...])
         "spacing": spacing_name(sampler, tau, model.spec.schedule.T),
         "distinct_evaluations": distinct_evaluations(tau),
     }
-
-
-def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
-    """Return the name of the times; cells with the same name, S and T have the same times."""
-    if tau == tuple(range(1, T + 1)):
-        return "full"
-    if sampler.spacing == "quad_or_full":
-        return "quad"
-    return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
-
-
-def row_label(sampler: SamplerSpec) -> str:
-    """Return how a sampler is named in a table's first column: η=0.5, or σ̂, with a clip policy if there is one."""
-    plain = sampler.rule if sampler.eta is None else f"{sampler.rule} η={sampler.eta}"
-    name = {"ddim": f"η={sampler.eta}", "sigma_hat": "σ̂"}.get(sampler.rule, plain)
-    return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
-
-
-def label(sampler: SamplerSpec) -> str:
-    """Return a sampler in a few words."""
-    steps = f"S={asked_steps(sampler)}" if sampler.times is None else f"{asked_steps(sampler)} times"
-    return f"{row_label(sampler)} {steps} {sampler.spacing}"
-
-
-def asked_steps(sampler: SamplerSpec) -> int:
-    """Return the number of steps asked for; `uniform` may take more."""
-    return len(sampler.times) if sampler.times is not None else sampler.S or 0
 
 
 def device_name(device: str) -> str:

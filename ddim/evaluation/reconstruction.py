@@ -13,22 +13,21 @@ from tqdm import tqdm
 from ddim.checkpoints import LoadedModel
 from ddim.config import choose
 from ddim.data.datasets import DataSpec
-from ddim.data.images import Images, to_signed
+from ddim.data.images import Images, normalize
+from ddim.diffusion.labels import asked_steps, title
 from ddim.diffusion.sampling import DDIM, trajectory
 from ddim.diffusion.spec import SamplerSpec
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.evaluation.job import (
     Cell,
-    asked_steps,
     cached_fingerprint,
     cached_images,
     cached_model,
     check_shape,
     common_facts,
-    label,
     model_facts,
-    on_own_device,
+    on_local_device,
     sampler_facts,
 )
 from ddim.evaluation.metrics import count_name
@@ -55,7 +54,7 @@ class ReconstructSpec:
         sampler: the times, the same ones up and down; deterministic, eta=0.
         compute: how to compute.
         n: number of images, the first ones of the split; null for all.
-        weights: ema, raw, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for another average of the training.
         grid: images shown beside their reconstructions; 0 for none.
         paper: the table of the paper that the numbers stand beside.
         logger: W&B, if at all.
@@ -97,20 +96,20 @@ class ReconstructSpec:
     @property
     def title(self) -> str:
         """The cell in a few words."""
-        return f"reconstruction {label(self.sampler)}"
+        return f"reconstruction {title(self.sampler)}"
 
     @property
     def evaluations(self) -> int | None:
         """Network evaluations of one image, there and back, as far as the numbers asked for tell."""
         return None if self.n is None else 2 * self.n * asked_steps(self.sampler)
 
-    def prepare(self, processes: Processes = SOLO) -> Cell:
+    def prepare(self, processes: Processes = SINGLE_PROCESS) -> Cell:
         """Check everything and load what is needed, without encoding an image.
 
         Raises:
             UserError: bad input.
         """
-        model, compute = cached_model(self.checkpoint, self.weights, on_own_device(self.compute, processes))
+        model, compute = cached_model(self.checkpoint, self.weights, on_local_device(self.compute, processes))
         tau = check_sampler(model, self.sampler)
         images = cached_images(self.data, self.split)
         check_shape(model, images)
@@ -185,7 +184,7 @@ class _Measurement:
             def compute(batch: range) -> Tensors:
                 start = time.perf_counter()
                 pixels = torch.stack([self.images[i] for i in batch])
-                x_0 = to_signed(pixels.to(self.compute.device))
+                x_0 = normalize(pixels.to(self.compute.device))
                 x = reconstruct(self.model, spec.sampler, x_0, self.compute, bar)
                 errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
                 pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: self._shown(batch)]
@@ -194,8 +193,8 @@ class _Measurement:
 
             parts.fill(self.compute.batch_size, compute, processes, lambda count: bar.reset(count * steps))
         found: dict[str, Any] = {}
-        with processes.together():
-            if processes.first:
+        with processes.barrier():
+            if processes.is_main:
                 error = float(torch.cat([*parts.read(ERRORS)]).mean())
                 found["metrics"] = {f"reconstruction_mse_{count_name(self.n)}": error}
                 found["seconds_sampling"] = float(sum(parts.read(SECONDS)))

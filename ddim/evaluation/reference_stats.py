@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from ddim.data.images import Images
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, load_moments, moments, save_moments
 from ddim.evaluation.metrics import FeatureExtractor, MetricSpec, keeps_features
@@ -24,7 +24,7 @@ def measure_reference(
     identity: dict[str, Any],
     extractor: FeatureExtractor,
     folder: Path,
-    processes: Processes = SOLO,
+    processes: Processes = SINGLE_PROCESS,
 ) -> FeatureSet:
     """Return the data set as the metrics see it, from `folder` if it was measured before.
 
@@ -46,13 +46,13 @@ def measure_reference(
     def found() -> bool:
         return statistics.is_file() and (not wants_features or stored.is_file())
 
-    if not processes.ask_first(found):
+    if not processes.run_on_main(found):
         with parts.alone(processes, wait=True):  # the jobs of a sweep start together
-            if not processes.ask_first(found):
+            if not processes.run_on_main(found):
                 _measure(images, extractor, parts, statistics, stored if wants_features else None, processes)
-            elif processes.first:
+            elif processes.is_main:
                 parts.delete()
-    with processes.together():
+    with processes.barrier():
         known = load_moments(statistics)
         if wants_features:
             features, _ = read_safetensors(stored)
@@ -79,8 +79,8 @@ def _measure(
 
         parts.fill(min(IMAGES_AT_ONCE, len(images)), features, processes, bar.reset)
     count, mean, covariance = moments(parts.read(layer, processes), extractor.device, processes)
-    with processes.together():
-        if processes.first:
+    with processes.barrier():
+        if processes.is_main:
             save_moments(FeatureSet(count, mean, covariance), statistics)
             if stored is not None:
                 write_safetensors(stored, {name: torch.cat([*parts.read(name)]) for name in extractor.layers}, {})

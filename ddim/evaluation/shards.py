@@ -17,7 +17,7 @@ from typing import IO, TypeVar
 
 from torch import Tensor
 
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import in_batches, split
 from ddim.io import Tensors, read_safetensors, write_safetensors
@@ -68,7 +68,7 @@ class Parts:
         self,
         batch_size: int,
         compute: Callable[[range], Tensors],
-        processes: Processes = SOLO,
+        processes: Processes = SINGLE_PROCESS,
         started: Callable[[int], None] = lambda count: None,
     ) -> None:
         """Compute what is missing, each process its share; a batch is written while the next is computed.
@@ -82,10 +82,10 @@ class Parts:
         Raises:
             UserError: a batch failed here or in another process. What was done stays.
         """
-        batches = processes.ask_first(lambda: self.missing(batch_size))
+        batches = processes.run_on_main(lambda: self.missing(batch_size))
         mine = batches[processes.rank :: processes.world_size]
         started(sum(map(len, mine)))
-        with processes.together(), ThreadPoolExecutor(1) as writer:
+        with processes.barrier(), ThreadPoolExecutor(1) as writer:
             written = None
             for batch, tensors in in_batches(mine, compute):
                 if written is not None:
@@ -93,13 +93,13 @@ class Parts:
                 written = writer.submit(write_safetensors, self.path(batch), tensors, {})
             if written is not None:
                 written.result()
-        with processes.together():
+        with processes.barrier():
             self._wait_until_complete()
 
-    def require(self, holds: Callable[[range, Tensors], bool], processes: Processes = SOLO) -> None:
+    def require(self, holds: Callable[[range, Tensors], bool], processes: Processes = SINGLE_PROCESS) -> None:
         """Remove the parts for which `holds(batch, tensors)` is false: of an earlier run that was to keep less."""
-        with processes.together():
-            for batch in self.done() if processes.first else []:
+        with processes.barrier():
+            for batch in self.done() if processes.is_main else []:
                 tensors, _ = read_safetensors(self.path(batch))
                 if not holds(batch, tensors):
                     self.path(batch).unlink()
@@ -116,14 +116,14 @@ class Parts:
         """Return the file of a batch."""
         return self.folder / f"{batch.start:010d}_{batch.stop:010d}.safetensors"
 
-    def read(self, name: str, processes: Processes = SOLO) -> Iterator[Tensor]:
+    def read(self, name: str, processes: Processes = SINGLE_PROCESS) -> Iterator[Tensor]:
         """Yield the tensor `name` of each part, in the order of the images; of several processes, each a share."""
         for batch in self.done()[processes.rank :: processes.world_size]:
             tensors, _ = read_safetensors(self.path(batch))
             yield tensors[name]
 
     @contextmanager
-    def alone(self, processes: Processes = SOLO, wait: bool = False) -> Iterator[None]:
+    def alone(self, processes: Processes = SINGLE_PROCESS, wait: bool = False) -> Iterator[None]:
         """Keep another run from the same parts; the lock goes with the process, however it ends.
 
         Args:
@@ -134,8 +134,8 @@ class Parts:
             UserError: another run has it, and there is no waiting.
         """
         lock = None
-        with processes.together():
-            if processes.first:
+        with processes.barrier():
+            if processes.is_main:
                 lock = self._lock(wait)
         try:
             yield

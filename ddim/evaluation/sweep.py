@@ -14,11 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ddim.distributed import SOLO, Processes
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.evaluation.job import Cell, device_name
-from ddim.inference.compute import ComputeSpec, evaluate_zeros, time_second
-from ddim.io import whole
+from ddim.inference.compute import ComputeSpec, evaluate_zeros, time_after_warmup
+from ddim.io import atomic_write
 from ddim.results.records import record_key
 
 MANIFEST = "manifest.json"
@@ -44,11 +44,11 @@ class CellSpec(Protocol):
     def single(self) -> Sequence[Any]:
         """The same cell on each of its ranges of images."""
 
-    def prepare(self, processes: Processes = SOLO) -> Cell:
+    def prepare(self, processes: Processes = SINGLE_PROCESS) -> Cell:
         """Check everything and load what is needed."""
 
 
-def cell_id(spec: CellSpec) -> str:
+def job_id(spec: CellSpec) -> str:
     """Return what a cell is called in the manifest: a hash of its configuration, but for what decides no number.
 
     So a cell that goes on with another batch size, or on another device, is the one that failed before.
@@ -76,13 +76,13 @@ class Manifest:
         """Note what is going to be computed; cells of earlier sweeps stay."""
         with self._changing() as content:
             content["command"] = command
-            content["cells"] |= {cell_id(spec): {"title": spec.title, "state": "planned"} for spec in specs}
+            content["cells"] |= {job_id(spec): {"title": spec.title, "state": "planned"} for spec in specs}
 
     def note(self, spec: CellSpec, state: str, reason: str | None = None) -> None:
         """Note that a cell is running, done, or failed for a reason; nothing where there was no plan."""
         if self.path.exists():
             with self._changing() as content:
-                content["cells"][cell_id(spec)] = {
+                content["cells"][job_id(spec)] = {
                     "title": spec.title,
                     "state": state,
                     **({} if reason is None else {"reason": reason}),
@@ -100,11 +100,11 @@ class Manifest:
             fcntl.flock(lock, fcntl.LOCK_EX)
             content = self.read()
             yield content
-            with whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def forecast(specs: Sequence[CellSpec], processes: Processes = SOLO) -> list[str]:
+def forecast(specs: Sequence[CellSpec], processes: Processes = SINGLE_PROCESS) -> list[str]:
     """Return, in lines for people, what a sweep is and how long it will take; a short timing tells.
 
     Cells that cannot be computed are named here, and fail when their turn comes; no lines if none can.
@@ -192,7 +192,7 @@ def _seconds_per_image(call: Callable[[int], object], largest: int, at_once: boo
     """Time calls with 1, 2, 4, ... images until one takes long enough, or with the largest number at once."""
     count = largest if at_once else 1
     while True:
-        fitted, took = time_second(call, count)
+        fitted, took = time_after_warmup(call, count)
         if took > LONG_ENOUGH or fitted == largest or fitted < count:
             return took / fitted
         count = min(2 * count, largest)

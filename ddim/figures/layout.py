@@ -15,7 +15,7 @@ from torch import Tensor
 from ddim.figures.panels import Axis, Panel
 from ddim.image_io import grid, save_gif, to_pil
 from ddim.inference.generate import to_pixels
-from ddim.io import whole
+from ddim.io import atomic_write
 
 POINTS = 72  # in an inch
 FONT = 8  # points
@@ -59,7 +59,7 @@ def draw(panel: Panel, path: Path) -> None:
     page[:, top:bottom, left:right] = image
     facts = PngInfo()
     facts.add_itxt("Description", json.dumps(panel.facts, ensure_ascii=False, sort_keys=True))
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         to_pil(page).save(partial, format="PNG", dpi=(layout.dots, layout.dots), pnginfo=facts)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.interpolation import slerp
+from ddim.diffusion.labels import row_label
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.job import row_label
 from ddim.inference.generate import progress
 from ddim.inference.trajectories import Source, along, samples_from
 from ddim.io import read_safetensors, write_safetensors

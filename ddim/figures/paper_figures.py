@@ -12,7 +12,7 @@ from ddim.errors import UserError
 from ddim.figures import panels
 from ddim.figures.layout import animate, draw
 from ddim.figures.panels import Panel, save_panel
-from ddim.inference.compute import ComputeSpec, place, with_batch_size
+from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import Source, evenly
 from ddim.random import check_seed
@@ -39,7 +39,7 @@ class FigureSpec:
         columns: times shown in x0_strip.
         frames: predictions shown in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
-        weights: ema, raw, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for another average of the training.
         overwrite: replace files of an earlier call.
 
     Raises:
@@ -93,7 +93,7 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     Raises:
         UserError: bad input, or files that would be overwritten; before anything is sampled.
     """
-    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
+    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
     source = Source(model, spec.seed, spec.compute)
     names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)

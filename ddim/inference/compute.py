@@ -48,7 +48,7 @@ class ComputeSpec:
             raise ValueError("batch_size=0 would compile the network for each size; give a number, or do not compile.")
 
 
-def place(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
+def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     """Move a model to its device and tune it, as `compute` says; returns the same model.
 
     Raises:
@@ -68,7 +68,7 @@ def with_batch_size(model: LoadedModel, compute: ComputeSpec, most: int = 1024) 
     """Return `compute` with a batch size of at least 1: where it is 0, that of a search up to `most` images.
 
     Args:
-        model: on its device (`place`).
+        model: on its device (`prepare_model`).
     """
     if compute.batch_size:
         return compute
@@ -89,7 +89,7 @@ def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
     paces: dict[int, float] = {}  # seconds for an image
     count, slower = 1, 0
     while count <= most and slower < 2:
-        fitted, took = time_second(evaluate, count)
+        fitted, took = time_after_warmup(evaluate, count)
         pace = took / fitted
         slower = slower + 1 if paces and pace >= min(paces.values()) else 0
         paces[fitted] = min(pace, paces.get(fitted, pace))
@@ -99,7 +99,7 @@ def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
     return min(size for size, pace in paces.items() if pace <= 1.05 * min(paces.values()))
 
 
-def time_second(call: Callable[[int], object], count: int) -> tuple[int, float]:
+def time_after_warmup(call: Callable[[int], object], count: int) -> tuple[int, float]:
     """Return the seconds of the second of two calls for `count` images, and for how many it was.
 
     The first one compiles, and allocates. What does not fit into memory is halved, as when images are generated.

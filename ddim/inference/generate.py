@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
-from ddim.config import blame
+from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
@@ -26,7 +26,7 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
     Raises:
         UserError: the sampler does not fit the schedule.
     """
-    with blame("sampler"):
+    with config_context("sampler"):
         return sampler.tau(model.spec.schedule.T)
 
 
@@ -60,7 +60,7 @@ def generate_batch(
     """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, all at once.
 
     Args:
-        model: on its device (`place`).
+        model: on its device (`prepare_model`).
         sampler: how to sample.
         indices: image numbers; image i is the same whatever else is asked for, up to the rounding of the network.
         seed: of x_T and of the noise in between.
@@ -87,7 +87,7 @@ def sample_batch(
     """Return the samples that start from given x_T, float32 (B, C, H, W) on the device; all in one batch.
 
     Args:
-        model: on its device (`place`).
+        model: on its device (`prepare_model`).
         sampler: how to sample.
         x_T: (B, C, H, W), on that device.
         indices, seed: address of the noise in between.

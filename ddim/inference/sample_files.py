@@ -11,7 +11,7 @@ from ddim.checkpoints import LoadedModel, load_model
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import grid, save_gif, save_png
-from ddim.inference.compute import ComputeSpec, place, with_batch_size
+from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler, generate, progress, to_pixels
 from ddim.inference.trajectories import Source, along
 from ddim.random import check_seed
@@ -28,7 +28,7 @@ class SampleSpec:
         n: images, exactly.
         first: number of the first image; image i of a seed is the same in every call.
         seed: of the noise, 0 .. 2**64 - 1.
-        weights: ema, raw, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for another average of the training.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
         overwrite: replace files of an earlier call.
 
@@ -61,7 +61,7 @@ def write_samples(spec: SampleSpec) -> list[Path]:
     Raises:
         UserError: bad input, or files that would be overwritten; before any image is generated.
     """
-    model = place(load_model(spec.checkpoint, spec.weights), spec.compute)
+    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     check_sampler(model, spec.sampler)
     indices = range(spec.first, spec.first + spec.n)
     folder = Path(spec.output_dir)

@@ -43,7 +43,8 @@ class PaperTable:
     def row(self, label: str) -> str | None:
         """Return the row that a sampler of ours belongs to, None where the paper has none.
 
-        σ̂ is one row however x̂0 is clipped, since the formula (section D.3) clips nothing and the released code does.
+        σ̂ is one row however x̂0 is clipped, since the formula (section D.3) clips nothing and the official
+        implementation does.
         """
         row = SIGMA_HAT if label.startswith(SIGMA_HAT) else label
         return row if row in self.values else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddim.io import whole
+from ddim.io import atomic_write
 from ddim.results.protocol import is_distance
 from ddim.results.records import Record
 from ddim.results.table import Table, row_order
@@ -146,7 +146,7 @@ def plot_time(timing: Timing) -> "Figure":
 def save(figure: "Figure", path: Path) -> Path:
     """Write a figure as PNG, and beside it as PDF for papers; return the path of the PNG."""
     for target, metadata in ((path, None), (path.with_suffix(".pdf"), {"CreationDate": None})):
-        with whole(target) as partial:
+        with atomic_write(target) as partial:
             figure.savefig(partial, dpi=DPI, metadata=metadata)
     return path
 

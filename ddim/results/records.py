@@ -13,6 +13,7 @@ from typing import Any
 from ddim.errors import UserError
 
 Record = dict[str, Any]
+RECORDS = "records.jsonl"  # the name of the file in a folder of results
 PACKAGES = ("ddim", "torch", "torchvision", "lightning", "torch-fidelity", "numpy")
 
 

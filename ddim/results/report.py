@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.io import whole
+from ddim.io import atomic_write
 from ddim.results import plots, text
 from ddim.results.html import page
 from ddim.results.paper import SIGMA_HAT
@@ -38,7 +38,7 @@ def build_tables(records: Sequence[Record]) -> list[Table]:
     return tables
 
 
-def sigma_hat_readings(records: Sequence[Record]) -> list[Table]:
+def sigma_hat_variants(records: Sequence[Record]) -> list[Table]:
     """Return a table of the σ̂ row in each of its readings, where a protocol has more than one.
 
     The paper does not say on which times, nor whether clipped, its σ̂ row was made. The rows are the spacings and clip
@@ -82,7 +82,7 @@ def write_report(
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
     """
-    tables = [*build_tables(records), *sigma_hat_readings(records)]
+    tables = [*build_tables(records), *sigma_hat_variants(records)]
     timings = plots.timings([completed(record) for record in records])
     texts = {
         "table.md": text.markdown(tables),
@@ -130,6 +130,6 @@ def _tie(record: Record) -> str:
 
 
 def _write(path: Path, text: str) -> Path:
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8")
     return path

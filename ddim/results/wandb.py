@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ddim.errors import UserError
-from ddim.evaluation.job import RECORDS
-from ddim.io import whole
-from ddim.results.records import Record, RecordFile
+from ddim.io import atomic_write
+from ddim.results.records import RECORDS, Record, RecordFile
 from ddim.results.report import build_tables
 
 RUNS = "wandb/runs"  # in a sweep's folder: a file for each run that W&B has, named by the key of its cell
@@ -35,7 +34,7 @@ class LoggerSpec:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def explain_wandb_errors() -> Iterator[None]:
     """Say in one sentence why W&B does not start, or not go on.
 
     Raises:
@@ -78,7 +77,7 @@ class Dashboard:
             return
         import wandb
 
-        with explained():
+        with explain_wandb_errors():
             if not wandb.login():
                 raise wandb.errors.UsageError("nobody is logged in")
 
@@ -123,7 +122,7 @@ class Dashboard:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         with (
-            explained(),
+            explain_wandb_errors(),
             wandb.init(
                 project=self.spec.project,
                 entity=self.spec.entity,
@@ -147,5 +146,5 @@ class Dashboard:
         return path.read_text() if path.exists() else None
 
     def _note(self, what: str, run_id: str) -> None:
-        with whole(self.folder / RUNS / what) as partial:
+        with atomic_write(self.folder / RUNS / what) as partial:
             partial.write_text(run_id)

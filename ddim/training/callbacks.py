@@ -66,7 +66,7 @@ class Progress(Callback):
             )
 
 
-class Guard(Callback):
+class DivergenceGuard(Callback):
     """Says when steps were skipped because their gradient was not finite, and ends a training that only skips.
 
     The count is kept on the device and looked at every `every` steps: to look is to wait for the device.
@@ -136,12 +136,12 @@ class GridSpec:
 
 
 class SampleGrid(Callback):
-    """Samples the same noise again and again with the averaged weights, into `folder` and the loggers.
+    """Samples the same noise again and again with the EMA weights, into `folder` and the loggers.
 
     Args:
         spec: what to sample and when.
         folder: gets step_00001000.png and so on.
-        ema: the average, or None to sample with the raw weights.
+        ema: the average, or None to sample with the online weights.
         batch_size: the global batch of training; no more images are sampled at once than a device trains on at once.
     """
 

@@ -17,11 +17,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from ddim.checkpoints.checksum import seal
-from ddim.checkpoints.model import SEALED, read_checkpoint
+from ddim.checkpoints.checksum import write_checksum
+from ddim.checkpoints.model import HAS_CHECKSUM, read_checkpoint
 from ddim.checkpoints.spec import KEY
 from ddim.errors import UserError
-from ddim.io import whole
+from ddim.io import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 ASK_EVERY = 10  # steps between two questions whether any process was told to stop
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint so that its name stands for a whole, sealed file at any moment."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -42,16 +42,16 @@ class WholeCheckpointIO(TorchCheckpointIO):
         """
         path = Path(path)
         what = f"the checkpoint {path} of step {checkpoint.get('global_step')}"
-        with explaining_writes(path.parent, what), whole(path) as partial:
+        with explain_disk_errors(path.parent, what), atomic_write(path) as partial:
             if KEY in checkpoint:  # else it is a file that Lightning hands from one process to another
-                checkpoint[KEY][SEALED] = True
+                checkpoint[KEY][HAS_CHECKSUM] = True
             with partial.open("wb") as file:
                 torch.save(checkpoint, file)
-            seal(partial)
+            write_checksum(partial)
 
 
 @contextmanager
-def explaining_writes(folder: Path, what: str | None = None) -> Iterator[None]:
+def explain_disk_errors(folder: Path, what: str | None = None) -> Iterator[None]:
     """Say in one sentence why a run cannot write to its folder any more.
 
     Args:
@@ -163,7 +163,7 @@ class Checkpoints(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
 
 
-def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint of a run that is whole, and its content; None when there are no checkpoints at all.
 
     Raises:
@@ -194,7 +194,7 @@ def _step(path: Path) -> int:
 
 def _link(path: Path, name: Path) -> None:
     """Give a file another name, which until now may be that of another file."""
-    with whole(name) as partial:
+    with atomic_write(name) as partial:
         try:
             os.link(path, partial)
         except OSError:  # a file system without hard links

@@ -45,7 +45,7 @@ class EMA(Callback):
     """Averages the parameters of `module.network`, at one rate or several.
 
     Parameters only: a schedule kept in a buffer must not drift. An average starts at the initial weights, steps once
-    an optimiser step whatever the accumulation, and is stored in the checkpoint beside the raw weights.
+    an optimiser step whatever the accumulation, and is stored in the checkpoint beside the online weights.
     """
 
     def __init__(self, spec: EMASpec) -> None:
@@ -84,14 +84,14 @@ class EMA(Callback):
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Put the first average into `module.network` and take it out again.
 
-        The raw weights come back bitwise, also after an exception.
+        The online weights come back bitwise, also after an exception.
         """
-        raw = {name: parameter.detach().clone() for name, parameter in _parameters(module)}
+        online = {name: parameter.detach().clone() for name, parameter in _parameters(module)}
         try:
             _copy(self.shadow, module)
             yield
         finally:
-            _copy(raw, module)
+            _copy(online, module)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

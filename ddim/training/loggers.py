@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ddim.results.wandb import LoggerSpec, explained
+from ddim.results.wandb import LoggerSpec, explain_wandb_errors
 
 
 def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str, Any]) -> list[Logger]:
@@ -52,7 +52,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
 
 
 @contextmanager
-def ending_wandb(spec: LoggerSpec) -> Iterator[None]:
+def finish_wandb(spec: LoggerSpec) -> Iterator[None]:
     """End the W&B run, if there is one, with the block: the next training of this process is another run.
 
     Raises:
@@ -65,7 +65,7 @@ def ending_wandb(spec: LoggerSpec) -> Iterator[None]:
 
     failed = 1
     try:
-        with explained():
+        with explain_wandb_errors():
             yield
         failed = 0
     finally:

@@ -30,8 +30,9 @@ class ObjectiveSpec:
 
     Attributes:
         prediction: what the network learns, a key of PREDICTIONS: eps, x0 or v.
-        reduction: over the dimensions of an image, a key of REDUCTIONS: mean (Ho et al.) or sum (the released code).
-        times: a key of TIME_SAMPLERS: uniform (Ho et al.) or antithetic (the released code).
+        reduction: over the dimensions of an image, a key of REDUCTIONS: mean (Ho et al.) or sum (the official
+            implementation).
+        times: a key of TIME_SAMPLERS: uniform (Ho et al.) or antithetic (the official implementation).
 
     Raises:
         UserError: an unknown name.

@@ -8,7 +8,7 @@ from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import RECIPE, read_checkpoint
 from ddim.checkpoints.spec import KEY
 from ddim.errors import UserError
-from ddim.training.checkpoints import newest_whole
+from ddim.training.checkpoints import newest_intact
 from ddim.training.spec import TrainSpec
 
 
@@ -16,7 +16,7 @@ def resume_path(spec: TrainSpec, model: ModelSpec, checkpoints: Path) -> Path | 
     """Return the checkpoint to go on from, after checking that it is whole and belongs to this run."""
     path = None if spec.ckpt_path in (None, "last") else Path(str(spec.ckpt_path))
     here = path is None or path.resolve().parent == checkpoints.resolve()
-    newest = newest_whole(checkpoints) if path is None or not here else None
+    newest = newest_intact(checkpoints) if path is None or not here else None
     if newest and (spec.ckpt_path is None or not here):
         raise UserError(
             f"{spec.output_dir} already holds a run at step {newest[1]['global_step']}; go on with ckpt_path=last, or "

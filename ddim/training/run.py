@@ -14,17 +14,17 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import read_checkpoint
-from ddim.config import blame
+from ddim.config import config_context
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.data.images import Images
 from ddim.errors import Interrupted, UserError
 from ddim.networks import tune_network
-from ddim.training.callbacks import Guard, Progress, SampleGrid
-from ddim.training.checkpoints import LAST, Checkpoints, WholeCheckpointIO, explaining_writes
+from ddim.training.callbacks import DivergenceGuard, Progress, SampleGrid
+from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.dry_run import Stopwatch, plan
 from ddim.training.ema import EMA
-from ddim.training.loggers import build_loggers, ending_wandb
+from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import DiffusionModule
 from ddim.training.resume import resume_path
 from ddim.training.spec import TrainSpec
@@ -61,7 +61,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     trainer = build_trainer(
         spec, folder, _callbacks(spec, folder), build_loggers(spec.logger, spec.name, folder, config)
     )
-    with explaining_writes(folder), ending_wandb(spec.logger):
+    with explain_disk_errors(folder), finish_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     last, steps = checkpoints / LAST, spec.trainer.max_steps
     # The process that called `fit` need not be one that trained; one that did may be here before the first of them has
@@ -94,7 +94,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
 
 def _checked_model(spec: TrainSpec) -> ModelSpec:
     model = spec.model_spec()
-    with blame("grid.sampler"):
+    with config_context("grid.sampler"):
         spec.grid.sampler.tau(model.schedule.T)
     return model
 
@@ -126,7 +126,7 @@ def _callbacks(spec: TrainSpec, folder: Path) -> list[Callback]:
         *callbacks,
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, folder / "samples", ema, t.batch_size),
-        Guard(t.log_every, t.max_skipped),
+        DivergenceGuard(t.log_every, t.max_skipped),
         Checkpoints(folder / "checkpoints", t.checkpoint_every, t.keep_last, t.keep_every),
     ]
 
@@ -155,7 +155,7 @@ def build_trainer(
             logger=loggers or False,
             enable_checkpointing=max_steps is None,
             callbacks=callbacks,
-            plugins=[WholeCheckpointIO()],
+            plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             enable_model_summary=False,
             # A bar for people, lines for logs.

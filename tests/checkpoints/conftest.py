@@ -60,7 +60,7 @@ def model_file(tmp_path):
 
 @pytest.fixture
 def training_file(tmp_path):
-    """A training checkpoint with raw weights of seed 1 and averaged ones of seed 2."""
+    """A training checkpoint with online weights of seed 1 and averaged ones of seed 2."""
     checkpoint = {
         "ddim": MODEL.to_dict(),
         "state_dict": {f"network.{name}": value for name, value in weights(1).items()},

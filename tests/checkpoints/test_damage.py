@@ -17,7 +17,7 @@ from ddim.networks import UNet, UNetSpec
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    """A whole checkpoint of a very small network, with averaged weights and Adam's state."""
+    """A whole checkpoint of a very small network, with EMA weights and Adam's state."""
     spec = UNetSpec((4, 4), channels=1, ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
     network = UNet(spec)
     adam = torch.optim.Adam(network.parameters())

@@ -33,13 +33,13 @@ def spec():
 
 @pytest.fixture
 def write(spec, tmp_path):
-    """write(raw, shadow, **changes): a checkpoint with these two sets of weights; changes are its other entries."""
+    """write(online, shadow, **changes): a checkpoint with these two sets of weights; changes are its other entries."""
 
-    def write(raw, shadow, **changes):
+    def write(online, shadow, **changes):
         callbacks = {} if shadow is None else {"EMA": {"decay": 0.9, "updates": 7, "shadow": shadow}}
         checkpoint = {
             "ddim": spec.to_dict(),
-            "state_dict": {f"network.{k}": v for k, v in raw.items()},
+            "state_dict": {f"network.{k}": v for k, v in online.items()},
             "callbacks": callbacks,
             "global_step": 7,
             "optimizer_states": [{"state": {}}],
@@ -156,10 +156,10 @@ def test_an_incomplete_description_names_what_is_missing(spec, entry):
 
 
 def test_load_model_needs_the_file_alone(write, spec, two):
-    raw, average = two
-    path = write(raw.state_dict(), average.state_dict())
+    online, average = two
+    path = write(online.state_dict(), average.state_dict())
     x, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 7, 20])
-    for weights, network in (("ema", average), ("raw", raw)):
+    for weights, network in (("ema", average), ("online", online)):
         loaded = load_model(path, weights)
         assert torch.equal(loaded(x, t), network.eval()(x, t - 1))  # in eval mode: no dropout; paper times
         assert not loaded(x, t).requires_grad
@@ -173,30 +173,30 @@ def test_load_model_needs_the_file_alone(write, spec, two):
 @pytest.mark.parametrize("callbacks", [{}, {"EMA": {"decay": 0.9, "updates": 0, "shadow": {}}}, {"EMA": {}}])
 def test_a_file_without_averaged_weights(write, two, callbacks):
     path = write(two[0].state_dict(), None, callbacks=callbacks)
-    with pytest.raises(UserError, match=r"holds no averaged weights .*; choose weights=raw"):
+    with pytest.raises(UserError, match=r"holds no EMA weights .*; choose weights=online"):
         load_model(path)
-    assert load_model(path, "raw").weights_hash == weights_hash(two[0].state_dict())
+    assert load_model(path, "online").weights_hash == weights_hash(two[0].state_dict())
 
 
 def test_unknown_weights_are_refused(write, two):
     path = write(two[0].state_dict(), two[1].state_dict())
-    with pytest.raises(UserError, match=r"unknown weights 'em' \(did you mean ema\?\); allowed: ema, raw"):
+    with pytest.raises(UserError, match=r"unknown weights 'em' \(did you mean ema\?\); allowed: ema, online"):
         load_model(path, "em")
 
 
 def test_weights_that_do_not_fit_their_description(write, spec, two):
-    raw = two[0].state_dict()
-    name, value = next(iter(raw.items()))
-    fewer = {k: v for k, v in raw.items() if k != name}
+    online = two[0].state_dict()
+    name, value = next(iter(online.items()))
+    fewer = {k: v for k, v in online.items() if k != name}
     wider = replace(spec, network_spec=replace(NETWORK, ch=16)).to_dict()
     for path_of in (
         lambda: write(fewer, None),
-        lambda: write(raw | {"stray": value}, None),
-        lambda: write(raw | {name: value[:1]}, None),
-        lambda: write(raw, None, ddim=wider),
+        lambda: write(online | {"stray": value}, None),
+        lambda: write(online | {name: value[:1]}, None),
+        lambda: write(online, None, ddim=wider),
     ):
         with pytest.raises(UserError, match=r"the weights in .*model.ckpt do not fit the network it describes: .*\.$"):
-            load_model(path_of(), "raw")
+            load_model(path_of(), "online")
 
 
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(24.0).reshape(1, 2, 3, 4) - 7}

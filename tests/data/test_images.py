@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.utils import save_image
 
-from ddim.data import LazyImages, MemoryImages, to_signed, to_uint8
+from ddim.data import LazyImages, MemoryImages, normalize, to_uint8
 
 
 class Ramp(LazyImages):
@@ -25,7 +25,7 @@ class Ramp(LazyImages):
 
 def test_every_pixel_value_survives_the_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8)
-    signed = to_signed(pixels)
+    signed = normalize(pixels)
     assert signed.dtype == torch.float32
     assert signed[0] == -1
     assert signed[255] == 1
@@ -49,7 +49,7 @@ def test_values_outside_are_clamped_and_the_input_is_left_alone():
 
 def test_the_wrong_kind_of_numbers_is_refused():
     with pytest.raises(TypeError, match="uint8"):
-        to_signed(torch.zeros(2))
+        normalize(torch.zeros(2))
     with pytest.raises(TypeError, match="floating"):
         to_uint8(torch.zeros(2, dtype=torch.uint8))
 

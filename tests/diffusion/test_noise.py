@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddim.diffusion import noise
+from ddim import random as noise
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.random import gaussian, philox, random_words

@@ -106,7 +106,7 @@ def test_stochastic_rules_refuse_to_go_up_and_to_do_without_noise():
             step(rule, x, x, 0.5, 0.6)
 
 
-# ---------------------------------------------------------------- whole trajectories, against the released code
+# ------------------------------------------------------------ whole trajectories, against the official implementation
 
 
 def released_generalized_steps(x, seq, eta, noises):

@@ -25,7 +25,7 @@ def test_moments_of_parts_are_those_of_the_whole(cuts: list[int]) -> None:
 
 
 def test_moments_are_float64_although_features_are_float32() -> None:
-    """A spread of 1e-4 about 1,000: sums in float32 would lose it, and so would raw sums of squares in float64."""
+    """A spread of 1e-4 about 1,000: sums in float32 would lose it, and so would online sums of squares in float64."""
     x = 1000 + 1e-4 * features(4000, 1).double()
     _, _, covariance = moments(x.split(300))
     assert float(covariance) == pytest.approx(float(x.var()), rel=1e-9)

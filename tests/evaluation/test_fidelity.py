@@ -16,15 +16,15 @@ from sklearn.datasets import load_digits
 
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec
+from ddim.diffusion.labels import row_label, title
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation import fidelity, job
 from ddim.evaluation.feature_stats import feature_set
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
-from ddim.evaluation.job import RECORDS, label, row_label
 from ddim.evaluation.metrics import FeatureExtractor, MetricSpec, compute_metrics
 from ddim.inference.generate import generate
-from ddim.results.records import RecordFile
+from ddim.results.records import RECORDS, RecordFile
 
 T = 50  # of the tiny model
 CACHES = (
@@ -120,7 +120,7 @@ def test_a_cell_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyP
     [
         on_cell(seed=1),
         on_cell(n=21),
-        on_cell(weights="raw"),
+        on_cell(weights="online"),
         on_sampler(eta=0.6),
         on_sampler(S=4),
         on_sampler(spacing="quadratic"),
@@ -304,5 +304,5 @@ def test_labels_say_what_distinguishes_rows() -> None:
     assert row_label(SamplerSpec(eta=0.2)) == "η=0.2"
     assert row_label(SamplerSpec("sigma_hat", None)) == "σ̂"
     assert row_label(SamplerSpec("sigma_hat", None, clip="x0_and_eps")) == "σ̂ (clip x0_and_eps)"
-    assert label(SamplerSpec(S=20, spacing="quad")) == "η=0.0 S=20 quad"
-    assert label(SamplerSpec(S=None, spacing="explicit", times=(1, 2))) == "η=0.0 2 times explicit"
+    assert title(SamplerSpec(S=20, spacing="quad")) == "η=0.0 S=20 quad"
+    assert title(SamplerSpec(S=None, spacing="explicit", times=(1, 2))) == "η=0.0 2 times explicit"

@@ -10,8 +10,7 @@ from test_cells import forbid
 
 from ddim.evaluation import fidelity, job
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
-from ddim.evaluation.job import RECORDS
-from ddim.results.records import RecordFile
+from ddim.results.records import RECORDS, RecordFile
 
 
 def test_a_record_that_another_run_wrote_meanwhile_is_taken(

@@ -15,7 +15,7 @@ from ddim.evaluation import sweep
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
-from ddim.evaluation.sweep import MANIFEST, Manifest, Pace, cell_id, forecast, outline
+from ddim.evaluation.sweep import MANIFEST, Manifest, Pace, forecast, job_id, outline
 from ddim.inference.compute import ComputeSpec
 from ddim.results.wandb import LoggerSpec
 
@@ -93,7 +93,7 @@ def test_what_decides_a_number_makes_another_cell_of_the_manifest(spec: Evaluate
         {"metric": MetricSpec("pixels")},
         {"checkpoint": "another.ckpt"},
     ]
-    assert len({cell_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 8  # type: ignore[arg-type]
+    assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 8  # type: ignore[arg-type]
 
 
 def test_notes_of_many_at_once_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
@@ -167,8 +167,11 @@ def test_repeats_are_cells(spec: EvaluateSpec, paces: list[Path]) -> None:
 
 
 def test_each_way_to_run_a_model_is_timed(spec: EvaluateSpec, paces: list[Path]) -> None:
-    raw, small = dataclasses.replace(spec, weights="raw"), dataclasses.replace(spec, compute=ComputeSpec("cpu", 1))
-    forecast([spec, raw, small, spec, raw])
+    online, small = (
+        dataclasses.replace(spec, weights="online"),
+        dataclasses.replace(spec, compute=ComputeSpec("cpu", 1)),
+    )
+    forecast([spec, online, small, spec, online])
     assert len(paces) == 3
 
 

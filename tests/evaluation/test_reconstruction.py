@@ -13,7 +13,7 @@ import ddim
 from ddim.checkpoints import LoadedModel
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.spec import SamplerSpec
-from ddim.distributed import SOLO
+from ddim.distributed import SINGLE_PROCESS
 from ddim.errors import UserError
 from ddim.evaluation.job import once
 from ddim.evaluation.reconstruction import ReconstructSpec
@@ -78,7 +78,7 @@ def test_a_cell_that_goes_on_with_another_grid_shows_that_one(spec: ReconstructS
         mine = dataclasses.replace(spec, output_dir=f"{spec.output_dir}_{folder}")
         cell = dataclasses.replace(mine, grid=first).prepare()
         with cell.parts.alone():
-            cell.measure(cell.parts, SOLO)
+            cell.measure(cell.parts, SINGLE_PROCESS)
         cell.parts.path(range(14, 20)).unlink()  # the record was not written yet
         record, new = once(dataclasses.replace(mine, grid=after).prepare)
         assert new
@@ -92,7 +92,7 @@ def test_a_cell_that_goes_on_with_another_grid_shows_that_one(spec: ReconstructS
         {"compute": ComputeSpec("cpu", 7, bf16=True)},
         {"sampler": SamplerSpec(S=5, clip="x0_and_eps")},
         {"n": 19},
-        {"weights": "raw"},
+        {"weights": "online"},
     ],
 )
 def test_what_changes_the_error_is_another_cell(spec: ReconstructSpec, changes: dict[str, object]) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.images import to_signed
+from ddim.data.images import normalize
 from ddim.errors import UserError
 from ddim.figures.layout import animate, canvas, draw, lay_out
 from ddim.figures.panels import Axis, Panel
@@ -28,7 +28,7 @@ def pixels_of(*shape: int) -> Tensor:
 def panel_of(pixels: Tensor, rows: Axis | None = None, columns: Axis | None = None) -> Panel:
     rows = rows or axis(*(f"image {i}" for i in range(pixels.shape[0])))
     columns = columns or axis(*(f"S={i + 1}" for i in range(pixels.shape[1])))
-    return Panel(to_signed(pixels), rows, columns, {"figure": "test", "name": "η"})
+    return Panel(normalize(pixels), rows, columns, {"figure": "test", "name": "η"})
 
 
 PANELS = {

@@ -86,11 +86,11 @@ def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedMod
 def test_the_seed_and_the_weights_count(spec: FigureSpec) -> None:
     spec = dataclasses.replace(spec, figure="consistency")
     found = []
-    for number, changes in enumerate(({}, {"seed": 1}, {"weights": "raw"})):
+    for number, changes in enumerate(({}, {"seed": 1}, {"weights": "online"})):
         folder = f"{spec.output_dir}{number}"
         _, tensors = write_figures(dataclasses.replace(spec, output_dir=folder, **changes))  # type: ignore[arg-type]
         found.append(panels.load_panel(tensors))
-    assert [(panel.facts["seed"], panel.facts["weights"]) for panel in found] == [(0, "ema"), (1, "ema"), (0, "raw")]
+    assert [(panel.facts["seed"], panel.facts["weights"]) for panel in found] == [(0, "ema"), (1, "ema"), (0, "online")]
     for one, other in itertools.combinations(found, 2):
         assert not torch.allclose(one.cells, other.cells, atol=0.1)
 

@@ -87,10 +87,10 @@ MODELS = {
     ),
 }
 UNLABELLED = (
-    "the file does not say whether its weights are averaged (ema) or raw, and every result will say unlabelled; "
-    "weights=ema or weights=raw says it"
+    "the file does not say whether its weights are averaged (ema) or online, and every result will say unlabelled; "
+    "weights=ema or weights=online says it"
 )
-NO_AVERAGE = "it holds no averaged weights: the raw ones were taken, whose samples are worse"
+NO_AVERAGE = "it holds no EMA weights: the online ones were taken, whose samples are worse"
 
 
 def weights(network, seed=0):
@@ -140,24 +140,24 @@ def refusal(source, **options):
     return message
 
 
-def write_official(model, path, raw=None, entries=5):
-    """Write the list of the released code's training: [model, optimiser, epoch, step, average]."""
+def write_official(model, path, online=None, entries=5):
+    """Write the list of the official implementation's training: [model, optimiser, epoch, step, average]."""
     adam = {"state": {0: {"step": 7, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 2e-4, "params": [0]}]}
-    raw = raw or weights(model.spec.network_spec, 99)
-    wrapped = OrderedDict((f"module.{name}", value) for name, value in raw.items())
+    online = online or weights(model.spec.network_spec, 99)
+    wrapped = OrderedDict((f"module.{name}", value) for name, value in online.items())
     torch.save([wrapped, adam, 3, model.step, dict(model.state)][:entries], path)
     return path
 
 
-def write_lightning(model, path, raw=None):
-    """Write a training checkpoint as Lightning does, with an average unless `raw` is the model itself."""
-    raw = raw or weights(model.spec.network_spec, 99)
+def write_lightning(model, path, online=None):
+    """Write a training checkpoint as Lightning does, with an average unless `online` is the model itself."""
+    online = online or weights(model.spec.network_spec, 99)
     shadow = {"shadow": dict(model.state), "decay": 0.9, "updates": 7}
     content = {
         "pytorch-lightning_version": "2.6.0",
         "ddim": model.spec.to_dict(),
-        "state_dict": {f"network.{name}": value for name, value in raw.items()},
-        "callbacks": {} if raw is model.state else {"EMA": shadow, "ModelCheckpoint{}": {"best": None}},
+        "state_dict": {f"network.{name}": value for name, value in online.items()},
+        "callbacks": {} if online is model.state else {"EMA": shadow, "ModelCheckpoint{}": {"best": None}},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}}],
         "global_step": model.step,
         "epoch": 1,
@@ -170,7 +170,7 @@ def export(model, folder, layout, name):
     """Write with the command's own function what is to be read back."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "x.safetensors")
-    chosen = "raw" if model.weights == "raw" else "ema"
+    chosen = "online" if model.weights == "online" else "ema"
     export_checkpoint(ExportSpec(str(folder / "x.safetensors"), str(folder / name), layout, chosen))
     (folder / "x.safetensors").unlink()
     return folder / name
@@ -226,7 +226,7 @@ def survives(path, **options):
         assert "\n" not in reason, reason
         assert made.exists() == (done is not None), reason
         if done is not None:
-            read_model(made, "raw" if done.model.weights == "raw" else "ema")
+            read_model(made, "online" if done.model.weights == "online" else "ema")
         return done is None
     finally:
         made.unlink(missing_ok=True)

@@ -20,9 +20,9 @@ def _start(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    from ddim.distributed import join_processes
+    from ddim.distributed import join_process_group
 
-    torch.save(function(join_processes(), *arguments), to / f"{rank}.pt")
+    torch.save(function(join_process_group(), *arguments), to / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

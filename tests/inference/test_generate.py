@@ -12,9 +12,10 @@ from ddim.checkpoints.model import LoadedModel
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.inference import compute as compute_module
 from ddim.inference import generate as generate_module
 from ddim.inference.batching import split
-from ddim.inference.compute import ComputeSpec, find_batch_size, place, with_batch_size
+from ddim.inference.compute import ComputeSpec, find_batch_size, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler, generate, sample_batch
 
 CPU = ComputeSpec("cpu")
@@ -160,7 +161,9 @@ def test_place_moves_and_lays_out_the_network(model: LoadedModel) -> None:
     network = torch.nn.Conv2d(3, 4, 3)
     compiled: list[bool] = []
     network.compile = lambda **_: compiled.append(True)  # type: ignore[method-assign]  # the real one takes seconds
-    placed = place(dataclasses.replace(model, network=network), ComputeSpec("meta", channels_last=True, compile=True))
+    placed = prepare_model(
+        dataclasses.replace(model, network=network), ComputeSpec("meta", channels_last=True, compile=True)
+    )
     assert network.weight.device.type == "meta"
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
     assert placed.network is network
@@ -170,7 +173,7 @@ def test_place_moves_and_lays_out_the_network(model: LoadedModel) -> None:
 @pytest.mark.parametrize("device", ["abacus", "cuda:77"])
 def test_a_device_that_is_not_there_is_refused(model: LoadedModel, device: str) -> None:
     with pytest.raises(UserError, match=f"device={device} cannot be used here .*cpu always can"):
-        place(dataclasses.replace(model, network=torch.nn.Linear(1, 1)), ComputeSpec(device))
+        prepare_model(dataclasses.replace(model, network=torch.nn.Linear(1, 1)), ComputeSpec(device))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +190,7 @@ def test_the_search_for_a_batch_size_takes_the_smallest_that_is_about_the_fastes
     monkeypatch: pytest.MonkeyPatch, fits: int, fixed: float, linear: float, expected: int
 ) -> None:
     clock, tried = [0.0], []
-    monkeypatch.setattr("ddim.inference.generate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("ddim.inference.compute.time.perf_counter", lambda: clock[0])
 
     def evaluate(count: int) -> None:
         if count > fits:
@@ -202,7 +205,7 @@ def test_the_search_for_a_batch_size_takes_the_smallest_that_is_about_the_fastes
 
 def test_a_batch_size_of_zero_is_found(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    monkeypatch.setattr(generate_module, "evaluate_zeros", lambda model, compute, count: tried.append(count))
+    monkeypatch.setattr(compute_module, "evaluate_zeros", lambda model, compute, count: tried.append(count))
     found = with_batch_size(model, ComputeSpec("cpu", batch_size=0), most=4)
     assert found.batch_size in (1, 2, 4)
     assert set(tried) == {1, 2, 4}

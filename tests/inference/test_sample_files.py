@@ -114,8 +114,8 @@ def test_an_animation_goes_from_noise_to_the_samples(spec: SampleSpec, model: Lo
 
 def test_the_weights_asked_for_are_taken(spec: SampleSpec) -> None:
     [averaged] = write_samples(spec)
-    [raw] = write_samples(dataclasses.replace(spec, output_dir=spec.output_dir + "2", weights="raw"))
-    assert apart(read(averaged), read(raw)) > 1
+    [online] = write_samples(dataclasses.replace(spec, output_dir=spec.output_dir + "2", weights="online"))
+    assert apart(read(averaged), read(online)) > 1
 
 
 @pytest.mark.parametrize("format", ["grid", "png", "gif"])

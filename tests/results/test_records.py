@@ -42,8 +42,8 @@ def test_records_come_back_in_their_order(tmp_path: Path) -> None:
 def test_a_last_line_that_was_cut_short_is_dropped_and_overwritten(tmp_path: Path, cut: str) -> None:
     file = RecordFile(tmp_path / "records.jsonl")
     file.append({"key": "a"})
-    with file.path.open("ab") as raw:
-        raw.write(cut.encode("latin-1"))
+    with file.path.open("ab") as online:
+        online.write(cut.encode("latin-1"))
     assert file.read() == [{"key": "a"}]
     file.append({"key": "c"})
     assert file.read() == [{"key": "a"}, {"key": "c"}]

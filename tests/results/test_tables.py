@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from made_records import FID, RECORDS, record
 
-from ddim.results.report import Table, build_tables, sigma_hat_readings
+from ddim.results.report import Table, build_tables, sigma_hat_variants
 
 ROWS = ["η=0.0", "η=0.0 (clip x0)", "η=0.2", "η=1.0", "σ̂"]
 COLUMNS = [10, 20, 100, 1000]
@@ -71,7 +71,7 @@ def test_older_records_lack_fields_and_mean_their_defaults(defaults: dict[str, A
         {"seed": 1},
         {"bf16": True},
         {"pixels": "float"},
-        {"model__weights": "raw"},
+        {"model__weights": "online"},
         {"model__weights_hash": "other"},
         {"model__step": 1},
         {"model__schedule": "cosine"},
@@ -172,7 +172,7 @@ def test_the_order_of_the_records_does_not_matter() -> None:
     texts = []
     for seed in range(5):
         random.Random(seed).shuffle(records)
-        tables = [*build_tables(records), *sigma_hat_readings(records)]
+        tables = [*build_tables(records), *sigma_hat_variants(records)]
         texts.append([(t.title(), t.markdown(), t.facts(full=True), t.protocol) for t in tables])
     assert texts.count(texts[0]) == 5
 
@@ -185,7 +185,7 @@ def test_the_readings_of_sigma_hat_stand_in_one_table() -> None:
         record("σ̂", 1000, 3.2, "full", paper="table1_cifar10"),
         record("η=0.0", 10, 13.4, paper="table1_cifar10"),
     ]
-    [table] = sigma_hat_readings(records)
+    [table] = sigma_hat_variants(records)
     assert table.heading == "σ̂: four readings against the paper"
     assert values(table) == {
         "σ̂, quad": [150.0, 3.2],
@@ -196,11 +196,11 @@ def test_the_readings_of_sigma_hat_stand_in_one_table() -> None:
     *_, last = table.lines()
     assert (last.name, last.texts) == ("paper", ["367.43", "3.17"])
     assert [line.kind for line in table.lines()].count("paper") == 1
-    [two] = sigma_hat_readings([r | {"paper": None} for r in records if "clip" not in r["label"]])
+    [two] = sigma_hat_variants([r | {"paper": None} for r in records if "clip" not in r["label"]])
     assert (two.heading, two.paper) == ("σ̂: two readings", None)
-    assert sigma_hat_readings([r for r in records if r["label"] != clipped and r["spacing"] != "uniform"]) == []
+    assert sigma_hat_variants([r for r in records if r["label"] != clipped and r["spacing"] != "uniform"]) == []
     other = [r | {"seed": 1} if r["spacing"] == "uniform" else r for r in records if "clip" not in r["label"]]
-    assert sigma_hat_readings(other) == []  # another protocol is not another reading
+    assert sigma_hat_variants(other) == []  # another protocol is not another reading
 
 
 def test_the_whole_protocol_is_told() -> None:

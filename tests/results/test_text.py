@@ -17,7 +17,7 @@ from made_records import FID, RECORDS, record
 from ddim.results import text
 from ddim.results.protocol import completed
 from ddim.results.records import Record
-from ddim.results.report import build_tables, sigma_hat_readings, write_report
+from ddim.results.report import build_tables, sigma_hat_variants, write_report
 
 TABLES = ("table.md", "table.csv", "table.json", "table.tex")
 COMPARED = [
@@ -31,12 +31,12 @@ HOSTILE = r"50%_of & {set}#1$ ~^\ <b>|ü中"
 
 
 def files(records: list[Record]) -> list[str]:
-    tables = [*build_tables(records), *sigma_hat_readings(records)]
+    tables = [*build_tables(records), *sigma_hat_variants(records)]
     return [write(tables) for write in (text.markdown, text.as_csv, text.as_json, text.latex)]
 
 
 def test_the_csv_reads_back() -> None:
-    tables = [*build_tables(COMPARED), *sigma_hat_readings(COMPARED)]
+    tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     rows = list(csv.DictReader(io.StringIO(text.as_csv(tables))))
     cells = [(number, row, S) for number, t in enumerate(tables) for row, S in sorted(t.cells)]
     assert sorted((int(r["table"]), r["sampler"], int(r["S"])) for r in rows) == sorted(cells)
@@ -89,7 +89,7 @@ def test_the_json_reads_back() -> None:
 
 
 def test_the_markdown_holds_title_table_comparison_and_protocol() -> None:
-    tables = [*build_tables(COMPARED), *sigma_hat_readings(COMPARED)]
+    tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     shown = text.markdown(tables)
     for table in tables:
         assert f"**{table.title()}**\n\n{table.markdown()}\n\n{table.note}\n\n- metric: fid_50k (less" in shown
@@ -147,7 +147,7 @@ def balanced(text: str) -> bool:
 
 
 def test_the_latex_holds_the_lines_and_is_balanced() -> None:
-    tables = [*build_tables(COMPARED), *sigma_hat_readings(COMPARED)]
+    tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     shown = text.latex(tables)
     assert balanced(shown)
     assert not balanced(shown.replace(r"\end{table}", "", 1))

@@ -14,11 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddim.config import build
 from ddim.data.datasets import DataSpec
+from ddim.diffusion.labels import row_label
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import reference_quad_tau
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
-from ddim.evaluation.job import row_label
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.figures.paper_figures import FigureSpec

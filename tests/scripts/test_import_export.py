@@ -52,8 +52,8 @@ def test_import_and_export_as_processes_write_their_output_and_nothing_else(
         "sample from it: python scripts/sample.py checkpoint=model.safetensors",
     ]
     assert outcome.err == (
-        "warning: the file does not say whether its weights are averaged (ema) or raw, and every result will say "
-        "unlabelled; weights=ema or weights=raw says it.\n"
+        "warning: the file does not say whether its weights are averaged (ema) or online, and every result will say "
+        "unlabelled; weights=ema or weights=online says it.\n"
     )
     assert {path.name for path in tmp_path.iterdir()} == {"flat.ckpt", "model.safetensors"}
     loaded = load_model(tmp_path / "model.safetensors").network.state_dict()
@@ -106,14 +106,14 @@ def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, 
     assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
 
 
-@pytest.mark.parametrize("label", ["ema", "raw"])
+@pytest.mark.parametrize("label", ["ema", "online"])
 def test_what_is_said_of_the_weights_is_in_every_record(run: Run, flat: Path, tmp_path: Path, label: str) -> None:
     outcome = run("import_checkpoint", "source=flat.ckpt", *NETWORK, f"weights={label}")
     assert (outcome.code, outcome.err) == (0, "")
     made = "outputs/imported/flat.safetensors"
     [line] = [line for line in outcome.out.splitlines() if line.startswith("sample from it: ")]
     command = line.removeprefix("sample from it: python scripts/sample.py ").split()
-    assert command == [f"checkpoint={made}", *(["weights=raw"] if label == "raw" else [])]
+    assert command == [f"checkpoint={made}", *(["weights=online"] if label == "online" else [])]
     # The line that is printed is a command that works.
     assert run("sample", *command, "n=2", "sampler.S=1", "compute.device=cpu", "output_dir=pictures").code == 0
     assert (tmp_path / "pictures" / "grid.png").is_file()
@@ -131,11 +131,11 @@ def test_a_schedule_of_the_configurations_travels_with_the_model(run: Run, flat:
 
 
 def test_exporting_flat_says_what_a_flat_file_cannot(run: Run, flat: Path, tmp_path: Path) -> None:
-    assert run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, "weights=raw").code == 0
-    outcome = run("export_checkpoint", "checkpoint=m.safetensors", "out=back.ckpt", "layout=flat", "weights=raw")
+    assert run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, "weights=online").code == 0
+    outcome = run("export_checkpoint", "checkpoint=m.safetensors", "out=back.ckpt", "layout=flat", "weights=online")
     assert (outcome.code, outcome.out) == (0, "back.ckpt\n")
     [line] = outcome.err.splitlines()
-    assert line.startswith("warning: a flat state dict cannot say weights=raw, the network, ")
+    assert line.startswith("warning: a flat state dict cannot say weights=online, the network, ")
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)
     state = weights(SPEC)
     assert set(back) == set(state)

@@ -57,7 +57,7 @@ def train_one(run):
 def difference(one, other):
     """Return the largest difference between the weights and averages of two runs."""
     sets = [weight_sets(read_checkpoint(folder / "checkpoints" / "last.ckpt")) for folder in (one, other)]
-    return max(float((sets[0][s][k] - sets[1][s][k]).abs().max()) for s in ("raw", "ema") for k in sets[0][s])
+    return max(float((sets[0][s][k] - sets[1][s][k]).abs().max()) for s in ("online", "ema") for k in sets[0][s])
 
 
 def test_two_processes_train_as_one_and_each_goes_on_from_the_other(train_one, tmp_path):

@@ -44,7 +44,7 @@ MISTAKES = {
         "import_checkpoint", f"{FLAT} layout=offical", ("layout='offical'", "did you mean official?")
     ),
     "another layout": Mistake("import_checkpoint", f"{FLAT} layout=official", ("the layout flat, not official",)),
-    "no such weights": Mistake("import_checkpoint", f"{FLAT} weights=mean", ("weights='mean'", "auto, ema, raw")),
+    "no such weights": Mistake("import_checkpoint", f"{FLAT} weights=mean", ("weights='mean'", "auto, ema, online")),
     "no such key": Mistake("import_checkpoint", "sorce=flat.ckpt", ("unknown key sorce", "did you mean source?")),
     "no such network": Mistake(
         "import_checkpoint", "source=flat.ckpt network=unet_digit", ("network=unet_digit", "did you mean unet_digits?")
@@ -97,7 +97,7 @@ MISTAKES = {
         "export_checkpoint", "checkpoint=m.safetensors out=x records=text", ("text, line 1, is damaged",)
     ),
     "weights that are not there": Mistake(
-        "export_checkpoint", "checkpoint=m.safetensors out=x weights=raw", ("holds ema weights only",)
+        "export_checkpoint", "checkpoint=m.safetensors out=x weights=online", ("holds ema weights only",)
     ),
     "export over a file": Mistake(
         "export_checkpoint", "checkpoint=m.safetensors out=text layout=flat", ("text exists already", "overwrite=true")

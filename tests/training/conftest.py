@@ -93,7 +93,7 @@ def state(path: Path) -> dict[str, torch.Tensor]:
     """Return every number of a checkpoint that decides how a training goes on, by name."""
     checkpoint = read_checkpoint(path)
     (optimizer,), (scheduler,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
-    named = {f"raw.{k}": v for k, v in checkpoint["state_dict"].items()}
+    named = {f"online.{k}": v for k, v in checkpoint["state_dict"].items()}
     if "EMA" in checkpoint["callbacks"]:
         named |= {f"ema.{k}": v for k, v in checkpoint["callbacks"]["EMA"]["shadow"].items()}
     named |= {f"adam.{i}.{k}": v for i, s in optimizer["state"].items() for k, v in s.items()}
@@ -109,7 +109,7 @@ def same():
     def same(one: Path, other: Path, atol: float = 0.0) -> bool:
         a, b = state(one), state(other)
         assert a.keys() == b.keys()
-        assert sum(k.startswith("ema.") for k in a) == sum(k.startswith("raw.") for k in a) > 50
+        assert sum(k.startswith("ema.") for k in a) == sum(k.startswith("online.") for k in a) > 50
         return all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=atol) for k in a)
 
     return same

@@ -43,12 +43,12 @@ def test_grids_appear_at_their_steps_and_show_the_average(run, tmp_path, accumul
     assert [p.name for p in pictures] == ["step_00000002.png", "step_00000004.png"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004.ckpt"
     assert torch.equal(tiles(pictures[1]), sampled(checkpoint, "ema", prediction))
-    assert not torch.equal(tiles(pictures[1]), sampled(checkpoint, "raw", prediction))
+    assert not torch.equal(tiles(pictures[1]), sampled(checkpoint, "online", prediction))
 
 
 def test_without_an_average_the_grid_shows_the_raw_weights(run, tmp_path):
     last = run(grid=GRID, trainer={"max_steps": 2}, ema=None, optim={"lr": 0.01})
-    assert torch.equal(tiles(tmp_path / "run" / "samples" / "step_00000002.png"), sampled(last, "raw"))
+    assert torch.equal(tiles(tmp_path / "run" / "samples" / "step_00000002.png"), sampled(last, "online"))
 
 
 def test_each_grid_starts_from_the_same_noise(run, tmp_path):
@@ -60,7 +60,7 @@ def test_each_grid_starts_from_the_same_noise(run, tmp_path):
 
 
 def test_a_grid_leaves_the_training_as_it_is(run, same):
-    """Mode, raw weights, average and random numbers."""
+    """Mode, online weights, average and random numbers."""
     options = {"network": {"dropout": 0.5}, "trainer": {"max_steps": 4}}
     assert same(run("seen", **options, grid=GRID | {"every": 1}), run("unseen", **options))
 

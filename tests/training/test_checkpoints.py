@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddim.checkpoints import load_model
-from ddim.checkpoints.checksum import seal, sealed
+from ddim.checkpoints.checksum import has_checksum, write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import Interrupted, UserError
 from ddim.training.module import DiffusionModule
@@ -22,14 +22,14 @@ def content(tmp_path_factory):
     """A small sealed file with a known tensor in it."""
     path = tmp_path_factory.mktemp("sealed") / "a.ckpt"
     torch.save({"x": torch.arange(3000.0)}, path)
-    seal(path)
+    write_checksum(path)
     return path.read_bytes()
 
 
 def test_a_sealed_file_loads_and_ends_in_the_sha256_of_the_rest(content, tmp_path):
     path = tmp_path / "a.ckpt"
     path.write_bytes(content)
-    assert sealed(path)
+    assert has_checksum(path)
     for mmap in (False, True):
         assert torch.equal(torch.load(path, weights_only=True, mmap=mmap)["x"], torch.arange(3000.0))
     (tmp_path / "rest").write_bytes(content[:-76])
@@ -46,7 +46,7 @@ def test_every_bit_flip_before_the_seal_is_noticed(content, tmp_path):
         damaged[place] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="its checksum is wrong"):
-            sealed(path)
+            has_checksum(path)
 
 
 def test_two_hundred_damages_of_a_checkpoint_are_all_noticed(run, tmp_path):

@@ -75,9 +75,9 @@ def test_a_decay_outside_its_range_is_refused(decay):
 def test_applied_shows_the_average_and_gives_the_weights_back(fails):
     module = nn.Module()
     module.network = nn.Linear(3, 2)
-    raw = {k: v.clone() for k, v in module.network.state_dict().items()}
+    online = {k: v.clone() for k, v in module.network.state_dict().items()}
     ema = EMA(EMASpec())
-    ema.shadow.update({k: torch.full_like(v, 0.1) for k, v in raw.items()})
+    ema.shadow.update({k: torch.full_like(v, 0.1) for k, v in online.items()})
     shadow = {k: v.clone() for k, v in ema.shadow.items()}
 
     def look():
@@ -92,16 +92,16 @@ def test_applied_shows_the_average_and_gives_the_weights_back(fails):
             look()
     else:
         look()
-    assert all(torch.equal(v, raw[k]) for k, v in module.network.state_dict().items())
+    assert all(torch.equal(v, online[k]) for k, v in module.network.state_dict().items())
     assert all(torch.equal(v, shadow[k]) for k, v in ema.shadow.items())
 
 
 def test_a_checkpoint_alone_gives_the_samples_of_the_average(run, monkeypatch):
-    """The networks at the end of training, averaged and raw, against what load_model makes of the file."""
+    """The networks at the end of training, averaged and online, against what load_model makes of the file."""
     end = {}
 
     def keep(self, trainer, module):
-        end["raw"] = {k: v.clone() for k, v in module.network.state_dict().items()}
+        end["online"] = {k: v.clone() for k, v in module.network.state_dict().items()}
         with self.applied(module):
             module.network.eval()
             end["samples"] = draw(module.model)
@@ -115,23 +115,23 @@ def test_a_checkpoint_alone_gives_the_samples_of_the_average(run, monkeypatch):
         return sample(model, schedule, x_T, linear_tau(20, 5), seed=1)
 
     path = run(network={"dropout": 0.5}, optim={"lr": 0.01})
-    default, ema, raw = load_model(path), load_model(path, "ema"), load_model(path, weights="raw")
-    assert (default.weights, ema.weights, raw.weights) == ("ema", "ema", "raw")
+    default, ema, online = load_model(path), load_model(path, "ema"), load_model(path, weights="online")
+    assert (default.weights, ema.weights, online.weights) == ("ema", "ema", "online")
     assert default.step == 6
     assert torch.equal(draw(default), end["samples"])
     assert torch.equal(draw(ema), end["samples"])
-    assert all(torch.equal(v, end["raw"][k]) for k, v in raw.network.state_dict().items())
-    assert (draw(raw) - draw(ema)).abs().max() > 1e-3
-    assert ema.weights_hash == default.weights_hash != raw.weights_hash
+    assert all(torch.equal(v, end["online"][k]) for k, v in online.network.state_dict().items())
+    assert (draw(online) - draw(ema)).abs().max() > 1e-3
+    assert ema.weights_hash == default.weights_hash != online.weights_hash
     assert torch.equal(default.spec.schedule.alpha_bar, schedule.alpha_bar)
 
 
 def test_a_run_without_an_average_has_only_raw_weights(run):
     path = run(ema=None)
     assert "EMA" not in read_checkpoint(path)["callbacks"]
-    with pytest.raises(UserError, match=r"last.ckpt holds no averaged weights .* choose weights=raw"):
+    with pytest.raises(UserError, match=r"last.ckpt holds no EMA weights .* choose weights=online"):
         load_model(path)
-    assert load_model(path, "raw").step == 6
+    assert load_model(path, "online").step == 6
 
 
 def test_the_average_of_a_run_is_stored_and_read_back(run, config, monkeypatch):
@@ -150,9 +150,9 @@ def test_the_average_of_a_run_is_stored_and_read_back(run, config, monkeypatch):
     assert stored["updates"] == 6
     run(trainer={"max_steps": 7}, ckpt_path="last")
     fresh, resumed = seen
-    raw = load_model(path, "raw").network.state_dict()
+    online = load_model(path, "online").network.state_dict()
     assert all(torch.equal(v, stored["shadow"][k]) for k, v in resumed.items())
-    assert any(not torch.equal(v, raw[k]) for k, v in resumed.items())
+    assert any(not torch.equal(v, online[k]) for k, v in resumed.items())
     assert not any(v.requires_grad for v in resumed.values())
     spec = build(TrainSpec, config(), "")
     initial = DiffusionModule(spec.model_spec(), spec.objective, spec.optim, spec.seed).network.state_dict()

@@ -130,7 +130,7 @@ def test_several_averages_at_once_are_each_that_of_a_run_of_its_own(run):
         label = "ema" if rate == rates[0] else f"ema_{rate}"
         assert load_model(several, label).weights_hash == load_model(alone).weights_hash
         assert load_model(several, label).weights == label
-    with pytest.raises(UserError, match=r"unknown weights 'ema_0.8'.*allowed: raw, ema, ema_0.5, ema_0.999"):
+    with pytest.raises(UserError, match=r"unknown weights 'ema_0.8'.*allowed: online, ema, ema_0.5, ema_0.999"):
         load_model(several, "ema_0.8")
     with pytest.raises(UserError, match="unknown weights 'emma'"):
         load_model(several, "emma")
@@ -141,7 +141,7 @@ def test_several_averages_survive_a_resumption(run, killed_run):
     whole = run("whole", **options)
     killed_run(5, 0, "killed", **options)
     resumed = run("killed", **options, ckpt_path="last")
-    for label in ("raw", "ema", "ema_0.5"):
+    for label in ("online", "ema", "ema_0.5"):
         assert load_model(whole, label).weights_hash == load_model(resumed, label).weights_hash
 
 

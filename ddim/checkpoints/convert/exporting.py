@@ -14,7 +14,7 @@ from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.checkpoints.convert.parameter_names import Parameters
 from ddim.checkpoints.model import UNLABELLED, StoredModel, header, read_model, save_model, weights_hash
 from ddim.diffusion.schedule import linear_schedule
-from ddim.io import check_target, whole, write_safetensors, writing
+from ddim.io import atomic_write, check_target, explain_write_errors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class ExportSpec:
         checkpoint: path of the model.
         out: path of the folder (diffusers) or file (safetensors, flat) to write.
         layout: diffusers, safetensors or flat.
-        weights: ema, raw, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for another average of the training.
         records: path of a file of records; those of these weights go into the model card. For diffusers only.
         license: of the weights, for the model card, for example mit or cc-by-nc-4.0; null says nothing.
         overwrite: replace files that are there.
@@ -68,7 +68,7 @@ def export_checkpoint(
     paths = [out / name for name in names]
     for path in paths:
         check_target(path, spec.overwrite)
-    with writing(out):
+    with explain_write_errors(out):
         return paths, _write(model, spec, out, results)
 
 
@@ -80,7 +80,7 @@ def _write(model: StoredModel, spec: ExportSpec, out: Path, results: Callable[[s
     if spec.layout == "safetensors":
         save_model(model, out)
         return []
-    with whole(out) as partial, partial.open("wb") as file:
+    with atomic_write(out) as partial, partial.open("wb") as file:
         torch.save({name: value.contiguous() for name, value in model.state.items()}, file)
     return _unsaid_by_flat(model)
 
@@ -115,7 +115,7 @@ def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result],
     (folder / FOLDER[-1]).unlink(missing_ok=True)  # of an earlier export: until everything is new, it is no pipeline
     write_safetensors(folder / FOLDER[0], Parameters(network, as_diffusers=True).to_file(model.state), header(model))
     for name, text in zip(FOLDER[1:], texts, strict=True):
-        with whole(folder / name) as partial:
+        with atomic_write(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
 

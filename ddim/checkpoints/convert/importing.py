@@ -8,25 +8,25 @@ from typing import Any, Literal
 import torch
 
 from ddim.checkpoints.convert.download import fetch
-from ddim.checkpoints.convert.model_zoo import BY_HAND, DOWNLOADS, HUB_RAW_CIFAR10, PRESETS, Published, checksums
+from ddim.checkpoints.convert.model_zoo import BY_HAND, DOWNLOADS, HUB_ONLINE_CIFAR10, PRESETS, Published, checksums
 from ddim.checkpoints.convert.parameter_names import Parameters, in_words
 from ddim.checkpoints.convert.readers import Source, read_source
-from ddim.checkpoints.model import UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
+from ddim.checkpoints.model import OLD_LABELS, UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
 from ddim.checkpoints.spec import ModelSpec
 from ddim.config import build, choose
 from ddim.diffusion.schedule import ScheduleSpec, linear_schedule
 from ddim.errors import UserError
-from ddim.io import Tensors, check_target, understanding, writing
+from ddim.io import Tensors, check_target, explain_read_errors, explain_write_errors
 from ddim.networks import NETWORKS, UNetSpec
 
-_RAW_ONLY = "it holds no averaged weights: the raw ones were taken, whose samples are worse"
+_ONLINE_ONLY = "it holds no EMA weights: the online ones were taken, whose samples are worse"
 _KNOWN_RAW = (
-    "{} is known to hold raw, not averaged weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; for the "
+    "{} is known to hold online, not EMA weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; for the "
     "paper's numbers take the averaged ones (download=ema_cifar10 and so on)"
 )
 _UNLABELLED = (
-    "the file does not say whether its weights are averaged (ema) or raw, and every result will say unlabelled; "
-    "weights=ema or weights=raw says it"
+    "the file does not say whether its weights are averaged (ema) or online, and every result will say unlabelled; "
+    "weights=ema or weights=online says it"
 )
 
 
@@ -72,8 +72,9 @@ class ImportSpec:
         if (self.source is None) == (self.download is None):
             names = ", ".join(DOWNLOADS)
             raise ValueError(f"give either source=PATH or download=NAME, one of {names}.")
+        object.__setattr__(self, "weights", OLD_LABELS.get(self.weights, self.weights))
         if not re.fullmatch(rf"auto|{WEIGHTS}", self.weights):
-            raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, raw, ema_RATE.")
+            raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, online, ema_RATE.")
         if self.download in BY_HAND:
             raise ValueError(
                 f"{self.download} can only be fetched by hand, in a browser: {BY_HAND[self.download]}; then give its "
@@ -113,15 +114,15 @@ def import_checkpoint(spec: ImportSpec) -> Imported:
         UserError: bad input, or a source that is damaged, unsafe, not understood, or does not fit its architecture.
     """
     path = Path(spec.source or str(spec.download)).expanduser()
-    with understanding(path):
+    with explain_read_errors(path):
         name = path.stem if path.is_file() or spec.download else path.resolve().name
     out = Path(spec.out).expanduser() if spec.out else Path(spec.output_dir) / f"{name}.safetensors"
     check_target(out, spec.overwrite)
     if spec.download:
         path = fetch(DOWNLOADS[spec.download], Path(spec.download_dir))
-    with understanding(path):
+    with explain_read_errors(path):
         done = _read(spec, path, out)
-    with writing(out):
+    with explain_write_errors(out):
         save_model(done.model, out)
     return done
 
@@ -155,17 +156,17 @@ def _read(spec: ImportSpec, path: Path, out: Path) -> Imported:
 def _choose_weights(spec: ImportSpec, source: Source, known: Published | None) -> tuple[str, list[str]]:
     """Return the label of the weights to take, and warnings."""
     if UNLABELLED not in source.sets:
-        label = spec.weights if spec.weights != "auto" else "ema" if "ema" in source.sets else "raw"
+        label = spec.weights if spec.weights != "auto" else "ema" if "ema" in source.sets else "online"
         if label not in source.sets:
             raise UserError(f"{source.file} holds {' and '.join(source.sets)} weights only; choose weights=auto.")
-        return label, [_RAW_ONLY] if label == "raw" != spec.weights else []
+        return label, [_ONLINE_ONLY] if label == "online" != spec.weights else []
     # Copies of this upload, in the hub's cache or a clone, whatever their exact bytes.
-    named_raw = {HUB_RAW_CIFAR10, f"models--google--{HUB_RAW_CIFAR10}"} & set(source.file.absolute().parts)
-    found = known.weights if known else "raw" if named_raw and spec.weights != "ema" else None
+    named_online = {HUB_ONLINE_CIFAR10, f"models--google--{HUB_ONLINE_CIFAR10}"} & set(source.file.absolute().parts)
+    found = known.weights if known else "online" if named_online and spec.weights != "ema" else None
     if found and spec.weights not in ("auto", found):
         raise UserError(f"{source.file} is known to hold {found} weights, not {spec.weights}; leave weights=auto.")
-    if found == "raw":
-        return found, [_KNOWN_RAW.format(known.name if known else HUB_RAW_CIFAR10)]
+    if found == "online":
+        return found, [_KNOWN_RAW.format(known.name if known else HUB_ONLINE_CIFAR10)]
     if spec.weights == "auto" and not found:
         return UNLABELLED, [_UNLABELLED]
     return found or spec.weights, []

@@ -32,7 +32,7 @@ def model_card(name: str, model: StoredModel, results: Sequence[Result], license
     spec = model.spec
     height, width = spec.network_spec.image_size
     step = "" if model.step is None else f" at step {model.step:,}"
-    averaged = {"ema": "averaged (EMA)", "raw": "raw, not averaged,"}.get(
+    averaged = {"ema": "averaged (EMA)", "online": "online, not averaged,"}.get(
         model.weights, "whether averaged is not known,"
     )
     source = f", imported from `{model.origin['file']}`" if "file" in model.origin else ""
@@ -55,8 +55,8 @@ images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images
 ```
 
 The scheduler neither clips nor thresholds, and ends at alpha_bar = 1, as the DDIM paper does. Its times are every
-(T // steps)-th one from 0 on: the released DDIM code's `uniform` rule where the number of steps divides T. The rule
-`quad`, which the paper's CIFAR-10 numbers were made with, does not exist in diffusers.
+(T // steps)-th one from 0 on: the `uniform` rule of the official implementation where the number of steps divides T.
+The rule `quad`, which the paper's CIFAR-10 numbers were made with, does not exist in diffusers.
 
 ## Results
 

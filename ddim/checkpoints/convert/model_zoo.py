@@ -1,7 +1,7 @@
 """What is published: the architectures of the paper, and the files of weights with their sizes and checksums.
 
-Sources: Ho et al. 2020, appendix B, and the configurations and download table of the released DDIM code, whose CIFAR-10
-and LSUN weights are Ho et al.'s, converted to PyTorch by P. Esser.
+Sources: Ho et al. 2020, appendix B, and the configurations and download table of the official implementation, whose
+CIFAR-10 and LSUN weights are Ho et al.'s, converted to PyTorch by P. Esser.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class Published:
 
     Attributes:
         name: what it is called here.
-        weights: what it holds, "ema" or "raw".
+        weights: what it holds, "ema" or "online".
         data: the training set.
         step: optimiser steps behind it; None where that is not known.
         checksum: of the file: MD5, 32 hexadecimal digits, or SHA-256, 64.
@@ -33,7 +33,7 @@ class Published:
     """
 
     name: str
-    weights: Literal["ema", "raw"]
+    weights: Literal["ema", "online"]
     data: str
     step: int | None
     checksum: str
@@ -46,7 +46,7 @@ class Published:
 
 
 def _heibox(name: str, data: str, step: int, md5: str, share: str) -> Published:
-    weights: Literal["ema", "raw"] = "ema" if name.startswith("ema_") else "raw"
+    weights: Literal["ema", "online"] = "ema" if name.startswith("ema_") else "online"
     return Published(name, weights, data, step, md5, f"https://heibox.uni-heidelberg.de/f/{share}/?dl=1")
 
 
@@ -68,15 +68,15 @@ DOWNLOADS: dict[str, Published] = {
     )
 }
 
-# The training list of the released DDIM code for CelebA. Its host asks people for a confirmation, and no checksum of it
-# is published.
+# The training list of the official implementation for CelebA. Its host asks for a confirmation; no checksum is
+# published.
 BY_HAND = {"celeba": "https://drive.google.com/file/d/1R_H-fJYXSH79wfSKs9D-fuKQVan5L-GR/view"}
 
-# One upload in two formats, by the SHA-256 that the hub shows. They are raw weights: people who evaluated them measured
-# an FID of 12.4, near the 12.1 of the raw file above, where the averaged one gives 3.2.
-HUB_RAW_CIFAR10 = "ddpm-cifar10-32"
+# One upload in two formats, by the SHA-256 that the hub shows. They are online weights: people who evaluated them
+# measured an FID of 12.4, near the 12.1 of the online file above, where the EMA one gives 3.2.
+HUB_ONLINE_CIFAR10 = "ddpm-cifar10-32"
 _HUB_FILES = [
-    Published(f"google/{HUB_RAW_CIFAR10} ({suffix})", "raw", "cifar10", None, sha256)
+    Published(f"google/{HUB_ONLINE_CIFAR10} ({suffix})", "online", "cifar10", None, sha256)
     for suffix, sha256 in (
         ("safetensors", "1558dbe3fb093b0857d473e376b711eeda1b186c557be5e85b3a56300cd49f0f"),
         ("bin", "ac3416a548879738893e935b42cab9119f51745b62bec4b6d8375e4d86e98ea4"),

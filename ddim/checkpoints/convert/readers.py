@@ -12,13 +12,13 @@ from ddim.checkpoints.model import UNLABELLED, is_training_checkpoint, read_head
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
-from ddim.io import Tensors, is_safetensors, read_safetensors, read_torch, shown, understanding
+from ddim.io import Tensors, explain_read_errors, is_safetensors, read_safetensors, read_torch, shown
 from ddim.networks import UNetSpec
 
 # Each layout in a few words.
 LAYOUTS = {
     "flat": "a state dict of the original DDPM names (temb.dense.0.weight, ...)",
-    "official": "a training list of the released DDIM code: model, optimiser, epoch, step, average",
+    "official": "a training list of the official implementation: model, optimiser, epoch, step, average",
     "diffusers": "a folder or file of diffusers: config.json, diffusion_pytorch_model.safetensors or .bin",
     "lightning": "a training checkpoint of this project",
     "safetensors": "a model file of this project",
@@ -33,7 +33,7 @@ class Source:
     Attributes:
         layout: a key of LAYOUTS.
         file: that holds the weights.
-        sets: "ema", "raw" or "unlabelled" -> those weights, without the prefixes of wrappers.
+        sets: "ema", "online" or "unlabelled" -> those weights, without the prefixes of wrappers.
         step: optimiser steps behind them; None when it does not say.
         network, schedule, prediction, data: what it says about the model; None for what it does not say.
         as_diffusers: whether diffusers' names are those of the parameters.
@@ -58,7 +58,7 @@ def read_source(path: Path) -> Source:
     Raises:
         UserError: it is not there, damaged, needs code to load, or of no layout that is understood.
     """
-    with understanding(path):
+    with explain_read_errors(path):
         return _read_source(path)
 
 
@@ -103,11 +103,11 @@ def _read_official(path: Path, content: Any) -> Source:
     if not 4 <= len(content) <= 5 or not all(isinstance(part, Mapping) for part in model_and_average):
         kinds = ", ".join(type(part).__name__ for part in content[:8])
         raise UserError(
-            f"{path} holds a list of {len(content)} entries ({kinds}), not the released DDIM code's model, optimiser, "
-            "epoch, step and average."
+            f"{path} holds a list of {len(content)} entries ({kinds}), not the official implementation's model, "
+            "optimiser, epoch, step and average."
         )
     step = content[3] if isinstance(content[3], int) else None
-    sets = dict(zip(("raw", "ema"), (_bare(part, path) for part in model_and_average), strict=False))
+    sets = dict(zip(("online", "ema"), (_bare(part, path) for part in model_and_average), strict=False))
     return Source("official", path, sets, step)
 
 

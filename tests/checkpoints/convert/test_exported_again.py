@@ -35,7 +35,7 @@ def test_a_flat_file_needs_no_suffix(model_file, tmp_path):
     [
         ("unlabelled", {}, []),
         ("ema", {}, ["weights=ema"]),
-        ("raw", {}, ["weights=raw"]),
+        ("online", {}, ["weights=online"]),
         ("unlabelled", {"schedule": linear_schedule(20)}, ["the schedule, linear with T=20 (schedule=...)"]),
         ("unlabelled", {"schedule": cosine_schedule()}, ["the schedule, cosine with T=1000 (schedule=...)"]),
         ("unlabelled", {"prediction": "v"}, ["prediction=v"]),
@@ -60,7 +60,9 @@ def test_a_flat_file_needs_no_suffix(model_file, tmp_path):
 def test_what_a_flat_file_cannot_say_is_said(model_file, tmp_path, monkeypatch, label, changes, unsaid):
     monkeypatch.setitem(PRESETS, "small", SMALL)  # the others are too large to write
     source = model_file(label, replace(MODEL, **changes))
-    spec = ExportSpec(source, str(tmp_path / "flat.pt"), layout="flat", weights="raw" if label == "raw" else "ema")
+    spec = ExportSpec(
+        source, str(tmp_path / "flat.pt"), layout="flat", weights="online" if label == "online" else "ema"
+    )
     sentence = f"a flat state dict cannot say {', '.join(unsaid)}; give it when importing"
     assert export_checkpoint(spec)[1] == ([sentence] if unsaid else [])
 
@@ -107,11 +109,11 @@ SPECS = {
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("label", ["ema", "raw", "unlabelled"])
+@pytest.mark.parametrize("label", ["ema", "online", "unlabelled"])
 @pytest.mark.parametrize("layout", ["safetensors", "diffusers"])
 def test_an_export_comes_back_as_the_same_model(model_file, tmp_path, spec, label, layout):
     out = tmp_path / "out"
-    option = "raw" if label == "raw" else "ema"
+    option = "online" if label == "online" else "ema"
     export_checkpoint(ExportSpec(model_file(label, spec), str(out), layout=layout, weights=option))
     back = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(out))).model
     assert same(back.state, weights(spec=spec.network_spec))

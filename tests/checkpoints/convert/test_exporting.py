@@ -124,7 +124,7 @@ def test_the_home_folder_can_be_given_short(model_file, tmp_path, monkeypatch):
     assert paths[0].is_file()
 
 
-@pytest.mark.parametrize(("label", "seed"), [("raw", 1), ("ema", 2)])
+@pytest.mark.parametrize(("label", "seed"), [("online", 1), ("ema", 2)])
 def test_a_training_checkpoint_gives_the_weights_that_were_asked_for(training_file, tmp_path, label, seed):
     for layout in ("safetensors", "flat", "diffusers"):
         asked = []
@@ -140,6 +140,6 @@ def test_a_training_checkpoint_gives_the_weights_that_were_asked_for(training_fi
 
 
 def test_weights_that_a_file_does_not_have_are_not_exported(model_file, tmp_path):
-    with pytest.raises(UserError, match="holds raw weights only; choose weights=raw"):
-        export_checkpoint(ExportSpec(model_file("raw"), str(tmp_path / "out")))
+    with pytest.raises(UserError, match="holds online weights only; choose weights=online"):
+        export_checkpoint(ExportSpec(model_file("online"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

@@ -16,14 +16,14 @@ from ddim.diffusion.schedule import cosine_schedule
     ("label", "words"),
     [
         ("ema", "Weights: averaged (EMA) SHA-256"),
-        ("raw", "Weights: raw, not averaged, SHA-256"),
+        ("online", "Weights: online, not averaged, SHA-256"),
         ("unlabelled", "Weights: whether averaged is not known, SHA-256"),
     ],
 )
 def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
     source = model_file(label, origin={"file": "diffusion.ckpt", "layout": "flat"})
     out = tmp_path / "my digits"
-    export_checkpoint(ExportSpec(source, str(out), weights="ema" if label == "ema" else "raw"))
+    export_checkpoint(ExportSpec(source, str(out), weights="ema" if label == "ema" else "online"))
     _, text = card_of(out)
     digest = weights_hash(weights())[:16]
     assert f"{words} `{digest}` at step 790,000, imported from `diffusion.ckpt`.\n" in text
@@ -31,8 +31,8 @@ def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
     assert "DDPM's U-Net trained on digits: 1x8x8 images in [-1, 1]," in text
     count = sum(value.numel() for value in weights().values())
     assert f"\n{count:,} parameters, noise schedule linear with T=1000, prediction eps.\n" in text
-    averaged, raw, unknown = "averaged (EMA)" in text, "raw, not averaged" in text, "is not known" in text
-    assert [averaged, raw, unknown] == [label == "ema", label == "raw", label == "unlabelled"]
+    averaged, online, unknown = "averaged (EMA)" in text, "online, not averaged" in text, "is not known" in text
+    assert [averaged, online, unknown] == [label == "ema", label == "online", label == "unlabelled"]
 
 
 def test_the_card_says_nothing_that_is_not_known(model_file, tmp_path):

@@ -15,7 +15,7 @@ from ddim.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# From the download table of the released DDIM code: name -> steps, MD5, share.
+# From the download table of the official implementation: name -> steps, MD5, share.
 TABLE = {
     "cifar10": (790000, "82ed3067fd1002f5cf4c339fb80c4669", "869980b53bf5416c8a28"),
     "ema_cifar10": (790000, "1fa350b952534ae442b1d5235cce5cd3", "2e4f01e2d9ee49bab1d5"),
@@ -75,7 +75,7 @@ def test_a_preset_has_the_published_number_of_parameters(preset, shape, count):
 def test_a_download_is_that_of_the_table(name):
     file, (step, md5, share) = DOWNLOADS[name], TABLE[name]
     assert (file.name, file.step, file.checksum) == (name, step, md5)
-    assert file.weights == ("ema" if name.startswith("ema_") else "raw")
+    assert file.weights == ("ema" if name.startswith("ema_") else "online")
     assert file.data == name.removeprefix("ema_")
     assert file.url == f"https://heibox.uni-heidelberg.de/f/{share}/?dl=1"
     assert file.file_name == f"{name}.ckpt"
@@ -104,7 +104,7 @@ def test_the_files_of_the_hub_are_known_by_theirs_and_are_raw():
         found = Checksums(md5="0" * 32, sha256=checksum).published
         assert found is not None
         assert found.name.startswith("google/ddpm-cifar10-32")
-        assert (found.weights, found.data, found.step, found.url) == ("raw", "cifar10", None, "")
+        assert (found.weights, found.data, found.step, found.url) == ("online", "cifar10", None, "")
 
 
 def test_any_other_file_is_not_known():

@@ -1,4 +1,4 @@
-"""Against the released DDIM code itself, run beside ours: DDIM_OFFICIAL=PATH of a checkout of ermongroup/ddim."""
+"""Against the official implementation itself, run beside ours: DDIM_OFFICIAL=PATH of a checkout of ermongroup/ddim."""
 
 import importlib.util
 import os
@@ -59,8 +59,8 @@ def both(request, tmp_path_factory):
             elif name == "conv_out.weight":
                 value.mul_(5)  # outputs of order 1
     average = {k: v.clone() for k, v in theirs.state_dict().items()}
-    raw = {f"module.{k}": torch.zeros_like(v) for k, v in average.items()}
-    torch.save([raw, {"state": {}, "param_groups": []}, 3, 700, average], folder / "ckpt.pth")
+    online = {f"module.{k}": torch.zeros_like(v) for k, v in average.items()}
+    torch.save([online, {"state": {}, "param_groups": []}, 3, 700, average], folder / "ckpt.pth")
     done = import_checkpoint(ImportSpec(str(folder), str(folder), str(folder / "ckpt.pth"), out=str(folder / "ours")))
     assert (done.model.weights, done.model.step) == ("ema", 700)
     return theirs, load_model(folder / "ours"), folder

@@ -29,7 +29,7 @@ def refusal(path, weights="ema"):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("weights", "step"), [("ema", 790_000), ("raw", 0), ("ema", None), ("unlabelled", None)])
+@pytest.mark.parametrize(("weights", "step"), [("ema", 790_000), ("online", 0), ("ema", None), ("unlabelled", None)])
 def test_a_model_survives_its_file_bit_for_bit(model, path, schedule, weights, step):
     spec = replace(model.spec, schedule=SCHEDULES[schedule])
     save_model(replace(model, spec=spec, weights=weights, step=step), path)
@@ -148,14 +148,14 @@ def test_a_model_that_was_read_from_a_file_may_replace_it(model, path):
     assert read_model(path).step == 8
 
 
-@pytest.mark.parametrize(("held", "asked"), [("ema", "raw"), ("raw", "ema")])
+@pytest.mark.parametrize(("held", "asked"), [("ema", "online"), ("online", "ema")])
 def test_other_weights_than_those_in_the_file_are_refused(model, path, held, asked):
     save_model(replace(model, weights=held), path)
     assert f"{path} holds {held} weights only; choose weights={held}." in refusal(path, asked)
     assert load_model(path, held).weights == held
 
 
-@pytest.mark.parametrize("asked", ["ema", "raw"])
+@pytest.mark.parametrize("asked", ["ema", "online"])
 def test_unlabelled_weights_load_as_either_and_are_never_called_so(model, path, asked):
     save_model(replace(model, weights="unlabelled"), path)
     assert load_model(path, asked).weights == read_model(path, asked).weights == "unlabelled"
@@ -164,10 +164,10 @@ def test_unlabelled_weights_load_as_either_and_are_never_called_so(model, path, 
 @pytest.mark.parametrize("asked", ["unlabelled", "averaged", ""])
 def test_weights_that_nobody_can_ask_for_are_refused(model, path, asked):
     save_model(replace(model, weights="unlabelled"), path)
-    assert "allowed: ema, raw" in refusal(path, asked)
+    assert "allowed: ema, online" in refusal(path, asked)
 
 
-@pytest.mark.parametrize("weights", ["ema", "raw"])
+@pytest.mark.parametrize("weights", ["ema", "online"])
 def test_a_model_file_samples_as_the_training_checkpoint_that_it_was_made_of(model, path, tmp_path, weights):
     checkpoint = {
         "ddim": model.spec.to_dict(),

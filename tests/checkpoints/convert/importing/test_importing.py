@@ -73,18 +73,18 @@ def test_a_chain_through_every_layout_changes_nothing(tmp_path):
     assert latest.spec.differences(spec) == []
 
 
-@pytest.mark.parametrize("label", ["ema", "raw", "unlabelled"])
+@pytest.mark.parametrize("label", ["ema", "online", "unlabelled"])
 @pytest.mark.parametrize("layout", ["diffusers", "safetensors"])
 def test_the_label_of_the_weights_survives_where_it_can_be_written(tmp_path, layout, label):
     model = StoredModel(MODELS["cosine"][0], weights(MODELS["cosine"][0].network_spec), label, 7)
     path, _ = put(model, tmp_path, layout, {})
     done = bring(path)
     assert (done.model.weights, done.model.step) == (label, 7)
-    assert done.warnings == {"ema": [], "raw": [NO_AVERAGE], "unlabelled": [UNLABELLED]}[label]
+    assert done.warnings == {"ema": [], "online": [NO_AVERAGE], "unlabelled": [UNLABELLED]}[label]
     if label == "unlabelled":
-        assert bring(path, weights="raw", overwrite=True).model.weights == "raw"
+        assert bring(path, weights="online", overwrite=True).model.weights == "online"
     else:
-        other = {"ema": "raw", "raw": "ema"}[label]
+        other = {"ema": "online", "online": "ema"}[label]
         message = refusal(path, weights=other, overwrite=True)
         assert message.endswith(f" holds {label} weights only; choose weights=auto.")
 
@@ -120,7 +120,7 @@ def test_nothing_is_assumed_but_what_every_published_file_shares(flat):
     assert (done.model.spec.prediction, done.model.spec.data, done.model.step) == ("eps", "", None)
     assert done.model.weights == "unlabelled"
     assert done.warnings == [UNLABELLED]
-    for label in ("ema", "raw"):
+    for label in ("ema", "online"):
         done = bring(flat, network=GIVEN, weights=label, overwrite=True)
         assert (done.model.weights, done.warnings) == (label, [])
 
@@ -195,11 +195,11 @@ def known(monkeypatch, path, label, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", ["md5", "sha256"])
-@pytest.mark.parametrize("label", ["ema", "raw"])
+@pytest.mark.parametrize("label", ["ema", "online"])
 def test_a_published_file_is_known_by_its_checksum(flat, monkeypatch, label, algorithm):
-    other = {"ema": "raw", "raw": "ema"}[label]
+    other = {"ema": "online", "online": "ema"}[label]
     warning = (
-        "the_file is known to hold raw, not averaged weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; "
+        "the_file is known to hold online, not EMA weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; "
         "for the paper's numbers take the averaged ones (download=ema_cifar10 and so on)"
     )
     with known(monkeypatch, flat, label, algorithm) as checksum:
@@ -209,7 +209,7 @@ def test_a_published_file_is_known_by_its_checksum(flat, monkeypatch, label, alg
             assert (model.weights, model.step, model.spec.data) == (label, 123_000, "cats")
             assert model.origin["published"] == "the_file"
             assert done.lines[1] == f"known file: the_file, checksum {checksum}"
-            assert done.warnings == ([warning] if label == "raw" else [])
+            assert done.warnings == ([warning] if label == "online" else [])
         message = refusal(flat, network=GIVEN, weights=other, overwrite=True)
         assert message == f"{flat} is known to hold {label} weights, not {other}; leave weights=auto."
         assert bring(flat, network=GIVEN, trained_on="dogs", overwrite=True).model.spec.data == "dogs"
@@ -234,12 +234,12 @@ def test_a_copy_of_the_raw_upload_is_known_by_its_folder(folder, name, monkeypat
     out = folder.parent / "out.safetensors"
     for source in (place, place / "diffusion_pytorch_model.safetensors"):
         done = bring(source, out=out, overwrite=True)
-        assert done.model.weights == "raw"
+        assert done.model.weights == "online"
         [warning] = done.warnings
-        assert warning.startswith("ddpm-cifar10-32 is known to hold raw, not averaged weights: ")
+        assert warning.startswith("ddpm-cifar10-32 is known to hold online, not EMA weights: ")
         assert done.model.step is None
         assert "published" not in done.model.origin
-    # A name is no proof: somebody's own averaged weights may lie there.
+    # A name is no proof: somebody's own EMA weights may lie there.
     assert bring(place, out=out, weights="ema", overwrite=True).model.weights == "ema"
     monkeypatch.chdir(place)  # a relative path does not show the name
     [warning] = bring(Path("diffusion_pytorch_model.safetensors"), out=out, overwrite=True).warnings

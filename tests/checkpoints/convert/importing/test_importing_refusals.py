@@ -64,8 +64,8 @@ def test_every_layout_is_checked_name_by_name(tmp_path, state, layout):
         options = {}
     else:
         path, options = put(damaged, tmp_path, layout, MODELS["plain"][1])
-        if layout == "lightning":  # where the average lacks a parameter, the raw one would be taken
-            path = write_lightning(damaged, path, raw=damaged.state)
+        if layout == "lightning":  # where the average lacks a parameter, the online one would be taken
+            path = write_lightning(damaged, path, online=damaged.state)
     message = refusal(path, **options)
     assert re.search(r"do not fit the (given network|network that it describes): 1 missing \(conv_out\.bias\)", message)
 
@@ -241,7 +241,10 @@ def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path, flat, overw
         ({"source": "a", "preset": "cifar"}, "unknown preset 'cifar' (did you mean cifar10?); allowed: cifar10, "),
         ({"source": "a", "preset": "lsun", "network": GIVEN}, "give either preset or network, not both."),
         ({"source": "a", "layout": "offical"}, "layout='offical' is not known (did you mean official?); allowed: auto"),
-        ({"source": "a", "weights": "average"}, "weights='average' is not known; allowed: auto, ema, raw, ema_RATE."),
+        (
+            {"source": "a", "weights": "average"},
+            "weights='average' is not known; allowed: auto, ema, online",
+        ),
     ],
 )
 def test_a_command_that_makes_no_sense_is_refused_at_once(options, said):

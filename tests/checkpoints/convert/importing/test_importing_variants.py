@@ -65,11 +65,11 @@ def test_the_prefixes_of_wrappers_are_taken_off_other_layouts(tmp_path, state, f
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({f"{prefix}{name}": value for name, value in load_file(file).items()}, file)
     assert same(bring(folder).model.state, state)
-    model = StoredModel(MODELS["plain"][0], state, "raw", 3)
+    model = StoredModel(MODELS["plain"][0], state, "online", 3)
     wrapped = {f"{prefix}{name}": value for name, value in state.items()}
     save_model(replace(model, state=wrapped), tmp_path / "ours.safetensors")
     assert same(bring(tmp_path / "ours.safetensors").model.state, state)
-    path = write_lightning(replace(model, state=wrapped), tmp_path / "last.ckpt", raw=wrapped)
+    path = write_lightning(replace(model, state=wrapped), tmp_path / "last.ckpt", online=wrapped)
     assert same(bring(path).model.state, state)
 
 
@@ -88,25 +88,25 @@ def test_a_parameter_that_is_there_twice_is_refused(tmp_path, state, layout, pre
 
 
 def test_the_average_of_an_official_list_is_taken_unless_raw_is_asked_for(tmp_path, state):
-    raw = weights(NETWORK, 5)
+    online = weights(NETWORK, 5)
     model = StoredModel(MODELS["plain"][0], state, "ema", 790_000)
-    path = write_official(model, tmp_path / "official.pth", raw)
-    for options, label, expected in (({}, "ema", state), ({"weights": "ema"}, "ema", state), ({}, "raw", raw)):
-        asked = {"weights": "raw"} if label == "raw" else options
+    path = write_official(model, tmp_path / "official.pth", online)
+    for options, label, expected in (({}, "ema", state), ({"weights": "ema"}, "ema", state), ({}, "online", online)):
+        asked = {"weights": "online"} if label == "online" else options
         done = bring(path, network=GIVEN, overwrite=True, **asked)
         assert same(done.model.state, expected)
         assert (done.model.weights, done.model.step, done.warnings) == (label, 790_000, [])
 
 
 def test_an_official_list_without_an_average_gives_the_raw_weights_and_warns(tmp_path, state):
-    raw = weights(NETWORK, 5)
-    path = write_official(StoredModel(MODELS["plain"][0], state, "ema", 11), tmp_path / "four.pth", raw, entries=4)
+    online = weights(NETWORK, 5)
+    path = write_official(StoredModel(MODELS["plain"][0], state, "ema", 11), tmp_path / "four.pth", online, entries=4)
     done = bring(path, network=GIVEN)
-    assert same(done.model.state, raw)
-    assert (done.model.weights, done.model.step, done.warnings) == ("raw", 11, [NO_AVERAGE])
-    assert bring(path, network=GIVEN, weights="raw", overwrite=True).warnings == []  # was asked for
+    assert same(done.model.state, online)
+    assert (done.model.weights, done.model.step, done.warnings) == ("online", 11, [NO_AVERAGE])
+    assert bring(path, network=GIVEN, weights="online", overwrite=True).warnings == []  # was asked for
     message = refusal(path, network=GIVEN, weights="ema", overwrite=True)
-    assert message == f"{path} holds raw weights only; choose weights=auto."
+    assert message == f"{path} holds online weights only; choose weights=auto."
 
 
 @pytest.mark.parametrize("content", [(), (1,), (1, {}, 0, 1), ({}, {}, 0), ({}, {}, 0, 1, 2), ({}, {}, 0, 1, {}, 6)])
@@ -114,23 +114,26 @@ def test_a_list_that_is_not_the_official_one_is_refused(tmp_path, content):
     torch.save(list(content), tmp_path / "list.pth")
     message = refusal(tmp_path / "list.pth", network=GIVEN)
     kinds = ", ".join(type(part).__name__ for part in content)
-    assert f"holds a list of {len(content)} entries ({kinds}), not the released DDIM code's model, optimiser" in message
+    assert (
+        f"holds a list of {len(content)} entries ({kinds}), not the official implementation's model, optimiser"
+        in message
+    )
 
 
 def test_the_average_of_a_training_checkpoint_is_taken_unless_raw_is_asked_for(tmp_path, state):
-    raw = weights(NETWORK, 5)
+    online = weights(NETWORK, 5)
     model = StoredModel(MODELS["plain"][0], state, "ema", 44)
-    path = write_lightning(model, tmp_path / "last.ckpt", raw)
+    path = write_lightning(model, tmp_path / "last.ckpt", online)
     assert same(bring(path).model.state, state)
-    done = bring(path, weights="raw", overwrite=True)
-    assert same(done.model.state, raw)
-    assert (done.model.weights, done.model.step, done.warnings) == ("raw", 44, [])
-    path = write_lightning(model, tmp_path / "no_ema.ckpt", raw=state)
-    without = StoredModel(model.spec, state, "raw", 44)
-    path = write_lightning(without, tmp_path / "no_ema.ckpt", raw=without.state)
+    done = bring(path, weights="online", overwrite=True)
+    assert same(done.model.state, online)
+    assert (done.model.weights, done.model.step, done.warnings) == ("online", 44, [])
+    path = write_lightning(model, tmp_path / "no_ema.ckpt", online=state)
+    without = StoredModel(model.spec, state, "online", 44)
+    path = write_lightning(without, tmp_path / "no_ema.ckpt", online=without.state)
     done = bring(path)
-    assert (done.model.weights, done.warnings) == ("raw", [NO_AVERAGE])
-    assert refusal(path, weights="ema", overwrite=True) == f"{path} holds raw weights only; choose weights=auto."
+    assert (done.model.weights, done.warnings) == ("online", [NO_AVERAGE])
+    assert refusal(path, weights="ema", overwrite=True) == f"{path} holds online weights only; choose weights=auto."
 
 
 def test_files_of_before_torch_1_6_are_read(tmp_path, state):

@@ -107,7 +107,7 @@ def test_odd_names_of_parameters_are_refused(tmp_path, state, model, key):
         torch.save(content, tmp_path / "x.ckpt")
         options = {} if "ddim" in content else {"network": SMALLEST_GIVEN}
         if isinstance(content, dict) and "state_dict" in content and content["callbacks"] == {}:
-            survives(tmp_path / "x.ckpt", **options, weights="raw")  # what is not of the network may lie beside it
+            survives(tmp_path / "x.ckpt", **options, weights="online")  # what is not of the network may lie beside it
         else:
             refusal(tmp_path / "x.ckpt", **options)
 
