@@ -1,4 +1,4 @@
-"""The processes of one evaluation: this one alone, or several that torchrun or SLURM started together.
+"""The processes of one evaluation: a single one, or several that torchrun or SLURM started together.
 
 What they compute is divided by image numbers (`ddim.evaluation.shards`), so they communicate rarely: at the start and
 the end of a piece of work, over gloo. All of them must see the same output folder.
@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 from ddim.errors import UserError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # for the slowest process; a dead one is noticed by whoever started them
+TIMEOUT = timedelta(days=7)  # the slowest process may take long; the launcher notices a dead one
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes records and speaks."""
+        """Whether this is the process that writes records and prints."""
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
@@ -61,11 +61,11 @@ class Processes:
         Raises:
             UserError: it failed there, and this is another process.
         """
-        found = None
+        result = None
         with self.barrier():
             if self.is_main:
-                found = call()
-        return self.broadcast(found)  # type: ignore[return-value]
+                result = call()
+        return self.broadcast(result)  # type: ignore[return-value]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all processes, on the CPU."""
@@ -105,26 +105,26 @@ SINGLE_PROCESS = Processes()
 
 
 def join_process_group() -> Processes:
-    """Return this process among those it was started with; meets the others at the first call.
+    """Return this process among those it was started with; the first call connects them.
 
     Raises:
-        UserError: the others cannot be met.
+        UserError: the other processes cannot be reached.
     """
-    address, here = _started_together()
+    address, here = _launched_processes()
     if here.world_size > 1 and not distributed.is_initialized():
         try:
             distributed.init_process_group(
-                "gloo", init_method=address, rank=here.rank, world_size=here.world_size, timeout=PATIENCE
+                "gloo", init_method=address, rank=here.rank, world_size=here.world_size, timeout=TIMEOUT
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"process {here.rank} of {here.world_size} cannot meet the others at {address} "
+                f"process {here.rank} of {here.world_size} cannot reach the others at {address} "
                 f"({str(error).splitlines()[0]}); start all of them with torchrun or srun."
             ) from error
     return here
 
 
-def _started_together() -> tuple[str, Processes]:
+def _launched_processes() -> tuple[str, Processes]:
     e = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= e.keys():  # torchrun
         return "env://", Processes(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)))

@@ -1,44 +1,56 @@
-"""What evaluate.py and reconstruct.py share: a cell a job, a plan before the first and a report after the last."""
+"""What evaluate.py and reconstruct.py share: each job is one evaluation, with a plan before and a report after all."""
 
+import importlib
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
 
+if TYPE_CHECKING:
+    from ddim.evaluation.session import Session
+    from ddim.results.wandb import Dashboard
+
 
 class Sweep:
-    """The jobs of one command.
+    """The evaluations of one command.
 
     Args:
-        module, spec_name: where the spec of a cell is; imported when it is needed, so that help stays quick.
+        module, spec_name: where the specification is and `evaluate`; imported when needed, so that help stays quick.
     """
 
     def __init__(self, module: str, spec_name: str) -> None:
         self.module, self.spec_name = module, spec_name
-        self.dashboards: dict[Path, Any] = {}  # of the folders that the cells of this command belong to
+        self.loggers: dict[Path, Dashboard] = {}  # by the folders that the evaluations of this command write to
+        self._session: Session | None = None
+
+    @property
+    def session(self) -> "Session":
+        """What the evaluations share; the processes join at the first call."""
+        from ddim.distributed import join_process_group
+        from ddim.evaluation.session import Session
+
+        self._session = self._session or Session(join_process_group())
+        return self._session
 
     def build(self, config: dict[str, Any]) -> Any:
-        """Return the spec of a cell."""
-        import importlib
-
+        """Return the specification of an evaluation."""
         from ddim.config import build
 
         pick_device(config.get("compute"), "device")
         return build(getattr(importlib.import_module(self.module), self.spec_name), config, "")
 
-    def dashboard(self, spec: Any) -> Any:
-        """Return the dashboard of a cell's folder."""
+    def logger(self, spec: Any) -> "Dashboard":
+        """Return the W&B logger of the folder of an evaluation."""
         from ddim.results.wandb import Dashboard
 
         folder = Path(spec.output_dir)
-        return self.dashboards.setdefault(folder, Dashboard(spec.logger, spec.name, folder))
+        return self.loggers.setdefault(folder, Dashboard(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
-        """Say what is going to be computed, and note it; `here` or in jobs that a launcher starts elsewhere."""
-        from ddim.distributed import join_process_group
+        """Print and note what is going to be computed, `here` or in jobs that a launcher starts elsewhere."""
         from ddim.errors import UserError
         from ddim.evaluation.sweep import Manifest, forecast, outline
 
@@ -48,41 +60,39 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
-        processes = join_process_group()
-        outlook = forecast(specs, processes) if here else outline(specs)
-        if not outlook:  # each cell is going to say why
+        estimate = forecast(specs, self.session) if here else outline(specs)
+        if not estimate:  # each job is going to report why
             return
-        if processes.is_main:
-            for folder in {self.dashboard(spec).folder for spec in specs}:
+        if self.session.processes.is_main:
+            for folder in {self.logger(spec).folder for spec in specs}:
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
-            print("\n".join(f"plan: {line}" for line in outlook + lines), flush=True)
+            print("\n".join(f"plan: {line}" for line in estimate + lines), flush=True)
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
-        """Compute one cell and print its numbers."""
-        from ddim.distributed import join_process_group
-        from ddim.evaluation.job import once
+        """Compute one evaluation and print its numbers."""
         from ddim.evaluation.sweep import Manifest
 
-        processes = join_process_group()
+        processes = self.session.processes
         spec = self.build(config)
-        dashboard = self.dashboard(spec)
-        manifest = Manifest(dashboard.folder)
+        logger = self.logger(spec)
+        manifest = Manifest(logger.folder)
+        evaluate = importlib.import_module(self.module).evaluate
         metrics: dict[str, float] = {}
 
-        def first(call: Callable[..., Any], *arguments: Any) -> None:
-            with processes.barrier():  # so that none goes on alone if it fails
+        def on_main(call: Callable[..., Any], *arguments: Any) -> None:
+            with processes.barrier():  # so that no process continues alone if it fails
                 if processes.is_main:
                     call(*arguments)
 
         try:
-            first(dashboard.check)
-            first(manifest.note, spec, "running")
-            for single in spec.single:
-                record, new = once(single.prepare, processes)
+            on_main(logger.check)
+            on_main(manifest.note, spec, "running")
+            for repetition in spec.repetitions:
+                record, new = evaluate(repetition, self.session)
                 metrics = record["metrics"]
-                first(say, single.title, record, new)
-                first(dashboard.log_cell, record, single.title)
-            first(manifest.note, spec, "done")
+                on_main(print_metrics, repetition.title, record, new)
+                on_main(logger.log_cell, record, repetition.title)
+            on_main(manifest.note, spec, "done")
         except Exception as error:
             if processes.is_main:
                 manifest.note(spec, "failed", reason(error))
@@ -92,29 +102,28 @@ class Sweep:
 
     def report(self) -> None:
         """Write tables, plots and a page of all records in each folder, and print where they are."""
-        from ddim.distributed import join_process_group
         from ddim.evaluation.sweep import Manifest
         from ddim.results.records import RECORDS, RecordFile
         from ddim.results.report import write_report
 
-        if not join_process_group().is_main:
+        if not self.session.processes.is_main:
             return
-        for folder, dashboard in sorted(self.dashboards.items()):
+        for folder, logger in sorted(self.loggers.items()):
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
             failures = manifest.failures()
             if records:
-                how = manifest.read()["command"] or command()
-                paths = write_report(records, folder, command=how, failures=failures)
+                planned = manifest.read()["command"] or command()
+                paths = write_report(records, folder, command=planned, failures=failures)
                 print(f"\n{paths[0].read_text()}")
                 for path in paths:
                     print(path)
-                dashboard.log_report(paths)
+                logger.log_report(paths)
             for title, why in failures:
                 print(f"failed: {title}: {why}")
 
 
-def say(title: str, record: dict[str, Any], new: bool) -> None:
-    """Print the numbers of a cell."""
+def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:
+    """Print the numbers of an evaluation."""
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
     seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
     print(f"{title}: {values} ({seconds if new else 'already in the records'})", flush=True)

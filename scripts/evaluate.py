@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint: one cell, or with -m a sweep over numbers of steps and samplers.
+"""Evaluate a checkpoint: once, or with -m a sweep over numbers of steps and samplers.
 
     python scripts/evaluate.py checkpoint=PATH sampler.S=50
     python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,20,50,100 sampler.eta=0.0,0.5,1.0
@@ -6,7 +6,7 @@
     python scripts/evaluate.py -m experiment=table1_cifar10 checkpoint=PATH
     python scripts/evaluate.py --help
 
-Cells whose record is already in the output folder are not computed again, and a cell that was interrupted goes on.
+Evaluations whose record is already in the output folder are not computed again; an interrupted one continues.
 """
 
 from _cli import entry

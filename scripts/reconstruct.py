@@ -4,7 +4,7 @@
     python scripts/reconstruct.py -m experiment=table2_reconstruction checkpoint=PATH
     python scripts/reconstruct.py --help
 
-Cells whose record is already in the output folder are not computed again, and a cell that was interrupted goes on.
+Evaluations whose record is already in the output folder are not computed again; an interrupted one continues.
 """
 
 from _cli import entry

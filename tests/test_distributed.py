@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fill_shards import fill
 from two_processes import together
 
 from ddim.data.datasets import DataSpec
@@ -14,9 +15,10 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes, join_process_group
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import moments
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.metrics import MetricSpec
-from ddim.evaluation.shards import Parts
+from ddim.evaluation.session import Session
+from ddim.evaluation.shards import Shards
 from ddim.inference.compute import ComputeSpec
 from ddim.io import Tensors
 
@@ -26,17 +28,16 @@ def rows(batch: range) -> torch.Tensor:
 
 
 def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
-    """Fill parts, take their moments, and fail in one process."""
+    """Fill shards, compute their moments, and fail in one process."""
     asked: list[int] = []
 
     def compute(batch: range) -> Tensors:
         asked.extend(batch)
         return {"rows": rows(batch)}
 
-    parts = Parts(folder, range(total))
-    told: list[int] = []
-    parts.fill(4, compute, processes, told.append)
-    count, mean, covariance = moments(parts.read("rows", processes), processes=processes)
+    shards = Shards(folder, range(total))
+    fill(shards, 4, compute, processes)
+    count, mean, covariance = moments(shards.read("rows", processes), processes=processes)
     failures = []
     for failing in range(processes.world_size):
         try:
@@ -47,7 +48,6 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
             failures.append(f"{type(error).__name__}: {error}")
     return {
         "asked": asked,
-        "told": told,
         "moments": (count, mean, covariance),
         "failures": failures,
         "shared": processes.broadcast(f"from {processes.rank}"),
@@ -58,10 +58,9 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
 
 def test_two_processes_share_the_work_and_agree(tmp_path: Path) -> None:
     x = rows(range(23)).double()
-    results = together(cooperate, tmp_path / "parts", 23, to=tmp_path / "results")
+    results = together(cooperate, tmp_path / "shards", 23, to=tmp_path / "results")
     asked = [set(result["asked"]) for result in results]
     assert all(asked)
-    assert [result["told"] for result in results] == [[len(mine)] for mine in asked]
     assert not asked[0] & asked[1]
     assert asked[0] | asked[1] == set(range(23))
     for result in results:
@@ -74,14 +73,14 @@ def test_two_processes_share_the_work_and_agree(tmp_path: Path) -> None:
     assert results[1]["failures"] == ["UserError: process 0 of 2 failed (KeyError: 'broken').", "KeyError: 'broken'"]
 
 
-def test_more_processes_than_parts(tmp_path: Path) -> None:
-    one, other = together(cooperate, tmp_path / "parts", 3, to=tmp_path / "results")
+def test_more_processes_than_shards(tmp_path: Path) -> None:
+    one, other = together(cooperate, tmp_path / "shards", 3, to=tmp_path / "results")
     assert (one["asked"], other["asked"]) == ([0, 1, 2], [])
     assert torch.equal(other["moments"][1], rows(range(3)).double().mean(0))
 
 
-def evaluate(processes: Processes, spec: EvaluateSpec) -> tuple[Any, bool]:
-    return evaluate_cell(spec, processes)
+def evaluate_with(processes: Processes, spec: EvaluateSpec) -> tuple[Any, bool]:
+    return evaluate(spec, Session(processes))
 
 
 def test_a_cell_of_two_processes_is_that_of_one(checkpoint: Path, tmp_path: Path) -> None:
@@ -98,9 +97,9 @@ def test_a_cell_of_two_processes_is_that_of_one(checkpoint: Path, tmp_path: Path
         grid=20,
         reference_dir=str(tmp_path / "reference_one"),
     )
-    alone, _ = evaluate_cell(spec)
+    alone, _ = evaluate(spec)
     two = dataclasses.replace(spec, output_dir=str(tmp_path / "two"), reference_dir=str(tmp_path / "reference_two"))
-    results = together(evaluate, two, to=tmp_path / "results")
+    results = together(evaluate_with, two, to=tmp_path / "results")
     assert results[0] == results[1]
     record, new = results[0]
     assert new
@@ -119,7 +118,7 @@ def refused(processes: Processes, spec: EvaluateSpec) -> list[str]:
     said = []
     for attempt in (spec, dataclasses.replace(spec, output_dir=f"{spec.output_dir}_again")):
         try:
-            said.append(str(list(evaluate_cell(attempt, processes)[0]["metrics"])))
+            said.append(str(list(evaluate(attempt, Session(processes))[0]["metrics"])))
         except UserError as error:
             said.append(str(error))
     return said

@@ -4,7 +4,7 @@ from ddim.diffusion.spec import SamplerSpec
 
 
 def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
-    """Return the name of the times; cells with the same name, S and T have the same times."""
+    """Return the name of the times; evaluations with the same name, S and T have the same times."""
     if tau == tuple(range(1, T + 1)):
         return "full"
     if sampler.spacing == "quad_or_full":

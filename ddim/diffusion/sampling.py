@@ -67,7 +67,7 @@ class SigmaHat:
 
     The total variance then exceeds that of the marginal. The last step, to a_s = 1, adds no noise. The official
     implementation adds none from its first time, index 0, with which both of its spacings end; so with `uniform` and
-    `quad` both agree in every step. It also clips x̂0 and derives ε̂ anew: the clip policy `x0_and_eps`.
+    `quad` both agree in every step. It also clips x̂0 and derives ε̂ again: the clip policy `x0_and_eps`.
     """
 
     def coefficients(self, a_t: float, a_s: float) -> Coefficients:
@@ -172,7 +172,7 @@ def _check(schedule: NoiseSchedule, times: Sequence[int], rule: Rule, prediction
     if len(times) < 2:
         raise ValueError(f"times={list(times)} must hold at least a start and an end.")
     if prediction == "x0" and 0 in times[:-1]:
-        raise ValueError("a network that predicts x0 says nothing of ε at t=0; start encoding at t=1.")
+        raise ValueError("a network that predicts x0 gives no ε at t=0; start encoding at t=1.")
     for t, s in pairwise(times):
         rule.coefficients(schedule[t], schedule[s])
 

@@ -70,7 +70,7 @@ class SamplerSpec:
         seed: int = 0,
         indices: Sequence[int] | Tensor | None = None,
     ) -> Iterator[State]:
-        """Sample as this spec says; arguments as in `trajectory`."""
+        """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
         times = (*reversed(self.tau(schedule.T)), self.last_time)
         return trajectory(
             model,

@@ -23,7 +23,7 @@ def linear_tau(T: int, S: int) -> tuple[int, ...]:
 def quadratic_tau(T: int, S: int) -> tuple[int, ...]:
     """The paper's quadratic rule, tau_i = floor(c i^2) with c = T/S^2 (section D.2); used for CIFAR-10.
 
-    Where flooring gives 0 or repeats a time, the paper says nothing; here tau_i is then the least time above
+    Where flooring gives 0 or repeats a time, the paper is silent; here tau_i is then the least time above
     tau_{i-1}. That keeps S distinct times in 1..T, and changes the first few only.
     """
     _check(T, S)
@@ -60,7 +60,7 @@ def reference_quad_tau(T: int, S: int) -> tuple[int, ...]:
 
 
 def quad_or_full_tau(T: int, S: int) -> tuple[int, ...]:
-    """What Table 1 needs for CIFAR-10: `quad` as released, and the whole chain 1..T at S = T.
+    """What Table 1 needs for CIFAR-10: the official `quad`, and the full chain 1..T at S = T.
 
     Section D.2 gives its rules for dim(tau) < T only; `quad` would stop at 0.8 T and repeat a third of its times there.
     """

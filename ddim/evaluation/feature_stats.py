@@ -1,4 +1,4 @@
-"""What distances between sets of images are computed from: moments of features, and the features where needed."""
+"""Statistics of features: mean and covariance, from which distances between sets of images are computed."""
 
 import zipfile
 from collections.abc import Iterable
@@ -21,8 +21,8 @@ class FeatureSet:
     """A set of images, as the metrics see it.
 
     Attributes:
-        count: number of images; None for published statistics, which do not say.
-        mean: float64 (D,), of the features that distances are taken in.
+        count: number of images; None for published statistics, which do not state it.
+        mean: float64 (D,), of the features that distances are computed from.
         covariance: float64 (D, D), unbiased.
         features: of every layer; {} where the metrics need none, or only moments are known.
     """
@@ -34,7 +34,7 @@ class FeatureSet:
 
 
 def feature_set(features: Features, layer: str) -> FeatureSet:
-    """Return the set whose features are all at hand; moments are of `layer`."""
+    """Return the set of these features; mean and covariance are those of `layer`."""
     count, mean, covariance = moments([features[layer]])
     return FeatureSet(count, mean, covariance, features)
 
@@ -42,17 +42,17 @@ def feature_set(features: Features, layer: str) -> FeatureSet:
 def moments(
     features: Iterable[Tensor], device: torch.device | str | None = None, processes: Processes = SINGLE_PROCESS
 ) -> tuple[int, Tensor, Tensor]:
-    """Return number, mean (D,) and unbiased covariance (D, D), float64 on the CPU, of features that come in parts.
+    """Return number, mean (D,) and unbiased covariance (D, D), float64 on the CPU, of features in batches.
 
     Args:
         features: (n, D) each, at least one.
         device: where to multiply.
-        processes: each with parts of its own, which are summed over them; all return the same.
+        processes: each with batches of its own; all return the moments of all.
     """
     with processes.barrier():
         count, mean, scatter = _scatter(features, device)
     size = max(processes.gather(len(mean)))
-    if not count:  # more processes than parts
+    if not count:  # more processes than batches
         mean, scatter = mean.new_zeros(size), scatter.new_zeros(size, size)
     total = int(processes.sum(torch.tensor(count)))
     centre = processes.sum(count * mean) / total
@@ -61,31 +61,31 @@ def moments(
 
 
 def _scatter(features: Iterable[Tensor], device: torch.device | str | None) -> tuple[int, Tensor, Tensor]:
-    """Return number, mean m and sum of (x - m)(x - m)ᵀ, float64; merged part by part (Chan, Golub, LeVeque, 1979)."""
+    """Return number, mean m and sum of (x - m)(x - m)ᵀ, float64; merged batch by batch (Chan, Golub, LeVeque, 1979)."""
     count, mean, scatter = 0, torch.zeros(0, dtype=torch.float64), torch.zeros(0, 0, dtype=torch.float64)
-    for part in features:
-        x = part.to(device, torch.float64)
+    for batch in features:
+        x = batch.to(device, torch.float64)
         m = x.mean(0)
         if not count:
             mean, scatter = torch.zeros_like(m), x.new_zeros(len(m), len(m))
-        together, apart = count + len(x), m - mean
-        scatter.addmm_((x - m).T, x - m).addr_(apart, apart, alpha=count * len(x) / together)
-        mean += apart * (len(x) / together)
-        count = together
+        total, delta = count + len(x), m - mean
+        scatter.addmm_((x - m).T, x - m).addr_(delta, delta, alpha=count * len(x) / total)
+        mean += delta * (len(x) / total)
+        count = total
     return count, mean, scatter
 
 
 def save_moments(images: FeatureSet, path: Path) -> None:
-    """Write the usual .npz with `mu` and `sigma`, float64, and the number of images beside them."""
+    """Write the usual .npz with `mu` and `sigma`, float64, and the number of images."""
     with atomic_write(path) as partial, partial.open("wb") as file:
         np.savez(file, mu=images.mean.numpy(), sigma=images.covariance.numpy(), images=np.array(images.count))
 
 
 def load_moments(path: Path) -> FeatureSet:
-    """Read an .npz with `mu` (D,) and `sigma` (D, D), from here or of another code base.
+    """Read an .npz with `mu` (D,) and `sigma` (D, D), of this code base or another.
 
     Raises:
-        UserError: no such file, or one of another content.
+        UserError: there is no such file, or it has other content.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:

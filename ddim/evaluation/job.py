@@ -1,146 +1,184 @@
-"""A cell of a table: computed once, by any number of processes, however often it was interrupted."""
+"""One evaluation: its specification, its cache key, and its record; computed once, however often it is interrupted."""
 
-import dataclasses
 import platform
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from ddim.checkpoints import LoadedModel, load_model
-from ddim.data.datasets import DataSpec, load_images
+from ddim.checkpoints import LoadedModel
+from ddim.config import choose
+from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
 from ddim.diffusion.labels import row_label, spacing_name
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import distinct_evaluations
-from ddim.distributed import SINGLE_PROCESS, Processes
+from ddim.distributed import Processes
 from ddim.errors import UserError
-from ddim.evaluation.shards import Parts
-from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.evaluation.features import FeatureExtractor
+from ddim.evaluation.session import Session
+from ddim.evaluation.shards import Shards
+from ddim.inference.compute import ComputeSpec
+from ddim.results.paper import PAPER_TABLES
 from ddim.results.records import RECORDS, Record, RecordFile, provenance, record_key
+from ddim.results.wandb import LoggerSpec
 
-UNFINISHED = "unfinished"  # sub-folder with the parts of cells that have no record yet
+UNFINISHED = "unfinished"  # sub-folder with the shards of evaluations that have no record yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSpec(ABC):
+    """What every evaluation is specified by.
+
+    Attributes:
+        checkpoint: path of the model.
+        name: of the sweep.
+        output_dir: its folder: records.jsonl, the tables, pictures.
+        data: the real images.
+        sampler, compute: how to sample, how to compute.
+        weights: ema, online, or ema_RATE for another average of the training.
+        grid: images shown in the grid; 0 for none.
+        paper: the table of the paper that the numbers are compared with.
+        logger: W&B, if at all.
+
+    Raises:
+        ValueError: a negative grid, TensorBoard, or an unknown table.
+    """
+
+    checkpoint: str
+    name: str
+    output_dir: str
+    data: DataSpec
+    sampler: SamplerSpec
+    compute: ComputeSpec
+    weights: str = "ema"
+    grid: int = 64
+    paper: str | None = None
+    logger: LoggerSpec = field(default_factory=LoggerSpec)
+
+    def __post_init__(self) -> None:
+        if self.grid < 0:
+            raise ValueError(f"grid={self.grid} must not be negative.")
+        if self.logger.tensorboard:
+            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
+        if self.paper is not None:
+            choose("table of the paper", self.paper, PAPER_TABLES)
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The evaluation in a few words."""
+
+    @property
+    @abstractmethod
+    def network_evaluations(self) -> int | None:
+        """Network evaluations of single images, as far as the specification alone determines them."""
+
+    @property
+    def repetitions(self) -> Sequence["JobSpec"]:
+        """The same evaluation on each of its ranges of images; most have one."""
+        return [self]
+
+    @abstractmethod
+    def prepare(self, session: Session) -> "Job":
+        """Check everything and load what is needed, without evaluating the network.
+
+        Raises:
+            UserError: bad input.
+        """
 
 
 @dataclass(frozen=True, eq=False)
-class Cell:
-    """A cell that was checked and can be computed.
+class Job:
+    """An evaluation that was checked and can be computed.
 
     Attributes:
         title: in a few words.
-        output_dir: with the records.
-        identity: everything that decides the numbers, and nothing else: not the batch size, not the device.
-        facts: what else goes into the record.
+        output_dir: holds the records.
+        settings: everything that decides the numbers, and nothing else: not the batch size, not the device.
+        metadata: what else goes into the record.
         indices: numbers of its images.
         steps: network evaluations of one image.
         model, compute: the network and how it is run.
-        measure: fills the parts, each process its share, and returns the entries of the record that came out of them,
-            in the first process. What can fail in it stands in `Processes.barrier`, and no process reads the parts
-            after the last of these blocks.
-        look: what is done with uint8 images (B, C, H, W) once they are there; only for timing.
+        extractor: of the features; None where none are extracted.
     """
 
     title: str
     output_dir: Path
-    identity: dict[str, Any]
-    facts: dict[str, Any]
+    settings: dict[str, Any]
+    metadata: dict[str, Any]
     indices: range
     steps: int
     model: LoadedModel
     compute: ComputeSpec
-    measure: Callable[[Parts, Processes], dict[str, Any]]
-    look: Callable[[Tensor], Any] | None = None
+    extractor: FeatureExtractor | None = None
 
     @property
     def key(self) -> str:
-        """16 hexadecimal digits that stand for the identity."""
-        return record_key(self.identity)
+        """The cache key: 16 hexadecimal digits, a hash of the settings."""
+        return record_key(self.settings)
 
     @property
-    def parts(self) -> Parts:
-        """Where the unfinished cell is."""
-        return Parts(self.output_dir / UNFINISHED / self.key, self.indices)
+    def shards(self) -> Shards:
+        """The results of single batches, until there is a record."""
+        return Shards(self.output_dir / UNFINISHED / self.key, self.indices)
 
-    def find(self) -> Record | None:
+    @property
+    def records(self) -> RecordFile:
+        """The file that its record is in, or will be."""
+        return RecordFile(self.output_dir / RECORDS)
+
+    def find_record(self) -> Record | None:
         """Return its record if there is one."""
-        return RecordFile(self.output_dir / RECORDS).find(self.key)
+        return self.records.find(self.key)
 
+    @contextmanager
+    def lock_unless_done(self, processes: Processes) -> Iterator[Record | None]:
+        """Give the record if there is one, else None; then no other run can compute this job inside the block.
 
-def once(prepare: Callable[[Processes], Cell], processes: Processes = SINGLE_PROCESS) -> tuple[Record, bool]:
-    """Return the record of a cell, and whether it was computed now rather than found among the records.
+        Raises:
+            UserError: another run is computing it.
+        """
+        if (record := processes.run_on_main(self.find_record)) is not None:
+            yield record
+            return
+        with self.shards.lock(processes):
+            record = processes.run_on_main(self.find_record)  # another run may have finished it meanwhile
+            if record is not None and processes.is_main:
+                self.shards.delete()
+            yield record
 
-    Raises:
-        UserError: bad input; another run is at it; or it cannot be computed. What was done stays and the next call goes
-            on.
-    """
-    with processes.barrier():
-        cell = prepare(processes)
-    if (found := processes.run_on_main(cell.find)) is not None:
-        return found, False
-    parts = cell.parts
-    with parts.alone(processes):
-        if (found := processes.run_on_main(cell.find)) is not None:  # of another run, which ended meanwhile
-            if processes.is_main:
-                parts.delete()
-            return found, False
+    def append_record(self, results: dict[str, Any], processes: Processes) -> Record:
+        """Add the record, with the results of the main process, and delete the shards; return it in all processes."""
         record = {
-            "key": cell.key,
-            **cell.identity,
-            **cell.facts,
-            **cell.measure(parts, processes),
-            "network_evaluations": len(cell.indices) * cell.steps,
+            "key": self.key,
+            **self.settings,
+            **self.metadata,
+            **results,
+            "network_evaluations": len(self.indices) * self.steps,
             "compute": {
-                "device": device_name(cell.compute.device),
+                "device": device_name(self.compute.device),
                 "processes": processes.world_size,
-                "batch_size": cell.compute.batch_size,
+                "batch_size": self.compute.batch_size,
             },
             **provenance(),
         }
         with processes.barrier():
             if processes.is_main:
-                RecordFile(cell.output_dir / RECORDS).append(record)
-                parts.delete()
-    return processes.broadcast(record), True
-
-
-def cached_model(checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
-    """Return the model on its device and how it is run, the same as before unless the file was written to meanwhile."""
-    path = Path(checkpoint)
-    return _model(checkpoint, path.stat().st_mtime_ns if path.exists() else 0, weights, compute)
-
-
-@lru_cache(maxsize=1)
-def _model(checkpoint: str, modified: int, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
-    model = prepare_model(load_model(checkpoint, weights), compute)
-    return model, with_batch_size(model, compute)
-
-
-def on_local_device(compute: ComputeSpec, processes: Processes) -> ComputeSpec:
-    """Return how this process computes: of several on one machine, each on a device of its own."""
-    return dataclasses.replace(compute, device=processes.local_device(compute.device))
-
-
-@lru_cache(maxsize=1)
-def cached_images(data: DataSpec, split: Literal["train", "test"]) -> Images:
-    """Return a data set, the same as before."""
-    return load_images(data, split)
-
-
-@lru_cache(maxsize=1)
-def cached_fingerprint(data: DataSpec, split: Literal["train", "test"]) -> str:
-    """Return the fingerprint of a data set."""
-    return cached_images(data, split).fingerprint()
+                self.records.append(record)
+                self.shards.delete()
+        return processes.broadcast(record)
 
 
 def check_shape(model: LoadedModel, images: Images) -> None:
-    """Refuse a data set whose images are not like those that the model makes.
+    """Refuse a data set whose images have another shape than those of the model.
 
     Raises:
-        UserError: they have another shape.
+        UserError: they have.
     """
     if model.spec.image_shape != images.shape:
         raise UserError(
@@ -149,9 +187,9 @@ def check_shape(model: LoadedModel, images: Images) -> None:
         )
 
 
-def model_facts(model: LoadedModel) -> dict[str, Any]:
-    """Return what a record says of the model."""
-    # The same weights give other numbers behind another schedule, or with other groups in a normalisation.
+def model_settings(model: LoadedModel) -> dict[str, Any]:
+    """Return what a record states about the model."""
+    # The same weights give other numbers with another schedule, or with other groups in a normalisation.
     description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
     return {
         # Records call the online weights raw, as they always did: the cache key of an evaluation must not change.
@@ -165,14 +203,14 @@ def model_facts(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def sampler_facts(sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
-    """Return what a record says of the sampler: what decides the numbers, not how it was asked for."""
+def sampler_settings(sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
+    """Return what a record states about the sampler: what decides the numbers, not how it was named."""
     chosen = {name: getattr(sampler, name) for name in ("rule", "eta", "clip", "last_time")}
     return {**chosen, "tau": list(tau)}
 
 
-def common_facts(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
-    """Return what a record says besides what decided its numbers: where it stands in a table."""
+def table_position(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
+    """Return what decides where a record stands in a table."""
     return {
         "trained_on": model.spec.data,
         "S": len(tau),
@@ -183,7 +221,7 @@ def common_facts(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...])
 
 
 def device_name(device: str) -> str:
-    """Return the name of a device's model, by which times can be compared."""
+    """Return the model name of a device, by which times can be compared."""
     named = torch.device(device)
     if named.type == "cpu":
         return f"{platform.machine()} processor, {torch.get_num_threads()} threads"

@@ -1,8 +1,8 @@
-"""A cell of Table 2: encode real images, decode them again, and say how far off they come back (section 5.4)."""
+"""The numbers of Table 2: encode real images, decode them again, and measure the error (section 5.4)."""
 
 import dataclasses
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,140 +11,138 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
-from ddim.config import choose
-from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, normalize
 from ddim.diffusion.labels import asked_steps, title
 from ddim.diffusion.sampling import DDIM, trajectory
 from ddim.diffusion.spec import SamplerSpec
-from ddim.distributed import SINGLE_PROCESS, Processes
+from ddim.distributed import Processes
 from ddim.errors import UserError
-from ddim.evaluation.job import (
-    Cell,
-    cached_fingerprint,
-    cached_images,
-    cached_model,
-    check_shape,
-    common_facts,
-    model_facts,
-    on_local_device,
-    sampler_facts,
-)
+from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
-from ddim.evaluation.shards import Parts
+from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
+from ddim.inference.batching import map_batches
 from ddim.inference.compute import ComputeSpec, autocast
 from ddim.inference.generate import check_sampler, progress, to_pixels
 from ddim.io import Tensors
-from ddim.results.paper import PAPER_TABLES
-from ddim.results.wandb import LoggerSpec
+from ddim.results.records import Record
 
-ERRORS, SHOWN, SECONDS = "errors", "shown", "seconds"  # of a part
+ERRORS, SHOWN, SECONDS = "errors", "shown", "seconds"  # in a shard
 
 
-@dataclass(frozen=True)
-class ReconstructSpec:
-    """A cell; see configs/reconstruct.yaml.
+@dataclass(frozen=True, kw_only=True)
+class ReconstructSpec(JobSpec):
+    """One evaluation; see configs/reconstruct.yaml.
 
     Attributes:
-        checkpoint: path of the model.
-        name: of the sweep.
-        output_dir: its folder: records.jsonl, the tables, pictures.
         data, split: the images to encode and decode.
-        sampler: the times, the same ones up and down; deterministic, eta=0.
-        compute: how to compute.
+        sampler: the times, the same in both directions; deterministic, eta=0.
         n: number of images, the first ones of the split; null for all.
-        weights: ema, online, or ema_RATE for another average of the training.
-        grid: images shown beside their reconstructions; 0 for none.
-        paper: the table of the paper that the numbers stand beside.
-        logger: W&B, if at all.
+        grid: images shown with their reconstructions; 0 for none.
+
+    The others are those of `JobSpec`.
 
     Raises:
-        ValueError: n below 1, a negative grid, or a sampler that is not deterministic or does not end at t = 0.
+        ValueError: n below 1, a sampler that is not deterministic or does not end at t = 0, or what `JobSpec` refuses.
     """
 
-    checkpoint: str
-    name: str
-    output_dir: str
-    data: DataSpec
-    sampler: SamplerSpec
-    compute: ComputeSpec
     split: Literal["train", "test"] = "test"
     n: int | None = None
-    weights: str = "ema"
     grid: int = 32
-    paper: str | None = None
-    logger: LoggerSpec = field(default_factory=LoggerSpec)
 
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1, or null for all images.")
-        if self.grid < 0:
-            raise ValueError(f"grid={self.grid} must not be negative.")
-        if self.logger.tensorboard:
-            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
-        if self.paper is not None:
-            choose("table of the paper", self.paper, PAPER_TABLES)
+        super().__post_init__()
         if self.sampler.build_rule() != DDIM(0.0) or self.sampler.last_time:
             raise ValueError("encoding is deterministic and starts at the image: take sampler.eta=0 and last_time=0.")
 
     @property
-    def single(self) -> list["ReconstructSpec"]:
-        """The cell itself: there is nothing random to repeat."""
-        return [self]
-
-    @property
     def title(self) -> str:
-        """The cell in a few words."""
+        """The evaluation in a few words."""
         return f"reconstruction {title(self.sampler)}"
 
     @property
-    def evaluations(self) -> int | None:
-        """Network evaluations of one image, there and back, as far as the numbers asked for tell."""
+    def network_evaluations(self) -> int | None:
+        """Network evaluations of single images, there and back; None for all images of the split."""
         return None if self.n is None else 2 * self.n * asked_steps(self.sampler)
 
-    def prepare(self, processes: Processes = SINGLE_PROCESS) -> Cell:
+    def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without encoding an image.
 
         Raises:
             UserError: bad input.
         """
-        model, compute = cached_model(self.checkpoint, self.weights, on_local_device(self.compute, processes))
+        model, compute = session.model(self.checkpoint, self.weights, self.compute)
         tau = check_sampler(model, self.sampler)
-        images = cached_images(self.data, self.split)
+        images = session.images(self.data, self.split)
         check_shape(model, images)
         n = len(images) if self.n is None else self.n
         if n > len(images):
             raise UserError(f"n={n} images are more than the {len(images)} of {images.name}; n=null takes all.")
         if model.spec.prediction == "x0":
-            raise UserError("a network that predicts x0 says nothing of ε at t=0, where encoding starts.")
-        identity = {
+            raise UserError("a network that predicts x0 gives no ε at t=0, where encoding starts.")
+        fingerprint = session.fingerprint(self.data, self.split)
+        settings = {
             "kind": "reconstruction",
-            "model": model_facts(model),
-            "sampler": sampler_facts(self.sampler, tau),
+            "model": model_settings(model),
+            "sampler": sampler_settings(self.sampler, tau),
             "n": n,
             "bf16": self.compute.bf16,
             "pixels": "float32, neither rounded nor clamped",
-            "reference": {
-                "name": images.name,
-                "images": len(images),
-                "fingerprint": cached_fingerprint(self.data, self.split),
-            },
+            "reference": {"name": images.name, "images": len(images), "fingerprint": fingerprint},
             "metric": {"name": "reconstruction", "scale": "mean squared error of a value in [0, 1]"},
         }
-        facts = {"paper": self.paper, "config": dataclasses.asdict(self)}
-        measurement = _Measurement(self, compute, model, images, n)
-        return Cell(
+        metadata = {"paper": self.paper, "config": dataclasses.asdict(self)}
+        return Job(
             title=self.title,
             output_dir=Path(self.output_dir),
-            identity=identity,
-            facts=facts | common_facts(model, self.sampler, tau),
+            settings=settings,
+            metadata=metadata | table_position(model, self.sampler, tau),
             indices=range(n),
             steps=2 * len(tau),
             model=model,
             compute=compute,
-            measure=measurement,
         )
+
+
+def evaluate(spec: ReconstructSpec, session: Session | None = None) -> tuple[Record, bool]:
+    """Return the record of an evaluation, and whether it was computed now; see `ddim.evaluation.fidelity.evaluate`."""
+    session = session or Session()
+    with session.processes.barrier():
+        job = spec.prepare(session)
+    with job.lock_unless_done(session.processes) as record:
+        if record is not None:
+            return record, False
+        reconstruct_shards(spec, job, session.images(spec.data, spec.split), session.processes)
+        return job.append_record(measure(spec, job, session.processes), session.processes), True
+
+
+def reconstruct_shards(spec: ReconstructSpec, job: Job, images: Images, processes: Processes) -> None:
+    """Encode and decode the missing images and store their errors, each process its share."""
+    shards = job.shards
+    shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= _shown(spec, batch), processes)
+    batches = shards.missing(job.compute.batch_size, processes)
+    with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
+        for batch, tensors in map_batches(batches, lambda batch: _reconstruct_batch(spec, job, images, batch, bar)):
+            write(batch, tensors)
+
+
+def measure(spec: ReconstructSpec, job: Job, processes: Processes) -> dict[str, Any]:
+    """Return the mean of the stored errors and what a record states with it; {} but in the main process."""
+    results: dict[str, Any] = {}
+    shards, n = job.shards, len(job.indices)
+    with processes.barrier():
+        if processes.is_main:
+            error = float(shards.read_all(ERRORS).mean())
+            results["metrics"] = {f"reconstruction_mse_{count_name(n)}": error}
+            results["seconds_sampling"] = float(sum(shards.read(SECONDS)))
+            results["seconds_metrics"] = 0.0
+            if spec.grid:
+                results["grid"] = f"grids/reconstruction_S{asked_steps(spec.sampler):04d}_{job.key[:6]}.png"
+                pairs = shards.read_all(SHOWN)[: spec.grid]
+                save_png(grid(pairs.flatten(0, 1), columns=8), job.output_dir / results["grid"])
+    return results
 
 
 @torch.inference_mode()
@@ -166,48 +164,16 @@ def reconstruct(
     return x
 
 
-@dataclass(frozen=True, eq=False)
-class _Measurement:
-    """Encodes, decodes and compares the images of a cell, part by part."""
+def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: range, bar: tqdm) -> Tensors:
+    start = time.perf_counter()
+    pixels = torch.stack([images[i] for i in batch])
+    x_0 = normalize(pixels.to(job.compute.device))
+    x = reconstruct(job.model, spec.sampler, x_0, job.compute, bar)
+    errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
+    pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: _shown(spec, batch)]
+    return {ERRORS: errors, SHOWN: pairs, SECONDS: torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
 
-    spec: ReconstructSpec
-    compute: ComputeSpec
-    model: LoadedModel
-    images: Images
-    n: int
 
-    def __call__(self, parts: Parts, processes: Processes) -> dict[str, Any]:
-        spec, steps = self.spec, 2 * len(check_sampler(self.model, self.spec.sampler))
-        parts.require(lambda batch, tensors: len(tensors[SHOWN]) >= self._shown(batch), processes)
-        with progress(self.n * steps, spec.title) as bar:
-
-            def compute(batch: range) -> Tensors:
-                start = time.perf_counter()
-                pixels = torch.stack([self.images[i] for i in batch])
-                x_0 = normalize(pixels.to(self.compute.device))
-                x = reconstruct(self.model, spec.sampler, x_0, self.compute, bar)
-                errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
-                pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: self._shown(batch)]
-                seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-                return {ERRORS: errors, SHOWN: pairs, SECONDS: seconds}
-
-            parts.fill(self.compute.batch_size, compute, processes, lambda count: bar.reset(count * steps))
-        found: dict[str, Any] = {}
-        with processes.barrier():
-            if processes.is_main:
-                error = float(torch.cat([*parts.read(ERRORS)]).mean())
-                found["metrics"] = {f"reconstruction_mse_{count_name(self.n)}": error}
-                found["seconds_sampling"] = float(sum(parts.read(SECONDS)))
-                found["seconds_metrics"] = 0.0
-                found |= self._save_grid(parts) if spec.grid else {}
-        return found
-
-    def _shown(self, batch: range) -> int:
-        """How many images of a batch stand in the grid."""
-        return min(len(batch), max(0, self.spec.grid - batch.start))
-
-    def _save_grid(self, parts: Parts) -> dict[str, str]:
-        name = f"grids/reconstruction_S{asked_steps(self.spec.sampler):04d}_{parts.folder.name[:6]}.png"
-        pairs = torch.cat([*parts.read(SHOWN)])[: self.spec.grid]
-        save_png(grid(pairs.flatten(0, 1), columns=8), Path(self.spec.output_dir) / name)
-        return {"grid": name}
+def _shown(spec: ReconstructSpec, batch: range) -> int:
+    """Return how many images of a batch are in the grid."""
+    return min(len(batch), max(0, spec.grid - batch.start))

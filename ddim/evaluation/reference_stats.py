@@ -1,4 +1,4 @@
-"""The set of real images that generated ones are compared with: measured once, and found again by what decided it."""
+"""The statistics of the real images: measured once and kept under a hash of what decides them, or published."""
 
 import hashlib
 from pathlib import Path
@@ -11,101 +11,102 @@ from ddim.data.images import Images
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, load_moments, moments, save_moments
-from ddim.evaluation.metrics import FeatureExtractor, MetricSpec, keeps_features
-from ddim.evaluation.shards import Parts
-from ddim.io import Tensors, read_safetensors, write_safetensors
+from ddim.evaluation.features import FeatureExtractor
+from ddim.evaluation.shards import Shards
+from ddim.io import read_safetensors, write_safetensors
 from ddim.results.records import record_key
 
-IMAGES_AT_ONCE = 1000  # of a part; the extractor takes them in its own batches
+SHARD_SIZE = 1000  # images of a shard; the extractor takes them in its own batches
 
 
 def measure_reference(
     images: Images,
-    identity: dict[str, Any],
+    cache_key: dict[str, Any],
     extractor: FeatureExtractor,
     folder: Path,
     processes: Processes = SINGLE_PROCESS,
+    *,
+    with_features: bool = False,
 ) -> FeatureSet:
     """Return the data set as the metrics see it, from `folder` if it was measured before.
 
-    There it is NAME_HASH.npz with mu and sigma, which other code bases read too, and NAME_HASH.safetensors with the
-    features where a metric needs them. Half-done work goes on.
+    The files are NAME_HASH.npz with mu and sigma, which other code bases read too, and NAME_HASH.safetensors with the
+    features where a metric needs them. An interrupted measurement continues.
 
     Args:
         images: the data set.
-        identity: everything that decides the features: data, split, transform, extractor, weights.
+        cache_key: everything that decides the features: data, split, transform, extractor, weights.
         extractor: on its device.
         folder: of all references.
         processes: each extracts a share.
+        with_features: keep the features too.
     """
-    stem = f"{images.name}_{record_key(identity)}"
+    stem = f"{images.name}_{record_key(cache_key)}"
     statistics, stored = folder / f"{stem}.npz", folder / f"{stem}.safetensors"
-    layer, wants_features = extractor.layers[0], keeps_features(extractor.spec)
-    parts = Parts(folder / f"{stem}.parts", range(len(images)))
+    shards = Shards(folder / f"{stem}.parts", range(len(images)))
 
-    def found() -> bool:
-        return statistics.is_file() and (not wants_features or stored.is_file())
+    def is_measured() -> bool:
+        return statistics.is_file() and (not with_features or stored.is_file())
 
-    if not processes.run_on_main(found):
-        with parts.alone(processes, wait=True):  # the jobs of a sweep start together
-            if not processes.run_on_main(found):
-                _measure(images, extractor, parts, statistics, stored if wants_features else None, processes)
+    if not processes.run_on_main(is_measured):
+        with shards.lock(processes, wait=True):  # the jobs of a sweep start together
+            if not processes.run_on_main(is_measured):
+                _measure(images, extractor, shards, statistics, stored if with_features else None, processes)
             elif processes.is_main:
-                parts.delete()
+                shards.delete()
     with processes.barrier():
-        known = load_moments(statistics)
-        if wants_features:
+        stats = load_moments(statistics)
+        if with_features:
             features, _ = read_safetensors(stored)
-            known = FeatureSet(len(features[layer]), known.mean, known.covariance, features)
-    return known
+            stats = FeatureSet(len(features[extractor.layers[0]]), stats.mean, stats.covariance, features)
+    return stats
 
 
 def _measure(
     images: Images,
     extractor: FeatureExtractor,
-    parts: Parts,
+    shards: Shards,
     statistics: Path,
     stored: Path | None,
     processes: Processes,
 ) -> None:
-    layer = extractor.layers[0]
-    title = f"{extractor.spec.extractor} features of {images.name}"
-    with tqdm(total=len(images), desc=title, unit=" images", unit_scale=True, disable=None) as bar:
-
-        def features(batch: range) -> Tensors:
-            found = extractor.extract(torch.stack([images[i] for i in batch]))
+    batches = shards.missing(min(SHARD_SIZE, len(images)), processes)
+    title = f"{extractor.name} features of {images.name}"
+    with (
+        tqdm(total=sum(map(len, batches)), desc=title, unit=" images", unit_scale=True, disable=None) as bar,
+        shards.writer(processes) as write,
+    ):
+        for batch in batches:
+            write(batch, extractor.extract(torch.stack([images[i] for i in batch])))
             bar.update(len(batch))
-            return found
-
-        parts.fill(min(IMAGES_AT_ONCE, len(images)), features, processes, bar.reset)
-    count, mean, covariance = moments(parts.read(layer, processes), extractor.device, processes)
+    count, mean, covariance = moments(shards.read(extractor.layers[0], processes), extractor.device, processes)
     with processes.barrier():
         if processes.is_main:
             save_moments(FeatureSet(count, mean, covariance), statistics)
             if stored is not None:
-                write_safetensors(stored, {name: torch.cat([*parts.read(name)]) for name in extractor.layers}, {})
-            parts.delete()
+                write_safetensors(stored, {name: shards.read_all(name) for name in extractor.layers}, {})
+            shards.delete()
 
 
-def published_reference(spec: MetricSpec, extractor: FeatureExtractor, shape: tuple[int, int, int]) -> FeatureSet:
-    """Return the statistics in the file `spec.reference_npz`.
+def published_reference(path: str, extractor: FeatureExtractor, shape: tuple[int, int, int]) -> FeatureSet:
+    """Return the statistics in a published file.
 
     Args:
-        spec: names the file.
+        path: of an .npz with mu and sigma.
         extractor: whose features they are.
         shape: of the generated images, (C, H, W).
 
     Raises:
         UserError: the file cannot be read, or its features have another number of dimensions.
     """
-    found = load_moments(Path(str(spec.reference_npz)))
+    stats = load_moments(Path(path))
     dimension = extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8))[extractor.layers[0]].shape[1]
-    if len(found.mean) != dimension:
+    if len(stats.mean) != dimension:
         raise UserError(
-            f"the statistics {spec.reference_npz} have {len(found.mean)} dimensions, the features of {spec.extractor} "
-            f"{dimension}; they belong to another extractor."
+            f"the statistics {path} have {len(stats.mean)} dimensions, the features of {extractor.name} {dimension}; "
+            "they belong to another extractor."
         )
-    return found
+    return stats
 
 
 def file_hash(path: str) -> str:

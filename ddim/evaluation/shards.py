@@ -1,47 +1,46 @@
-"""A long computation over numbered images, kept on the disk batch by batch: it can stop anywhere and go on.
+"""A computation over numbered images, stored batch by batch, so that it can stop anywhere and continue.
 
-Each batch becomes one file, named by its images, which appears whole or not at all. What is missing is what no file
-covers, so a run that goes on, with another batch size or on another number of processes, computes just that.
+Each batch becomes one file, a shard, named by its images and written atomically. An image is missing if no shard
+covers it: a run that continues, with another batch size or number of processes, computes exactly the missing ones.
 """
 
-import fcntl
 import logging
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TypeVar
 
+import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.inference.batching import in_batches, split
+from ddim.inference.batching import split
 from ddim.io import Tensors, read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-PATIENCE = 45  # looks into a folder on the network, in about 100 seconds
+MAX_CHECKS = 45  # of a folder on the network, in about 100 seconds
 NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 
 
-class Parts:
-    """The files of a computation over the images numbered `indices`.
+class Shards:
+    """The stored batches of a computation over the images numbered `indices`.
 
     Args:
-        folder: theirs alone; made when the first part comes.
+        folder: for these shards only; made when the first is written.
         indices: consecutive numbers.
     """
 
     def __init__(self, folder: Path, indices: range) -> None:
         self.folder, self.indices = folder, indices
 
-    def done(self) -> list[range]:
-        """Return the batches there are, in order and without overlap; a damaged file is removed and said."""
-        found, reached = [], self.indices.start
+    def complete(self) -> list[range]:
+        """Return the stored batches, in order and without overlap; a damaged file is removed, with a warning."""
+        batches, reached = [], self.indices.start
         for path in sorted(self.folder.glob("*.safetensors")):
             if (name := NAME.fullmatch(path.name)) is None:
                 continue
@@ -54,62 +53,61 @@ class Parts:
                 log.warning("%s; its images are computed again.", str(error).rstrip("."))
                 path.unlink(missing_ok=True)
                 continue
-            found.append(batch)
+            batches.append(batch)
             reached = batch.stop
-        return found
+        return batches
 
-    def missing(self, batch_size: int) -> list[range]:
-        """Return what is not there, in batches that start at multiples of `batch_size` from the first image on."""
-        edges = [self.indices.start, *(edge for b in self.done() for edge in (b.start, b.stop)), self.indices.stop]
+    def missing(self, batch_size: int, processes: Processes = SINGLE_PROCESS) -> list[range]:
+        """Return this process's share of the missing images.
+
+        Batches start at multiples of `batch_size` from the first image on.
+        """
+        return processes.run_on_main(lambda: self._missing(batch_size))[processes.rank :: processes.world_size]
+
+    def _missing(self, batch_size: int) -> list[range]:
+        stored = self.complete()
+        edges = [self.indices.start, *(edge for b in stored for edge in (b.start, b.stop)), self.indices.stop]
         gaps = [range(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
         return [batch for gap in gaps if len(gap) for batch in split(gap, batch_size, self.indices.start)]
 
-    def fill(
-        self,
-        batch_size: int,
-        compute: Callable[[range], Tensors],
-        processes: Processes = SINGLE_PROCESS,
-        started: Callable[[int], None] = lambda count: None,
-    ) -> None:
-        """Compute what is missing, each process its share; a batch is written while the next is computed.
+    @contextmanager
+    def writer(self, processes: Processes = SINGLE_PROCESS) -> Iterator[Callable[[range, Tensors], None]]:
+        """Give `write(batch, tensors)`, which stores a batch while the caller computes the next one.
 
-        Args:
-            batch_size: images at a time.
-            compute: maps a batch to named tensors, the rows in the order of its images where there are rows.
-            processes: who takes part.
-            started: told, before the first batch, how many images this process is going to compute.
+        Tensors with rows have one for each image, in order. After the block the shards of all processes are complete.
 
         Raises:
-            UserError: a batch failed here or in another process. What was done stays.
+            UserError: the block failed in another process. What was stored stays.
         """
-        batches = processes.run_on_main(lambda: self.missing(batch_size))
-        mine = batches[processes.rank :: processes.world_size]
-        started(sum(map(len, mine)))
-        with processes.barrier(), ThreadPoolExecutor(1) as writer:
-            written = None
-            for batch, tensors in in_batches(mine, compute):
-                if written is not None:
-                    written.result()
-                written = writer.submit(write_safetensors, self.path(batch), tensors, {})
-            if written is not None:
-                written.result()
+        pending: Future[None] | None = None
+
+        def write(batch: range, tensors: Tensors) -> None:
+            nonlocal pending
+            if pending is not None:
+                pending.result()
+            pending = pool.submit(write_safetensors, self.path(batch), tensors, {})
+
+        with processes.barrier(), ThreadPoolExecutor(1) as pool:
+            yield write
+            if pending is not None:
+                pending.result()
         with processes.barrier():
             self._wait_until_complete()
 
-    def require(self, holds: Callable[[range, Tensors], bool], processes: Processes = SINGLE_PROCESS) -> None:
-        """Remove the parts for which `holds(batch, tensors)` is false: of an earlier run that was to keep less."""
+    def discard_unless(self, suffices: Callable[[range, Tensors], bool], processes: Processes = SINGLE_PROCESS) -> None:
+        """Remove the shards for which `suffices(batch, tensors)` is false, such as those with fewer images to show."""
         with processes.barrier():
-            for batch in self.done() if processes.is_main else []:
+            for batch in self.complete() if processes.is_main else []:
                 tensors, _ = read_safetensors(self.path(batch))
-                if not holds(batch, tensors):
+                if not suffices(batch, tensors):
                     self.path(batch).unlink()
 
     def _wait_until_complete(self) -> None:
-        # Another machine's file can take a while to show in a folder on the network.
-        for waited in range(PATIENCE):
-            if not self.missing(len(self.indices)):
+        # A file of another machine can take a while to appear in a folder on the network.
+        for checks in range(MAX_CHECKS):
+            if not self._missing(len(self.indices)):
                 return
-            time.sleep(waited / 10)
+            time.sleep(checks / 10)
         raise UserError(f"{self.folder} lacks what other processes wrote; they must all see the same output folder.")
 
     def path(self, batch: range) -> Path:
@@ -117,45 +115,42 @@ class Parts:
         return self.folder / f"{batch.start:010d}_{batch.stop:010d}.safetensors"
 
     def read(self, name: str, processes: Processes = SINGLE_PROCESS) -> Iterator[Tensor]:
-        """Yield the tensor `name` of each part, in the order of the images; of several processes, each a share."""
-        for batch in self.done()[processes.rank :: processes.world_size]:
+        """Yield the tensor `name` of each shard, in the order of the images; of several processes, each its share."""
+        for batch in self.complete()[processes.rank :: processes.world_size]:
             tensors, _ = read_safetensors(self.path(batch))
             yield tensors[name]
 
+    def read_all(self, name: str) -> Tensor:
+        """Return the tensor `name` of all shards, concatenated."""
+        return torch.cat([*self.read(name)])
+
     @contextmanager
-    def alone(self, processes: Processes = SINGLE_PROCESS, wait: bool = False) -> Iterator[None]:
-        """Keep another run from the same parts; the lock goes with the process, however it ends.
+    def lock(self, processes: Processes = SINGLE_PROCESS, wait: bool = False) -> Iterator[None]:
+        """Keep other runs from the same shards; the lock ends with the process, however that ends.
 
         Args:
             processes: of this run.
-            wait: for the other run to end, instead of refusing; what it did is there then.
+            wait: for the other run to end, instead of refusing.
 
         Raises:
-            UserError: another run has it, and there is no waiting.
+            UserError: another run holds the lock, and `wait` is false.
         """
-        lock = None
+        # Next to the folder and never removed, so that all runs lock the same file.
+        lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"), timeout=-1 if wait else 0)
         with processes.barrier():
             if processes.is_main:
-                lock = self._lock(wait)
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire()
+                except Timeout as error:
+                    raise UserError(
+                        f"another run is computing this evaluation ({self.folder}); wait for it, or choose another "
+                        "output_dir=..."
+                    ) from error
         try:
             yield
         finally:
-            if lock is not None:
-                lock.close()
-
-    def _lock(self, wait: bool) -> IO[str]:
-        # Beside the folder and never removed, so that all runs mean the same file.
-        path = self.folder.with_name(f".{self.folder.name}.lock")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            file.close()
-            raise UserError(
-                f"another run is computing this cell ({self.folder}); wait for it, or choose another output_dir=..."
-            ) from error
-        return file
+            lock.release()
 
     def delete(self) -> None:
         """Remove the files."""

@@ -22,7 +22,7 @@ def split(indices: range, batch_size: int, origin: int = 0) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(edges) if start < stop]
 
 
-def in_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Iterator[tuple[range, T]]:
+def map_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Iterator[tuple[range, T]]:
     """Yield (batch, compute(batch)). One that does not fit into memory is halved, and so are all that come after it.
 
     Raises:

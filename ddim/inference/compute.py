@@ -9,7 +9,7 @@ import torch
 
 from ddim.checkpoints import LoadedModel
 from ddim.errors import UserError
-from ddim.inference.batching import in_batches
+from ddim.inference.batching import map_batches
 from ddim.networks import tune_network
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class ComputeSpec:
         channels_last, compile, graphs, winograd: see `ddim.networks.tune_network`.
 
     Raises:
-        ValueError: batch_size below 0, or 0 where each size would be compiled anew; bf16 with winograd, which is for
+        ValueError: batch_size below 0, or 0 where each size would be compiled again; bf16 with winograd, which is for
             float32.
     """
 
@@ -49,18 +49,18 @@ class ComputeSpec:
 
 
 def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
-    """Move a model to its device and tune it, as `compute` says; returns the same model.
+    """Move a model to its device and accelerate it as `compute` asks; returns the same model.
 
     Raises:
-        UserError: the device is not there, or cannot do what `compute` says.
+        UserError: the device does not exist, or does not support what `compute` asks for.
     """
     try:
         model.network.to(compute.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
-    ways = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
-    tune_network(model.network, torch.device(compute.device), **ways)
+    options = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
+    tune_network(model.network, torch.device(compute.device), **options)
     return model
 
 
@@ -72,9 +72,9 @@ def with_batch_size(model: LoadedModel, compute: ComputeSpec, most: int = 1024) 
     """
     if compute.batch_size:
         return compute
-    found = find_batch_size(lambda count: evaluate_zeros(model, compute, count), most)
-    log.info("compute.batch_size=%d is about the fastest here.", found)
-    return replace(compute, batch_size=found)
+    fastest = find_batch_size(lambda count: evaluate_zeros(model, compute, count), most)
+    log.info("compute.batch_size=%d is about the fastest here.", fastest)
+    return replace(compute, batch_size=fastest)
 
 
 def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
@@ -86,17 +86,17 @@ def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
     Args:
         evaluate: what is timed, with so many images at once.
     """
-    paces: dict[int, float] = {}  # seconds for an image
+    seconds: dict[int, float] = {}  # for one image, by the number at once
     count, slower = 1, 0
     while count <= most and slower < 2:
-        fitted, took = time_after_warmup(evaluate, count)
-        pace = took / fitted
-        slower = slower + 1 if paces and pace >= min(paces.values()) else 0
-        paces[fitted] = min(pace, paces.get(fitted, pace))
-        if fitted < count or took > LONG:
+        fitted, duration = time_after_warmup(evaluate, count)
+        each = duration / fitted
+        slower = slower + 1 if seconds and each >= min(seconds.values()) else 0
+        seconds[fitted] = min(each, seconds.get(fitted, each))
+        if fitted < count or duration > LONG:
             break
         count *= 2
-    return min(size for size, pace in paces.items() if pace <= 1.05 * min(paces.values()))
+    return min(size for size, each in seconds.items() if each <= 1.05 * min(seconds.values()))
 
 
 def time_after_warmup(call: Callable[[int], object], count: int) -> tuple[int, float]:
@@ -111,7 +111,7 @@ def time_after_warmup(call: Callable[[int], object], count: int) -> tuple[int, f
         call(len(batch))
         return time.perf_counter() - start
 
-    batch, took = next(in_batches([range(count)], seconds))
+    batch, took = next(map_batches([range(count)], seconds))
     return len(batch), took
 
 
@@ -124,5 +124,5 @@ def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None
 
 
 def autocast(compute: ComputeSpec) -> torch.autocast:
-    """Return the context in which the network runs as `compute` says."""
+    """Return the context that gives the network the precision of `compute`."""
     return torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=compute.bf16)

@@ -1,7 +1,6 @@
-"""Generating exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
+"""Generate exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +13,8 @@ from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.inference.batching import in_batches, split
+from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast
-
-log = logging.getLogger(__name__)
 
 
 def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
@@ -44,67 +41,62 @@ def generate(
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
     if compute.batch_size < 1:
         raise UserError("batch_size=0 was not replaced by a number; see with_batch_size.")
-    tau = check_sampler(model, sampler)
-    places = split(range(len(indices)), compute.batch_size)
-    with progress(len(indices) * len(tau), title) as bar:
+    with progress(len(indices) * len(check_sampler(model, sampler)), title) as bar:
 
-        def images(batch: range) -> Tensor:
-            return generate_batch(model, sampler, indices[batch.start : batch.stop], seed, compute, bar)
+        def generate_part(part: range) -> Tensor:
+            return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar)
 
-        return torch.cat([found for _, found in in_batches(places, images)])
+        parts = split(range(len(indices)), compute.batch_size)  # of the list of indices, which need not be consecutive
+        return torch.cat([images for _, images in map_batches(parts, generate_part)])
 
 
+def generate_batches(
+    model: LoadedModel, sampler: SamplerSpec, batches: Sequence[range], seed: int, compute: ComputeSpec, bar: tqdm
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield (batch, its images) for each batch of consecutive numbers, halved where it does not fit into memory.
+
+    Arguments and errors are those of `generate_batch`.
+    """
+    return map_batches(batches, lambda batch: generate_batch(model, sampler, batch, seed, compute, bar))
+
+
+@torch.inference_mode()
 def generate_batch(
     model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, bar: tqdm
 ) -> Tensor:
-    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, all at once.
+    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, in one batch.
 
     Args:
         model: on its device (`prepare_model`).
         sampler: how to sample.
         indices: image numbers; image i is the same whatever else is asked for, up to the rounding of the network.
-        seed: of x_T and of the noise in between.
+        seed: of x_T and of the noise of the steps.
         compute: device and precision.
-        bar: counts network evaluations of one image.
+        bar: counts network evaluations of single images.
 
     Raises:
         UserError: the samples are not finite.
     """
     x_T = initial_noise(indices, model.spec.image_shape, seed, device=compute.device)
-    return to_pixels(sample_batch(model, sampler, x_T, indices, seed, compute, lambda state: bar.update(len(state.x))))
-
-
-@torch.inference_mode()
-def sample_batch(
-    model: LoadedModel,
-    sampler: SamplerSpec,
-    x_T: Tensor,
-    indices: Sequence[int],
-    seed: int,
-    compute: ComputeSpec,
-    watch: Callable[[State], object],
-) -> Tensor:
-    """Return the samples that start from given x_T, float32 (B, C, H, W) on the device; all in one batch.
-
-    Args:
-        model: on its device (`prepare_model`).
-        sampler: how to sample.
-        x_T: (B, C, H, W), on that device.
-        indices, seed: address of the noise in between.
-        compute: the precision.
-        watch: called with the state after each step.
-    """
-    states = sampler.trajectory(
-        model, model.spec.schedule, x_T, prediction=model.spec.prediction, seed=seed, indices=indices
-    )
     with autocast(compute):
-        for state in states:
-            watch(state)
-    return state.x
+        for state in sample_steps(model, sampler, x_T, indices, seed):
+            bar.update(len(state.x))
+    return to_pixels(state.x)
+
+
+def sample_steps(
+    model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Sequence[int], seed: int
+) -> Iterator[State]:
+    """Yield the state after each step of the sampler from given x_T, (B, C, H, W) on the device of the model.
+
+    The noise of the steps is addressed by `seed` and the image numbers `indices`, (B,).
+    """
+    spec = model.spec
+    return sampler.trajectory(model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices)
 
 
 def progress(evaluations: int, title: str) -> tqdm:
-    """Return a bar that counts network evaluations of one image, with the time left; it shows only on a terminal."""
+    """Return a bar that counts network evaluations of single images, with the time left; it shows on terminals only."""
     return tqdm(total=evaluations, desc=title, unit=" evaluations", unit_scale=True, disable=None)
 
 
@@ -116,7 +108,7 @@ def to_pixels(x: Tensor) -> Tensor:
     """
     if not bool(torch.isfinite(x).all()):
         raise UserError(
-            "the samples are not finite numbers; sample with compute.bf16=false, and if that does not help the "
+            "the samples are not finite numbers; sample with compute.bf16=false, and if that does not help, the "
             "checkpoint is of a training that diverged."
         )
     return to_uint8(x).cpu()

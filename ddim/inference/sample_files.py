@@ -13,7 +13,7 @@ from ddim.errors import UserError
 from ddim.image_io import grid, save_gif, save_png
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler, generate, progress, to_pixels
-from ddim.inference.trajectories import Source, along
+from ddim.inference.trajectories import SamplingContext, record_steps
 from ddim.random import check_seed
 
 
@@ -89,11 +89,11 @@ def _targets(spec: SampleSpec, folder: Path, indices: range) -> list[Path]:
 
 def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor]:
     """Return a grid of x_T, then one of x̂0 for each step."""
-    source = Source(model, spec.seed, spec.compute)
-    x_T, count = source.x_T(indices), len(check_sampler(model, spec.sampler))
+    context = SamplingContext(model, spec.seed, spec.compute)
+    x_T, count = context.x_T(indices), len(check_sampler(model, spec.sampler))
     steps = range(1, count + 1)
     with progress(len(indices) * count, "sampling") as bar:
-        seen = along(
-            source, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update
-        )  # as pixels: a long trajectory of floats would be large
-    return [grid(to_pixels(x_T)), *(grid(frame) for frame in seen.transpose(0, 1))]
+        frames = record_steps(
+            context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update
+        )  # pixels: a long trajectory of floats would be large
+    return [grid(to_pixels(x_T)), *(grid(frame) for frame in frames.transpose(0, 1))]

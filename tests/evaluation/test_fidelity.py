@@ -1,4 +1,4 @@
-"""A cell: computed once, recorded with everything that decided it, found again by that and by nothing else."""
+"""An evaluation: computed once, recorded with everything that decides it, and found again by exactly that."""
 
 import dataclasses
 import json
@@ -19,24 +19,18 @@ from ddim.data.datasets import DataSpec
 from ddim.diffusion.labels import row_label, title
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation import fidelity, job
+from ddim.evaluation import metrics, session
 from ddim.evaluation.feature_stats import feature_set
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
-from ddim.evaluation.metrics import FeatureExtractor, MetricSpec, compute_metrics
+from ddim.evaluation.features import FeatureExtractor
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
+from ddim.evaluation.metrics import MetricSpec, compute_metrics
+from ddim.evaluation.session import Session
+from ddim.image_io import grid
+from ddim.inference import generate as generate_module
 from ddim.inference.generate import generate
 from ddim.results.records import RECORDS, RecordFile
 
 T = 50  # of the tiny model
-CACHES = (
-    *((job, name) for name in ("_model", "cached_images", "cached_fingerprint")),
-    *((fidelity, name) for name in ("_extractor", "_extractor_facts", "_reference")),
-)
-
-
-@pytest.fixture
-def empty_caches() -> None:
-    for module, name in CACHES:
-        getattr(module, name).cache_clear()
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +39,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("images were generated")
 
-    monkeypatch.setattr(fidelity, "generate_batch", fail)
+    monkeypatch.setattr(generate_module, "generate_batch", fail)
 
 
 def on_sampler(**changes: Any) -> Callable[[EvaluateSpec], EvaluateSpec]:
@@ -60,12 +54,12 @@ def on_metric(**changes: Any) -> Callable[[EvaluateSpec], EvaluateSpec]:
     return lambda spec: dataclasses.replace(spec, metric=dataclasses.replace(spec.metric, **changes))
 
 
-def on_cell(**changes: Any) -> Callable[[EvaluateSpec], EvaluateSpec]:
+def on_spec(**changes: Any) -> Callable[[EvaluateSpec], EvaluateSpec]:
     return lambda spec: dataclasses.replace(spec, **changes)
 
 
-def test_the_record_holds_everything_that_decided_the_number(spec: EvaluateSpec, checkpoint: Path) -> None:
-    record, new = evaluate_cell(spec)
+def test_record_holds_everything_that_decides_it(spec: EvaluateSpec, checkpoint: Path) -> None:
+    record, new = evaluate(spec)
     assert new
     assert record["config"] == dataclasses.asdict(spec)
     assert record["model"] == {
@@ -87,7 +81,7 @@ def test_the_record_holds_everything_that_decided_the_number(spec: EvaluateSpec,
     assert record["reference"]["images"] == 1797
     assert len(record["reference"]["fingerprint"]) == 64
     assert record["metric"]["extractor"] == "digits_classifier"
-    assert record["metric"]["weights_hash"] == FeatureExtractor(spec.metric, "cpu").weights_hash()
+    assert record["metric"]["weights_hash"] == spec.metric.build_extractor("cpu").weights_hash
     assert record["revision"]
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert list(record["metrics"]) == ["fd_digits_classifier_20"]
@@ -95,10 +89,10 @@ def test_the_record_holds_everything_that_decided_the_number(spec: EvaluateSpec,
     assert stored == json.loads(json.dumps(record))
 
 
-def test_the_number_is_that_of_the_images_and_the_data(spec: EvaluateSpec, model: LoadedModel) -> None:
+def test_metric_equals_a_direct_computation(spec: EvaluateSpec, model: LoadedModel) -> None:
     spec = dataclasses.replace(spec, n=100, seed=5)
-    record, _ = evaluate_cell(spec)
-    extractor = FeatureExtractor(spec.metric, "cpu")
+    record, _ = evaluate(spec)
+    extractor = spec.metric.build_extractor("cpu")
     digits = torch.from_numpy(np.round(load_digits().images * 255 / 16 + 1e-9)).to(torch.uint8)[:, None]
     both = (generate(model, spec.sampler, range(100), 5, spec.compute), digits)
     features = [feature_set(extractor.extract(images), "64") for images in both]
@@ -106,11 +100,11 @@ def test_the_number_is_that_of_the_images_and_the_data(spec: EvaluateSpec, model
     assert record["metrics"]["fd_digits_classifier_100"] > 1
 
 
-def test_a_cell_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, new = evaluate_cell(spec)
+def test_an_evaluation_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, new = evaluate(spec)
     assert new
     forbid(monkeypatch)
-    again, new = evaluate_cell(spec)
+    again, new = evaluate(spec)
     assert not new
     assert again == json.loads(json.dumps(first))
 
@@ -118,9 +112,9 @@ def test_a_cell_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "change",
     [
-        on_cell(seed=1),
-        on_cell(n=21),
-        on_cell(weights="online"),
+        on_spec(seed=1),
+        on_spec(n=21),
+        on_spec(weights="online"),
         on_sampler(eta=0.6),
         on_sampler(S=4),
         on_sampler(spacing="quadratic"),
@@ -132,14 +126,14 @@ def test_a_cell_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyP
         on_metric(extractor="pixels"),
     ],
 )
-def test_what_changes_the_number_is_another_cell(
+def test_what_changes_the_number_changes_the_key(
     spec: EvaluateSpec, change: Callable[[EvaluateSpec], EvaluateSpec]
 ) -> None:
-    first, _ = evaluate_cell(spec)
-    second, new = evaluate_cell(change(spec))
+    first, _ = evaluate(spec)
+    second, new = evaluate(change(spec))
     assert new
     assert second["key"] != first["key"]
-    assert evaluate_cell(spec) == (json.loads(json.dumps(first)), False)
+    assert evaluate(spec) == (json.loads(json.dumps(first)), False)
 
 
 @pytest.mark.parametrize(
@@ -148,31 +142,29 @@ def test_what_changes_the_number_is_another_cell(
         on_compute(batch_size=3),
         on_compute(channels_last=True),
         on_metric(batch_size=64),
-        on_cell(grid=4),
-        on_cell(name="other"),
+        on_spec(grid=4),
+        on_spec(name="other"),
         on_sampler(S=None, spacing="explicit", times=(16, 33, 50)),
     ],
 )
-def test_what_does_not_change_the_number_is_the_same_cell(
+def test_what_decides_nothing_keeps_the_key(
     spec: EvaluateSpec, change: Callable[[EvaluateSpec], EvaluateSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, _ = evaluate_cell(spec)
+    first, _ = evaluate(spec)
     forbid(monkeypatch)
-    assert evaluate_cell(change(spec)) == (json.loads(json.dumps(first)), False)
+    assert evaluate(change(spec)) == (json.loads(json.dumps(first)), False)
 
 
-def test_another_folder_and_another_copy_of_the_model_give_the_same_key(spec: EvaluateSpec, tmp_path: Path) -> None:
-    first, _ = evaluate_cell(spec)
+def test_key_does_not_depend_on_paths(spec: EvaluateSpec, tmp_path: Path) -> None:
+    first, _ = evaluate(spec)
     copy = tmp_path / "copy.ckpt"
     copy.write_bytes(Path(spec.checkpoint).read_bytes())
-    second, new = evaluate_cell(dataclasses.replace(spec, output_dir=str(tmp_path / "b"), checkpoint=str(copy)))
+    second, new = evaluate(dataclasses.replace(spec, output_dir=str(tmp_path / "b"), checkpoint=str(copy)))
     assert new
     assert (second["key"], second["metrics"]) == (first["key"], first["metrics"])
 
 
-def test_model_extractor_and_reference_are_read_once_for_a_sweep(
-    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch, empty_caches: None
-) -> None:
+def test_a_session_loads_everything_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
 
     def counted(module: Any, name: str) -> None:
@@ -189,11 +181,12 @@ def test_model_extractor_and_reference_are_read_once_for_a_sweep(
             calls[f"extract {len(images)}"] += 1
             return super().extract(images)
 
-    monkeypatch.setattr(fidelity, "FeatureExtractor", Counting)
-    for module, name in ((job, "load_model"), (job, "load_images"), (fidelity, "FeatureExtractor")):
+    monkeypatch.setattr(metrics, "FeatureExtractor", Counting)
+    for module, name in ((session, "load_model"), (session, "load_images"), (metrics, "FeatureExtractor")):
         counted(module, name)
+    shared = Session()
     for S in (2, 3, 4):
-        evaluate_cell(on_sampler(S=S)(spec))
+        evaluate(on_sampler(S=S)(spec), shared)
     assert calls == {
         "load_model": 1,
         "load_images": 1,
@@ -205,16 +198,17 @@ def test_model_extractor_and_reference_are_read_once_for_a_sweep(
     }
 
 
-def test_a_checkpoint_that_was_trained_on_is_noticed(
+def test_a_changed_checkpoint_is_loaded_again(
     spec: EvaluateSpec, tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
     path = make_checkpoint(tmp_path / "last.ckpt")
     spec = dataclasses.replace(spec, checkpoint=str(path))
-    first, _ = evaluate_cell(spec)
+    shared = Session()
+    first, _ = evaluate(spec, shared)
     stamp = path.stat().st_mtime_ns
     make_checkpoint(path, seed=1, step=8)
     os.utime(path, ns=(stamp + 1, stamp + 1))
-    second, new = evaluate_cell(spec)
+    second, new = evaluate(spec, shared)
     assert new
     assert (first["model"]["step"], second["model"]["step"]) == (4, 8)
     assert first["model"]["weights_hash"] != second["model"]["weights_hash"]
@@ -222,21 +216,21 @@ def test_a_checkpoint_that_was_trained_on_is_noticed(
 
 
 @pytest.mark.parametrize("part", ["schedule", "network"])
-def test_the_same_weights_in_another_model_are_another_cell(spec: EvaluateSpec, tmp_path: Path, part: str) -> None:
+def test_same_weights_in_another_model_change_the_key(spec: EvaluateSpec, tmp_path: Path, part: str) -> None:
     checkpoint = torch.load(spec.checkpoint, weights_only=True)
     if part == "schedule":
         checkpoint["ddim"]["schedule"]["alpha_bar"][1:] *= 0.9
     else:
         checkpoint["ddim"]["network"]["num_groups"] = 2
     torch.save(checkpoint, tmp_path / "other.ckpt")
-    first, _ = evaluate_cell(spec)
-    second, new = evaluate_cell(dataclasses.replace(spec, checkpoint=str(tmp_path / "other.ckpt")))
+    first, _ = evaluate(spec)
+    second, new = evaluate(dataclasses.replace(spec, checkpoint=str(tmp_path / "other.ckpt")))
     assert new
     assert first["model"]["weights_hash"] == second["model"]["weights_hash"]
     assert first["metrics"] != second["metrics"]
 
 
-def test_images_of_another_size_are_refused_before_generating(
+def test_images_of_another_size_are_refused(
     spec: EvaluateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for i in range(3):
@@ -244,22 +238,22 @@ def test_images_of_another_size_are_refused_before_generating(
     other = DataSpec("folder", (16, 16), 1, root=str(tmp_path))
     forbid(monkeypatch)
     with pytest.raises(UserError, match=r"\(1, 8, 8\), \S+ has \(1, 16, 16\); choose the data"):
-        evaluate_cell(dataclasses.replace(spec, data=other, metric=MetricSpec("pixels")))
+        evaluate(dataclasses.replace(spec, data=other, metric=MetricSpec("pixels")))
     assert not Path(spec.output_dir).exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (on_cell(checkpoint="nowhere.ckpt"), "there is no checkpoint nowhere.ckpt"),
-        (on_cell(n=1), "at least 2 images"),
+        (on_spec(checkpoint="nowhere.ckpt"), "there is no checkpoint nowhere.ckpt"),
+        (on_spec(n=1), "at least 2 images"),
         (on_metric(reference_npz="nowhere.npz"), "statistics nowhere.npz cannot be read .*arrays mu and sigma"),
         (on_sampler(S=51), "S=51 .*T=50"),
         (on_metric(metrics=("kd",)), "kid_subset_size=1000 is more than"),
-        (on_cell(data=DataSpec("digits", (8, 8), 3)), "digits needs"),
+        (on_spec(data=DataSpec("digits", (8, 8), 3)), "digits needs"),
     ],
 )
-def test_bad_input_is_refused_before_generating(
+def test_bad_input_is_refused_before_sampling(
     spec: EvaluateSpec,
     change: Callable[[EvaluateSpec], EvaluateSpec],
     message: str,
@@ -267,7 +261,7 @@ def test_bad_input_is_refused_before_generating(
 ) -> None:
     forbid(monkeypatch)
     with pytest.raises(UserError, match=message):
-        evaluate_cell(change(spec))
+        evaluate(change(spec))
     assert not Path(spec.output_dir).exists()
 
 
@@ -292,17 +286,35 @@ def test_values_out_of_range_are_refused(spec: EvaluateSpec, changes: dict[str, 
         (SamplerSpec(S=None, spacing="explicit", times=(3, 50)), "explicit 3,50", 2),
     ],
 )
-def test_what_is_recorded_of_the_times(spec: EvaluateSpec, sampler: SamplerSpec, spacing: str, S: int) -> None:
-    record, _ = evaluate_cell(dataclasses.replace(spec, sampler=sampler, n=2))
+def test_times_are_recorded(spec: EvaluateSpec, sampler: SamplerSpec, spacing: str, S: int) -> None:
+    record, _ = evaluate(dataclasses.replace(spec, sampler=sampler, n=2))
     assert (record["spacing"], record["S"]) == (spacing, S)
     assert record["sampler"]["tau"] == list(sampler.tau(T))
     assert record["distinct_evaluations"] == len(set(sampler.tau(T)))
     assert record["network_evaluations"] == 2 * S
 
 
-def test_labels_say_what_distinguishes_rows() -> None:
+def test_labels_distinguish_rows() -> None:
     assert row_label(SamplerSpec(eta=0.2)) == "η=0.2"
     assert row_label(SamplerSpec("sigma_hat", None)) == "σ̂"
     assert row_label(SamplerSpec("sigma_hat", None, clip="x0_and_eps")) == "σ̂ (clip x0_and_eps)"
     assert title(SamplerSpec(S=20, spacing="quad")) == "η=0.0 S=20 quad"
     assert title(SamplerSpec(S=None, spacing="explicit", times=(1, 2))) == "η=0.0 2 times explicit"
+
+
+def test_grid_shows_the_first_images(spec: EvaluateSpec, model: LoadedModel) -> None:
+    record, _ = evaluate(dataclasses.replace(spec, grid=4))
+    expected = grid(generate(model, spec.sampler, range(4), 0, spec.compute))
+    with Image.open(Path(spec.output_dir) / record["grid"]) as picture:
+        difference = np.array(picture).astype(int) - expected[0].numpy()
+    assert np.abs(difference).max() <= 1
+    record, _ = evaluate(dataclasses.replace(spec, seed=1))
+    assert "grid" not in record
+
+
+def test_grids_have_different_names(spec: EvaluateSpec) -> None:
+    clipped = dataclasses.replace(spec.sampler, clip="x0")
+    larger = dataclasses.replace(spec.sampler, rule="sigma_hat", eta=None)
+    changes: list[dict[str, Any]] = [{}, {"seed": 1}, {"sampler": clipped}, {"sampler": larger}]
+    names = [evaluate(dataclasses.replace(spec, grid=1, **change))[0]["grid"] for change in changes]
+    assert len(set(names)) == len(names)

@@ -1,4 +1,4 @@
-"""A sweep beforehand and meanwhile: its manifest, which several processes write to, and the forecast of its time."""
+"""The manifest of a sweep, which several processes write to, and the forecast of its time."""
 
 import dataclasses
 import json
@@ -8,14 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from fill_shards import fill
 
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.evaluation import sweep
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
+from ddim.evaluation.job import Job
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
-from ddim.evaluation.sweep import MANIFEST, Manifest, Pace, forecast, job_id, outline
+from ddim.evaluation.session import Session
+from ddim.evaluation.sweep import MANIFEST, Manifest, Timing, forecast, job_id, outline
 from ddim.inference.compute import ComputeSpec
 from ddim.results.wandb import LoggerSpec
 
@@ -26,15 +29,15 @@ def spec(spec: EvaluateSpec) -> EvaluateSpec:
 
 
 @pytest.fixture
-def paces(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A network evaluation takes 2 s and a look 30 s; which cells were timed."""
+def timed_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A network evaluation takes 2 s and an extraction 30 s; the jobs that were timed."""
     timed: list[Path] = []
 
-    def pace(cell: sweep.Cell) -> Pace:
-        timed.append(cell.output_dir)
-        return Pace(2.0, 30.0)
+    def time_job(job: Job) -> Timing:
+        timed.append(job.output_dir)
+        return Timing(2.0, 30.0)
 
-    monkeypatch.setattr(sweep, "_pace", pace)
+    monkeypatch.setattr(sweep, "time_job", time_job)
     return timed
 
 
@@ -47,7 +50,7 @@ def states(folder: Path) -> list[tuple[str, str]]:
     return [(cell["title"], cell["state"]) for cell in content["cells"].values()]
 
 
-def test_a_plan_keeps_the_cells_of_earlier_sweeps(spec: EvaluateSpec, tmp_path: Path) -> None:
+def test_a_plan_keeps_the_jobs_of_earlier_sweeps(spec: EvaluateSpec, tmp_path: Path) -> None:
     two, three, four = with_steps(spec, 2, 3, 4)
     manifest = Manifest(tmp_path / "made" / "sweep")
     assert manifest.read() == {"command": None, "cells": {}}
@@ -62,14 +65,14 @@ def test_a_plan_keeps_the_cells_of_earlier_sweeps(spec: EvaluateSpec, tmp_path: 
     assert manifest.read()["command"] == "second"
 
 
-def test_a_cell_alone_has_no_manifest(spec: EvaluateSpec, tmp_path: Path) -> None:
+def test_a_single_job_has_no_manifest(spec: EvaluateSpec, tmp_path: Path) -> None:
     manifest = Manifest(tmp_path)
     manifest.note(spec, "running")
     assert manifest.failures() == []
     assert [*tmp_path.iterdir()] == []
 
 
-def test_a_failure_stands_until_the_cell_is_tried_again(spec: EvaluateSpec, tmp_path: Path) -> None:
+def test_a_failure_stays_until_the_job_is_retried(spec: EvaluateSpec, tmp_path: Path) -> None:
     two, three = with_steps(spec, 2, 3)
     manifest = Manifest(tmp_path)
     manifest.plan("command", [two, three])
@@ -77,13 +80,13 @@ def test_a_failure_stands_until_the_cell_is_tried_again(spec: EvaluateSpec, tmp_
     manifest.note(three, "failed", "η is odd")
     assert manifest.failures() == [(two.title, "no memory"), (three.title, "η is odd")]
     smaller = dataclasses.replace(two, compute=ComputeSpec("cpu", batch_size=1), grid=3, logger=LoggerSpec(wandb=True))
-    manifest.note(smaller, "done")  # the same cell, as somebody who reads the reason goes on with it
+    manifest.note(smaller, "done")  # the same job, continued with other settings
     assert manifest.failures() == [(three.title, "η is odd")]
     manifest.plan("command", [three])
     assert manifest.failures() == []
 
 
-def test_what_decides_a_number_makes_another_cell_of_the_manifest(spec: EvaluateSpec) -> None:
+def test_job_ids_depend_on_what_decides_a_number(spec: EvaluateSpec) -> None:
     changes = [
         {"n": 21},
         {"seed": 1},
@@ -96,7 +99,7 @@ def test_what_decides_a_number_makes_another_cell_of_the_manifest(spec: Evaluate
     assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 8  # type: ignore[arg-type]
 
 
-def test_notes_of_many_at_once_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
+def test_concurrent_notes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
     specs = [dataclasses.replace(spec, seed=seed) for seed in range(40)]
     Manifest(tmp_path).plan("command", specs)
 
@@ -118,7 +121,7 @@ def note_in_a_process(processes: Processes, specs: list[EvaluateSpec], folder: P
         Manifest(folder).note(one, f"of {processes.rank}")
 
 
-def test_notes_of_several_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
+def test_notes_of_two_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
     from two_processes import together
 
     specs = [dataclasses.replace(spec, seed=seed) for seed in range(60)]
@@ -127,55 +130,57 @@ def test_notes_of_several_processes_are_all_kept(spec: EvaluateSpec, tmp_path: P
     assert [state for _, state in states(tmp_path / "sweep")] == ["of 0", "of 1"] * 30
 
 
-def test_a_forecast_counts_and_multiplies(spec: EvaluateSpec, paces: list[Path]) -> None:
-    lines = forecast(with_steps(spec, 2, 3))
-    assert lines[0] == "2 cells, 100 network evaluations of one image"
+def test_a_forecast_counts_and_multiplies(spec: EvaluateSpec, timed_jobs: list[Path]) -> None:
+    lines = forecast(with_steps(spec, 2, 3), Session())
+    assert lines[0] == "2 jobs, 100 network evaluations of one image"
     seconds = 20 * (2 * 2 + 30) + 20 * (3 * 2 + 30)
     assert lines[1].startswith(f"expected: 0:{seconds // 60:02d}:{seconds % 60:02d} on 1 x ")
     assert lines[1].endswith(", at 0 evaluations/s each (88% for features at 2 steps)")
     assert len(lines) == 2
-    assert len(paces) == 1  # they have the same model
+    assert len(timed_jobs) == 1  # they have the same model
     assert not Path(spec.output_dir).exists()
-    [_, shared] = forecast(with_steps(spec, 2, 3), Processes(0, 4, 0))
+    [_, shared] = forecast(with_steps(spec, 2, 3), Session(Processes(0, 4, 0)))
     assert shared.startswith("expected: 0:05:50 on 4 x ")
 
 
-def test_what_is_done_is_not_expected_again(spec: EvaluateSpec, paces: list[Path]) -> None:
+def test_forecast_leaves_out_what_is_done(spec: EvaluateSpec, timed_jobs: list[Path]) -> None:
     two, three, four = with_steps(spec, 2, 3, 4)
-    evaluate_cell(two)
-    begun = three.prepare()
-    begun.parts.fill(5, lambda batch: {"x": torch.zeros(len(batch))})
-    begun.parts.path(range(10, 15)).unlink()
-    lines = forecast([two, three, four])
+    evaluate(two)
+    begun = three.prepare(Session())
+    fill(begun.shards, 5, lambda batch: {"x": torch.zeros(len(batch))})
+    begun.shards.path(range(10, 15)).unlink()
+    lines = forecast([two, three, four], Session())
     assert lines[:2] == [
-        "3 cells, 180 network evaluations of one image",
-        "done: 1 cells, and 1 in part; 95 network evaluations are left",
+        "3 jobs, 180 network evaluations of one image",
+        "done: 1 job, and 1 in part; 95 network evaluations are left",
     ]
     seconds = 5 * (3 * 2 + 30) + 20 * (4 * 2 + 30)
     assert lines[2].startswith(f"expected: 0:{seconds // 60}:{seconds % 60:02d} on 1 x ")
     assert lines[2].endswith("(83% for features at 3 steps)")  # of the first cell that is left
-    paces.clear()
-    assert forecast([two]) == [
-        "1 cells, 40 network evaluations of one image",
-        "done: 1 cells, and 0 in part; 0 network evaluations are left",
+    timed_jobs.clear()
+    assert forecast([two], Session()) == [
+        "1 job, 40 network evaluations of one image",
+        "done: 1 job, and 0 in part; 0 network evaluations are left",
     ]
-    assert paces == []
+    assert timed_jobs == []
 
 
-def test_repeats_are_cells(spec: EvaluateSpec, paces: list[Path]) -> None:
-    assert forecast([dataclasses.replace(spec, repeats=3)])[0] == "3 cells, 180 network evaluations of one image"
+def test_repeats_are_jobs(spec: EvaluateSpec, timed_jobs: list[Path]) -> None:
+    assert (
+        forecast([dataclasses.replace(spec, repeats=3)], Session())[0] == "3 jobs, 180 network evaluations of one image"
+    )
 
 
-def test_each_way_to_run_a_model_is_timed(spec: EvaluateSpec, paces: list[Path]) -> None:
+def test_each_compute_setting_is_timed(spec: EvaluateSpec, timed_jobs: list[Path]) -> None:
     online, small = (
         dataclasses.replace(spec, weights="online"),
         dataclasses.replace(spec, compute=ComputeSpec("cpu", 1)),
     )
-    forecast([spec, online, small, spec, online])
-    assert len(paces) == 3
+    forecast([spec, online, small, spec, online], Session())
+    assert len(timed_jobs) == 3
 
 
-def test_one_model_at_a_time_is_held(
+def test_one_model_is_in_memory_at_a_time(
     spec: EvaluateSpec, make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sweep over checkpoints must not have all of them on the device before it begins."""
@@ -185,38 +190,44 @@ def test_one_model_at_a_time_is_held(
     held: list[weakref.ref[torch.nn.Module]] = []
     alive: list[int] = []
 
-    def pace(cell: sweep.Cell) -> Pace:
-        held.append(weakref.ref(cell.model.network))
+    def time_job(job: Job) -> Timing:
+        held.append(weakref.ref(job.model.network))
         gc.collect()
         alive.append(sum(reference() is not None for reference in held))
-        return Pace(1.0, 0.0)
+        return Timing(1.0, 0.0)
 
-    monkeypatch.setattr(sweep, "_pace", pace)
+    monkeypatch.setattr(sweep, "time_job", time_job)
     paths = [make_checkpoint(tmp_path / f"{k}.ckpt", seed=k) for k in range(4)]
-    forecast([dataclasses.replace(spec, checkpoint=str(path)) for path in paths])
+    forecast([dataclasses.replace(spec, checkpoint=str(path)) for path in paths], Session())
     assert len(alive) == 4
-    assert max(alive) <= 2  # the one before stands in a cache until this one is loaded
+    assert max(alive) == 1
 
 
-def test_cells_that_cannot_be_computed_are_named(spec: EvaluateSpec, paces: list[Path]) -> None:
+def test_impossible_jobs_are_named(spec: EvaluateSpec, timed_jobs: list[Path]) -> None:
     two, much = with_steps(spec, 2, 51)
-    lines = forecast([much, two])
-    assert lines[0] == "1 cells, 40 network evaluations of one image"
+    lines = forecast([much, two], Session())
+    assert lines[0] == "1 job, 40 network evaluations of one image"
     assert lines[1].startswith(f"not possible: {much.title}: sampler: S=51 steps cannot be chosen")
-    assert forecast([much]) == forecast([]) == []
+    assert forecast([much], Session()) == forecast([], Session()) == []
 
 
-def test_a_forecast_of_reconstructions_knows_of_no_features(spec: EvaluateSpec, tmp_path: Path) -> None:
+def test_reconstruction_forecast_has_no_features(spec: EvaluateSpec, tmp_path: Path) -> None:
     there_and_back = ReconstructSpec(
-        spec.checkpoint, "tiny", str(tmp_path / "out"), spec.data, SamplerSpec(S=5), spec.compute, n=7
+        checkpoint=spec.checkpoint,
+        name="tiny",
+        output_dir=str(tmp_path / "out"),
+        data=spec.data,
+        sampler=SamplerSpec(S=5),
+        compute=spec.compute,
+        n=7,
     )
-    lines = forecast([there_and_back])
-    assert lines[0] == "1 cells, 70 network evaluations of one image"
+    lines = forecast([there_and_back], Session())
+    assert lines[0] == "1 job, 70 network evaluations of one image"
     assert "features" not in lines[1]
     assert outline([there_and_back, spec]) == [
-        f"2 cells, {70 + 60} network evaluations of one image; each job says its own progress"
+        f"2 jobs, {70 + 60} network evaluations of one image; each job reports its own progress"
     ]
-    assert outline([dataclasses.replace(there_and_back, n=None), spec]) == ["2 cells; each job says its own progress"]
+    assert outline([dataclasses.replace(there_and_back, n=None), spec]) == ["2 jobs; each job reports its own progress"]
 
 
 class Device:
@@ -244,17 +255,17 @@ class Device:
         (250, True, 100, [63], 0.073 / 63),
     ],
 )
-def test_a_timing_is_of_as_many_images_as_fit_and_not_of_the_first_call(
+def test_timing_skips_the_first_call(
     largest: int, at_once: bool, room: int, counts: list[int], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(room)
     monkeypatch.setattr("time.perf_counter", lambda: device.now)
-    assert sweep._seconds_per_image(device, largest, at_once) == pytest.approx(expected, rel=1e-9)
+    assert sweep.seconds_per_image(device, largest, at_once) == pytest.approx(expected, rel=1e-9)
     assert device.asked == [count for count in counts for _ in range(2)]
 
 
 @pytest.mark.parametrize(("compute", "n"), [(ComputeSpec("cpu", 8), 20), (ComputeSpec("cpu", 50, compile=True), 20)])
-def test_a_timing_takes_no_more_images_than_the_cell_will(
+def test_timing_takes_at_most_the_images_of_the_job(
     spec: EvaluateSpec, compute: ComputeSpec, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[int, bool]] = []
@@ -263,7 +274,7 @@ def test_a_timing_takes_no_more_images_than_the_cell_will(
         asked.append((largest, at_once))
         return 1.0
 
-    monkeypatch.setattr(sweep, "_seconds_per_image", seconds)
-    forecast([dataclasses.replace(spec, compute=compute, n=n)])
+    monkeypatch.setattr(sweep, "seconds_per_image", seconds)
+    forecast([dataclasses.replace(spec, compute=compute, n=n)], Session())
     largest = min(compute.batch_size, n)
     assert asked == [(largest, compute.compile), (largest, False)]  # the network, and then the features

@@ -15,8 +15,8 @@ from ddim.data.datasets import DataSpec
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS
 from ddim.errors import UserError
-from ddim.evaluation.job import once
-from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.reconstruction import ReconstructSpec, evaluate, reconstruct_shards
+from ddim.evaluation.session import Session
 from ddim.inference.compute import ComputeSpec
 from ddim.results.records import RecordFile
 
@@ -36,13 +36,11 @@ def spec(checkpoint: Path, tmp_path: Path) -> ReconstructSpec:
 
 
 def error_of(spec: ReconstructSpec) -> float:
-    [error] = once(spec.prepare)[0]["metrics"].values()
+    [error] = evaluate(spec)[0]["metrics"].values()
     return error
 
 
-def test_the_error_is_that_of_encode_and_sample_on_the_scale_of_0_to_1(
-    spec: ReconstructSpec, model: LoadedModel
-) -> None:
+def test_error_equals_encode_then_sample(spec: ReconstructSpec, model: LoadedModel) -> None:
     x_0 = torch.from_numpy(load_digits().images[:20]).float()[:, None]
     x_0 = (x_0 * 255 / 16 + 0.5).floor() / 127.5 - 1
     tau = ddim.linear_tau(50, 5)
@@ -50,14 +48,14 @@ def test_the_error_is_that_of_encode_and_sample_on_the_scale_of_0_to_1(
         x_T = ddim.encode(model, model.spec.schedule, x_0, tau)
         x = ddim.sample(model, model.spec.schedule, x_T, tau)
     expected = float(((x + 1) / 2 - (x_0 + 1) / 2).double().square().mean())
-    record, new = once(spec.prepare)
+    record, new = evaluate(spec)
     assert new
     assert record["metrics"] == {"reconstruction_mse_20": pytest.approx(expected, rel=1e-4)}
     assert record["network_evaluations"] == 20 * 2 * 5
     assert (record["kind"], record["label"], record["S"], record["n"]) == ("reconstruction", "η=0.0", 5, 20)
     assert (Path(spec.output_dir) / record["grid"]).is_file()
     assert RecordFile(Path(spec.output_dir) / "records.jsonl").read() == [json.loads(json.dumps(record))]
-    assert once(spec.prepare) == (json.loads(json.dumps(record)), False)
+    assert evaluate(spec) == (json.loads(json.dumps(record)), False)
 
 
 def test_more_steps_come_back_closer(spec: ReconstructSpec) -> None:
@@ -66,21 +64,22 @@ def test_more_steps_come_back_closer(spec: ReconstructSpec) -> None:
     assert errors[-1] < errors[0] / 3
 
 
-def test_it_does_not_depend_on_the_batch_size(spec: ReconstructSpec, tmp_path: Path) -> None:
+def test_error_does_not_depend_on_the_batch_size(spec: ReconstructSpec, tmp_path: Path) -> None:
     other = dataclasses.replace(spec, compute=ComputeSpec("cpu", 64), output_dir=str(tmp_path / "other"))
     assert error_of(other) == pytest.approx(error_of(spec), rel=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 11), (2, 11), (20, 3)])
-def test_a_cell_that_goes_on_with_another_grid_shows_that_one(spec: ReconstructSpec, before: int, after: int) -> None:
+def test_a_continued_job_shows_the_new_grid(spec: ReconstructSpec, before: int, after: int) -> None:
     grids = []
     for folder, first in (("undisturbed", after), ("begun", before)):
         mine = dataclasses.replace(spec, output_dir=f"{spec.output_dir}_{folder}")
-        cell = dataclasses.replace(mine, grid=first).prepare()
-        with cell.parts.alone():
-            cell.measure(cell.parts, SINGLE_PROCESS)
-        cell.parts.path(range(14, 20)).unlink()  # the record was not written yet
-        record, new = once(dataclasses.replace(mine, grid=after).prepare)
+        begun = dataclasses.replace(mine, grid=first)
+        session = Session()
+        job = begun.prepare(session)
+        reconstruct_shards(begun, job, session.images(begun.data, begun.split), SINGLE_PROCESS)
+        job.shards.path(range(14, 20)).unlink()  # interrupted before the last batch
+        record, new = evaluate(dataclasses.replace(mine, grid=after))
         assert new
         grids.append((Path(mine.output_dir) / record["grid"]).read_bytes())
     assert grids[0] == grids[1]
@@ -95,13 +94,13 @@ def test_a_cell_that_goes_on_with_another_grid_shows_that_one(spec: ReconstructS
         {"weights": "online"},
     ],
 )
-def test_what_changes_the_error_is_another_cell(spec: ReconstructSpec, changes: dict[str, object]) -> None:
+def test_what_changes_the_error_changes_the_key(spec: ReconstructSpec, changes: dict[str, object]) -> None:
     other = dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
-    assert other.prepare().key != spec.prepare().key
+    assert other.prepare(Session()).key != spec.prepare(Session()).key
     assert error_of(other) != error_of(spec)
 
 
-def test_other_images_are_another_cell(spec: ReconstructSpec, tmp_path: Path) -> None:
+def test_other_images_change_the_key(spec: ReconstructSpec, tmp_path: Path) -> None:
     keys = set()
     for shade in (0, 1):
         root = tmp_path / str(shade) / "same"
@@ -109,7 +108,7 @@ def test_other_images_are_another_cell(spec: ReconstructSpec, tmp_path: Path) ->
         for i in range(2):
             Image.new("L", (8, 8), 100 * shade).save(root / f"{i}.png")
         data = DataSpec("folder", (8, 8), 1, root=str(root), flip=False)
-        keys.add(dataclasses.replace(spec, data=data, n=2).prepare().key)
+        keys.add(dataclasses.replace(spec, data=data, n=2).prepare(Session()).key)
     assert len(keys) == 2
 
 
@@ -117,14 +116,14 @@ def test_a_network_that_predicts_x0_cannot_encode(spec: ReconstructSpec, tmp_pat
     content = torch.load(spec.checkpoint, weights_only=True)
     content["ddim"]["prediction"] = "x0"
     torch.save(content, tmp_path / "x0.ckpt")
-    with pytest.raises(UserError, match="says nothing of ε at t=0"):
-        dataclasses.replace(spec, checkpoint=str(tmp_path / "x0.ckpt")).prepare()
+    with pytest.raises(UserError, match="gives no ε at t=0"):
+        dataclasses.replace(spec, checkpoint=str(tmp_path / "x0.ckpt")).prepare(Session())
 
 
-def test_all_images_are_taken_when_no_number_is_given(spec: ReconstructSpec) -> None:
-    cell = dataclasses.replace(spec, n=None).prepare()
-    assert cell.indices == range(1797)
-    assert cell.identity["n"] == 1797
+def test_all_images_are_the_default(spec: ReconstructSpec) -> None:
+    job = dataclasses.replace(spec, n=None).prepare(Session())
+    assert job.indices == range(1797)
+    assert job.settings["n"] == 1797
 
 
 @pytest.mark.parametrize(
@@ -138,7 +137,7 @@ def test_all_images_are_taken_when_no_number_is_given(spec: ReconstructSpec) -> 
         ({"paper": "table9"}, "unknown table of the paper 'table9'"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(spec: ReconstructSpec, changes: dict[str, object], message: str) -> None:
+def test_values_out_of_range_are_refused(spec: ReconstructSpec, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
 
@@ -146,9 +145,7 @@ def test_values_that_make_no_sense_are_refused(spec: ReconstructSpec, changes: d
 @pytest.mark.parametrize(
     ("changes", "message"), [({"n": 1798}, "more than the 1797"), ({"sampler": SamplerSpec(S=51)}, "S=51")]
 )
-def test_what_does_not_fit_is_refused_before_encoding(
-    spec: ReconstructSpec, changes: dict[str, object], message: str
-) -> None:
+def test_bad_input_is_refused_before_encoding(spec: ReconstructSpec, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        dataclasses.replace(spec, **changes).prepare()  # type: ignore[arg-type]
+        dataclasses.replace(spec, **changes).prepare(Session())  # type: ignore[arg-type]
     assert not Path(spec.output_dir).exists()

@@ -1,4 +1,4 @@
-"""A reference set is measured once, found again by everything that decided it, and can be a published file."""
+"""Reference statistics: measured once, cached under what decides them, or read from a published file."""
 
 import dataclasses
 import time
@@ -13,7 +13,7 @@ import torch
 from ddim.data.images import MemoryImages
 from ddim.errors import UserError
 from ddim.evaluation import reference_stats
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.metrics import FeatureExtractor, MetricSpec
 from ddim.evaluation.reference_stats import measure_reference, published_reference
 
@@ -33,11 +33,9 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FeatureExtractor, "extract", fail)
 
 
-def test_it_is_measured_once_and_is_what_numpy_says(
-    images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference_stats, "IMAGES_AT_ONCE", 25)
-    extractor = FeatureExtractor(SPEC, "cpu")
+def test_statistics_equal_those_of_numpy(images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference_stats, "SHARD_SIZE", 25)
+    extractor = SPEC.build_extractor("cpu")
     features = extractor.extract(images.images)["64"].double().numpy()
     first = measure_reference(images, {"a": 1}, extractor, tmp_path)
     assert first.count == 60
@@ -55,23 +53,25 @@ def test_it_is_measured_once_and_is_what_numpy_says(
         measure_reference(images, {"a": 2}, extractor, tmp_path)
 
 
-def test_features_are_kept_where_a_metric_needs_them(
+def test_features_are_kept_if_a_metric_needs_them(
     images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure_reference(images, {}, FeatureExtractor(SPEC, "cpu"), tmp_path)  # moments only
-    extractor = FeatureExtractor(MetricSpec("digits_classifier", ("fd", "prc")), "cpu")
+    measure_reference(images, {}, SPEC.build_extractor("cpu"), tmp_path)  # moments only
+    extractor = MetricSpec("digits_classifier", ("fd", "prc")).build_extractor("cpu")
     expected = extractor.extract(images.images)["64"]
-    found = measure_reference(images, {}, extractor, tmp_path)
+    found = measure_reference(images, {}, extractor, tmp_path, with_features=True)
     torch.testing.assert_close(found.features["64"], expected)
     forbid(monkeypatch)
-    assert torch.equal(measure_reference(images, {}, extractor, tmp_path).features["64"], found.features["64"])
+    assert torch.equal(
+        measure_reference(images, {}, extractor, tmp_path, with_features=True).features["64"], found.features["64"]
+    )
 
 
-def test_jobs_that_start_together_measure_it_once(
+def test_concurrent_jobs_measure_the_reference_once(
     images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else one removes the parts that another is about to read, which then takes the moments of what is left."""
-    monkeypatch.setattr(reference_stats, "IMAGES_AT_ONCE", 10)
+    monkeypatch.setattr(reference_stats, "SHARD_SIZE", 10)
     asked: list[int] = []
 
     class Slow(FeatureExtractor):
@@ -81,7 +81,7 @@ def test_jobs_that_start_together_measure_it_once(
             return super().extract(images)
 
     def measure(_: int) -> Any:
-        return measure_reference(images, {}, Slow(SPEC, "cpu"), tmp_path)
+        return measure_reference(images, {}, Slow("digits_classifier", "cpu"), tmp_path)
 
     with ThreadPoolExecutor(4) as jobs:
         found = [*jobs.map(measure, range(4))]
@@ -91,13 +91,13 @@ def test_jobs_that_start_together_measure_it_once(
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".lock"}
 
 
-def test_a_published_file_gives_the_number_that_its_images_give(spec: EvaluateSpec, tmp_path: Path) -> None:
-    measured, _ = evaluate_cell(spec)
+def test_a_published_file_gives_the_same_distance(spec: EvaluateSpec, tmp_path: Path) -> None:
+    measured, _ = evaluate(spec)
     [ours] = (tmp_path / "reference").glob("digits_*.npz")
     with np.load(ours) as arrays:  # as another code base writes it: without the number of images
         np.savez(tmp_path / "theirs.npz", mu=arrays["mu"], sigma=arrays["sigma"])
     npz = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "theirs.npz"))
-    published, new = evaluate_cell(dataclasses.replace(spec, metric=npz))
+    published, new = evaluate(dataclasses.replace(spec, metric=npz))
     assert new
     assert published["metrics"] == pytest.approx(measured["metrics"], rel=1e-12)
     assert published["reference"]["name"] == "theirs.npz"
@@ -109,10 +109,10 @@ def test_statistics_of_another_extractor_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     spec = dataclasses.replace(SPEC, reference_npz=str(tmp_path / "inception.npz"))
     with pytest.raises(UserError, match="2048 dimensions, the features of digits_classifier 64"):
-        published_reference(spec, FeatureExtractor(spec, "cpu"), (1, 8, 8))
+        published_reference(str(spec.reference_npz), spec.build_extractor("cpu"), (1, 8, 8))
 
 
 @pytest.mark.parametrize("metric", ["kd", "prc"])
-def test_metrics_that_need_features_are_refused_with_a_file_of_moments(metric: Any) -> None:
+def test_feature_metrics_refuse_published_moments(metric: Any) -> None:
     with pytest.raises(ValueError, match=f"{metric} needs the features"):
         MetricSpec("digits_classifier", ("fd", metric), reference_npz="x.npz")

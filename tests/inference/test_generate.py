@@ -10,13 +10,14 @@ from torch import Tensor
 import ddim
 from ddim.checkpoints.model import LoadedModel
 from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.inference import compute as compute_module
 from ddim.inference import generate as generate_module
 from ddim.inference.batching import split
 from ddim.inference.compute import ComputeSpec, find_batch_size, prepare_model, with_batch_size
-from ddim.inference.generate import check_sampler, generate, sample_batch
+from ddim.inference.generate import check_sampler, generate, sample_steps
 
 CPU = ComputeSpec("cpu")
 SAMPLERS = {
@@ -76,7 +77,7 @@ def test_samples_before_rounding_are_within_1e_5_for_every_batch_size(
 ) -> None:
     def samples(batch: range) -> Tensor:
         x_T = initial_noise(batch, model.spec.image_shape, seed=3)
-        return sample_batch(model, sampler, x_T, batch, 3, CPU, lambda state: None)
+        return last_state(sample_steps(model, sampler, x_T, batch, 3))
 
     parts = torch.cat([samples(batch) for batch in split(range(70), size)])
     whole = samples(range(70))  # of an untrained network, so beyond [-1, 1]
@@ -86,14 +87,14 @@ def test_samples_before_rounding_are_within_1e_5_for_every_batch_size(
 def test_out_of_memory_halves_the_batch_and_the_images_stay(
     model: LoadedModel, sampler: SamplerSpec, fifty: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = generate_module.sample_batch
+    real = generate_module.generate_batch
 
     def small_device(*arguments: object) -> Tensor:
-        if len(arguments[3]) > 10:  # type: ignore[arg-type]
+        if len(arguments[2]) > 10:  # type: ignore[arg-type]
             raise torch.OutOfMemoryError
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(generate_module, "sample_batch", small_device)
+    monkeypatch.setattr(generate_module, "generate_batch", small_device)
     assert levels_apart(generate(model, sampler, range(50), 3, CPU), fifty) <= 1
 
 

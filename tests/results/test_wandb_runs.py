@@ -12,7 +12,7 @@ import wandb
 
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate_cell
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.results.records import RecordFile
 from ddim.results.report import write_report
 from ddim.results.wandb import Dashboard, LoggerSpec
@@ -58,7 +58,7 @@ def test_a_sweep_is_one_group_with_a_run_for_each_cell_and_one_for_the_table(
         dashboard.check()
         for S in (2, 3):
             cell = dataclasses.replace(spec, sampler=SamplerSpec(S=S))
-            dashboard.log_cell(evaluate_cell(cell)[0], cell.title)
+            dashboard.log_cell(evaluate(cell)[0], cell.title)
     records = RecordFile(folder / "records.jsonl").read()
     paths = write_report(records, folder)
     dashboard.log_report(paths)
@@ -91,14 +91,14 @@ def test_a_sweep_is_one_group_with_a_run_for_each_cell_and_one_for_the_table(
 
 def test_the_group_can_be_named(spec: EvaluateSpec, started: list[dict[str, Any]]) -> None:
     named = dataclasses.replace(OFFLINE, group="mine")
-    Dashboard(named, spec.name, Path(spec.output_dir)).log_cell(evaluate_cell(spec)[0], spec.title)
+    Dashboard(named, spec.name, Path(spec.output_dir)).log_cell(evaluate(spec)[0], spec.title)
     assert started[0]["group"] == "mine"
 
 
 def test_nothing_is_logged_unless_asked_for(spec: EvaluateSpec, started: list[dict[str, Any]]) -> None:
     dashboard = Dashboard(LoggerSpec(), spec.name, Path(spec.output_dir))
     dashboard.check()
-    dashboard.log_cell(evaluate_cell(spec)[0], spec.title)
+    dashboard.log_cell(evaluate(spec)[0], spec.title)
     dashboard.log_report([])
     assert started == []
     assert not (Path(spec.output_dir) / "wandb").exists()
@@ -115,7 +115,7 @@ def test_online_without_an_account_is_one_sentence_before_any_image(
 def test_a_run_that_breaks_off_is_one_sentence_and_is_made_again(
     spec: EvaluateSpec, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dashboard, (record, _) = Dashboard(spec.logger, spec.name, Path(spec.output_dir)), evaluate_cell(spec)
+    dashboard, (record, _) = Dashboard(spec.logger, spec.name, Path(spec.output_dir)), evaluate(spec)
     with monkeypatch.context() as patch:
 
         def fail(**_: Any) -> None:

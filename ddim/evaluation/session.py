@@ -1,0 +1,93 @@
+"""What the evaluations of one command share: the model, the images, the feature extractor, the reference statistics."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ddim.checkpoints import LoadedModel, load_model
+from ddim.data.datasets import DataSpec, load_images
+from ddim.data.images import Images
+from ddim.distributed import SINGLE_PROCESS, Processes
+from ddim.evaluation.feature_stats import FeatureSet
+from ddim.evaluation.features import FeatureExtractor
+from ddim.evaluation.metrics import MetricSpec, describe
+from ddim.evaluation.reference_stats import measure_reference, published_reference
+from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+
+T = TypeVar("T")
+# Of the description of a metric: what decides the features of the reference set.
+FEATURE_KEYS = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")
+
+
+class Session:
+    """Loads what an evaluation needs when it is first needed, and keeps it until an evaluation needs another one.
+
+    Args:
+        processes: that compute together.
+    """
+
+    def __init__(self, processes: Processes = SINGLE_PROCESS) -> None:
+        self.processes = processes
+        self._loaded: dict[str, tuple[Any, Any]] = {}  # kind -> (what decides it, the object)
+
+    def model(self, checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
+        """Return a model on the device of this process, and how it is run; loaded again if its file has changed.
+
+        Raises:
+            UserError: the checkpoint cannot be loaded, or the device cannot be used.
+        """
+        compute = dataclasses.replace(compute, device=self.processes.local_device(compute.device))
+        path = Path(checkpoint)
+        modified = path.stat().st_mtime_ns if path.exists() else 0
+
+        def load() -> tuple[LoadedModel, ComputeSpec]:
+            model = prepare_model(load_model(checkpoint, weights), compute)
+            return model, with_batch_size(model, compute)
+
+        return self._load("model", (checkpoint, modified, weights, compute), load)
+
+    def images(self, data: DataSpec, split: Literal["train", "test"]) -> Images:
+        """Return a data set."""
+        return self._load("images", (data, split), lambda: load_images(data, split))
+
+    def fingerprint(self, data: DataSpec, split: Literal["train", "test"]) -> str:
+        """Return the fingerprint of a data set, 64 hexadecimal digits."""
+        return self._load("fingerprint", (data, split), lambda: self.images(data, split).fingerprint())
+
+    def extractor(self, metric: MetricSpec, device: str) -> FeatureExtractor:
+        """Return the feature extractor of a metric on its device."""
+        return self._load("extractor", (metric, device), lambda: metric.build_extractor(device))
+
+    def metric_description(self, metric: MetricSpec, device: str) -> dict[str, Any]:
+        """Return what decides a number besides the images; see `ddim.evaluation.metrics.describe`."""
+        return self._load("metric", (metric, device), lambda: describe(metric, self.extractor(metric, device)))
+
+    def reference_stats(self, data: DataSpec, metric: MetricSpec, device: str, folder: str) -> FeatureSet:
+        """Return the reference set as the metrics see it: from a published file, from `folder`, or measured now.
+
+        All processes must call this together.
+        """
+        key = (data, metric, device, folder)
+        return self._load("reference", key, lambda: self._reference_stats(*key))
+
+    def _reference_stats(self, data: DataSpec, metric: MetricSpec, device: str, folder: str) -> FeatureSet:
+        images, extractor = self.images(data, metric.reference_split), self.extractor(metric, device)
+        if metric.reference_npz is not None:
+            with self.processes.barrier():
+                stats = published_reference(metric.reference_npz, extractor, images.shape)
+            return stats
+        described = self.metric_description(metric, device)
+        cache_key = {
+            "images": self.fingerprint(data, metric.reference_split),
+            "extractor": {key: described[key] for key in FEATURE_KEYS} | {"layers": extractor.layers},
+        }
+        return measure_reference(
+            images, cache_key, extractor, Path(folder), self.processes, with_features=metric.needs_features
+        )
+
+    def _load(self, kind: str, key: Any, load: Callable[[], T]) -> T:
+        if kind not in self._loaded or self._loaded[kind][0] != key:
+            self._loaded.pop(kind, None)  # first, so that two models are never in memory at once
+            self._loaded[kind] = key, load()
+        return self._loaded[kind][1]
