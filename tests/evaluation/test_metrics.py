@@ -1,6 +1,7 @@
 """Distances against closed forms, torch-fidelity's own command, and cases whose answer is known by construction."""
 
 import math
+import typing
 from pathlib import Path
 
 import pytest
