@@ -56,7 +56,7 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
     }
 
 
-def test_two_processes_share_the_work_and_agree(tmp_path: Path) -> None:
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
     x = rows(range(23)).double()
     results = together(cooperate, tmp_path / "shards", 23, to=tmp_path / "results")
     asked = [set(result["asked"]) for result in results]
@@ -83,7 +83,7 @@ def evaluate_with(processes: Processes, spec: EvaluateSpec) -> tuple[Any, bool]:
     return evaluate(spec, Session(processes))
 
 
-def test_a_cell_of_two_processes_is_that_of_one(checkpoint: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_record_of_one(checkpoint: Path, tmp_path: Path) -> None:
     """All metrics, which need the features of all images in the first process, and a set that was begun by one."""
     spec = EvaluateSpec(
         checkpoint=str(checkpoint),
@@ -124,7 +124,7 @@ def refused(processes: Processes, spec: EvaluateSpec) -> list[str]:
     return said
 
 
-def test_damaged_records_are_a_failure_of_all_processes(checkpoint: Path, tmp_path: Path) -> None:
+def test_damaged_records_fail_in_all_processes(checkpoint: Path, tmp_path: Path) -> None:
     """Only the first process reads them; another that waited for its answer would take that of the next cell."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "records.jsonl").write_text("damaged\n")
@@ -182,7 +182,7 @@ def test_who_is_alone(environment: dict[str, str], expected: Processes, monkeypa
     assert join_process_group() == expected
 
 
-def test_tasks_of_a_slurm_step_meet_at_its_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_tasks_connect_at_the_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     step = {
         "SLURM_STEP_NUM_TASKS": "16",
         "SLURM_NTASKS": "16",

@@ -44,7 +44,7 @@ def test_normals_are_box_muller_of_the_words():
     assert torch.equal(quarter, expected)
 
 
-def test_logarithm_sine_and_cosine_are_exact_to_double_precision():
+def test_log_sine_and_cosine_have_double_precision():
     u = torch.cat(
         [torch.logspace(-10, 0, 5001, dtype=torch.float64), torch.linspace(0.4, 1, 1001, dtype=torch.float64)]
     )

@@ -97,7 +97,7 @@ def test_a_repeated_time_is_no_step():
         assert torch.allclose(step(rule, x0, eps, a, a), x, atol=1e-12)
 
 
-def test_stochastic_rules_refuse_to_go_up_and_to_do_without_noise():
+def test_stochastic_rules_need_noise_and_descend():
     x = torch.zeros(1, *SHAPE)
     for rule in (DDIM(0.5), SigmaHat()):
         with pytest.raises(ValueError, match="encoding is deterministic"):
@@ -188,7 +188,7 @@ def test_the_noise_of_an_image_does_not_depend_on_its_batch():
     assert not torch.allclose(whole, sample(wobbly, SCHEDULE, x_T, tau, rule, seed=3))
 
 
-def test_the_state_keeps_its_dtype_and_the_callers_gradient_mode():
+def test_state_keeps_its_dtype_and_the_gradient_mode():
     def half(x, t):
         return wobbly(x, t).bfloat16()
 
@@ -255,7 +255,7 @@ def test_every_eta_reaches_the_variance_of_gaussian_data(eta):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_every_rule_reaches_the_variance_of_gaussian_data_on_the_full_chain(name):
+def test_every_rule_reaches_the_variance_of_gaussian_data(name):
     x_T = initial_noise(range(4000), (1, 2, 2), seed=1)
     x_0 = sample(gaussian_eps, SCHEDULE, x_T, linear_tau(1000, 1000), RULES[name](1.0))
     assert float(x_0.std()) == pytest.approx(STD, rel=0.04)
@@ -292,7 +292,7 @@ def test_an_exact_denoiser_of_three_images_samples_those_images():
         assert len(set(distance.argmin(1).tolist())) == 3
 
 
-def test_encoding_then_decoding_comes_back_the_better_the_more_steps():
+def test_reconstruction_error_falls_with_the_steps():
     x_0 = 0.3 * initial_noise(range(16), (1, 4, 4), seed=4).double()
     errors = []
     for S in (10, 20, 50, 100, 200):

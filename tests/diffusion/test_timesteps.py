@@ -38,7 +38,7 @@ def test_linear_is_the_floor_of_c_i():
     assert linear_tau(1000, 3) == (333, 666, 1000)
 
 
-def test_quadratic_is_the_floor_of_c_i_squared_where_that_increases():
+def test_quadratic_is_the_floor_of_c_i_squared():
     assert quadratic_tau(1000, 10) == tuple(10 * i * i for i in range(1, 11))
     tau = quadratic_tau(1000, 100)  # c = 0.1: the floors 0, 0, 0, 1, 2, 3, 4, 6, 8, 10, 12 ... repeat at first
     assert tau[:4] == (1, 2, 3, 4)

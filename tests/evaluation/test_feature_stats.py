@@ -31,7 +31,7 @@ def test_moments_are_float64_although_features_are_float32() -> None:
     assert float(covariance) == pytest.approx(float(x.var()), rel=1e-9)
 
 
-def test_moments_survive_the_file_bitwise_and_others_can_read_it(tmp_path: Path) -> None:
+def test_moments_survive_the_file_bitwise(tmp_path: Path) -> None:
     measured = feature_set({"a": features(50, 4)}, "a")
     save_moments(measured, tmp_path / "reference.npz")
     again = load_moments(tmp_path / "reference.npz")

@@ -73,7 +73,7 @@ def test_digits_classifier_knows_digits(digits: tuple[torch.Tensor, torch.Tensor
     assert (extractor.extract(255 - images)["logits"].argmax(1) == labels).float().mean() < 0.5  # ink is bright
 
 
-def test_digits_classifier_does_not_depend_on_the_number_of_channels_or_the_batch_size(
+def test_digits_features_ignore_channels_and_batch_size(
     digits: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     images = digits[0][:50]
@@ -151,7 +151,7 @@ def test_efficientnet_sees_a_palace_and_a_daisy(
     assert features["logits"].argmax() == imagenet_class
 
 
-def test_efficientnet_takes_small_images_at_64_and_grey_as_equal_channels(efficientnet: FeatureExtractor) -> None:
+def test_efficientnet_resizes_to_64_and_repeats_grey(efficientnet: FeatureExtractor) -> None:
     grey = photographs(2, 32, channels=1)
     features = efficientnet.extract(grey)["1280"]
     torch.testing.assert_close(efficientnet.extract(grey.expand(-1, 3, -1, -1))["1280"], features)
@@ -199,9 +199,7 @@ def test_missing_inception_weights_are_one_sentence(monkeypatch: pytest.MonkeyPa
     assert missing in message
 
 
-def test_another_weights_file_is_refused_before_torch_fidelity_unpickles_it(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_another_weights_file_is_refused_before_unpickling(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whether it is named in the configuration or lies where torch-fidelity's download goes."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     other = tmp_path / "hub" / "checkpoints" / INCEPTION_WEIGHTS

@@ -46,7 +46,7 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.mean(0) - b.mean(0)).square().sum() + s1.trace() + s2.trace() - 2 * cross)
 
 
-def test_frechet_distance_of_a_set_with_itself_is_zero_and_symmetric() -> None:
+def test_frechet_distance_is_zero_with_itself_and_symmetric() -> None:
     a = normal(300, 64, 0, torch.float32)
     b = 1.3 * normal(200, 64, 1, torch.float32) + 0.2
     assert abs(distance(a, a)) < 1e-6
@@ -205,7 +205,7 @@ def test_sets_that_are_too_small_are_refused(metrics: typing.Any, n: int, refere
         compute_metrics(of(torch.zeros(n, 64)), of(torch.zeros(reference, 64)), spec, n)
 
 
-def test_a_wrong_count_and_features_that_are_not_finite_are_refused() -> None:
+def test_wrong_counts_and_infinite_features_are_refused() -> None:
     a = normal(10, 64, 0)
     with pytest.raises(UserError, match="10 generated images where n=11"):
         compute_metrics(of(a), of(a), DIGITS, 11)
@@ -215,7 +215,7 @@ def test_a_wrong_count_and_features_that_are_not_finite_are_refused() -> None:
         extractor.extract(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
 
 
-def test_frechet_distance_equals_torch_fidelitys_on_the_same_features() -> None:
+def test_frechet_distance_equals_torch_fidelity() -> None:
     """With its own mean and covariance of the features, also of many dimensions far from 0 as Inception's are."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 

@@ -61,7 +61,7 @@ def fifty(model: LoadedModel, sampler: SamplerSpec) -> Tensor:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("n", [1, 7, 50])
-def test_exactly_n_images_and_the_same_for_every_batch_size(
+def test_exactly_n_images_for_every_batch_size(
     model: LoadedModel, sampler: SamplerSpec, fifty: Tensor, n: int, batch_size: int
 ) -> None:
     images = generate(model, sampler, range(n), 3, ComputeSpec("cpu", batch_size))
@@ -72,9 +72,7 @@ def test_exactly_n_images_and_the_same_for_every_batch_size(
 
 @pytest.mark.parametrize("size", [1, 7, 64])
 @pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], SAMPLERS["ddpm"]])  # clipping to 1 what lies near 50 amplifies
-def test_samples_before_rounding_are_within_1e_5_for_every_batch_size(
-    model: LoadedModel, sampler: SamplerSpec, size: int
-) -> None:
+def test_samples_agree_to_1e_5_for_every_batch_size(model: LoadedModel, sampler: SamplerSpec, size: int) -> None:
     def samples(batch: range) -> Tensor:
         x_T = initial_noise(batch, model.spec.image_shape, seed=3)
         return last_state(sample_steps(model, sampler, x_T, batch, 3))
@@ -98,9 +96,7 @@ def test_out_of_memory_halves_the_batch_and_the_images_stay(
     assert levels_apart(generate(model, sampler, range(50), 3, CPU), fifty) <= 1
 
 
-def test_an_image_does_not_depend_on_which_others_are_asked_for(
-    model: LoadedModel, sampler: SamplerSpec, fifty: Tensor
-) -> None:
+def test_an_image_does_not_depend_on_the_others(model: LoadedModel, sampler: SamplerSpec, fifty: Tensor) -> None:
     assert levels_apart(generate(model, sampler, range(13, 20), 3, ComputeSpec("cpu", 4)), fifty[13:20]) <= 1
     assert levels_apart(generate(model, sampler, range(0, 50, 9), 3, CPU), fifty[::9]) <= 1
     distinct = {image.numpy().tobytes() for image in fifty}
@@ -158,7 +154,7 @@ def test_the_progress_bar_shows_on_terminals_only(model: LoadedModel, capsys: py
     assert capsys.readouterr() == ("", "")
 
 
-def test_place_moves_and_lays_out_the_network(model: LoadedModel) -> None:
+def test_prepare_model_moves_and_lays_out_the_network(model: LoadedModel) -> None:
     network = torch.nn.Conv2d(3, 4, 3)
     compiled: list[bool] = []
     network.compile = lambda **_: compiled.append(True)  # type: ignore[method-assign]  # the real one takes seconds
@@ -187,7 +183,7 @@ def test_a_device_that_is_not_there_is_refused(model: LoadedModel, device: str) 
         (10**9, 0.0, 6.0, 1),
     ],
 )
-def test_the_search_for_a_batch_size_takes_the_smallest_that_is_about_the_fastest(
+def test_batch_size_search_takes_the_smallest_fast_size(
     monkeypatch: pytest.MonkeyPatch, fits: int, fixed: float, linear: float, expected: int
 ) -> None:
     clock, tried = [0.0], []

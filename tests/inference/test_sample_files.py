@@ -136,7 +136,7 @@ def test_samples_that_are_not_finite_are_not_written(
     assert not Path(spec.output_dir).exists()
 
 
-def test_more_steps_than_times_are_refused_before_anything_is_written(spec: SampleSpec) -> None:
+def test_more_steps_than_times_are_refused(spec: SampleSpec) -> None:
     with pytest.raises(UserError, match=r"S=51 .*T=50"):
         write_samples(dataclasses.replace(spec, sampler=SamplerSpec(S=51)))
     assert not Path(spec.output_dir).exists()
