@@ -214,7 +214,7 @@ def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyP
         raise RuntimeError("no such host\nand a stack")
 
     monkeypatch.setattr("torch.distributed.init_process_group", refuse)
-    with pytest.raises(UserError, match=r"process 1 of 2 cannot meet the others .*no such host.*torchrun"):
+    with pytest.raises(UserError, match=r"process 1 of 2 cannot reach the others .*no such host.*torchrun"):
         join_process_group()
 
 
