@@ -31,10 +31,10 @@ class Sweep:
 
     def dashboard(self, spec: Any) -> Any:
         """Return the dashboard of a cell's folder."""
-        from ddim.results.wandb import Dashboard
+        from ddim.results.wandb import SweepLogger
 
         folder = Path(spec.output_dir)
-        return self.dashboards.setdefault(folder, Dashboard(spec.logger, spec.name, folder))
+        return self.dashboards.setdefault(folder, SweepLogger(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
         """Say what is going to be computed, and note it; `here` or in jobs that a launcher starts elsewhere."""
@@ -81,7 +81,7 @@ class Sweep:
                 record, new = once(single.prepare, processes)
                 metrics = record["metrics"]
                 first(say, single.title, record, new)
-                first(dashboard.log_cell, record, single.title)
+                first(dashboard.log_evaluation, record, single.title)
             first(manifest.note, spec, "done")
         except Exception as error:
             if processes.is_main:
