@@ -1,4 +1,4 @@
-"""The paper's figures from a checkpoint, each one a picture and the tensors behind it."""
+"""The paper's figures from a checkpoint: for each a picture and the file of its tensors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,17 +27,17 @@ class FigureSpec:
         figure: a key of FIGURES, or all.
         checkpoint: path of the model.
         name: of the folder.
-        output_dir: gets a picture and a file of tensors for each figure.
-        compute: how.
-        sampler: of all figures, but for what a figure varies: S and η in samples, S in consistency.
+        output_dir: receives a picture and a file of tensors for each figure.
+        compute: device, precision and batch size.
+        sampler: of all figures, except for what a figure varies: S and η in samples, S in consistency.
         indices: image numbers; null for the first n. Interpolation takes them as pairs, its grid the first four.
-        n: images 0 .. n-1; null for each figure's own number.
-        S: numbers of steps in samples and consistency; null for the paper's, as far as the model has so many times.
-        etas: rows of samples.
-        sigma_hat: one row more in samples.
-        points: weights 0 .. 1 along an interpolation.
-        columns: times shown in x0_strip.
-        frames: predictions shown in trajectory.
+        n: images 0 .. n-1; null for the default of each figure.
+        S: numbers of steps in samples and consistency; null for those of the paper that the model's T allows.
+        etas: one row each in samples.
+        sigma_hat: add a row for σ̂ to samples.
+        points: number of weights 0 .. 1 of an interpolation.
+        columns: number of times in x0_strip.
+        frames: number of predictions in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
         weights: ema, online, or ema_RATE for another average of the training.
         overwrite: replace files of an earlier call.
@@ -83,15 +83,15 @@ class FigureSpec:
         check_seed(self.seed)
 
     def images(self, default: int) -> tuple[int, ...]:
-        """Return the image numbers of a figure that shows `default` images when nothing is asked for."""
+        """Return the image numbers of a figure that shows `default` images unless n or indices are given."""
         return self.indices if self.indices is not None else tuple(range(self.n or default))
 
 
 def write_figures(spec: FigureSpec) -> list[Path]:
-    """Make the figures and return the paths written: for each a PNG, or a GIF, and safetensors (`panels.load_panel`).
+    """Write the figures and return the paths: for each a PNG or GIF, and safetensors (`panels.load_panel`).
 
     Raises:
-        UserError: bad input, or files that would be overwritten; before anything is sampled.
+        UserError: bad input, or files that would be overwritten; raised before anything is sampled.
     """
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
@@ -106,14 +106,14 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     for name, plan in plans.items():
         picture, tensors = files[name]
         panel = plan()
-        panel = dataclasses.replace(panel, facts=panel.facts | origin)
+        panel = dataclasses.replace(panel, metadata=panel.metadata | origin)
         (animate if picture.suffix == ".gif" else draw)(panel, picture)
         save_panel(panel, tensors)
     return [path for paths in files.values() for path in paths]
 
 
 def targets(name: str, folder: Path) -> tuple[Path, Path]:
-    """Return the files of a figure: its picture and its tensors."""
+    """Return the paths of a figure: its picture and its tensors."""
     return folder / f"{name}{'.gif' if name == 'trajectory' else '.png'}", folder / f"{name}.safetensors"
 
 
@@ -157,7 +157,7 @@ def _x0_strip(spec: FigureSpec, source: Source) -> Plan:
 
 def _trajectory(spec: FigureSpec, source: Source) -> Plan:
     steps = evenly(spec.frames, len(check_sampler(source.model, spec.sampler)))
-    # Few of the large ones: all frames are kept as they are, for the file of tensors.
+    # Fewer large images: all frames are kept unrounded for the file of tensors.
     images = spec.images(16 if source.model.spec.image_shape[1] < 128 else 4)
     return lambda: panels.trajectory(source, spec.sampler, images, steps)
 
@@ -167,9 +167,9 @@ def _weights(spec: FigureSpec) -> list[float]:
 
 
 def _numbers_of_steps(spec: FigureSpec, source: Source, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the S that were asked for, or of the default ones those that the model's T allows, or T."""
+    """Return the given S, or else the default ones up to the model's T, or T if there are none."""
     if spec.sampler.times is not None:
-        raise UserError("samples and consistency choose S; give a named sampler.spacing, not explicit times.")
+        raise UserError("samples and consistency vary S; give a named sampler.spacing, not explicit times.")
     T = source.model.spec.schedule.T
     S = spec.S or tuple(count for count in default if count <= T) or (T,)
     for count in S:
@@ -180,7 +180,7 @@ def _numbers_of_steps(spec: FigureSpec, source: Source, default: tuple[int, ...]
 def _check_deterministic(spec: FigureSpec, source: Source) -> None:
     check_sampler(source.model, spec.sampler)
     if spec.sampler.rule != "ddim" or spec.sampler.eta != 0:
-        raise UserError("interpolation is between deterministic samples; choose sampler=ddim with sampler.eta=0.")
+        raise UserError("interpolation needs a deterministic sampler; choose sampler=ddim with sampler.eta=0.")
 
 
 FIGURES: dict[str, Callable[[FigureSpec, Source], Plan]] = {
