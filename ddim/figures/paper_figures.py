@@ -121,7 +121,7 @@ Plan = Callable[[], Panel]
 
 
 def _samples(spec: FigureSpec, source: Source) -> Plan:
-    S = _numbers_of_steps(spec, source, (10, 100))
+    S = numbers_of_steps(spec, source, (10, 100))
     rows = [dataclasses.replace(spec.sampler, rule="ddim", eta=eta, S=S[0]) for eta in spec.etas]
     if spec.sigma_hat:
         rows.append(dataclasses.replace(spec.sampler, rule="sigma_hat", eta=None))
@@ -129,7 +129,7 @@ def _samples(spec: FigureSpec, source: Source) -> Plan:
 
 
 def _consistency(spec: FigureSpec, source: Source) -> Plan:
-    S = _numbers_of_steps(spec, source, (10, 20, 50, 100, 1000))
+    S = numbers_of_steps(spec, source, (10, 20, 50, 100, 1000))
     return lambda: panels.consistency(source, spec.sampler, S, spec.images(5))
 
 
@@ -166,7 +166,7 @@ def _weights(spec: FigureSpec) -> list[float]:
     return [k / (spec.points - 1) for k in range(spec.points)]
 
 
-def _numbers_of_steps(spec: FigureSpec, source: Source, default: tuple[int, ...]) -> tuple[int, ...]:
+def numbers_of_steps(spec: FigureSpec, source: Source, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the given S, or else the default ones up to the model's T, or T if there are none."""
     if spec.sampler.times is not None:
         raise UserError("samples and consistency vary S; give a named sampler.spacing, not explicit times.")
