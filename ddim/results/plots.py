@@ -76,8 +76,8 @@ def timings(records: Sequence[Record]) -> list[Timing]:
         if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
             shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"])
             groups.setdefault(json.dumps(shared), []).append(record)
-    timings = (_timing(groups[key]) for key in sorted(groups))
-    return [timing for timing in timings if len({S for _, S, _ in timing.points}) > 1]
+    candidates = (_timing(groups[key]) for key in sorted(groups))
+    return [timing for timing in candidates if len({S for _, S, _ in timing.points}) > 1]
 
 
 def _timing(records: list[Record]) -> Timing:
