@@ -11,7 +11,7 @@ from _cli import explain, pick_device
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
-    from ddim.results.wandb import Dashboard
+    from ddim.results.wandb import SweepLogger
 
 
 class Sweep:
@@ -23,7 +23,7 @@ class Sweep:
 
     def __init__(self, module: str, spec_name: str) -> None:
         self.module, self.spec_name = module, spec_name
-        self.loggers: dict[Path, Dashboard] = {}  # by the folders that the evaluations of this command write to
+        self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
         self._session: Session | None = None
 
     @property
@@ -42,12 +42,12 @@ class Sweep:
         pick_device(config.get("compute"), "device")
         return build(getattr(importlib.import_module(self.module), self.spec_name), config, "")
 
-    def logger(self, spec: Any) -> "Dashboard":
+    def logger(self, spec: Any) -> "SweepLogger":
         """Return the W&B logger of the folder of an evaluation."""
-        from ddim.results.wandb import Dashboard
+        from ddim.results.wandb import SweepLogger
 
         folder = Path(spec.output_dir)
-        return self.loggers.setdefault(folder, Dashboard(spec.logger, spec.name, folder))
+        return self.loggers.setdefault(folder, SweepLogger(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
         """Print and note what is going to be computed, `here` or in jobs that a launcher starts elsewhere."""
@@ -91,7 +91,7 @@ class Sweep:
                 record, new = evaluate(repetition, self.session)
                 metrics = record["metrics"]
                 on_main(print_metrics, repetition.title, record, new)
-                on_main(logger.log_cell, record, repetition.title)
+                on_main(logger.log_evaluation, record, repetition.title)
             on_main(manifest.note, spec, "done")
         except Exception as error:
             if processes.is_main:

@@ -1,1 +1,1 @@
-"""The figures of the paper from a checkpoint: pictures for print and the tensors behind them."""
+"""The paper's figures from a checkpoint: pictures for print and their tensors."""

@@ -1,7 +1,7 @@
-"""The figures of the paper as tensors: images in rows and columns, with what each row and column shows.
+"""The paper's figures as tensors: images in rows and columns, and a description of each row and column.
 
-All of them start from addressed noise, so image i has the same x_T in every figure. What they hold are samples before
-rounding; `ddim.figures.layout` makes pictures of them.
+The x_T of image i depends only on the seed and i, so it is the same in every figure. The images are samples before
+rounding; `ddim.figures.layout` draws them.
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.inference.generate import progress
-from ddim.inference.trajectories import Source, along, samples_from
+from ddim.inference.trajectories import SamplingContext, record_steps, sample_from
 from ddim.io import read_safetensors, write_safetensors
 
 AXES = ("row", "column", "channel", "height", "width")
-Axis = tuple[dict[str, Any], ...]  # a row or column each: its "label", and the facts that the label stands for
+TENSOR = "cells"  # name of the images in a figure's file
+Axis = tuple[dict[str, Any], ...]  # for each row or column its "label", and what the label stands for
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,202 +33,211 @@ class Panel:
     """Images in rows and columns.
 
     Attributes:
-        cells: float32 (rows, columns, C, H, W), samples in about [-1, 1], not rounded.
-        rows, columns: what each shows, in plain values; neighbours with the same label belong together.
-        facts: what all cells share: the sampler, the seed, the weights.
+        images: float32 (rows, columns, C, H, W), samples in about [-1, 1], not rounded.
+        rows, columns: what each one shows, as JSON values; neighbours with the same label form a group.
+        metadata: what all images share: the sampler, the seed, the weights.
     """
 
-    cells: Tensor
+    images: Tensor
     rows: Axis
     columns: Axis
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
-def samples(source: Source, samplers: Sequence[SamplerSpec], S: Sequence[int], indices: Sequence[int]) -> Panel:
-    """Return the same images sampled in many ways (paper, Fig. 3): a row for each sampler, S and images in columns.
+def samples(
+    context: SamplingContext, samplers: Sequence[SamplerSpec], S: Sequence[int], indices: Sequence[int]
+) -> Panel:
+    """Return the same images from different samplers (paper, Fig. 3): samplers in rows, S and images in columns.
 
     Args:
-        source: model and seed.
-        samplers: of the rows; their own S does not count.
+        context: model and seed.
+        samplers: one for each row; their own S is replaced.
         S: numbers of steps; each has a column for every image.
         indices: image numbers.
     """
-    x_T = source.x_T(indices)
-    chosen = [[dataclasses.replace(sampler, S=count) for count in S] for sampler in samplers]
-    cells = [cell for row in chosen for cell in row]
-    with progress(_evaluations(source, cells, len(x_T)), "samples") as bar:
-        rows = [[samples_from(source, cell, x_T, indices, bar.update) for cell in row] for row in chosen]
+    x_T = context.x_T(indices)
+    grid = [[dataclasses.replace(sampler, S=count) for count in S] for sampler in samplers]
+    all_samplers = [sampler for row in grid for sampler in row]
+    with progress(_network_evaluations(context, all_samplers, len(x_T)), "samples") as bar:
+        rows = [[sample_from(context, sampler, x_T, indices, bar.update) for sampler in row] for row in grid]
     return Panel(
         torch.stack([torch.cat(row) for row in rows]),
         tuple({"label": row_label(s), "rule": s.rule, "eta": s.eta} for s in samplers),
-        tuple({**_steps(source, cell), "index": i} for cell in chosen[0] for i in indices),
-        _facts("samples", source, cells),
+        tuple({**_steps_label(context, sampler), "index": i} for sampler in grid[0] for i in indices),
+        _metadata("samples", context, all_samplers),
     )
 
 
-def consistency(source: Source, sampler: SamplerSpec, S: Sequence[int], indices: Sequence[int]) -> Panel:
-    """Return the same x_T sampled in ever more steps (paper, Fig. 5): a row for each image, S in columns."""
-    x_T = source.x_T(indices)
-    chosen = [dataclasses.replace(sampler, S=count) for count in S]
-    with progress(_evaluations(source, chosen, len(x_T)), "consistency") as bar:
-        columns = [samples_from(source, cell, x_T, indices, bar.update) for cell in chosen]
+def consistency(context: SamplingContext, sampler: SamplerSpec, S: Sequence[int], indices: Sequence[int]) -> Panel:
+    """Return samples of the same x_T with different numbers of steps (paper, Fig. 5): images in rows, S in columns."""
+    x_T = context.x_T(indices)
+    samplers = [dataclasses.replace(sampler, S=count) for count in S]
+    with progress(_network_evaluations(context, samplers, len(x_T)), "consistency") as bar:
+        columns = [sample_from(context, sampler, x_T, indices, bar.update) for sampler in samplers]
     return Panel(
         torch.stack(columns, dim=1),
-        _images(indices),
-        tuple(_steps(source, cell) for cell in chosen),
-        _facts("consistency", source, chosen),
+        _image_labels(indices),
+        tuple(_steps_label(context, sampler) for sampler in samplers),
+        _metadata("consistency", context, samplers),
     )
 
 
 def interpolation(
-    source: Source, sampler: SamplerSpec, pairs: Sequence[tuple[int, int]], weights: Sequence[float]
+    context: SamplingContext, sampler: SamplerSpec, pairs: Sequence[tuple[int, int]], weights: Sequence[float]
 ) -> Panel:
-    """Return samples between images (paper, Eq. 67 and Fig. 6, left): a row for each pair, the weights in columns.
+    """Return interpolations between images (paper, Eq. 67 and Fig. 6, left): pairs in rows, weights in columns.
 
     Args:
-        source: model and seed.
+        context: model and seed.
         sampler: deterministic.
-        pairs: image numbers; weight 0 is the first of a pair, 1 the second.
+        pairs: image numbers; weight 0 gives the first of a pair, 1 the second.
         weights: of the spherical interpolation of x_T.
+
+    Raises:
+        ValueError: the sampler is not deterministic.
     """
-    x, y = (source.x_T([pair[side] for pair in pairs]) for side in (0, 1))
+    x, y = (context.x_T([pair[side] for pair in pairs]) for side in (0, 1))
     starts = torch.stack([slerp(x, y, weight) for weight in weights], dim=1)
     return Panel(
-        _from_starts("interpolation", source, sampler, starts),
+        _from_starts("interpolation", context, sampler, starts),
         tuple({"label": f"image {i} → {j}", "indices": [i, j]} for i, j in pairs),
-        _weights("w", weights),
-        _facts("interpolation", source, [sampler]),
+        _weight_labels("w", weights),
+        _metadata("interpolation", context, [sampler]),
     )
 
 
 def interpolation_grid(
-    source: Source,
+    context: SamplingContext,
     sampler: SamplerSpec,
     corners: tuple[int, int, int, int],
     across: Sequence[float],
     within: Sequence[float],
 ) -> Panel:
-    """Return samples between two pairs of images (paper, Eq. 67, Fig. 6, right, and 11-13).
+    """Return interpolations between two pairs of images (paper, Eq. 67, Fig. 6, right, and 11-13).
 
     Args:
-        source: model and seed.
+        context: model and seed.
         sampler: deterministic.
-        corners: image numbers: the two of the first pair, upper left and right; the two of the second, below.
-        across: the weights v between the pairs; each has a row.
-        within: the weights w within both pairs; each has a column.
+        corners: image numbers: the first pair, upper left and right, and the second pair, lower left and right.
+        across: the weights v between the pairs, one for each row.
+        within: the weights w within both pairs, one for each column.
+
+    Raises:
+        ValueError: the sampler is not deterministic.
     """
-    a, b, c, d = (source.x_T([i]) for i in corners)
+    a, b, c, d = (context.x_T([i]) for i in corners)
     pairs = [(slerp(a, b, w), slerp(c, d, w)) for w in within]
     starts = torch.stack([torch.cat([slerp(upper, lower, v) for upper, lower in pairs]) for v in across])
     return Panel(
-        _from_starts("interpolation_grid", source, sampler, starts),
-        _weights("v", across),
-        _weights("w", within),
-        _facts("interpolation_grid", source, [sampler]) | {"corners": list(corners)},
+        _from_starts("interpolation_grid", context, sampler, starts),
+        _weight_labels("v", across),
+        _weight_labels("w", within),
+        _metadata("interpolation_grid", context, [sampler]) | {"corners": list(corners)},
     )
 
 
-def x0_strip(source: Source, sampler: SamplerSpec, indices: Sequence[int], steps: Sequence[int]) -> Panel:
-    """Return x̂0 and the x_t that it was predicted from: a row of each for every image, the times t in columns.
+def x0_strip(context: SamplingContext, sampler: SamplerSpec, indices: Sequence[int], steps: Sequence[int]) -> Panel:
+    """Return x̂0, and the x_t that it was predicted from: a row of each for every image, the times t in columns.
 
     Args:
-        source: model and seed.
+        context: model and seed.
         sampler: how to sample.
         indices: image numbers.
-        steps: which steps, rising, of 1..len(tau).
+        steps: which of the steps 1..len(tau), rising.
     """
-    seen = _seen("x0_strip", source, sampler, indices, steps)
+    states = _predictions_and_states("x0_strip", context, sampler, indices, steps)
     rows = [{"label": name, "index": i} for name in ("x̂0", "x_t") for i in indices]
     return Panel(
-        seen.permute(2, 0, 1, 3, 4, 5).flatten(0, 1),
+        states.permute(2, 0, 1, 3, 4, 5).flatten(0, 1),
         tuple(rows),
-        _times(source, sampler, steps),
-        _facts("x0_strip", source, [sampler]),
+        _time_labels(context, sampler, steps),
+        _metadata("x0_strip", context, [sampler]),
     )
 
 
-def trajectory(source: Source, sampler: SamplerSpec, indices: Sequence[int], steps: Sequence[int]) -> Panel:
-    """Return x_T, then x̂0 as predicted at the times t: a row for each moment, the images in columns; see `x0_strip`."""
-    seen = _seen("trajectory", source, sampler, indices, steps)[:, :, 0].transpose(0, 1)
-    start = {"label": "x_T", "t": source.tau(sampler)[-1]}
+def trajectory(context: SamplingContext, sampler: SamplerSpec, indices: Sequence[int], steps: Sequence[int]) -> Panel:
+    """Return x_T, then x̂0 as predicted at the times t: times in rows, images in columns; see `x0_strip`."""
+    predicted = _predictions_and_states("trajectory", context, sampler, indices, steps)[:, :, 0].transpose(0, 1)
+    start = {"label": "x_T", "t": context.tau(sampler)[-1]}
     return Panel(
-        torch.cat([source.x_T(indices)[None], seen]),
-        (start, *_times(source, sampler, steps)),
-        _images(indices),
-        _facts("trajectory", source, [sampler]),
+        torch.cat([context.x_T(indices)[None], predicted]),
+        (start, *_time_labels(context, sampler, steps)),
+        _image_labels(indices),
+        _metadata("trajectory", context, [sampler]),
     )
 
 
 def save_panel(panel: Panel, path: Path) -> None:
-    """Write a panel as safetensors: the tensor `cells`, everything else in the metadata, each value as JSON."""
-    metadata = {"axes": AXES, "rows": panel.rows, "columns": panel.columns, **panel.facts}
-    written = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
-    write_safetensors(path, {"cells": panel.cells}, written)
+    """Write a panel as safetensors: one tensor of images, everything else in the metadata, each value as JSON."""
+    metadata = {"axes": AXES, "rows": panel.rows, "columns": panel.columns, **panel.metadata}
+    as_json = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+    write_safetensors(path, {TENSOR: panel.images}, as_json)
 
 
 def load_panel(path: str | Path) -> Panel:
-    """Read what `save_panel` wrote.
+    """Read a file that `save_panel` wrote.
 
     Raises:
-        UserError: no such file, or one that is no panel.
+        UserError: there is no such file, or it is not the file of a panel.
     """
-    tensors, metadata = read_safetensors(Path(path))
-    if not {"rows", "columns", "axes"} <= metadata.keys() or "cells" not in tensors:
+    tensors, as_json = read_safetensors(Path(path))
+    if not {"rows", "columns", "axes"} <= as_json.keys() or TENSOR not in tensors:
         raise UserError(f"{path} holds no figure; give a file that scripts/figures.py wrote.")
-    facts = {key: json.loads(value) for key, value in metadata.items() if key not in ("format", "axes")}
-    return Panel(tensors["cells"], tuple(facts.pop("rows")), tuple(facts.pop("columns")), facts)
+    metadata = {key: json.loads(value) for key, value in as_json.items() if key not in ("format", "axes")}
+    return Panel(tensors[TENSOR], tuple(metadata.pop("rows")), tuple(metadata.pop("columns")), metadata)
 
 
-def _from_starts(title: str, source: Source, sampler: SamplerSpec, starts: Tensor) -> Tensor:
-    """Sample from x_T in rows and columns; they have no image number, so there is no noise for the steps."""
+def _from_starts(title: str, context: SamplingContext, sampler: SamplerSpec, starts: Tensor) -> Tensor:
+    """Sample from x_T in rows and columns. These have no image number, which noise in the steps would need."""
     if sampler.rule != "ddim" or sampler.eta != 0:
-        raise ValueError(f"interpolation is between deterministic samples; choose eta=0, not {row_label(sampler)}.")
+        raise ValueError(f"interpolation needs a deterministic sampler; choose eta=0, not {row_label(sampler)}.")
     x_T = starts.flatten(0, 1)
-    with progress(_evaluations(source, [sampler], len(x_T)), title) as bar:
-        return samples_from(source, sampler, x_T, range(len(x_T)), bar.update).unflatten(0, starts.shape[:2])
+    with progress(_network_evaluations(context, [sampler], len(x_T)), title) as bar:
+        return sample_from(context, sampler, x_T, range(len(x_T)), bar.update).unflatten(0, starts.shape[:2])
 
 
-def _seen(title: str, source: Source, sampler: SamplerSpec, indices: Sequence[int], steps: Sequence[int]) -> Tensor:
-    """Return x̂0 and x_t before the given steps, (images, steps, 2, C, H, W)."""
+def _predictions_and_states(
+    title: str, context: SamplingContext, sampler: SamplerSpec, indices: Sequence[int], steps: Sequence[int]
+) -> Tensor:
+    """Return x̂0 of the given steps and the x_t before them, (images, steps, 2, C, H, W)."""
 
     def both(x_t: Tensor, state: State) -> Tensor:
         return torch.stack((state.x0, x_t), dim=1)
 
-    with progress(_evaluations(source, [sampler], len(indices)), title) as bar:
-        return along(source, sampler, source.x_T(indices), indices, steps, both, bar.update)
+    with progress(_network_evaluations(context, [sampler], len(indices)), title) as bar:
+        return record_steps(context, sampler, context.x_T(indices), indices, steps, both, bar.update)
 
 
-def _evaluations(source: Source, samplers: Sequence[SamplerSpec], images: int) -> int:
-    return images * sum(len(source.tau(sampler)) for sampler in samplers)
+def _network_evaluations(context: SamplingContext, samplers: Sequence[SamplerSpec], images: int) -> int:
+    return images * sum(len(context.tau(sampler)) for sampler in samplers)
 
 
-def _images(indices: Sequence[int]) -> Axis:
+def _image_labels(indices: Sequence[int]) -> Axis:
     return tuple({"label": f"image {i}", "index": i} for i in indices)
 
 
-def _steps(source: Source, sampler: SamplerSpec) -> dict[str, Any]:
-    return {"label": f"S={sampler.S}", "S": sampler.S, "tau": list(source.tau(sampler))}
+def _steps_label(context: SamplingContext, sampler: SamplerSpec) -> dict[str, Any]:
+    return {"label": f"S={sampler.S}", "S": sampler.S, "tau": list(context.tau(sampler))}
 
 
-def _weights(name: str, weights: Sequence[float]) -> Axis:
+def _weight_labels(name: str, weights: Sequence[float]) -> Axis:
     return tuple({"label": f"{name}={weight:.3g}", "weight": weight} for weight in weights)
 
 
-def _times(source: Source, sampler: SamplerSpec, steps: Sequence[int]) -> Axis:
-    tau = source.tau(sampler)
+def _time_labels(context: SamplingContext, sampler: SamplerSpec, steps: Sequence[int]) -> Axis:
+    tau = context.tau(sampler)
     return tuple({"label": f"t={tau[-k]}", "t": tau[-k], "step": k} for k in steps)
 
 
-def _facts(name: str, source: Source, samplers: Sequence[SamplerSpec]) -> dict[str, Any]:
-    """Return what decided all cells; of the sampler, what does not change from cell to cell."""
-    model = source.model
-    described = [dataclasses.asdict(sampler) for sampler in samplers]
-    shared = {key: value for key, value in described[0].items() if all(other[key] == value for other in described)}
+def _metadata(figure: str, context: SamplingContext, samplers: Sequence[SamplerSpec]) -> dict[str, Any]:
+    """Return what all images share: of the samplers, the values that are the same in all of them."""
+    model = context.model
+    first, *others = map(dataclasses.asdict, samplers)
     return {
-        "figure": name,
-        "seed": source.seed,
-        "sampler": shared,
-        **({"tau": list(source.tau(samplers[0]))} if len(samplers) == 1 else {}),
+        "figure": figure,
+        "seed": context.seed,
+        "sampler": {key: value for key, value in first.items() if all(other[key] == value for other in others)},
+        **({} if others else {"tau": list(context.tau(samplers[0]))}),
         "weights": model.weights,
         "weights_hash": model.weights_hash,
         "step": model.step,
@@ -235,5 +245,5 @@ def _facts(name: str, source: Source, samplers: Sequence[SamplerSpec]) -> dict[s
         "T": model.spec.schedule.T,
         "prediction": model.spec.prediction,
         "data": model.spec.data,
-        "bf16": source.compute.bf16,
+        "bf16": context.compute.bf16,
     }

@@ -1,4 +1,4 @@
-"""The paper's figures from a checkpoint, each one a picture and the tensors behind it."""
+"""The paper's figures from a checkpoint: for each a picture and the file of its tensors."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ddim.figures.layout import animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler
-from ddim.inference.trajectories import Source, evenly
+from ddim.inference.trajectories import SamplingContext, evenly_spaced
 from ddim.random import check_seed
 from ddim.results.records import provenance
 
@@ -27,17 +27,17 @@ class FigureSpec:
         figure: a key of FIGURES, or all.
         checkpoint: path of the model.
         name: of the folder.
-        output_dir: gets a picture and a file of tensors for each figure.
-        compute: how.
-        sampler: of all figures, but for what a figure varies: S and η in samples, S in consistency.
+        output_dir: receives a picture and a file of tensors for each figure.
+        compute: device, precision and batch size.
+        sampler: of all figures, except for what a figure varies: S and η in samples, S in consistency.
         indices: image numbers; null for the first n. Interpolation takes them as pairs, its grid the first four.
-        n: images 0 .. n-1; null for each figure's own number.
-        S: numbers of steps in samples and consistency; null for the paper's, as far as the model has so many times.
-        etas: rows of samples.
-        sigma_hat: one row more in samples.
-        points: weights 0 .. 1 along an interpolation.
-        columns: times shown in x0_strip.
-        frames: predictions shown in trajectory.
+        n: images 0 .. n-1; null for the default of each figure.
+        S: numbers of steps in samples and consistency; null for those of the paper that the model's T allows.
+        etas: one row each in samples.
+        sigma_hat: add a row for σ̂ to samples.
+        points: number of weights 0 .. 1 of an interpolation.
+        columns: number of times in x0_strip.
+        frames: number of predictions in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
         weights: ema, online, or ema_RATE for another average of the training.
         overwrite: replace files of an earlier call.
@@ -83,21 +83,21 @@ class FigureSpec:
         check_seed(self.seed)
 
     def images(self, default: int) -> tuple[int, ...]:
-        """Return the image numbers of a figure that shows `default` images when nothing is asked for."""
+        """Return the image numbers of a figure that shows `default` images unless n or indices are given."""
         return self.indices if self.indices is not None else tuple(range(self.n or default))
 
 
 def write_figures(spec: FigureSpec) -> list[Path]:
-    """Make the figures and return the paths written: for each a PNG, or a GIF, and safetensors (`panels.load_panel`).
+    """Write the figures and return the paths: for each a PNG or GIF, and safetensors (`panels.load_panel`).
 
     Raises:
-        UserError: bad input, or files that would be overwritten; before anything is sampled.
+        UserError: bad input, or files that would be overwritten; raised before anything is sampled.
     """
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
-    source = Source(model, spec.seed, spec.compute)
+    context = SamplingContext(model, spec.seed, spec.compute)
     names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
-    plans = {name: FIGURES[name](spec, source) for name in names}
+    plans = {name: FIGURES[name](spec, context) for name in names}
     files = {name: targets(name, Path(spec.output_dir)) for name in names}
     present = [path for paths in files.values() for path in paths if path.exists()]
     if present and not spec.overwrite:
@@ -106,84 +106,84 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     for name, plan in plans.items():
         picture, tensors = files[name]
         panel = plan()
-        panel = dataclasses.replace(panel, facts=panel.facts | origin)
+        panel = dataclasses.replace(panel, metadata=panel.metadata | origin)
         (animate if picture.suffix == ".gif" else draw)(panel, picture)
         save_panel(panel, tensors)
     return [path for paths in files.values() for path in paths]
 
 
 def targets(name: str, folder: Path) -> tuple[Path, Path]:
-    """Return the files of a figure: its picture and its tensors."""
+    """Return the paths of a figure: its picture and its tensors."""
     return folder / f"{name}{'.gif' if name == 'trajectory' else '.png'}", folder / f"{name}.safetensors"
 
 
 Plan = Callable[[], Panel]
 
 
-def _samples(spec: FigureSpec, source: Source) -> Plan:
-    S = _numbers_of_steps(spec, source, (10, 100))
+def _samples(spec: FigureSpec, context: SamplingContext) -> Plan:
+    S = numbers_of_steps(spec, context, (10, 100))
     rows = [dataclasses.replace(spec.sampler, rule="ddim", eta=eta, S=S[0]) for eta in spec.etas]
     if spec.sigma_hat:
         rows.append(dataclasses.replace(spec.sampler, rule="sigma_hat", eta=None))
-    return lambda: panels.samples(source, rows, S, spec.images(5))
+    return lambda: panels.samples(context, rows, S, spec.images(5))
 
 
-def _consistency(spec: FigureSpec, source: Source) -> Plan:
-    S = _numbers_of_steps(spec, source, (10, 20, 50, 100, 1000))
-    return lambda: panels.consistency(source, spec.sampler, S, spec.images(5))
+def _consistency(spec: FigureSpec, context: SamplingContext) -> Plan:
+    S = numbers_of_steps(spec, context, (10, 20, 50, 100, 1000))
+    return lambda: panels.consistency(context, spec.sampler, S, spec.images(5))
 
 
-def _interpolation(spec: FigureSpec, source: Source) -> Plan:
-    _check_deterministic(spec, source)
+def _interpolation(spec: FigureSpec, context: SamplingContext) -> Plan:
+    _check_deterministic(spec, context)
     images = spec.images(8)
     if len(images) % 2:
         raise UserError(f"interpolation takes pairs of images, not {len(images)}; give an even number of them.")
     pairs = list(zip(images[0::2], images[1::2], strict=True))
-    return lambda: panels.interpolation(source, spec.sampler, pairs, _weights(spec))
+    return lambda: panels.interpolation(context, spec.sampler, pairs, _weights(spec))
 
 
-def _interpolation_grid(spec: FigureSpec, source: Source) -> Plan:
-    _check_deterministic(spec, source)
+def _interpolation_grid(spec: FigureSpec, context: SamplingContext) -> Plan:
+    _check_deterministic(spec, context)
     if len(images := spec.images(4)) < 4:
         raise UserError(f"interpolation_grid takes two pairs of images, not {len(images)} images; give four.")
     corners = (images[0], images[1], images[2], images[3])
-    return lambda: panels.interpolation_grid(source, spec.sampler, corners, _weights(spec), _weights(spec))
+    return lambda: panels.interpolation_grid(context, spec.sampler, corners, _weights(spec), _weights(spec))
 
 
-def _x0_strip(spec: FigureSpec, source: Source) -> Plan:
-    steps = evenly(spec.columns, len(check_sampler(source.model, spec.sampler)))
-    return lambda: panels.x0_strip(source, spec.sampler, spec.images(4), steps)
+def _x0_strip(spec: FigureSpec, context: SamplingContext) -> Plan:
+    steps = evenly_spaced(spec.columns, len(check_sampler(context.model, spec.sampler)))
+    return lambda: panels.x0_strip(context, spec.sampler, spec.images(4), steps)
 
 
-def _trajectory(spec: FigureSpec, source: Source) -> Plan:
-    steps = evenly(spec.frames, len(check_sampler(source.model, spec.sampler)))
-    # Few of the large ones: all frames are kept as they are, for the file of tensors.
-    images = spec.images(16 if source.model.spec.image_shape[1] < 128 else 4)
-    return lambda: panels.trajectory(source, spec.sampler, images, steps)
+def _trajectory(spec: FigureSpec, context: SamplingContext) -> Plan:
+    steps = evenly_spaced(spec.frames, len(check_sampler(context.model, spec.sampler)))
+    # Fewer large images: all frames are kept unrounded for the file of tensors.
+    images = spec.images(16 if context.model.spec.image_shape[1] < 128 else 4)
+    return lambda: panels.trajectory(context, spec.sampler, images, steps)
 
 
 def _weights(spec: FigureSpec) -> list[float]:
     return [k / (spec.points - 1) for k in range(spec.points)]
 
 
-def _numbers_of_steps(spec: FigureSpec, source: Source, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the S that were asked for, or of the default ones those that the model's T allows, or T."""
+def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the given S, or else the default ones up to the model's T, or T if there are none."""
     if spec.sampler.times is not None:
-        raise UserError("samples and consistency choose S; give a named sampler.spacing, not explicit times.")
-    T = source.model.spec.schedule.T
+        raise UserError("samples and consistency vary S; give a named sampler.spacing, not explicit times.")
+    T = context.model.spec.schedule.T
     S = spec.S or tuple(count for count in default if count <= T) or (T,)
     for count in S:
-        check_sampler(source.model, dataclasses.replace(spec.sampler, S=count))
+        check_sampler(context.model, dataclasses.replace(spec.sampler, S=count))
     return S
 
 
-def _check_deterministic(spec: FigureSpec, source: Source) -> None:
-    check_sampler(source.model, spec.sampler)
+def _check_deterministic(spec: FigureSpec, context: SamplingContext) -> None:
+    check_sampler(context.model, spec.sampler)
     if spec.sampler.rule != "ddim" or spec.sampler.eta != 0:
-        raise UserError("interpolation is between deterministic samples; choose sampler=ddim with sampler.eta=0.")
+        raise UserError("interpolation needs a deterministic sampler; choose sampler=ddim with sampler.eta=0.")
 
 
-FIGURES: dict[str, Callable[[FigureSpec, Source], Plan]] = {
+FIGURES: dict[str, Callable[[FigureSpec, SamplingContext], Plan]] = {
     "samples": _samples,
     "consistency": _consistency,
     "interpolation": _interpolation,

@@ -1,1 +1,1 @@
-"""Records of measurements, and the tables, plots and pages made from them; needs no torch."""
+"""Records of measurements, and the tables, plots and reports made from them; no torch here."""

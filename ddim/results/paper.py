@@ -1,4 +1,4 @@
-"""The numbers of the paper's tables, as data, and the rule that says which of ours may stand beside them.
+"""The numbers of the paper's tables, and the rule for when ours can be compared with them.
 
 Song, Meng, Ermon, "Denoising Diffusion Implicit Models", ICLR 2021, arXiv 2010.02502: Tables 1, 2 and 3.
 """
@@ -16,14 +16,14 @@ class PaperTable:
     """One table of the paper.
 
     Attributes:
-        title: where it stands, and on which data.
-        metric: the name that our numbers of the same kind have. Of all of them less is better.
+        title: number of the table, and its data.
+        metric: our name for the same metric. For all of them less is better.
         n: number of images measured.
-        reference: the set that ours must be measured against to be compared.
-        spacing: what is known of the times τ.
-        decimals: digits after the point; the paper rounds to them.
+        reference: name of the reference set that our numbers must be measured against.
+        spacing: what is known about the times τ.
+        decimals: digits after the point to which the paper rounds.
         values: row -> S -> number.
-        note: what else must be known to compare.
+        note: what else is needed to compare.
     """
 
     title: str
@@ -37,31 +37,31 @@ class PaperTable:
 
     @property
     def source(self) -> str:
-        """Return the place in the literature."""
+        """Return the citation."""
         return f"{ARXIV}, {self.title}"
 
     def row(self, label: str) -> str | None:
-        """Return the row that a sampler of ours belongs to, None where the paper has none.
+        """Return the row for the label of one of our samplers, None if the paper has no such row.
 
-        σ̂ is one row however x̂0 is clipped, since the formula (section D.3) clips nothing and the official
+        All σ̂ samplers belong to one row, however x̂0 is clipped: the formula (section D.3) does not clip, the official
         implementation does.
         """
         row = SIGMA_HAT if label.startswith(SIGMA_HAT) else label
         return row if row in self.values else None
 
     def number(self, label: str, S: int) -> float | None:
-        """Return the paper's number for a sampler of ours, None where it has none."""
+        """Return the paper's number for one of our samplers, None if it has none."""
         row = self.row(label)
         return None if row is None else self.values[row].get(S)
 
 
 def comparison(name: str | None, metric: str, n: int | None, reference: str) -> tuple[PaperTable | None, str]:
-    """Return the paper's table that stands beside ours, and one line that says so; None and why, where none may.
+    """Return the paper's table to compare with, and one line about it; None and the reason if there is none.
 
     Args:
-        name: a key of PAPER_TABLES, or None if no comparison is meant; then the line is empty.
-        metric, n, reference: what ours is. Statistics from an .npz file do not say what they were made of and are
-            taken to be those of `PaperTable.reference`.
+        name: a key of PAPER_TABLES, or None for no comparison; then the line is empty.
+        metric, n, reference: of our numbers. Statistics from an .npz file do not state the set they were computed
+            from, so they are assumed to be those of `PaperTable.reference`.
     """
     if name is None:
         return None, ""
@@ -77,13 +77,12 @@ def comparison(name: str | None, metric: str, n: int | None, reference: str) -> 
     return paper, f"paper: {paper.source}; its τ: {paper.spacing}; {paper.note}"
 
 
-def table(columns: tuple[int, ...], rows: Mapping[str, tuple[float, ...]]) -> dict[str, dict[int, float]]:
-    """Return rows of numbers as row -> S -> number."""
+def _by_row_and_steps(columns: tuple[int, ...], rows: Mapping[str, tuple[float, ...]]) -> dict[str, dict[int, float]]:
     return {row: dict(zip(columns, numbers, strict=True)) for row, numbers in rows.items()}
 
 
 def _fid(title: str, reference: str, spacing: str, note: str, **values: Any) -> PaperTable:
-    return PaperTable(title, "fid_50k", 50_000, reference, spacing, 2, table(**values), note)
+    return PaperTable(title, "fid_50k", 50_000, reference, spacing, 2, _by_row_and_steps(**values), note)
 
 
 PAPER_TABLES: dict[str, PaperTable] = {
@@ -122,7 +121,7 @@ PAPER_TABLES: dict[str, PaperTable] = {
         "cifar10-test",
         "not stated",
         4,
-        table(
+        _by_row_and_steps(
             (10, 20, 50, 100, 200, 500, 1000),
             {"η=0.0": (0.0140, 0.0065, 0.0023, 0.0009, 0.0004, 0.0001, 0.0001)},
         ),

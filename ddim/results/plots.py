@@ -1,4 +1,4 @@
-"""Plots made from tables and records: a metric against S, and the time to sample against S (the paper's Fig. 4)."""
+"""Plots of tables and records: a metric against S, and the time to sample against S (the paper's Fig. 4)."""
 
 import json
 import math
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PAPER_IMAGES = 50_000  # Fig. 4 counts hours for so many
+PAPER_IMAGES = 50_000  # Fig. 4 shows hours for 50,000 images
 DPI = 200
-PAPER_LOOK: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markerfacecolor": "none", "markersize": 9}
+PAPER_STYLE: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markerfacecolor": "none", "markersize": 9}
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of cells of one model on one kind of device.
+    """Sampling times of one model on one kind of device.
 
     Attributes:
         device: its name, for example NVIDIA H200.
-        compute: how it was used: processes and images per batch.
+        compute: number of processes and images per batch.
         model: weights, and number format of the network.
         images: numbers of images that were timed.
         points: (row label, S, hours for 50,000 images on one device).
@@ -67,23 +67,23 @@ class Timing:
 
 
 def timings(records: Sequence[Record]) -> list[Timing]:
-    """Return the times of completed records by device and model; those with at least two values of S.
+    """Return the sampling times of completed records for each device and model with at least two values of S.
 
-    Records that do not say where they were computed are left out.
+    Records without a device are left out.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
             shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"])
             groups.setdefault(json.dumps(shared), []).append(record)
-    found = (_timing(groups[key]) for key in sorted(groups))
-    return [timing for timing in found if len({S for _, S, _ in timing.points}) > 1]
+    candidates = (_timing(groups[key]) for key in sorted(groups))
+    return [timing for timing in candidates if len({S for _, S, _ in timing.points}) > 1]
 
 
 def _timing(records: list[Record]) -> Timing:
     model = records[0]["model"]
-    use = {(r["compute"].get("processes", 1), r["compute"].get("batch_size")) for r in records}
-    processes, batches = (sorted({used[i] for used in use if used[i] is not None}) for i in (0, 1))
+    processes = sorted({r["compute"].get("processes", 1) for r in records} - {None})
+    batches = sorted({r["compute"].get("batch_size") for r in records} - {None})
     return Timing(
         device=records[0]["compute"]["device"],
         compute=f"processes: {_and(processes)}; images per batch: {_and(batches) or 'not known'}",
@@ -96,26 +96,26 @@ def _timing(records: list[Record]) -> Timing:
 
 
 def plot(table: Table) -> "Figure":
-    """Plot the metric against S, a line for each row, both axes logarithmic unless a value is not positive.
+    """Plot the metric against S, a line for each row, with logarithmic axes unless a value is not positive.
 
-    Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's numbers.
+    Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's values.
     """
     figure, axes = _figure()
     shown: list[float] = []
-    drawn: set[str | None] = set()  # rows of the paper: σ̂ may be there clipped and not
+    drawn: set[str | None] = set()  # the paper's rows: variants of σ̂ share one
     for number, row in enumerate(table.rows):
         points = [(S, v, table.spread(row, S)) for S in table.columns if (v := table.value(row, S)) is not None]
         S, values, spreads = zip(*points, strict=True)
         bars = None if table.ranges == 1 else [spread or 0.0 for spread in spreads]
-        look: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5]}
-        axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row), **look)
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5]}
+        axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row), **style)
         shown += values
         paper = [(S, v) for S in table.columns if (v := table.paper_value(row, S)) is not None]
         if paper and table.paper and (name := table.paper.row(row)) not in drawn:
             drawn.add(name)
-            axes.plot(*zip(*paper, strict=True), **PAPER_LOOK, **look)
+            axes.plot(*zip(*paper, strict=True), **PAPER_STYLE, **style)
     if table.paper is not None:
-        axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_LOOK)
+        axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
     _scales(axes, table.columns, "log" if min(shown) > 0 else "linear")
     axes.set_ylabel(f"{table.metric} ({'less' if is_distance(table.metric) else 'more'} is better)")
@@ -125,13 +125,17 @@ def plot(table: Table) -> "Figure":
 
 
 def plot_time(timing: Timing) -> "Figure":
-    """Plot hours for 50,000 images against S, both axes logarithmic, with the fit."""
+    """Plot hours for 50,000 images against S with the fit, both axes logarithmic."""
     figure, axes = _figure()
     for number, row in enumerate(sorted({row for row, _, _ in timing.points}, key=row_order)):
         points = [(S, hours) for label, S, hours in timing.points if label == row]
-        # Hollow and of growing size, since the times of all samplers nearly coincide.
-        look: dict[str, Any] = {"marker": "osD^v"[number % 5], "color": f"C{number % 10}", "markersize": 5 + 2 * number}
-        axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **look)
+        # Hollow markers of growing size, since the times of all samplers nearly coincide.
+        style: dict[str, Any] = {
+            "marker": "osD^v"[number % 5],
+            "color": f"C{number % 10}",
+            "markersize": 5 + 2 * number,
+        }
+        axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **style)
     steps = sorted({S for _, S, _ in timing.points})
     label = f"fit, $S^{{{timing.exponent:.3f}}}$"
     axes.plot(steps, [timing.fitted(S) for S in steps], color="gray", linewidth=1, zorder=1, label=label)
@@ -144,7 +148,7 @@ def plot_time(timing: Timing) -> "Figure":
 
 
 def save(figure: "Figure", path: Path) -> Path:
-    """Write a figure as PNG, and beside it as PDF for papers; return the path of the PNG."""
+    """Write a figure as PNG to `path`, and as PDF for papers next to it; return `path`."""
     for target, metadata in ((path, None), (path.with_suffix(".pdf"), {"CreationDate": None})):
         with atomic_write(target) as partial:
             figure.savefig(partial, dpi=DPI, metadata=metadata)
@@ -161,12 +165,12 @@ def _figure() -> tuple["Figure", "Axes"]:
 def _scales(axes: "Axes", steps: Sequence[int], y: str) -> None:
     axes.set(xscale="log", yscale=y, xlabel="S, steps")
     axes.set_xticks(steps, [str(S) for S in steps])
-    axes.xaxis.minorticks_off()  # the values of S stand there; on y, minor ticks carry the labels of a narrow range
+    axes.xaxis.minorticks_off()  # only the values of S have ticks; on y, minor ticks label a narrow range
     axes.grid(alpha=0.3)
 
 
 def _plain(text: str) -> str:
-    """Keep matplotlib from reading formulas, but for σ̂, whose hat its fonts set beside the letter."""
+    """Escape formulas, and make one of σ̂: matplotlib's fonts put the hat next to the letter."""
     return text.replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
 
 

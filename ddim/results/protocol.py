@@ -1,4 +1,4 @@
-"""What the cells of one table share, and how it is said."""
+"""The protocol of a measurement: what all entries of a table share, and its description in words."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,81 +8,77 @@ from ddim.results.records import Record
 DEFAULTS = {"kind": "fidelity", "first": 0, "paper": None, "seed": None, "bf16": False, "pixels": None}
 SHARED = ("kind", "paper", "model", "n", "seed", "bf16", "pixels", "reference", "metric")
 FULL = "full"  # the spacing of the chain 1..T
-SHORT = 12  # hexadecimal digits of a hash where people read it
+LABELS = {"raw": "online"}  # how records name weights -> how people do
+SHORT = 12  # hexadecimal digits of a shortened hash
 
 
 def completed(record: Record) -> Record:
-    """Return a record with the fields that older ones lack."""
+    """Return a record with the fields that older records lack."""
     return DEFAULTS | {"n": record["reference"]["images"]} | record
 
 
-def protocol(record: Record) -> dict[str, Any]:
-    """Return what a completed record shares with the other cells of its table; the spacing comes on top.
+def shared_protocol(record: Record) -> dict[str, Any]:
+    """Return what a completed record shares with the other entries of its table, except for the spacing.
 
-    Ranges of n images that start at a multiple of n (after the same offset) are the same or disjoint, so that the
-    cells of one table can be averaged over them.
+    Ranges of n images that start at a multiple of n (after the same offset) are the same or disjoint, so the entries
+    of one table can be averaged over them.
     """
     shared = {key: record[key] for key in SHARED}
     return shared | {"last_time": record["sampler"]["last_time"], "offset": record["first"] % record["n"]}
 
 
 def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
-    """Return one line that says what was measured; `ranges` holds how many ranges of images the cells are over."""
+    """Return one line that states what was measured.
+
+    Args:
+        metric, p: of the table.
+        ranges: the numbers of ranges of images behind the entries.
+    """
     data, model = p["reference"], p["model"]
     if p["kind"] == "reconstruction":
         images = f"{p['n']:,} images of {data['name']}, encoded and decoded"
     else:
         images = f"{p['n']:,} images against {data['images']:,} of {data['name']}"
     step = "" if model["step"] is None else f" at step {model['step']:,}"
-    most, fewer = max(ranges), ", or as many as a cell says" if len(ranges) > 1 else ""
-    parts = [
+    fewer = ", or as many as an entry states" if len(ranges) > 1 else ""
+    return _join(
         f"{metric}: {images}",
-        f"{model['weights']} weights {model['weights_hash'][:8]}{step}",
+        f"{LABELS.get(model['weights'], model['weights'])} weights {model['weights_hash'][:8]}{step}",
         f"tau {p['spacing']}",
-        "" if p["seed"] is None else f"seed {p['seed']}",
+        _named("seed", p["seed"]),
         f"from image {p['offset']:,} on" if p["offset"] else "",
         "bfloat16" if p["bf16"] else "",
         f"ends at alpha_bar[{p['last_time']}]" if p["last_time"] else "",
-        f"mean ± sample standard deviation over {most} ranges of images{fewer}" if most > 1 else "",
-    ]
-    return ", ".join(part for part in parts if part)
+        f"mean ± sample standard deviation over {max(ranges)} ranges of images{fewer}" if max(ranges) > 1 else "",
+    )
 
 
-def facts(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, full: bool) -> list[tuple[str, str]]:
-    """Return the whole protocol of a table as (name, text).
+def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, full: bool) -> list[tuple[str, str]]:
+    """Return the complete protocol of a table as (name, text).
 
     Args:
         metric, p: of the table.
         rows: row label -> its records.
-        full: hashes and lists of times in full; else shortened.
+        full: give hashes and lists of times in full; else shortened.
     """
     records = [record for members in rows.values() for record in members]
-    model, data, features = p["model"], p["reference"], p["metric"]
-    extractor = [features.get("extractor", features.get("name", "")), _named("layer", features.get("feature_layer"))]
-    extractor += [
-        _named("resize", features.get("resize")),
-        _named("weights", _hash(features.get("weights_hash"), full)),
-    ]
-    reference = [data["name"], _named("split", features.get("reference_split")), f"{data['images']:,} images"]
-    step = None if model["step"] is None else f"{model['step']:,}"
-    weights = [model["weights"], _named("hash", _hash(model["weights_hash"], full)), _named("step", step)]
-    schedule = [model.get("schedule"), f"T={model['T']}", _named("prediction", model.get("prediction"))]
-    found = [
+    model = p["model"]
+    items = [
         ("metric", f"{metric} (less is better)" if is_distance(metric) else metric),
         ("images", f"n = {p['n']:,}: {_ranges(records)}"),
-        ("reference set", _list([*reference, _named("fingerprint", _hash(data["fingerprint"], full))])),
-        ("extractor", _list(extractor)),
-        ("weights", _list([*weights, _named("trained on", _different(r.get("trained_on") for r in records))])),
-        ("schedule", _list(schedule)),
+        ("reference set", _reference(p["reference"], p["metric"], full)),
+        ("extractor", _extractor(p["metric"], full)),
+        ("weights", _weights(model, records, full)),
+        ("schedule", _join(model.get("schedule"), f"T={model['T']}", _named("prediction", model.get("prediction")))),
         ("τ", f"{p['spacing']}: {_times(records, p['spacing'], full)}"),
         ("clip of x̂0", _clip(rows)),
         ("end", f"alpha_bar[{p['last_time']}]" + ("" if p["last_time"] else " = 1")),
         ("pixels", p["pixels"] or ""),
         ("network in", "bfloat16" if p["bf16"] else "float32"),
         ("seed", "" if p["seed"] is None else str(p["seed"])),
-        ("code revision", _different(_hash(r.get("revision"), full) for r in records)),
+        ("code revision", distinct(_hash(r.get("revision"), full) for r in records)),
     ]
-    return [(name, text) for name, text in found if text]
+    return [(name, text) for name, text in items if text]
 
 
 def is_distance(metric: str) -> bool:
@@ -93,10 +89,39 @@ def is_distance(metric: str) -> bool:
 def times_of(records: Iterable[Record]) -> dict[str, dict[str, list[int]]]:
     """Return spacing -> S -> the list τ."""
     lists = {(r["spacing"], r["S"]): r["sampler"]["tau"] for r in records}
-    found: dict[str, dict[str, list[int]]] = {}
+    times: dict[str, dict[str, list[int]]] = {}
     for spacing, S in sorted(lists, key=lambda key: (key[0] == FULL, key)):
-        found.setdefault(spacing, {})[str(S)] = lists[spacing, S]
-    return found
+        times.setdefault(spacing, {})[str(S)] = lists[spacing, S]
+    return times
+
+
+def distinct(values: Iterable[str | None]) -> str:
+    """Return the distinct values that are not empty, sorted, in one line."""
+    return ", ".join(sorted({value for value in values if value}))
+
+
+def _reference(data: dict[str, Any], metric: dict[str, Any], full: bool) -> str:
+    fingerprint = _named("fingerprint", _hash(data["fingerprint"], full))
+    return _join(
+        data["name"], _named("split", metric.get("reference_split")), f"{data['images']:,} images", fingerprint
+    )
+
+
+def _extractor(metric: dict[str, Any], full: bool) -> str:
+    layer, resize = (_named(name, metric.get(key)) for name, key in (("layer", "feature_layer"), ("resize", "resize")))
+    weights = _named("weights", _hash(metric.get("weights_hash"), full))
+    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights)
+
+
+def _weights(model: dict[str, Any], records: list[Record], full: bool) -> str:
+    step = "" if model["step"] is None else f"step {model['step']:,}"
+    trained_on = _named("trained on", distinct(r.get("trained_on") for r in records))
+    return _join(
+        LABELS.get(model["weights"], model["weights"]),
+        _named("hash", _hash(model["weights_hash"], full)),
+        step,
+        trained_on,
+    )
 
 
 def _times(records: list[Record], own: str, full: bool) -> str:
@@ -116,7 +141,7 @@ def _times(records: list[Record], own: str, full: bool) -> str:
 def _clip(rows: dict[str, list[Record]]) -> str:
     members: dict[str, list[str]] = {}
     for row, records in rows.items():
-        members.setdefault(_different(r["sampler"].get("clip") for r in records), []).append(row)
+        members.setdefault(distinct(r["sampler"].get("clip") for r in records), []).append(row)
     return "; ".join(f"{clip} ({', '.join(rows)})" if len(members) > 1 else clip for clip, rows in members.items())
 
 
@@ -125,12 +150,8 @@ def _ranges(records: list[Record]) -> str:
     return "numbers " + "; ".join(f"{first:,} to {last:,}" for first, last in ranges)
 
 
-def _different(values: Iterable[str | None]) -> str:
-    return ", ".join(sorted({value for value in values if value}))
-
-
 def _hash(value: str | None, full: bool) -> str:
-    """Shorten a hash; a mark after it, as in "+changes", stays."""
+    """Shorten a hash unless `full`; a mark after it, as in "+changes", stays."""
     if value is None or full:
         return value or ""
     digits, mark, rest = value.partition("+")
@@ -141,5 +162,5 @@ def _named(name: str, value: Any) -> str:
     return "" if value in (None, "") else f"{name} {value}"
 
 
-def _list(parts: Iterable[str | None]) -> str:
+def _join(*parts: str | None) -> str:
     return ", ".join(part for part in parts if part)

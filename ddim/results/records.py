@@ -1,6 +1,5 @@
-"""One JSON line for each number, with everything that decided it."""
+"""Records of measurements: one JSON line for each, with everything that determines its numbers."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -9,6 +8,8 @@ import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ddim.errors import UserError
 
@@ -21,16 +22,16 @@ class RecordFile:
     """An append-only file of records; several processes may append to it.
 
     Args:
-        path: of the .jsonl file; made, with its folder, when the first record comes.
+        path: of the .jsonl file. The first record creates it and its folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Record]:
-        """Return all records, oldest first; [] when there is no file.
+        """Return all records, oldest first; [] if there is no file.
 
-        A last line without its newline was cut short by a kill and is left out: its cell is computed again.
+        A last line without a newline was cut short by a kill and is left out: its evaluation is computed again.
 
         Raises:
             UserError: another line is not JSON.
@@ -55,23 +56,16 @@ class RecordFile:
     def append(self, record: Record) -> None:
         """Add a record; it is on the disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            _drop_unfinished_line(self.path, file)
+        with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
+            file.truncate(self.path.read_bytes().rfind(b"\n") + 1)  # drops a last line that a kill cut short
             file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _drop_unfinished_line(path: Path, file: Any) -> None:
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        file.truncate(content.rfind(b"\n") + 1)
-
-
-def record_key(identity: dict[str, Any]) -> str:
-    """Return 16 hexadecimal digits that stand for everything that decides a result."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def record_key(content: dict[str, Any]) -> str:
+    """Return the key of a result: 16 hexadecimal digits of the hash of everything that determines it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def provenance() -> dict[str, Any]:
@@ -82,14 +76,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def code_revision() -> str:
-    """Return the commit of the checkout this package lies in, "+changes" if it was edited, or "unknown"."""
-    here = Path(__file__).resolve().parent
+def code_revision(module: Path = Path(__file__)) -> str:
+    """Return the commit of the checkout that holds `module`, with "+changes" if it was edited, or "unknown"."""
+    folder = module.resolve().parent
     try:
-        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)  # else it is the checkout of something else
-        revision = _git(here, "rev-parse", "HEAD")
-        # The results a run writes lie in the checkout too; only tracked files count as edits.
-        return revision + ("+changes" if _git(here, "status", "--porcelain", "--untracked-files=no") else "")
+        _git(folder, "ls-files", "--error-unmatch", module.name)  # fails if the checkout is that of another project
+        revision = _git(folder, "rev-parse", "HEAD")
+        # A run writes its results into the checkout too, so only tracked files count as edits.
+        return revision + ("+changes" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -1,8 +1,8 @@
-"""Tables, plots and a page, made from records and from nothing else.
+"""Reports: tables, plots and a page, made from nothing but records.
 
-A table holds cells of one protocol: same model, weights, number of images, seed, reference, extractor and spacing. Rows
-are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing. Neither the order of the
-records nor anything that differs between two runs of the same cells, such as seconds, changes a table.
+The entries of a table share one protocol: model, weights, number of images, seed, reference set, extractor and spacing.
+Rows are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing. A table depends on
+neither the order of the records nor anything that differs between two runs of the same evaluation, such as seconds.
 """
 
 import json
@@ -12,55 +12,53 @@ from typing import Any
 
 from ddim.io import atomic_write
 from ddim.results import plots, text
-from ddim.results.html import page
+from ddim.results.html import render_page
 from ddim.results.paper import SIGMA_HAT
-from ddim.results.protocol import FULL, completed, protocol
+from ddim.results.protocol import FULL, completed, shared_protocol
 from ddim.results.records import Record, record_key
 from ddim.results.table import Table
 
 
 def build_tables(records: Sequence[Record]) -> list[Table]:
-    """Sort records into tables, one for each metric and protocol, in an order that does not depend on theirs.
+    """Return a table for each metric and protocol, in an order that does not depend on that of the records.
 
-    A cell that is there for several disjoint ranges of images holds them all. Of several records for the same images
-    one stays, by a hash: neither their order nor which number is better decides.
+    An entry holds the records of all its disjoint ranges of images. Of several records for the same images one is
+    chosen by a hash, so that neither their order nor their values matter.
     """
     tables = []
-    for shared, members in _groups(records):
+    for shared, members in _by_protocol(records):
         for spacing in sorted({r["spacing"] for r in members} - {FULL}) or [FULL]:
             rows = [(r["label"], r) for r in members if r["spacing"] == spacing]
-            # The full chain joins the samplers that have this spacing, or have none.
+            # The full chain joins the samplers that have this spacing, or no other.
             elsewhere = {r["label"] for r in members if r["spacing"] != FULL} - {label for label, _ in rows}
-            rows += [
-                (r["label"], r) for r in members if r["spacing"] == FULL != spacing and r["label"] not in elsewhere
-            ]
-            tables += _tables(shared | {"spacing": spacing}, rows)
+            if spacing != FULL:
+                rows += [(r["label"], r) for r in members if r["spacing"] == FULL and r["label"] not in elsewhere]
+            tables += _by_metric(shared | {"spacing": spacing}, rows)
     return tables
 
 
 def sigma_hat_variants(records: Sequence[Record]) -> list[Table]:
-    """Return a table of the σ̂ row in each of its readings, where a protocol has more than one.
+    """Return a table of the variants of the σ̂ row for each protocol that has more than one.
 
-    The paper does not say on which times, nor whether clipped, its σ̂ row was made. The rows are the spacings and clip
-    policies that there are; the full chain belongs to every spacing.
+    The paper states neither the times of its σ̂ row nor whether it was clipped. A variant is a spacing with a clip
+    policy; the full chain belongs to every spacing.
     """
     tables = []
-    for shared, members in _groups(records):
+    for shared, members in _by_protocol(records):
         members = [r for r in members if r["label"].startswith(SIGMA_HAT)]
-        rows = {(r["label"], r["spacing"]) for r in members if r["spacing"] != FULL}
-        if len(rows) < 2:
+        variants = {(r["label"], r["spacing"]) for r in members if r["spacing"] != FULL}
+        if len(variants) < 2:
             continue
-        cells = [
+        rows = [
             (f"{label}, {spacing}", r)
-            for label, spacing in rows
+            for label, spacing in variants
             for r in members
             if r["label"] == label and r["spacing"] in (spacing, FULL)
         ]
-        count = {2: "two", 3: "three", 4: "four"}.get(len(rows), str(len(rows)))
-        found = _tables(shared | {"spacing": "of each row"}, cells)
-        for table in found:
-            table.heading = f"{SIGMA_HAT}: {count} readings" + (" against the paper" if table.paper else "")
-        tables += found
+        count = {2: "two", 3: "three", 4: "four"}.get(len(variants), str(len(variants)))
+        for table in _by_metric(shared | {"spacing": "of each row"}, rows):
+            table.heading = f"{SIGMA_HAT}: {count} variants" + (" against the paper" if table.paper else "")
+            tables.append(table)
     return tables
 
 
@@ -75,61 +73,69 @@ def write_report(
 
     Args:
         records: of a sweep; there may be none.
-        folder: that the records' grids lie in; made if it is not there.
+        folder: that the records' grids lie in; created if needed.
         command: that repeats the sweep, shown on the page.
-        failures: (cell, reason) of those that failed, shown on the page.
+        failures: (evaluation, reason) of those that failed, shown on the page.
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
     """
+    complete = [completed(record) for record in records]
     tables = [*build_tables(records), *sigma_hat_variants(records)]
-    timings = plots.timings([completed(record) for record in records])
+    timings = plots.timings(complete)
     texts = {
         "table.md": text.markdown(tables),
         "table.csv": text.as_csv(tables),
         "table.json": text.as_json(tables),
         "table.tex": text.latex(tables),
-        "timing.csv": text.timing_csv([completed(record) for record in records]),
+        "timing.csv": text.timing_csv(complete),
     }
-    paths = [_write(folder / name, text) for name, text in texts.items()]
-    pictures: list[Path] = []
-    for number, table in enumerate(tables):
-        name = f"plot_{table.metric}" if number == 0 else f"plot_{table.metric}_{number}"
-        pictures.append(plots.save(plots.plot(table), folder / f"{name}.png"))
-    for number, timing in enumerate(timings):
-        pictures.append(plots.save(plots.plot_time(timing), folder / f"plot_time{f'_{number}' if number else ''}.png"))
-    paths += [path for picture in pictures for path in (picture, picture.with_suffix(".pdf"))]
-    html = page(tables, timings, pictures, records, folder, command, failures)
-    return [*paths, _write(folder / "report.html", html)]
+    paths = [_write(folder / name, content) for name, content in texts.items()]
+    table_plots = [
+        plots.save(plots.plot(table), folder / f"{_numbered(f'plot_{table.metric}', i)}.png")
+        for i, table in enumerate(tables)
+    ]
+    time_plots = [
+        plots.save(plots.plot_time(timing), folder / f"{_numbered('plot_time', i)}.png")
+        for i, timing in enumerate(timings)
+    ]
+    paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
+    with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
+    page = render_page(*with_plots, records, folder, command, failures)
+    return [*paths, _write(folder / "report.html", page)]
 
 
-def _groups(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
+def _by_protocol(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
     groups: dict[str, tuple[dict[str, Any], list[Record]]] = {}
     for record in map(completed, records):
-        shared = protocol(record)
+        shared = shared_protocol(record)
         groups.setdefault(json.dumps(shared, sort_keys=True), (shared, []))[1].append(record)
     return [groups[key] for key in sorted(groups)]
 
 
-def _tables(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[Table]:
-    """Return a table for each metric that any record of `rows`, pairs of label and record, has."""
+def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[Table]:
+    """Return a table for each metric of the records in `rows`, pairs of row label and record."""
+    rows = sorted(rows, key=lambda pair: _tie_break(pair[1]))
     tables = []
     for metric in sorted({metric for _, r in rows for metric in r["metrics"]}):
-        cells: dict[tuple[str, int], dict[int, Record]] = {}
-        for row, record in sorted(rows, key=lambda pair: _tie(pair[1])):
+        ranges: dict[tuple[str, int], dict[int, Record]] = {}
+        for row, record in rows:
             if metric in record["metrics"]:
-                cells.setdefault((row, record["S"]), {})[record["first"]] = record
-        tables.append(
-            Table(metric, shared, {key: tuple(found[first] for first in sorted(found)) for key, found in cells.items()})
-        )
+                ranges.setdefault((row, record["S"]), {})[record["first"]] = record
+        entries = {key: tuple(by_first[first] for first in sorted(by_first)) for key, by_first in ranges.items()}
+        tables.append(Table(metric, shared, entries))
     return tables
 
 
-def _tie(record: Record) -> str:
+def _tie_break(record: Record) -> str:
     return record_key({key: record.get(key) for key in ("key", "metrics", "revision")})
 
 
-def _write(path: Path, text: str) -> Path:
+def _numbered(name: str, number: int) -> str:
+    return f"{name}_{number}" if number else name
+
+
+def _write(path: Path, content: str) -> Path:
     with atomic_write(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(content, encoding="utf-8")
     return path

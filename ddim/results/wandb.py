@@ -1,4 +1,4 @@
-"""A sweep on Weights & Biases: one group, a run for each cell, and a run with the table and the plots."""
+"""Logging a sweep to Weights & Biases: a group with a run for each evaluation and a run for the report."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,17 +11,17 @@ from ddim.io import atomic_write
 from ddim.results.records import RECORDS, Record, RecordFile
 from ddim.results.report import build_tables
 
-RUNS = "wandb/runs"  # in a sweep's folder: a file for each run that W&B has, named by the key of its cell
+RUNS = "wandb/runs"  # in a sweep's folder: the ids of its W&B runs, each in a file named by the key of its record
 
 
 @dataclass(frozen=True)
 class LoggerSpec:
-    """Where a run is logged besides CSV.
+    """Loggers of a run in addition to CSV.
 
     Attributes:
         wandb, tensorboard: also log there.
         project, entity, group, tags: of the W&B run.
-        offline: keep the W&B run on this disk; needs no account. `wandb sync` uploads it later.
+        offline: keep the W&B run on this disk, without an account; `wandb sync` uploads it later.
     """
 
     wandb: bool = False
@@ -35,10 +35,10 @@ class LoggerSpec:
 
 @contextmanager
 def explain_wandb_errors() -> Iterator[None]:
-    """Say in one sentence why W&B does not start, or not go on.
+    """Turn an error of W&B in the block into one sentence.
 
     Raises:
-        UserError: it does not.
+        UserError: W&B failed to start or to continue.
     """
     import wandb
 
@@ -55,11 +55,11 @@ def explain_wandb_errors() -> Iterator[None]:
         ) from error
 
 
-class Dashboard:
-    """The runs of one sweep's folder.
+class SweepLogger:
+    """Logs the evaluations of one sweep to W&B.
 
     Args:
-        spec: project, group and so on; nothing is done unless `spec.wandb`.
+        spec: project, group and so on; without `spec.wandb` nothing is logged.
         name: of the sweep, and of the group if the spec has none.
         folder: of the sweep; W&B's own files go to wandb/ in it.
     """
@@ -68,10 +68,10 @@ class Dashboard:
         self.spec, self.name, self.folder = spec, name, folder
 
     def check(self) -> None:
-        """Find out whether W&B can be used, before there is something to log.
+        """Check that W&B can be used, before there is something to log.
 
         Raises:
-            UserError: it is wanted online, and nobody is logged in.
+            UserError: W&B is wanted online, and nobody is logged in.
         """
         if not self.spec.wandb or self.spec.offline:
             return
@@ -81,12 +81,12 @@ class Dashboard:
             if not wandb.login():
                 raise wandb.errors.UsageError("nobody is logged in")
 
-    def log_cell(self, record: Record, title: str) -> None:
-        """Make the run of a cell: its numbers, its grid, and its whole protocol as configuration.
+    def log_evaluation(self, record: Record, title: str) -> None:
+        """Log the numbers and the grid of an evaluation as a run, with its protocol as the run's configuration.
 
-        A cell that has a run already gets no second one, so a sweep that goes on completes what a killed one left out.
+        An evaluation that has a run already gets no second one, so a sweep that was killed can continue.
         """
-        if not self.spec.wandb or self._known(record["key"]):
+        if not self.spec.wandb or self._run_id(record["key"]):
             return
         import wandb
 
@@ -97,27 +97,34 @@ class Dashboard:
             if "grid" in record:
                 values["grid"] = wandb.Image(str(self.folder / record["grid"]))
             run.log(values)
-            self._note(record["key"], run.id)
+            self._save_run_id(record["key"], run.id)
 
     def log_report(self, paths: Sequence[Path]) -> None:
-        """Make the run of the whole sweep: a table of all cells, plots, and the page; the same run for each sweep."""
+        """Log a table of all evaluations, the plots and the page. A sweep has one such run, which is continued.
+
+        Args:
+            paths: the files that `write_report` wrote.
+        """
         if not self.spec.wandb:
             return
         import wandb
 
         columns: list[str | int] = ["table", "metric", "sampler", "S", "value", "paper"]
-        rows = []
-        for table in build_tables(RecordFile(self.folder / RECORDS).read()):
-            for row, S in ((row, S) for row in table.rows for S in table.columns if table.values(row, S)):
-                rows.append([table.title(), table.metric, row, S, table.value(row, S), table.paper_value(row, S)])
-        with self._run(f"{self.name} table", "report", {"cells": len(rows)}, self._known("report")) as run:
-            pictures = {path.stem: wandb.Image(str(path)) for path in paths if path.suffix == ".png"}
+        rows = [
+            [table.title(), table.metric, row, S, value, table.paper_value(row, S)]
+            for table in build_tables(RecordFile(self.folder / RECORDS).read())
+            for row in table.rows
+            for S in table.columns
+            if (value := table.value(row, S)) is not None
+        ]
+        with self._run(f"{self.name} table", "report", {"entries": len(rows)}, self._run_id("report")) as run:
+            plots = {path.stem: wandb.Image(str(path)) for path in paths if path.suffix == ".png"}
             page = {path.stem: wandb.Html(str(path)) for path in paths if path.suffix == ".html"}
-            run.log({"table": wandb.Table(columns, rows), **pictures, **page})
-            self._note("report", run.id)
+            run.log({"table": wandb.Table(columns, rows), **plots, **page})
+            self._save_run_id("report", run.id)
 
     @contextmanager
-    def _run(self, title: str, kind: str, config: dict[str, Any], known: str | None = None) -> Iterator[Any]:
+    def _run(self, title: str, kind: str, config: dict[str, Any], run_id: str | None = None) -> Iterator[Any]:
         import wandb
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +137,7 @@ class Dashboard:
                 tags=list(self.spec.tags),
                 name=title,
                 job_type=kind,
-                id=known,
+                id=run_id,
                 resume="allow",
                 mode="offline" if self.spec.offline else "online",
                 dir=self.folder,
@@ -140,11 +147,11 @@ class Dashboard:
         ):
             yield run
 
-    def _known(self, what: str) -> str | None:
-        """Return the id of the run of a cell, or of the report, if there is one."""
-        path = self.folder / RUNS / what
+    def _run_id(self, key: str) -> str | None:
+        """Return the id of the run of a record, or of the report, None if there is none."""
+        path = self.folder / RUNS / key
         return path.read_text() if path.exists() else None
 
-    def _note(self, what: str, run_id: str) -> None:
-        with atomic_write(self.folder / RUNS / what) as partial:
+    def _save_run_id(self, key: str, run_id: str) -> None:
+        with atomic_write(self.folder / RUNS / key) as partial:
             partial.write_text(run_id)

@@ -1,4 +1,4 @@
-"""Pictures for print hold every pixel as a square of dots, at 300 dots an inch or more, beside readable labels."""
+"""Pictures for print show every pixel as a square of dots, at 300 dpi or more, next to readable labels."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ddim.data.images import normalize
 from ddim.errors import UserError
-from ddim.figures.layout import animate, canvas, draw, lay_out
+from ddim.figures.layout import animate, arrange, draw, lay_out
 from ddim.figures.panels import Axis, Panel
 
 
@@ -50,16 +50,16 @@ PANELS = {
 
 
 class Drawn(NamedTuple):
-    """A PNG read back: (H, W, 3), its dots an inch, and where the images begin."""
+    """A PNG file: its dots (H, W, 3), its resolution, and the upper left corner of the images."""
 
     page: NDArray[Any]
-    dots: float
+    dpi: float
     top: int
     left: int
 
 
 def positions(page: NDArray[Any], block: NDArray[Any]) -> list[tuple[int, int]]:
-    """Return every place of a page where a block lies, exactly."""
+    """Return every position of a page with exactly the content of a block."""
     h, w = block.shape[:2]
     room = (page.shape[0] - h + 1, page.shape[1] - w + 1)
     fits = np.ones(room, dtype=bool)
@@ -69,7 +69,7 @@ def positions(page: NDArray[Any], block: NDArray[Any]) -> list[tuple[int, int]]:
 
 
 def squares(image: Tensor, scale: int) -> NDArray[Any]:
-    """Enlarge one image (C, H, W) to (H', W', 3), written with loops of numpy's kron."""
+    """Enlarge one image (C, H, W) to (H', W', 3), independently of the code with numpy's kron."""
     channels = image.expand(3, -1, -1).numpy()
     return np.stack([np.kron(c, np.ones((scale, scale), dtype=np.uint8)) for c in channels], axis=-1)
 
@@ -86,17 +86,17 @@ def drawn(panel: Panel, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     assert [file.name for file in path.parent.iterdir()] == ["figure.png"]
     with Image.open(path) as image:
         assert (image.format, image.mode) == ("PNG", "RGB")
-        assert json.loads(image.text["Description"]) == panel.facts  # type: ignore[attr-defined]
+        assert json.loads(image.text["Description"]) == panel.metadata  # type: ignore[attr-defined]
         page, (dots, same) = np.array(image), image.info["dpi"]
     assert dots == same
-    first = squares(((panel.cells[0, 0] + 1) * 127.5).round().to(torch.uint8), lay_out(panel).scale)
+    first = squares(((panel.images[0, 0] + 1) * 127.5).round().to(torch.uint8), lay_out(panel).scale)
     [(top, left)] = positions(page, first)
     return Drawn(page, dots, top, left)
 
 
-def test_every_image_is_on_the_page_pixel_for_pixel(panel: Panel, drawn: Drawn) -> None:
+def test_page_has_every_image_pixel_for_pixel(panel: Panel, drawn: Drawn) -> None:
     scale = lay_out(panel).scale
-    blocks = [[squares(((cell + 1) * 127.5).round().to(torch.uint8), scale) for cell in row] for row in panel.cells]
+    blocks = [[squares(((image + 1) * 127.5).round().to(torch.uint8), scale) for image in row] for row in panel.images]
     h, w = blocks[0][0].shape[:2]
     across = [positions(drawn.page[drawn.top : drawn.top + h], block) for block in blocks[0]]
     down = [positions(drawn.page[:, drawn.left : drawn.left + w], row[0]) for row in blocks]
@@ -112,17 +112,17 @@ def test_every_image_is_on_the_page_pixel_for_pixel(panel: Panel, drawn: Drawn) 
     assert between == ([4] if len(panel.columns) == 10 and first != last else [])
 
 
-def test_it_is_as_wide_as_a_column_of_text_or_as_high_as_a_page(drawn: Drawn) -> None:
-    height, width = (side / drawn.dots for side in drawn.page.shape[:2])
-    assert drawn.dots > 299.99
+def test_page_fits_the_paper_at_300_dpi(drawn: Drawn) -> None:
+    height, width = (side / drawn.dpi for side in drawn.page.shape[:2])
+    assert drawn.dpi > 299.99
     assert 5.5 <= width <= 7 or (8 <= height <= 9 and width < 7)
     assert height <= 9
 
 
-def test_labels_stand_beside_the_images_and_touch_nothing(panel: Panel, drawn: Drawn) -> None:
+def test_labels_are_next_to_the_images(panel: Panel, drawn: Drawn) -> None:
     ink = (drawn.page < 255).any(axis=-1)
     scale = lay_out(panel).scale
-    h = panel.cells.shape[-2] * scale
+    h = panel.images.shape[-2] * scale
     assert not ink[:3].any()
     assert not ink[:, :3].any()
     assert not ink[-3:].any()
@@ -130,28 +130,28 @@ def test_labels_stand_beside_the_images_and_touch_nothing(panel: Panel, drawn: D
     assert not ink[drawn.top - 3 : drawn.top, :].any()  # between the labels above and the images
     assert not ink[:, drawn.left - 3 : drawn.left].any()
     assert ink[drawn.top : drawn.top + h, : drawn.left].any()  # of the first row
-    # As many pieces of ink above the images as there are labels, with white between them.
+    # Above the images there are as many separate pieces of ink as labels.
     above = ink[: drawn.top].any(axis=0)
-    gap = round(drawn.dots * 0.03)
+    gap = round(drawn.dpi * 0.03)
     ends = np.flatnonzero(above)
     assert 1 + int((np.diff(ends) > gap).sum()) == len({column["label"] for column in panel.columns})
 
 
-def test_the_enlargement_is_the_least_that_gives_300_dots() -> None:
+def test_scale_is_the_smallest_for_300_dpi() -> None:
     for panel in PANELS.values():
         layout = lay_out(panel)
-        h, w = (side * layout.scale for side in panel.cells.shape[-2:])
+        h, w = (side * layout.scale for side in panel.images.shape[-2:])
         assert layout.scale >= 1
-        rows, columns = panel.cells.shape[:2]
+        rows, columns = panel.images.shape[:2]
         smaller = (layout.scale - 1) / layout.scale
         assert layout.scale == 1 or min(columns * w * smaller / 6.3, rows * h * smaller / 8.3) < 300 or columns == 1
-        assert layout.upright == (len(panel.columns) == 40)
+        assert layout.vertical == (len(panel.columns) == 40)
     assert [lay_out(PANELS[name]).scale for name in ("8x8 grey", "64x64 colour", "256x256 colour")] == [19, 3, 2]
 
 
-def test_groups_of_one_label_are_set_apart() -> None:
+def test_groups_have_wider_gaps() -> None:
     pixels = torch.arange(6, dtype=torch.uint8).reshape(2, 3, 1, 1, 1)
-    sheet = canvas(panel_of(pixels, axis("x", "y"), axis("a", "a", "b")), scale=2)
+    sheet = arrange(panel_of(pixels, axis("x", "y"), axis("a", "a", "b")), scale=2)
     assert sheet.shape == (3, 2 + 10 + 2, 2 + 10 + 2 + 40 + 2)
     assert torch.equal(sheet[0], sheet[1])
     row = [0, 0] + [255] * 10 + [1, 1] + [255] * 40 + [2, 2]
@@ -160,22 +160,22 @@ def test_groups_of_one_label_are_set_apart() -> None:
     assert sheet[2, -1].tolist() == [3, 3] + [255] * 10 + [4, 4] + [255] * 40 + [5, 5]
 
 
-def test_pixels_are_rounded_and_cut_off_as_samples_are() -> None:
-    cells = torch.tensor([-1.5, -1.0, 0.0, 0.5, 1.0, 3.0]).reshape(1, 6, 1, 1, 1)
-    sheet = canvas(Panel(cells, axis(""), axis(*"abcdef"), {}), scale=1)
+def test_pixels_are_rounded_and_clamped() -> None:
+    images = torch.tensor([-1.5, -1.0, 0.0, 0.5, 1.0, 3.0]).reshape(1, 6, 1, 1, 1)
+    sheet = arrange(Panel(images, axis(""), axis(*"abcdef"), {}), scale=1)
     assert sheet[0, 0, ::11].tolist() == [0, 0, 128, 191, 255, 255]
 
 
-def test_samples_that_are_not_finite_are_not_drawn(tmp_path: Path) -> None:
+def test_non_finite_samples_are_refused(tmp_path: Path) -> None:
     panel = panel_of(pixels_of(2, 2, 1, 8, 8))
-    panel.cells[1, 0, 0, 3, 3] = torch.nan
+    panel.images[1, 0, 0, 3, 3] = torch.nan
     for write in (draw, animate):
         with pytest.raises(UserError, match="not finite"):
             write(panel, tmp_path / "figure.png")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_animation_shows_row_after_row(tmp_path: Path) -> None:
+def test_animation_shows_rows_as_frames(tmp_path: Path) -> None:
     pixels = pixels_of(5, 4, 1, 8, 8)
     animate(panel_of(pixels), tmp_path / "movie.gif")
     with Image.open(tmp_path / "movie.gif") as movie:

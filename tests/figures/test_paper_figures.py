@@ -1,4 +1,4 @@
-"""The files that `write_figures` writes, and the mistakes that it refuses before it samples."""
+"""The files that `write_figures` writes, and the errors that it reports before it samples."""
 
 import dataclasses
 import itertools
@@ -13,12 +13,12 @@ from ddim.checkpoints.model import LoadedModel
 from ddim.config import build
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.figures import panels, paper_figures
+from ddim.figures import panels
 from ddim.figures.layout import animate, draw
-from ddim.figures.paper_figures import FIGURES, FigureSpec, targets, write_figures
+from ddim.figures.paper_figures import FIGURES, FigureSpec, numbers_of_steps, targets, write_figures
 from ddim.inference import trajectories
 from ddim.inference.compute import ComputeSpec
-from ddim.inference.trajectories import Source
+from ddim.inference.trajectories import SamplingContext
 
 
 @pytest.fixture
@@ -30,10 +30,10 @@ def spec(checkpoint: Path, tmp_path: Path) -> FigureSpec:
 
 @pytest.fixture
 def no_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trajectories, "sample_batch", lambda *_: pytest.fail("something was sampled"))
+    monkeypatch.setattr(trajectories, "sample_steps", lambda *_: pytest.fail("something was sampled"))
 
 
-def test_all_figures_with_their_tensors(spec: FigureSpec, model: LoadedModel) -> None:
+def test_all_figures_are_written_with_tensors(spec: FigureSpec, model: LoadedModel) -> None:
     folder = Path(spec.output_dir)
     written = write_figures(spec)
     assert sorted(written) == sorted(folder.iterdir())
@@ -53,11 +53,11 @@ def test_all_figures_with_their_tensors(spec: FigureSpec, model: LoadedModel) ->
     for name, shape in shapes.items():
         picture, tensors = targets(name, folder)
         panel = panels.load_panel(tensors)
-        assert panel.cells.shape == (*shape, 1, 8, 8)
+        assert panel.images.shape == (*shape, 1, 8, 8)
         assert (len(panel.rows), len(panel.columns)) == shape
-        assert panel.facts["figure"] == name
-        assert panel.facts["weights_hash"] == model.weights_hash
-        assert panel.facts["versions"].keys() >= {"torch", "python"}
+        assert panel.metadata["figure"] == name
+        assert panel.metadata["weights_hash"] == model.weights_hash
+        assert panel.metadata["versions"].keys() >= {"torch", "python"}
         if name not in ("x0_strip", "trajectory"):
             continue
         again = Path(spec.output_dir) / f"again{picture.suffix}"
@@ -66,39 +66,41 @@ def test_all_figures_with_their_tensors(spec: FigureSpec, model: LoadedModel) ->
 
 
 def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedModel) -> None:
-    spec, source = dataclasses.replace(spec, indices=(6, 2, 0, 9), S=(2, 5)), Source(model, 0, spec.compute)
-    cells = {name: plan(spec, source)().cells for name, plan in FIGURES.items()}
+    spec, context = dataclasses.replace(spec, indices=(6, 2, 0, 9), S=(2, 5)), SamplingContext(model, 0, spec.compute)
+    images = {name: plan(spec, context)().images for name, plan in FIGURES.items()}
     with torch.no_grad():
         x_T = ddim.initial_noise((6, 2, 0, 9), (1, 8, 8), 0)
         wanted = ddim.sample(model, model.spec.schedule, x_T, ddim.linear_tau(50, 5))
-    found = {
-        "samples": cells["samples"][0, 4:],
-        "consistency": cells["consistency"][:, 1],
-        "interpolation": cells["interpolation"][:, [0, -1]].flatten(0, 1),
-        "interpolation_grid": cells["interpolation_grid"][[0, 0, -1, -1], [0, -1, 0, -1]],
-        "x0_strip": cells["x0_strip"][:4, -1],
-        "trajectory": cells["trajectory"][-1],
+    shown = {
+        "samples": images["samples"][0, 4:],
+        "consistency": images["consistency"][:, 1],
+        "interpolation": images["interpolation"][:, [0, -1]].flatten(0, 1),
+        "interpolation_grid": images["interpolation_grid"][[0, 0, -1, -1], [0, -1, 0, -1]],
+        "x0_strip": images["x0_strip"][:4, -1],
+        "trajectory": images["trajectory"][-1],
     }
     for name in FIGURES:
-        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-3, msg=name)
+        torch.testing.assert_close(shown[name], wanted, rtol=1e-3, atol=1e-3, msg=name)
 
 
-def test_the_seed_and_the_weights_count(spec: FigureSpec) -> None:
+def test_seed_and_weights_are_used(spec: FigureSpec) -> None:
     spec = dataclasses.replace(spec, figure="consistency")
     found = []
     for number, changes in enumerate(({}, {"seed": 1}, {"weights": "online"})):
         folder = f"{spec.output_dir}{number}"
         _, tensors = write_figures(dataclasses.replace(spec, output_dir=folder, **changes))  # type: ignore[arg-type]
         found.append(panels.load_panel(tensors))
-    assert [(panel.facts["seed"], panel.facts["weights"]) for panel in found] == [(0, "ema"), (1, "ema"), (0, "online")]
+    assert [(panel.metadata["seed"], panel.metadata["weights"]) for panel in found] == [
+        (0, "ema"),
+        (1, "ema"),
+        (0, "online"),
+    ]
     for one, other in itertools.combinations(found, 2):
-        assert not torch.allclose(one.cells, other.cells, atol=0.1)
+        assert not torch.allclose(one.images, other.images, atol=0.1)
 
 
 @pytest.mark.parametrize("name", ["samples", "trajectory"])
-def test_nothing_is_overwritten_unless_that_is_wanted(
-    spec: FigureSpec, name: Any, request: pytest.FixtureRequest
-) -> None:
+def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, request: pytest.FixtureRequest) -> None:
     spec = dataclasses.replace(spec, figure=name)
     written = write_figures(spec)
     before = [path.read_bytes() for path in written]
@@ -130,16 +132,14 @@ def test_nothing_is_overwritten_unless_that_is_wanted(
         ({"figure": "interpolation", "sampler": SamplerSpec("sigma_hat", None)}, r"choose sampler=ddim"),
         (
             {"figure": "consistency", "sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))},
-            r"choose S; give a named sampler.spacing",
+            r"vary S; give a named sampler.spacing",
         ),
         ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt"),
         ({"weights": "average"}, "weights 'average'"),
     ],
 )
 @pytest.mark.usefixtures("no_sampling")
-def test_mistakes_are_refused_before_anything_is_sampled(
-    spec: FigureSpec, changes: dict[str, Any], message: str
-) -> None:
+def test_errors_are_reported_before_sampling(spec: FigureSpec, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         write_figures(dataclasses.replace(spec, **changes))
     assert not Path(spec.output_dir).exists()
@@ -170,13 +170,11 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) 
     build(FigureSpec, given | {"indices": [0, (1 << 32) - 1], "etas": [], "points": 2}, "")
 
 
-def test_the_papers_S_end_where_the_model_does(
-    spec: FigureSpec, model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_S_end_at_the_models_T(spec: FigureSpec, model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(panels, "consistency", lambda source, sampler, S, indices: seen.update(S=S, indices=indices))
-    source = Source(model, 0, spec.compute)
+    monkeypatch.setattr(panels, "consistency", lambda context, sampler, S, indices: seen.update(S=S, indices=indices))
+    context = SamplingContext(model, 0, spec.compute)
     spec = dataclasses.replace(spec, S=None)
-    FIGURES["consistency"](spec, source)()
+    FIGURES["consistency"](spec, context)()
     assert seen == {"S": (10, 20, 50), "indices": (0, 1, 2, 3, 4)}
-    assert paper_figures._numbers_of_steps(spec, source, (100, 1000)) == (50,)
+    assert numbers_of_steps(spec, context, (100, 1000)) == (50,)

@@ -1,6 +1,5 @@
-"""Records as evaluation writes them, made up, for the tests of what is made from records."""
+"""Made-up records with the fields that an evaluation writes."""
 
-import copy
 from typing import Any
 
 from ddim.results.records import Record
@@ -9,7 +8,7 @@ FID = "fid_50k"
 
 
 def record(label: str, S: int, value: float, spacing: str = "quad", **changes: Any) -> Record:
-    """Return a record; a change named a__b replaces entry b of entry a."""
+    """Return a record; the change a__b=value sets record["a"]["b"]."""
     made: Record = {
         "model": {
             "weights": "ema",
@@ -55,17 +54,18 @@ def record(label: str, S: int, value: float, spacing: str = "quad", **changes: A
         made["sampler"] |= {"rule": "sigma_hat", "eta": None}
     if "(clip " in label:
         made["sampler"]["clip"] = label.partition("(clip ")[2].rstrip(")")
-    made = copy.deepcopy(made)
     for path, changed in changes.items():
         outer, _, inner = path.partition("__")
-        if inner:
-            made[outer][inner] = changed
-        else:
-            made[outer] = changed
+        made[outer] = {**made[outer], inner: changed} if inner else changed
     return {"key": f"{label}{S}{spacing}{made.get('first', 0)}", **made}
 
 
-# Out of order, and with holes, as a sweep that was interrupted leaves them.
+def compared(*numbers: tuple[str, int, float]) -> list[Record]:
+    """Return records (label, S, value) that are compared with the paper's Table 1."""
+    return [record(label, S, value, paper="table1_cifar10") for label, S, value in numbers]
+
+
+# Not in order, and incomplete, like those of an interrupted sweep.
 RECORDS = [
     record("σ̂", 10, 367.43),
     record("η=1.0", 10, 41.07),

@@ -1,4 +1,4 @@
-"""The page of a sweep: complete in itself, every number on it, and nothing of the input read as HTML."""
+"""The HTML report: self-contained, with every number, and with all input escaped."""
 
 import base64
 import io
@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_records import RECORDS, record
+from made_records import RECORDS, compared, record
 from PIL import Image
 
 from ddim.results.report import build_tables, write_report
 
 VOID = {"meta", "img", "br"}
+COMPARED = compared(("η=0.0", 10, 13.0), ("η=0.0", 20, 7.5), ("η=1.0", 10, 41.07), ("σ̂", 10, 300.0))
 HOSTILE = "<script>alert('x')</script> \"' onerror=x & </dd></table> <img src=http://a.b/c>"
 
 
 class Page(HTMLParser):
-    """What is in a page: elements with attributes, text by element, and whether all are closed in order."""
+    """Elements of a page with their attributes, and text by element; fails if one is not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -48,41 +49,34 @@ def written(records: list[Any], folder: Path, **options: Any) -> Page:
     return Page(path.read_text())
 
 
-def compared() -> list[Any]:
-    numbers = {("η=0.0", 10): 13.0, ("η=0.0", 20): 7.5, ("η=1.0", 10): 41.07, ("σ̂", 10): 300.0}
-    return [record(label, S, value, paper="table1_cifar10") for (label, S), value in numbers.items()]
-
-
-def test_all_numbers_are_on_the_page(tmp_path: Path) -> None:
-    records = compared()
-    page = written(records, tmp_path)
-    cells = set(page.texts["td"])
-    [table] = build_tables(records)
+def test_page_shows_every_number(tmp_path: Path) -> None:
+    page = written(COMPARED, tmp_path)
+    [table] = build_tables(COMPARED)
     for line in table.lines():
-        assert {text for text in line.texts if text} <= cells
+        assert {text for text in line.texts if text} <= set(page.texts["td"])
     text = "\n".join(itertools.chain(*page.texts.values()))
     assert table.title() in text
     assert table.note in text
-    for name, fact in table.facts(full=True):
+    for name, value in table.describe_protocol(full=True):
         assert name in page.texts["dt"]
-        assert all(part in text for part in fact.split("; "))
-    assert "0123456789abcdef" in text  # the whole hash
+        assert all(part in text for part in value.split("; "))
+    assert "0123456789abcdef" in text  # the complete hash
     assert "2.15.0" in page.texts["dd"]
 
 
-def test_better_and_worse_are_told_by_colour_mark_and_word(tmp_path: Path) -> None:
-    page = written(compared(), tmp_path)
+def test_comparison_uses_colour_mark_and_word(tmp_path: Path) -> None:
+    page = written(COMPARED, tmp_path)
     classes = [a["class"] for tag, a in page.elements if tag == "td" and a["class"]]
     assert classes == ["better", "worse", "same", "better"]
     marks = [a["aria-label"] for tag, a in page.elements if "aria-label" in a]
     assert marks == classes
     assert page.texts["span"][:4] == ["▼", "▲", "=", "▼"]
     assert [text[0] for text in page.texts["span"][4:]] == ["▼", "▲", "="]  # the legend
-    plain = written([r | {"paper": None} for r in compared()], tmp_path)
+    plain = written([r | {"paper": None} for r in COMPARED], tmp_path)
     assert not any(a.get("class") in ("better", "worse", "same") for _, a in plain.elements)
 
 
-def test_the_page_is_complete_in_itself(tmp_path: Path) -> None:
+def test_page_is_self_contained(tmp_path: Path) -> None:
     grids = tmp_path / "grids"
     grids.mkdir()
     Image.new("L", (8, 8), 77).save(grids / "a.png")
@@ -119,7 +113,7 @@ def test_large_grids_are_reduced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "note.txt"])
-def test_no_file_from_elsewhere_gets_onto_the_page(tmp_path: Path, name: str) -> None:
+def test_files_outside_the_folder_are_not_embedded(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "sweep"
     folder.mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "secret.png")
@@ -128,7 +122,7 @@ def test_no_file_from_elsewhere_gets_onto_the_page(tmp_path: Path, name: str) ->
     assert len([tag for tag, _ in page.elements if tag == "img"]) == 1  # the plot
 
 
-def test_nothing_of_the_input_is_read_as_html(tmp_path: Path) -> None:
+def test_input_is_escaped(tmp_path: Path) -> None:
     hostile = record(HOSTILE, 10, 1.0, HOSTILE, reference__name=HOSTILE, revision=HOSTILE, grid=HOSTILE, paper=HOSTILE)
     hostile["config"]["name"] = HOSTILE
     hostile["versions"] = {HOSTILE: HOSTILE}
@@ -144,13 +138,13 @@ def test_nothing_of_the_input_is_read_as_html(tmp_path: Path) -> None:
     assert shown.count(HOSTILE) >= 8
 
 
-def test_failures_are_listed_with_their_reason(tmp_path: Path) -> None:
+def test_failures_are_listed_with_reasons(tmp_path: Path) -> None:
     failures = [("η=0.0 S=2000 linear", "S=2000 steps cannot be chosen."), ("σ̂ S=10 quad", "out of memory")]
     for records in ([], RECORDS):
         page = written(records, tmp_path, failures=failures, command="again")
-        for cell, reason in failures:
-            assert page.texts["dd"][page.texts["dt"].index(cell)] == reason
-        assert page.texts["p"][0] == f"{len(records)} cells computed, 2 failed."
+        for title, reason in failures:
+            assert page.texts["dd"][page.texts["dt"].index(title)] == reason
+        assert page.texts["p"][0] == f"{len(records)} evaluations computed, 2 failed."
         assert page.texts["pre"] == ["again"]
     assert page.texts["h1"] == ["Evaluation: made"]
     assert written([], tmp_path / "name").texts["h1"] == ["Evaluation: name"]

@@ -1,10 +1,10 @@
-"""The paper's numbers are the paper's, and stand only beside ours of the same kind."""
+"""The paper's numbers are right, and are compared only with ours of the same kind."""
 
 import re
 from pathlib import Path
 
 import pytest
-from made_records import FID, record
+from made_records import FID, compared, record
 
 from ddim.results.paper import PAPER_TABLES, comparison
 from ddim.results.report import build_tables
@@ -15,8 +15,8 @@ ROWS = {"eta 0.0": "η=0.0", "eta 0.2": "η=0.2", "eta 0.5": "η=0.5", "eta 1.0"
 
 
 @pytest.mark.parametrize("name", ["table1_cifar10", "table1_celeba"])
-def test_the_experiments_headers_hold_the_same_numbers(name: str) -> None:
-    """The headers were typed apart from the data, so that each checks the other."""
+def test_numbers_equal_experiment_headers(name: str) -> None:
+    """The headers were typed independently of the data, so each checks the other."""
     header = (EXPERIMENTS / f"{name}.yaml").read_text()
     found = re.search(r"^#   S +(.*)$", header, re.MULTILINE)
     assert found is not None
@@ -29,9 +29,9 @@ def test_the_experiments_headers_hold_the_same_numbers(name: str) -> None:
     assert typed == PAPER_TABLES[name].values
 
 
-def test_the_headers_of_the_other_experiments_hold_the_same_numbers() -> None:
-    readings = (EXPERIMENTS / "table1_cifar10_sigma_hat.yaml").read_text()
-    [line] = re.findall(r"for S = 10, 20, 50, 100: ([\d., ]+)\.", readings)
+def test_numbers_equal_headers_of_other_experiments() -> None:
+    variants = (EXPERIMENTS / "table1_cifar10_sigma_hat.yaml").read_text()
+    [line] = re.findall(r"for S = 10, 20, 50, 100: ([\d., ]+)\.", variants)
     row = PAPER_TABLES["table1_cifar10"].values["σ̂"]
     assert list(map(float, line.split(","))) == [row[S] for S in (10, 20, 50, 100)]
     table2 = (EXPERIMENTS / "table2_reconstruction.yaml").read_text()
@@ -47,16 +47,11 @@ def test_the_headers_of_the_other_experiments_hold_the_same_numbers() -> None:
         assert numbers == PAPER_TABLES[f"table3_{name}"].values["η=0.0"]
 
 
-def test_what_the_paper_says_of_its_tables_holds() -> None:
-    """Its text (section 5 and the captions), number by number; catches a digit that was typed wrong."""
+def test_numbers_agree_with_the_papers_text() -> None:
+    """Statements of section 5 and of the captions; they catch a mistyped digit."""
     for name in ("table1_cifar10", "table1_celeba"):
         values = PAPER_TABLES[name].values
-        for S in (
-            10,
-            20,
-            50,
-            100,
-        ):  # "DDIM achieves the best sample quality when dim(τ) is small", and η orders the rest
+        for S in (10, 20, 50, 100):  # "DDIM achieves the best sample quality when dim(τ) is small"; η orders the rest
             numbers = [row[S] for row in values.values()]
             assert numbers == sorted(numbers)
         assert min(row[1000] for row in values.values()) == values["σ̂"][1000]
@@ -76,13 +71,13 @@ def test_what_the_paper_says_of_its_tables_holds() -> None:
     assert errors == {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
 
-def compared(*numbers: tuple[str, int, float]) -> Table:
-    [table] = build_tables([record(label, S, value, paper="table1_cifar10") for label, S, value in numbers])
+def table_of(*numbers: tuple[str, int, float]) -> Table:
+    [table] = build_tables(compared(*numbers))
     return table
 
 
-def test_ours_the_papers_and_the_difference() -> None:
-    table = compared(("η=0.0", 10, 13.76), ("η=0.0", 30, 5.0), ("σ̂", 10, 330.687), ("η=0.3", 10, 14.5))
+def test_lines_show_ours_paper_and_difference() -> None:
+    table = table_of(("η=0.0", 10, 13.76), ("η=0.0", 30, 5.0), ("σ̂", 10, 330.687), ("η=0.3", 10, 14.5))
     assert (table.value("η=0.0", 10), table.paper_value("η=0.0", 10)) == (13.76, 13.36)
     assert table.difference("η=0.0", 10) == pytest.approx(0.4, rel=1e-6)
     assert table.percent("η=0.0", 10) == pytest.approx(100 * 0.4 / 13.36, rel=1e-5)
@@ -111,8 +106,8 @@ def test_ours_the_papers_and_the_difference() -> None:
         (12.0, "better", "-1.36 (-10.2 %)"),
     ],
 )
-def test_less_is_better_and_the_papers_last_digit_is_all_there_is(ours: float, verdict: str, text: str) -> None:
-    table = compared(("η=0.0", 10, ours))
+def test_verdict_uses_the_papers_last_digit(ours: float, verdict: str, text: str) -> None:
+    table = table_of(("η=0.0", 10, ours))
     [_, _, difference] = table.lines()
     assert (difference.verdicts, difference.texts) == ([verdict], [text])
 
@@ -136,24 +131,24 @@ def test_the_mean_over_ranges_is_compared() -> None:
     ],
     ids=str,
 )
-def test_what_is_of_another_kind_is_not_put_beside(changes: dict, reason: str) -> None:
+def test_different_protocols_are_not_compared(changes: dict, reason: str) -> None:
     [table] = build_tables([record("η=0.0", 10, 13.0, **{"paper": "table1_cifar10"} | changes)])
     assert table.note == f"not compared with the paper: {reason}"
     assert (table.paper, table.paper_value("η=0.0", 10), table.difference("η=0.0", 10)) == (None, None, None)
     assert [line.kind for line in table.lines()] == ["ours"]
 
 
-def test_no_comparison_is_made_where_none_was_meant() -> None:
+def test_no_comparison_unless_asked_for() -> None:
     [table] = build_tables([record("η=0.0", 10, 13.0)])
     assert (table.paper, table.note) == (None, "")
 
 
-def test_statistics_from_a_file_are_taken_for_the_reference_set() -> None:
+def test_npz_statistics_count_as_the_reference_set() -> None:
     paper, _ = comparison("table1_celeba", FID, 50_000, "fid_stats_celeba64_train_50000_ddim.npz")
     assert paper is PAPER_TABLES["table1_celeba"]
 
 
-def test_reconstruction_errors_stand_beside_table_2() -> None:
+def test_reconstruction_errors_compare_with_table_2() -> None:
     made = record(
         "η=0.0",
         20,

@@ -1,4 +1,4 @@
-"""Plots hold the points they were given, and the time's exponent is that of the times."""
+"""Plots show the given points, and the fitted exponent is that of the times."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def curves(figure: Any) -> list[list[tuple[float, float]]]:
 
 
 @pytest.mark.parametrize("numbers", [[13.36, 4.16], [-0.001, 0.002], [-1.0, -2.0]])
-def test_the_plot_is_a_png_of_its_size_and_a_pdf(tmp_path: Path, numbers: list[float]) -> None:
+def test_plot_is_written_as_png_and_pdf(tmp_path: Path, numbers: list[float]) -> None:
     records = [record("σ̂", S, value) for S, value in zip((10, 100), numbers, strict=True)]
     [path] = [path for path in write_report(records, tmp_path) if path.suffix == ".png"]
     with Image.open(path) as plot:
@@ -33,7 +33,7 @@ def test_the_plot_is_a_png_of_its_size_and_a_pdf(tmp_path: Path, numbers: list[f
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_the_plot_shows_ours_the_papers_and_the_spread() -> None:
+def test_plot_shows_ours_paper_and_spread() -> None:
     records = [record("η=0.0", S, v, paper="table1_cifar10") for S, v in ((10, 13.0), (50, 5.0))]
     records += [
         record("η=0.0", 10, 15.0, paper="table1_cifar10", first=50_000),
@@ -43,7 +43,7 @@ def test_the_plot_shows_ours_the_papers_and_the_spread() -> None:
     figure = plots.plot(table)
     shown = curves(figure)
     assert [(10, 14.0), (50, 5.0)] in shown
-    assert [(10, 14.0)] in shown  # η = 0.3, of which the paper says nothing
+    assert [(10, 14.0)] in shown  # η = 0.3, which the paper does not have
     assert [(10, 13.36), (50, 4.67)] in shown
     [axes] = figure.axes
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none"]
@@ -62,7 +62,7 @@ def test_the_papers_sigma_hat_row_is_drawn_once() -> None:
 
 
 @pytest.mark.parametrize("text", ["$x$", r"\frac{ a_b^c σ̂ $"])
-def test_no_text_is_read_as_a_formula(tmp_path: Path, text: str) -> None:
+def test_text_is_not_parsed_as_a_formula(tmp_path: Path, text: str) -> None:
     records = [record(text, 10, 1.0, reference__name=text, compute=H200 | {"device": text})]
     records.append(record(text, 20, 1.0, reference__name=text, compute=H200 | {"device": text}))
     assert "plot_time.png" in [path.name for path in write_report(records, tmp_path)]
@@ -73,7 +73,7 @@ def timed(S: int, seconds: float, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("power", [1.0, 0.9, 1.25])
-def test_the_exponent_of_the_time(power: float) -> None:
+def test_fit_recovers_the_exponent(power: float) -> None:
     [timing] = plots.timings([timed(S, 7.2 * S**power, n=1000) for S in (10, 20, 50, 100)])
     assert timing.exponent == pytest.approx(power, abs=1e-9)
     assert timing.fitted(50) == pytest.approx(7.2 * 50**power / 1000 * 50_000 / 3600)
@@ -81,15 +81,15 @@ def test_the_exponent_of_the_time(power: float) -> None:
     assert curves(plots.plot_time(timing))[0] == [(S, hours) for _, S, hours in timing.points]
 
 
-def test_hours_are_for_fifty_thousand_images_and_said_to_be_scaled() -> None:
+def test_hours_are_scaled_to_fifty_thousand_images() -> None:
     [timing] = plots.timings([timed(10, 36.0, n=1000), timed(20, 72.0, n=2000)])
     assert [hours for _, _, hours in timing.points] == pytest.approx([0.5, 0.5])  # 0.036 s an image
     assert "scaled from 1,000 and 2,000" in timing.caption()
     assert plots.plot_time(timing).axes[0].get_ylabel() == "hours for 50,000 images, scaled"
-    [whole] = plots.timings([timed(10, 3600.0), timed(20, 7200.0)])
-    assert [hours for _, _, hours in whole.points] == pytest.approx([1.0, 2.0])
-    assert "scaled" not in whole.caption() + plots.plot_time(whole).axes[0].get_ylabel()
-    assert "NVIDIA H200; processes: 2; images per batch: 250; weights 01234567, float32" in whole.caption()
+    [unscaled] = plots.timings([timed(10, 3600.0), timed(20, 7200.0)])
+    assert [hours for _, _, hours in unscaled.points] == pytest.approx([1.0, 2.0])
+    assert "scaled" not in unscaled.caption() + plots.plot_time(unscaled).axes[0].get_ylabel()
+    assert "NVIDIA H200; processes: 2; images per batch: 250; weights 01234567, float32" in unscaled.caption()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_hours_are_for_fifty_thousand_images_and_said_to_be_scaled() -> None:
     [{"compute": {"device": "another"}}, {"bf16": True}, {"model__weights_hash": "other"}],
     ids=str,
 )
-def test_times_of_other_devices_and_models_are_not_mixed(change: dict[str, Any]) -> None:
+def test_devices_and_models_are_not_mixed(change: dict[str, Any]) -> None:
     records = [timed(S, 10.0 * S) for S in (10, 20)] + [timed(S, 20.0 * S, **change) for S in (10, 20)]
     found = plots.timings(records)
     assert sorted(points[0][2] for timing in found if (points := timing.points)) == pytest.approx(
@@ -106,7 +106,7 @@ def test_times_of_other_devices_and_models_are_not_mixed(change: dict[str, Any])
     assert [len(timing.points) for timing in found] == [2, 2]
 
 
-def test_what_says_no_device_or_is_one_number_of_steps_is_not_timed() -> None:
+def test_times_need_a_device_and_two_values_of_S() -> None:
     older = [timed(S, 1.0, compute=None) for S in (10, 20)]
     encoded = [timed(S, 1.0, kind="reconstruction") for S in (10, 20)]
     assert plots.timings([*older, *encoded, timed(10, 1.0), timed(10, 2.0)]) == []

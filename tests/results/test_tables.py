@@ -1,4 +1,4 @@
-"""Tables show the records they were made of: every number in its place, and no two protocols in one table."""
+"""Tables show each record in its place, and never mix two protocols."""
 
 import math
 import random
@@ -32,7 +32,7 @@ def test_rows_columns_and_blanks() -> None:
 
 def test_markdown_reads_back() -> None:
     [table] = build_tables(RECORDS)
-    header, rule, *lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.markdown().splitlines()]
+    header, rule, *lines = [[text.strip() for text in line.split("|")[1:-1]] for line in table.markdown().splitlines()]
     assert header == ["S", "10", "20", "100", "1000"]
     assert rule == ["---"] * 5
     assert [line[0] for line in lines] == ROWS
@@ -41,7 +41,7 @@ def test_markdown_reads_back() -> None:
             assert (None if text == "" else float(text)) == value
 
 
-def test_the_title_says_what_was_measured() -> None:
+def test_title_states_what_was_measured() -> None:
     [table] = build_tables(RECORDS)
     assert table.title() == (
         "fid_50k: 50,000 images against 50,000 of cifar10-train, ema weights 01234567 at step 800,000, tau quad, seed 0"
@@ -56,7 +56,7 @@ def test_the_title_says_what_was_measured() -> None:
 
 
 @pytest.mark.parametrize("defaults", [{"kind": "fidelity"}, {"first": 0}, {"paper": None}], ids=str)
-def test_older_records_lack_fields_and_mean_their_defaults(defaults: dict[str, Any]) -> None:
+def test_missing_fields_of_older_records_have_defaults(defaults: dict[str, Any]) -> None:
     [table] = build_tables([record("η=0.0", 10, 1.0), record("η=0.0", 20, 2.0, **defaults)])
     assert values(table) == {"η=0.0": [1.0, 2.0]}
 
@@ -95,10 +95,10 @@ def test_older_records_lack_fields_and_mean_their_defaults(defaults: dict[str, A
 def test_protocols_are_never_mixed(change: dict[str, Any]) -> None:
     tables = build_tables([record("η=0.0", 10, 1.0), record("η=0.0", 10, 2.0, **change)])
     assert sorted(table.value("η=0.0", 10) or 0 for table in tables) == [1.0, 2.0]
-    assert [len(table.cells) for table in tables] == [1, 1]
+    assert [len(table.entries) for table in tables] == [1, 1]
 
 
-def test_the_full_chain_joins_every_spacing_of_its_protocol() -> None:
+def test_full_chain_joins_every_spacing() -> None:
     full = record("η=0.0", 1000, 4.04, "full")
     tables = build_tables(
         [
@@ -106,9 +106,9 @@ def test_the_full_chain_joins_every_spacing_of_its_protocol() -> None:
             full,
             record("η=0.0", 10, 17.33, "linear"),
             record("η=0.0", 10, 5.0, "linear", seed=1),
-            record("σ̂", 1000, 3.17, "full"),  # has no other spacing, and so joins all
+            record("σ̂", 1000, 3.17, "full"),  # has no other spacing, so it joins all
             record("η=1.0", 10, 41.07),
-            record("η=1.0", 1000, 4.73, "full"),  # is nothing to the linear rows, which are of other samplers
+            record("η=1.0", 1000, 4.73, "full"),  # its sampler has no linear row
         ]
     )
     found = {(table.protocol["seed"], table.protocol["spacing"]): values(table) for table in tables}
@@ -121,7 +121,7 @@ def test_the_full_chain_joins_every_spacing_of_its_protocol() -> None:
     assert (alone.protocol["spacing"], values(alone)) == ("full", {"η=0.0": [4.04]})
 
 
-def test_of_two_records_of_a_cell_neither_order_nor_value_chooses() -> None:
+def test_choice_of_duplicates_ignores_order_and_value() -> None:
     pairs = [[record("η=0.0", 10, float(v)), record("η=0.0", 10, float(v + 1))] for v in range(20)]
     chosen = []
     for pair in pairs:
@@ -132,7 +132,7 @@ def test_of_two_records_of_a_cell_neither_order_nor_value_chooses() -> None:
     assert 0 < sum(chosen) < len(chosen)
 
 
-def test_there_is_a_table_for_each_metric() -> None:
+def test_each_metric_has_a_table() -> None:
     both = record("η=0.0", 10, 0.0, metrics={FID: 4.0, "kid_50k": 0.001})
     assert {table.metric: values(table) for table in build_tables([both])} == {
         FID: {"η=0.0": [4.0]},
@@ -145,7 +145,7 @@ def repeated(label: str, S: int, numbers: list[float], n: int = 1000) -> list[An
     return [record(label, S, number, n=n, first=n * k) for k, number in enumerate(numbers)]
 
 
-def test_repeats_give_mean_and_sample_standard_deviation() -> None:
+def test_ranges_give_mean_and_standard_deviation() -> None:
     numbers = [7.5, 8.25, 6.9]
     records = [*repeated("η=0.0", 10, numbers), *repeated("η=1.0", 10, [3.0, 4.0])]
     random.Random(0).shuffle(records)
@@ -155,29 +155,32 @@ def test_repeats_give_mean_and_sample_standard_deviation() -> None:
     assert table.value("η=0.0", 10) == pytest.approx(mean, rel=1e-12)
     assert table.spread("η=0.0", 10) == pytest.approx(std, rel=1e-9)
     assert table.values("η=0.0", 10) == numbers
-    assert "mean ± sample standard deviation over 3 ranges of images, or as many as a cell says" in table.title()
+    assert "mean ± sample standard deviation over 3 ranges of images, or as many as an entry states" in table.title()
     assert f"| η=0.0 | {mean:.2f} ± {std:.2f} |" in table.markdown()
     assert f"| η=1.0 | 3.50 ± {math.sqrt(0.5):.2f} (of 2) |" in table.markdown()
-    assert dict(table.facts(full=False))["images"] == "n = 1,000: numbers 0 to 999; 1,000 to 1,999; 2,000 to 2,999"
+    assert (
+        dict(table.describe_protocol(full=False))["images"]
+        == "n = 1,000: numbers 0 to 999; 1,000 to 1,999; 2,000 to 2,999"
+    )
 
 
-def test_ranges_that_overlap_are_not_averaged() -> None:
+def test_overlapping_ranges_are_not_averaged() -> None:
     tables = build_tables([record("η=0.0", 10, 1.0, n=1000, first=first) for first in (0, 500, 1000)])
     assert sorted(table.ranges for table in tables) == [1, 2]
     assert all(table.spread("η=0.0", 10) is None for table in tables if table.ranges == 1)
 
 
-def test_the_order_of_the_records_does_not_matter() -> None:
+def test_order_of_records_does_not_matter() -> None:
     records = [*RECORDS, *repeated("η=0.0", 10, [1.0, 2.0]), record("σ̂", 10, 300.0, "uniform")]
     texts = []
     for seed in range(5):
         random.Random(seed).shuffle(records)
         tables = [*build_tables(records), *sigma_hat_variants(records)]
-        texts.append([(t.title(), t.markdown(), t.facts(full=True), t.protocol) for t in tables])
+        texts.append([(t.title(), t.markdown(), t.describe_protocol(full=True), t.protocol) for t in tables])
     assert texts.count(texts[0]) == 5
 
 
-def test_the_readings_of_sigma_hat_stand_in_one_table() -> None:
+def test_sigma_hat_variants_share_a_table() -> None:
     clipped = "σ̂ (clip x0_and_eps)"
     numbers = {("σ̂", "quad"): 150.0, ("σ̂", "uniform"): 370.0, (clipped, "quad"): 99.0, (clipped, "uniform"): 280.0}
     records = [record(label, 10, v, spacing, paper="table1_cifar10") for (label, spacing), v in numbers.items()]
@@ -186,7 +189,7 @@ def test_the_readings_of_sigma_hat_stand_in_one_table() -> None:
         record("η=0.0", 10, 13.4, paper="table1_cifar10"),
     ]
     [table] = sigma_hat_variants(records)
-    assert table.heading == "σ̂: four readings against the paper"
+    assert table.heading == "σ̂: four variants against the paper"
     assert values(table) == {
         "σ̂, quad": [150.0, 3.2],
         "σ̂, uniform": [370.0, 3.2],
@@ -197,20 +200,20 @@ def test_the_readings_of_sigma_hat_stand_in_one_table() -> None:
     assert (last.name, last.texts) == ("paper", ["367.43", "3.17"])
     assert [line.kind for line in table.lines()].count("paper") == 1
     [two] = sigma_hat_variants([r | {"paper": None} for r in records if "clip" not in r["label"]])
-    assert (two.heading, two.paper) == ("σ̂: two readings", None)
+    assert (two.heading, two.paper) == ("σ̂: two variants", None)
     assert sigma_hat_variants([r for r in records if r["label"] != clipped and r["spacing"] != "uniform"]) == []
     other = [r | {"seed": 1} if r["spacing"] == "uniform" else r for r in records if "clip" not in r["label"]]
-    assert sigma_hat_variants(other) == []  # another protocol is not another reading
+    assert sigma_hat_variants(other) == []  # another protocol is not another variant
 
 
-def test_the_whole_protocol_is_told() -> None:
+def test_protocol_is_described_completely() -> None:
     records = [
         record("η=0.0", 10, 1.0),
         record("σ̂ (clip x0_and_eps)", 1000, 2.0, "full", sampler__tau=list(range(1, 1001))),
     ]
     records[1]["revision"] = "9" * 40 + "+changes"
     [table] = build_tables(records)
-    full, short = dict(table.facts(full=True)), dict(table.facts(full=False))
+    full, short = dict(table.describe_protocol(full=True)), dict(table.describe_protocol(full=False))
     assert full["τ"] == "quad: S=10: 1, 101, 201, 301, 401, 501, 601, 701, 801, 901; full S=1000: each from 1 to 1000"
     assert short["τ"] == "quad: S=10: 1, 101, 201, 301, …, 801, 901; full S=1000: each from 1 to 1000"
     assert full["reference set"] == "cifar10-train, split train, 50,000 images, fingerprint fedcba9876543210"
@@ -228,3 +231,11 @@ def test_the_whole_protocol_is_told() -> None:
         "seed": "0",
     }
     assert {name: full[name] for name in expected} == expected
+
+
+def test_online_weights_have_one_name() -> None:
+    """Records call them raw."""
+    one = record("η=0.0", 10, 1.0)
+    [table] = build_tables([one | {"model": one["model"] | {"weights": "raw"}}])
+    assert "online weights" in table.title()
+    assert dict(table.describe_protocol(full=True))["weights"].startswith("online, hash")

@@ -1,4 +1,4 @@
-"""The files of a report hold the numbers, read back, and nothing that differs between two runs of the same cells."""
+"""The files of a report contain the numbers, and nothing that differs between two runs of the same evaluations."""
 
 import copy
 import csv
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_records import FID, RECORDS, record
+from made_records import FID, RECORDS, compared, record
 
 from ddim.results import text
 from ddim.results.protocol import completed
@@ -21,10 +21,8 @@ from ddim.results.report import build_tables, sigma_hat_variants, write_report
 
 TABLES = ("table.md", "table.csv", "table.json", "table.tex")
 COMPARED = [
-    record("η=0.0", 10, 13.45678901, paper="table1_cifar10"),
+    *compared(("η=0.0", 10, 13.45678901), ("η=0.0", 20, 6.84), ("σ̂", 10, 300.0)),
     record("η=0.0", 10, 13.0, paper="table1_cifar10", first=50_000),
-    record("η=0.0", 20, 6.84, paper="table1_cifar10"),
-    record("σ̂", 10, 300.0, paper="table1_cifar10"),
     record("σ̂", 10, 200.0, "uniform", paper="table1_cifar10"),
 ]
 HOSTILE = r"50%_of & {set}#1$ ~^\ <b>|ü中"
@@ -35,11 +33,11 @@ def files(records: list[Record]) -> list[str]:
     return [write(tables) for write in (text.markdown, text.as_csv, text.as_json, text.latex)]
 
 
-def test_the_csv_reads_back() -> None:
+def test_csv_reads_back() -> None:
     tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     rows = list(csv.DictReader(io.StringIO(text.as_csv(tables))))
-    cells = [(number, row, S) for number, t in enumerate(tables) for row, S in sorted(t.cells)]
-    assert sorted((int(r["table"]), r["sampler"], int(r["S"])) for r in rows) == sorted(cells)
+    entries = [(number, row, S) for number, t in enumerate(tables) for row, S in t.entries]
+    assert sorted((int(r["table"]), r["sampler"], int(r["S"])) for r in rows) == sorted(entries)
     first = next(r for r in rows if r["sampler"] == "η=0.0" and r["S"] == "10")
     assert first == {
         "table": "0",
@@ -65,7 +63,7 @@ def test_the_csv_reads_back() -> None:
     assert {r["paper"] + r["std"] for r in plain} == {""}
 
 
-def test_the_json_reads_back() -> None:
+def test_json_reads_back() -> None:
     tables = build_tables(COMPARED)
     content = json.loads(text.as_json(tables))
     assert [t["metric"] for t in content] == [FID, FID]
@@ -88,20 +86,20 @@ def test_the_json_reads_back() -> None:
     assert back["protocol"]["reference"]["name"] == hostile["reference"]["name"]
 
 
-def test_the_markdown_holds_title_table_comparison_and_protocol() -> None:
+def test_markdown_has_title_comparison_and_protocol() -> None:
     tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     shown = text.markdown(tables)
     for table in tables:
         assert f"**{table.title()}**\n\n{table.markdown()}\n\n{table.note}\n\n- metric: fid_50k (less" in shown
-        for name, fact in table.facts(full=False):
-            assert f"- {name}: {fact}\n" in shown
-    assert "### σ̂: two readings against the paper\n\n**fid_50k: " in shown
+        for name, value in table.describe_protocol(full=False):
+            assert f"- {name}: {value}\n" in shown
+    assert "### σ̂: two variants against the paper\n\n**fid_50k: " in shown
     [table] = build_tables([record("a|b", 10, 1.0)])
     assert r"| a\|b | 1.00 |" in table.markdown()
 
 
-def test_the_tables_are_the_same_bytes_for_any_order_and_for_another_run() -> None:
-    """Another run: other seconds, paths, machine and versions, and other last bits of the numbers."""
+def test_tables_are_reproducible_to_the_byte() -> None:
+    """In any order, and for a run with other seconds, paths, devices, versions and last bits of the numbers."""
     expected = files([*RECORDS, *COMPARED])
     again: list[Record] = copy.deepcopy([*RECORDS, *COMPARED])
     random.Random(1).shuffle(again)
@@ -119,7 +117,7 @@ def test_the_tables_are_the_same_bytes_for_any_order_and_for_another_run() -> No
     assert not re.search(r"somewhere|seconds|made|device|2\.15\.0", "".join(expected))
 
 
-def test_seconds_are_in_a_file_of_their_own() -> None:
+def test_seconds_have_their_own_file() -> None:
     records = [
         record("η=0.0", 10, 1.0, n=1000, compute={"device": "NVIDIA H200", "processes": 2, "batch_size": 250}),
         record("η=0.0", 20, 1.0, n=1000),
@@ -131,7 +129,7 @@ def test_seconds_are_in_a_file_of_their_own() -> None:
 
 
 def balanced(text: str) -> bool:
-    """Whether braces and environments of LaTeX close as they open; escaped braces are letters."""
+    """Whether braces and environments of LaTeX are balanced; escaped braces are letters."""
     depth, open_environments = 0, []
     for found in re.finditer(r"\\(begin|end)\{(\w+)\}|\\.|[{}]", text):
         if found[1] == "begin":
@@ -146,7 +144,7 @@ def balanced(text: str) -> bool:
     return depth == 0 and not open_environments
 
 
-def test_the_latex_holds_the_lines_and_is_balanced() -> None:
+def test_latex_has_every_line_and_is_balanced() -> None:
     tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     shown = text.latex(tables)
     assert balanced(shown)
@@ -163,18 +161,18 @@ def test_the_latex_holds_the_lines_and_is_balanced() -> None:
     ]
 
 
-def test_latex_prints_what_the_text_says() -> None:
-    assert text.escape("σ̂ η=0.5 τ -0.3 +4 v3-compat 2020-10") == (
+def test_latex_escapes_every_character() -> None:
+    assert text.escape_latex("σ̂ η=0.5 τ -0.3 +4 v3-compat 2020-10") == (
         r"$\hat\sigma$ $\eta$=0.5 $\tau$ $-$0.3 $+$4 v3-compat 2020-10"
     )
-    assert text.escape(HOSTILE) == (
+    assert text.escape_latex(HOSTILE) == (
         r"50\%\_of \& \{set\}\#1\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
         r"\textless{}b\textgreater{}\textbar{}[U+00FC][U+4E2D]"
     )
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no LaTeX here")
-def test_the_latex_compiles_and_fits_a_page(tmp_path: Path) -> None:
+def test_latex_compiles_and_fits_a_page(tmp_path: Path) -> None:
     columns: dict[str, Any] = {"paper": "table1_cifar10"}
     records = [record("η=0.0", S, 100.0 + S, **columns) for S in (10, 20, 50, 100)]
     records += [record("η=0.0", 1000, 4.0, "full", **columns), record("η=0.0", 10, 1.0, reference__name=HOSTILE)]
@@ -188,14 +186,14 @@ def test_the_latex_compiles_and_fits_a_page(tmp_path: Path) -> None:
     assert "Overfull" not in done.stdout
 
 
-def test_no_records_are_no_error(tmp_path: Path) -> None:
+def test_report_without_records(tmp_path: Path) -> None:
     names = [path.name for path in write_report([], tmp_path / "new")]
     assert names == [*TABLES, "timing.csv", "report.html"]
     assert json.loads((tmp_path / "new" / "table.json").read_text()) == []
     assert (tmp_path / "new" / "table.md").read_text() == "There are no records.\n"
 
 
-def test_the_paths_are_what_was_written(tmp_path: Path) -> None:
+def test_paths_are_the_files_written(tmp_path: Path) -> None:
     records = [*RECORDS, record("η=0.0", 10, 5.5, "linear")]
     paths = write_report(records, tmp_path)
     plots = [f"plot_fid_50k{number}.{kind}" for number in ("", "_1") for kind in ("png", "pdf")]

@@ -1,4 +1,4 @@
-"""What W&B gets of a sweep: one group, a run for each cell and one for the table. Nothing needs a network."""
+"""A sweep on W&B: one group with a run for each evaluation and one for the report. No test needs a network."""
 
 import dataclasses
 import json
@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 import wandb
+from made_records import FID, record
+from PIL import Image
 
-from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate
+from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.results.records import RecordFile
 from ddim.results.report import write_report
-from ddim.results.wandb import Dashboard, LoggerSpec
+from ddim.results.wandb import LoggerSpec, SweepLogger
 
 OFFLINE = LoggerSpec(wandb=True, offline=True, project="p", tags=("a",))
 
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """How runs are started, and what they log; everything of W&B lies below tmp_path, and no account is known."""
+    """Return the options and the logged values of each run; all of W&B's files are in tmp_path, without an account."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     (tmp_path / "home").mkdir()
@@ -44,78 +45,83 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[di
     wandb.teardown()
 
 
-@pytest.fixture
-def spec(spec: EvaluateSpec) -> EvaluateSpec:
-    return dataclasses.replace(spec, sampler=SamplerSpec(S=3), n=12, grid=4, logger=OFFLINE)
+def evaluation(folder: Path, S: int, shade: int = 0) -> Any:
+    """Return a record whose grid is in the folder."""
+    grid = f"grids/{S}.png"
+    (folder / "grids").mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), shade).save(folder / grid)
+    return record("η=0.0", S, 100.0 / S, grid=grid)
 
 
-def test_a_sweep_is_one_group_with_a_run_for_each_cell_and_one_for_the_table(
-    spec: EvaluateSpec, started: list[dict[str, Any]]
-) -> None:
-    folder = Path(spec.output_dir)
-    for _ in range(2):  # the second time, the cells have their runs already
-        dashboard = Dashboard(spec.logger, spec.name, folder)
-        dashboard.check()
-        for S in (2, 3):
-            cell = dataclasses.replace(spec, sampler=SamplerSpec(S=S))
-            dashboard.log_cell(evaluate(cell)[0], cell.title)
-    records = RecordFile(folder / "records.jsonl").read()
-    paths = write_report(records, folder)
-    dashboard.log_report(paths)
-    assert {(run["project"], run["group"], run["mode"], *run["tags"]) for run in started} == {
-        ("p", "tiny", "offline", "a")
-    }
+def test_sweep_is_a_group_with_a_run_for_each_record(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    folder = tmp_path / "out"
+    records = [evaluation(folder, S, shade=S) for S in (10, 20)]
+    for made in records:
+        RecordFile(folder / "records.jsonl").append(made)
+    for _ in range(2):  # the second time, the evaluations already have their runs
+        logger = SweepLogger(OFFLINE, "tiny", folder)
+        logger.check()
+        for made in records:
+            logger.log_evaluation(made, f"η=0.0 S={made['S']}")
+    logger.log_report(write_report(records, folder))
+    groups = {(run["project"], run["group"], run["mode"], *run["tags"]) for run in started}
+    assert groups == {("p", "tiny", "offline", "a")}
     assert [(run["job_type"], run["name"]) for run in started] == [
-        ("evaluate", "η=0.0 S=2 linear"),
-        ("evaluate", "η=0.0 S=3 linear"),
+        ("evaluate", "η=0.0 S=10"),
+        ("evaluate", "η=0.0 S=20"),
         ("report", "tiny table"),
     ]
-    for run, record in zip(started, records, strict=False):
-        assert run["logged"]["fd_digits_classifier_12"] == record["metrics"]["fd_digits_classifier_12"]
-        assert run["config"]["protocol"]["sampler"]["tau"] == record["sampler"]["tau"]
-        assert run["config"]["protocol"]["metric"] == record["metric"]
+    for run, made in zip(started, records, strict=False):
+        assert run["logged"][FID] == made["metrics"][FID]
+        assert run["config"]["protocol"]["sampler"]["tau"] == made["sampler"]["tau"]
+        assert run["config"]["protocol"]["metric"] == made["metric"]
         assert json.dumps(run["config"])
     logged = started[-1]["logged"]
     table = logged["table"]
     by_steps = {row[table.columns.index("S")]: row[table.columns.index("value")] for row in table.data}
-    assert by_steps == {r["S"]: r["metrics"]["fd_digits_classifier_12"] for r in records}
-    assert {"table", "report"} <= set(logged)
-    assert any(name.startswith("plot_fd") for name in logged)
+    assert by_steps == {made["S"]: made["metrics"][FID] for made in records}
+    assert {"table", "report", f"plot_{FID}"} <= set(logged)
     wandb.teardown()
     media = [path for path in folder.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()]
-    kinds = {path.suffix for path in media}
-    assert {".png", ".json", ".html"} <= kinds
-    grids = {(folder / record["grid"]).read_bytes() for record in records}
+    assert {".png", ".json", ".html"} <= {path.suffix for path in media}
+    grids = {(folder / made["grid"]).read_bytes() for made in records}
     assert grids <= {path.read_bytes() for path in media}
 
 
-def test_the_group_can_be_named(spec: EvaluateSpec, started: list[dict[str, Any]]) -> None:
+def test_report_is_one_continued_run(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    RecordFile(tmp_path / "records.jsonl").append(record("η=0.0", 10, 1.0))
+    for _ in range(2):
+        SweepLogger(OFFLINE, "tiny", tmp_path).log_report([])
+    first, second = started
+    assert (first["id"], second["id"]) == (None, (tmp_path / "wandb" / "runs" / "report").read_text())
+
+
+def test_group_can_be_named(tmp_path: Path, started: list[dict[str, Any]]) -> None:
     named = dataclasses.replace(OFFLINE, group="mine")
-    Dashboard(named, spec.name, Path(spec.output_dir)).log_cell(evaluate(spec)[0], spec.title)
+    SweepLogger(named, "tiny", tmp_path).log_evaluation(record("η=0.0", 10, 1.0), "title")
     assert started[0]["group"] == "mine"
 
 
-def test_nothing_is_logged_unless_asked_for(spec: EvaluateSpec, started: list[dict[str, Any]]) -> None:
-    dashboard = Dashboard(LoggerSpec(), spec.name, Path(spec.output_dir))
-    dashboard.check()
-    dashboard.log_cell(evaluate(spec)[0], spec.title)
-    dashboard.log_report([])
+def test_nothing_is_logged_unless_asked_for(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    logger = SweepLogger(LoggerSpec(), "tiny", tmp_path / "out")
+    logger.check()
+    logger.log_evaluation(record("η=0.0", 10, 1.0), "title")
+    logger.log_report([])
     assert started == []
-    assert not (Path(spec.output_dir) / "wandb").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_online_without_an_account_is_one_sentence_before_any_image(
-    spec: EvaluateSpec, started: list[dict[str, Any]]
-) -> None:
+@pytest.mark.usefixtures("started")
+def test_missing_account_is_reported_before_sampling(tmp_path: Path) -> None:
     online = dataclasses.replace(OFFLINE, offline=False)
     with pytest.raises(UserError, match=r"W&B refused to start .*run `wandb login`, or choose logger=wandb_offline"):
-        Dashboard(online, spec.name, Path(spec.output_dir)).check()
+        SweepLogger(online, "tiny", tmp_path).check()
 
 
-def test_a_run_that_breaks_off_is_one_sentence_and_is_made_again(
-    spec: EvaluateSpec, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_failed_run_is_reported_and_logged_again(
+    tmp_path: Path, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dashboard, (record, _) = Dashboard(spec.logger, spec.name, Path(spec.output_dir)), evaluate(spec)
+    logger, made = SweepLogger(OFFLINE, "tiny", tmp_path), record("η=0.0", 10, 1.0)
     with monkeypatch.context() as patch:
 
         def fail(**_: Any) -> None:
@@ -123,8 +129,8 @@ def test_a_run_that_breaks_off_is_one_sentence_and_is_made_again(
 
         patch.setattr(wandb, "init", fail)
         with pytest.raises(UserError, match=r"W&B failed \(the connection was lost\); run the same command again"):
-            dashboard.log_cell(record, spec.title)
-    dashboard.log_cell(record, spec.title)
+            logger.log_evaluation(made, "title")
+    logger.log_evaluation(made, "title")
     assert len(started) == 1
 
 
