@@ -40,9 +40,8 @@ def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
 
     if not Path(records).is_file():
         raise UserError(f"there is no records file {records}; evaluate.py writes one, records.jsonl.")
-    matching = [
-        record for record in RecordFile(Path(records)).read() if record["model"]["weights_hash"] == weights_hash
-    ]
+    measured = RecordFile(Path(records)).read()
+    matching = [record for record in measured if record["model"]["weights_hash"] == weights_hash]
     if not matching:
         raise UserError(f"{records} has no record of these weights; evaluate them first, or leave records out.")
     return [

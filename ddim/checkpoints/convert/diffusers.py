@@ -106,10 +106,9 @@ def _unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
         differences.append(f"down_block_types={down}")
     if up != [_BLOCKS[a][1] for a in reversed(attention)]:
         differences.append(f"up_block_types={up} (not the reverse of down_block_types)")
-    if config.get("in_channels", 3) != config.get("out_channels", 3):
-        differences.append(
-            f"in_channels={config.get('in_channels', 3)} and out_channels={config.get('out_channels', 3)}"
-        )
+    channels, out_channels = config.get("in_channels", 3), config.get("out_channels", 3)
+    if channels != out_channels:
+        differences.append(f"in_channels={channels} and out_channels={out_channels}")
     if [width % widths[0] for width in widths] != [0] * len(down):
         differences.append(f"block_out_channels={widths} (one multiple of the first for each block)")
     if differences:
@@ -118,7 +117,7 @@ def _unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
     height, width = (size, size) if isinstance(size, int) else size
     values = {
         "image_size": [height, width],
-        "channels": config.get("in_channels", 3),
+        "channels": channels,
         "ch": widths[0],
         "ch_mult": [width // widths[0] for width in widths],
         "num_res_blocks": config.get("layers_per_block", 2),

@@ -22,9 +22,9 @@ _TIMEOUT = 30  # seconds without a byte
 def fetch(published: PublishedFile, folder: Path) -> Path:
     """Return the path of a published file in `folder`; download it first if it is not there.
 
-    An unfinished download is kept as NAME.part and resumed by the next call if the server supports ranges. The file gets
-    its name after its checksum was verified. If several processes request the same file, one downloads it and the others
-    wait.
+    An unfinished download is kept as NAME.part and resumed by the next call if the server supports ranges. The file
+    gets its name after its checksum was verified. If several processes request the same file, one downloads it and the
+    others wait.
 
     Raises:
         UserError: no connection, a file with another checksum, or a folder that cannot be written to.

@@ -85,8 +85,8 @@ class ImportSpec:
             raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, online, ema_RATE.")
         if self.download in MANUAL_DOWNLOADS:
             raise ValueError(
-                f"{self.download} can only be downloaded by hand, in a browser: {MANUAL_DOWNLOADS[self.download]}; then "
-                f"give its path, checkpoint=PATH trained_on={self.download}."
+                f"{self.download} can only be downloaded by hand, in a browser: {MANUAL_DOWNLOADS[self.download]}; "
+                f"then give its path, checkpoint=PATH trained_on={self.download}."
             )
         if self.download is not None:
             choose("download", self.download, DOWNLOADS)
@@ -177,16 +177,14 @@ def _choose_weights(spec: ImportSpec, source: Source, known: PublishedFile | Non
         return label, [_ONLINE_ONLY] if label == "online" != spec.weights else []
     # Copies of this upload, in the hub's cache or a clone, whatever their exact bytes.
     named_online = {HUB_ONLINE_CIFAR10, f"models--google--{HUB_ONLINE_CIFAR10}"} & set(source.file.absolute().parts)
-    known_label = known.weights if known else "online" if named_online and spec.weights != "ema" else None
-    if known_label and spec.weights not in ("auto", known_label):
-        raise UserError(
-            f"{source.file} is known to hold {known_label} weights, not {spec.weights}; leave weights=auto."
-        )
-    if known_label == "online":
-        return "online", [_KNOWN_ONLINE.format(known.name if known else HUB_ONLINE_CIFAR10)]
-    if spec.weights == "auto" and not known_label:
+    label = known.weights if known else "online" if named_online and spec.weights != "ema" else ""
+    if label and spec.weights not in ("auto", label):
+        raise UserError(f"{source.file} is known to hold {label} weights, not {spec.weights}; leave weights=auto.")
+    if label == "online":
+        return label, [_KNOWN_ONLINE.format(known.name if known else HUB_ONLINE_CIFAR10)]
+    if spec.weights == "auto" and not label:
         return UNLABELLED, [_UNLABELLED]
-    return known_label or spec.weights, []
+    return label or spec.weights, []
 
 
 def _choose_network(spec: ImportSpec, source: Source, state: Tensors) -> tuple[UNetSpec, str]:
