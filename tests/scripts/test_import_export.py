@@ -40,7 +40,7 @@ def names(folder: Path) -> set[str]:
 def test_import_and_export_as_processes_write_their_output_and_nothing_else(
     process: Run, flat: Path, tmp_path: Path
 ) -> None:
-    outcome = process("import_checkpoint", "source=flat.ckpt", "out=model.safetensors", *NETWORK, cwd=tmp_path)
+    outcome = process("import_checkpoint", "checkpoint=flat.ckpt", "out=model.safetensors", *NETWORK, cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     state = weights(SPEC)
     count = sum(value.numel() for value in state.values())
@@ -76,7 +76,7 @@ def test_import_and_export_as_processes_write_their_output_and_nothing_else(
 
 def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, tmp_path: Path) -> None:
     """Import, sample, evaluate, export, and in again: the same images, and the number of the record in the card."""
-    assert run("import_checkpoint", "source=flat.ckpt", "out=model.safetensors", *NETWORK).code == 0
+    assert run("import_checkpoint", "checkpoint=flat.ckpt", "out=model.safetensors", *NETWORK).code == 0
     sample = ("n=4", "sampler.S=2", "compute.device=cpu")
     assert run("sample", "checkpoint=model.safetensors", "output_dir=one", *sample).code == 0
     outcome = run("evaluate", "checkpoint=model.safetensors", *EVALUATE)
@@ -100,7 +100,7 @@ def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, 
     assert {name.split("/")[0] for name in names(tmp_path) - before} == {"folder"}
 
     before = names(tmp_path)
-    assert run("import_checkpoint", "source=folder", "out=again.safetensors", "weights=ema").code == 0
+    assert run("import_checkpoint", "checkpoint=folder", "out=again.safetensors", "weights=ema").code == 0
     assert names(tmp_path) - before == {"again.safetensors"}
     assert run("sample", "checkpoint=again.safetensors", "output_dir=two", *sample).code == 0
     assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
@@ -108,7 +108,7 @@ def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, 
 
 @pytest.mark.parametrize("label", ["ema", "online"])
 def test_what_is_said_of_the_weights_is_in_every_record(run: Run, flat: Path, tmp_path: Path, label: str) -> None:
-    outcome = run("import_checkpoint", "source=flat.ckpt", *NETWORK, f"weights={label}")
+    outcome = run("import_checkpoint", "checkpoint=flat.ckpt", *NETWORK, f"weights={label}")
     assert (outcome.code, outcome.err) == (0, "")
     made = "outputs/imported/flat.safetensors"
     [line] = [line for line in outcome.out.splitlines() if line.startswith("sample from it: ")]
@@ -124,14 +124,14 @@ def test_what_is_said_of_the_weights_is_in_every_record(run: Run, flat: Path, tm
 
 def test_a_schedule_of_the_configurations_travels_with_the_model(run: Run, flat: Path) -> None:
     options = ("schedule=cosine", "schedule.T=30", "prediction=v", "trained_on=cats")
-    outcome = run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, *options)
+    outcome = run("import_checkpoint", "checkpoint=flat.ckpt", "out=m.safetensors", *NETWORK, *options)
     assert "schedule: cosine, T=30; prediction: v" in outcome.out.splitlines()
     spec = load_model("m.safetensors").spec
     assert (spec.schedule.name, spec.schedule.T, spec.prediction, spec.data) == ("cosine", 30, "v", "cats")
 
 
 def test_exporting_flat_says_what_a_flat_file_cannot(run: Run, flat: Path, tmp_path: Path) -> None:
-    assert run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, "weights=online").code == 0
+    assert run("import_checkpoint", "checkpoint=flat.ckpt", "out=m.safetensors", *NETWORK, "weights=online").code == 0
     outcome = run("export_checkpoint", "checkpoint=m.safetensors", "out=back.ckpt", "layout=flat", "weights=online")
     assert (outcome.code, outcome.out) == (0, "back.ckpt\n")
     [line] = outcome.err.splitlines()
@@ -143,12 +143,12 @@ def test_exporting_flat_says_what_a_flat_file_cannot(run: Run, flat: Path, tmp_p
 
 
 def test_a_training_run_of_ours_is_imported_and_exported(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    outcome = run("import_checkpoint", f"source={checkpoint}", "out=m.safetensors")
+    outcome = run("import_checkpoint", f"checkpoint={checkpoint}", "out=m.safetensors")
     assert (outcome.code, outcome.err) == (0, "")
     assert "weights: ema at step 4, hash " in outcome.out
     assert load_model("m.safetensors").weights_hash == load_model(checkpoint).weights_hash
     assert run("export_checkpoint", f"checkpoint={checkpoint}", "out=folder").code == 0
-    assert run("import_checkpoint", "source=folder", "out=n.safetensors").code == 0
+    assert run("import_checkpoint", "checkpoint=folder", "out=n.safetensors").code == 0
     assert load_model("n.safetensors").weights_hash == load_model(checkpoint).weights_hash
     assert load_model("n.safetensors").step == 4
 
@@ -161,7 +161,7 @@ import resource, sys, time
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
 
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-import_checkpoint(ImportSpec("o", "d", source=sys.argv[1], out="model.safetensors"))
+import_checkpoint(ImportSpec("o", "d", checkpoint=sys.argv[1], out="model.safetensors"))
 seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(seconds, (after - before) * (1 if sys.platform == "darwin" else 1024))
 """
@@ -202,7 +202,7 @@ def test_an_import_takes_little_more_memory_than_the_weights_and_seconds(tmp_pat
 @pytest.mark.slow
 def test_one_command_leads_from_an_imported_file_to_table_1(process: Run, tmp_path: Path) -> None:
     write_full(tmp_path / "flat.ckpt", "flat")
-    outcome = process("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", "weights=ema", cwd=tmp_path)
+    outcome = process("import_checkpoint", "checkpoint=flat.ckpt", "out=m.safetensors", "weights=ema", cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     (tmp_path / "flat.ckpt").unlink()
     [line] = [line for line in outcome.out.splitlines() if line.startswith("evaluate it: ")]

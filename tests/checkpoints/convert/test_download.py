@@ -1,9 +1,22 @@
-"""Fetching a published file: whole, resumed, checked, whatever the server can do."""
+"""Fetching a published file: complete, resumed, checked, whatever the server can do."""
 
 import hashlib
 
 import pytest
-from web import CONTENT, FOREIGN, MD5, SHA256, chunked, head, ranged, redirect, refusal, visible, whole, without_length
+from web import (
+    CONTENT,
+    FOREIGN,
+    MD5,
+    SHA256,
+    chunked,
+    complete,
+    head,
+    ranged,
+    redirect,
+    refusal,
+    visible,
+    without_length,
+)
 
 from ddim.checkpoints.convert import download
 from ddim.checkpoints.convert.download import fetch
@@ -33,7 +46,7 @@ def bars(monkeypatch):
 
 
 @pytest.mark.parametrize("checksum", [MD5, SHA256], ids=["MD5", "SHA-256"])
-@pytest.mark.parametrize("answer", [ranged(), whole(), without_length, chunked()])
+@pytest.mark.parametrize("answer", [ranged(), complete(), without_length, chunked()])
 def test_a_file_is_fetched_whole_into_a_folder_that_is_made(site, tmp_path, checksum, answer):
     site.answers = [answer]
     folder = tmp_path / "a" / "b"
@@ -90,7 +103,7 @@ def test_a_download_that_breaks_off_again_and_again_gets_there(site, tmp_path):
 
 
 def test_a_download_of_unknown_length_that_broke_off_is_noticed(site, tmp_path):
-    site.answers = [chunked(stop=300_000), whole()]
+    site.answers = [chunked(stop=300_000), complete()]
     message = refusal(site.published(), tmp_path)
     assert site.url in message
     assert CONTENT.startswith((tmp_path / "toy.ckpt.part").read_bytes())
@@ -101,7 +114,7 @@ def test_a_download_of_unknown_length_that_broke_off_is_noticed(site, tmp_path):
     "part", [CONTENT[:300_000], FOREIGN[:300_000], FOREIGN + FOREIGN], ids=["ours", "foreign", "long"]
 )
 def test_a_server_without_ranges_sends_everything_again(site, tmp_path, part):
-    site.answers = [whole()]
+    site.answers = [complete()]
     (tmp_path / "toy.ckpt.part").write_bytes(part)
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
     assert site.ranges == [f"bytes={len(part)}-"]
@@ -109,7 +122,7 @@ def test_a_server_without_ranges_sends_everything_again(site, tmp_path, part):
 
 
 def test_a_server_without_ranges_that_breaks_off_leaves_what_it_sent_last(site, tmp_path):
-    site.answers = [whole(stop=1000), ranged()]
+    site.answers = [complete(stop=1000), ranged()]
     (tmp_path / "toy.ckpt.part").write_bytes(FOREIGN[:300_000])
     refusal(site.published(), tmp_path)
     assert (tmp_path / "toy.ckpt.part").read_bytes() == CONTENT[:1000]
@@ -158,13 +171,13 @@ def test_the_file_has_its_name_only_when_it_is_complete_and_checked(site, tmp_pa
     for _ in range(2):
         refusal(site.published(), tmp_path)
 
-    def checksums(path):
+    def file_checksums(path):
         seen.append(visible(tmp_path))
         assert path.read_bytes() == CONTENT
         return original(path)
 
-    original = download.checksums
-    monkeypatch.setattr(download, "checksums", checksums)
+    original = download.file_checksums
+    monkeypatch.setattr(download, "file_checksums", file_checksums)
     site.answers = [ranged()]
     fetch(site.published(), tmp_path)
     assert seen == [["toy.ckpt.part"]] * 2

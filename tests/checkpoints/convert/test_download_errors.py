@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from web import CONTENT, ranged, redirect, refusal, says_how_to_fetch_by_hand, stalled, status, visible
+from web import CONTENT, explains_manual_download, ranged, redirect, refusal, stalled, status, visible
 
 from ddim.checkpoints.convert import download
 from ddim.checkpoints.convert.download import fetch
@@ -23,11 +23,11 @@ from ddim.checkpoints.convert.download import fetch
         (503, "503 Service Unavailable"),
     ],
 )
-def test_an_error_of_the_server_says_how_to_fetch_by_hand(site, tmp_path, monkeypatch, code, reason):
+def test_an_error_of_the_server_explains_manual_download(site, tmp_path, monkeypatch, code, reason):
     site.answers = [status(code)]
     monkeypatch.chdir(tmp_path)
     message = refusal(site.published(), Path("here"))  # a relative folder is named in full
-    assert says_how_to_fetch_by_hand(message, site.url, tmp_path / "here")
+    assert explains_manual_download(message, site.url, tmp_path / "here")
     assert f"(the server answers {reason}" in message
     assert visible(tmp_path / "here") == []
 
@@ -40,23 +40,23 @@ def test_an_error_of_the_server_keeps_what_was_fetched_before(site, tmp_path):
     assert site.ranges == ["bytes=1000-", "bytes=1000-"]
 
 
-def test_a_refused_connection_says_how_to_fetch_by_hand(site, tmp_path):
+def test_a_refused_connection_explains_manual_download(site, tmp_path):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/toy"
         message = refusal(replace(site.published(), url=url), tmp_path)
-    assert says_how_to_fetch_by_hand(message, url, tmp_path)
+    assert explains_manual_download(message, url, tmp_path)
     assert "onnection refused" in message
 
 
-def test_a_name_that_nobody_knows_says_how_to_fetch_by_hand(site, tmp_path, monkeypatch):
+def test_a_name_that_nobody_knows_explains_manual_download(site, tmp_path, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     url = "https://nowhere.invalid/toy"
     message = refusal(replace(site.published(), url=url), tmp_path)
-    assert says_how_to_fetch_by_hand(message, url, tmp_path)
+    assert explains_manual_download(message, url, tmp_path)
     assert "Name or service not known" in message
 
 
@@ -70,10 +70,10 @@ def test_a_name_that_nobody_knows_says_how_to_fetch_by_hand(site, tmp_path, monk
     ],
     ids=["nothing", "no HTTP", "no reason", "too many headers"],
 )
-def test_what_does_not_answer_properly_says_how_to_fetch_by_hand(site, tmp_path, line, reason):
+def test_what_does_not_answer_properly_explains_manual_download(site, tmp_path, line, reason):
     site.answers = [lambda handler, site: handler.wfile.write(line)]
     message = refusal(site.published(), tmp_path)
-    assert says_how_to_fetch_by_hand(message, site.url, tmp_path)
+    assert explains_manual_download(message, site.url, tmp_path)
     assert reason in message
 
 
@@ -87,7 +87,7 @@ def test_an_error_without_words_is_named(site, tmp_path, monkeypatch):
 
 def test_a_redirect_in_circles_ends(site, tmp_path):
     site.answers = [redirect]
-    assert says_how_to_fetch_by_hand(refusal(site.published(), tmp_path), site.url, tmp_path)
+    assert explains_manual_download(refusal(site.published(), tmp_path), site.url, tmp_path)
     assert len(site.requests) < 30
     assert not (tmp_path / "toy.ckpt").exists()
 
@@ -95,7 +95,7 @@ def test_a_redirect_in_circles_ends(site, tmp_path):
 def test_a_folder_that_is_a_file_is_refused(site, tmp_path):
     (tmp_path / "taken").write_text("")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert says_how_to_fetch_by_hand(refusal(site.published(), folder), site.url, folder)
+        assert explains_manual_download(refusal(site.published(), folder), site.url, folder)
     assert site.requests == []
 
 
@@ -112,7 +112,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(site, tmp_path):
         message = refusal(site.published(), tmp_path)
     finally:
         tmp_path.chmod(0o700)
-    assert says_how_to_fetch_by_hand(message, site.url, tmp_path)
+    assert explains_manual_download(message, site.url, tmp_path)
     assert "Permission denied" in message
 
 
@@ -124,7 +124,7 @@ def test_a_server_that_stalls_is_given_up(site, tmp_path, monkeypatch, stop):
     start = time.monotonic()
     message = refusal(site.published(), tmp_path)
     assert 0.3 <= time.monotonic() - start < 5
-    assert says_how_to_fetch_by_hand(message, site.url, tmp_path)
+    assert explains_manual_download(message, site.url, tmp_path)
     assert "timed out" in message
     part = tmp_path / "toy.ckpt.part"
     kept = part.stat().st_size if part.exists() else 0

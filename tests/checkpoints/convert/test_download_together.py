@@ -35,9 +35,9 @@ CHILD = """
 import sys
 from pathlib import Path
 from ddim.checkpoints.convert.download import fetch
-from ddim.checkpoints.convert.model_zoo import Published
+from ddim.checkpoints.convert.model_zoo import PublishedFile
 url, checksum, folder = sys.argv[1:]
-print(fetch(Published("toy", "ema", "digits", 7, checksum, url), Path(folder)))
+print(fetch(PublishedFile("toy", "ema", "digits", 7, checksum, url), Path(folder)))
 """
 
 

@@ -11,6 +11,7 @@ from exported import FILES, SMALL, same, tree, weights
 from safetensors import safe_open
 
 from ddim.checkpoints import weights_hash
+from ddim.checkpoints.convert.exporting import FILES as LAYOUT_FILES
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
 from ddim.errors import UserError
@@ -78,7 +79,7 @@ def test_a_folder_becomes_a_pipeline_when_everything_else_is_there(model_file, t
 
 @pytest.mark.parametrize("layout", ["diffusers", "safetensors", "flat"])
 def test_replacing_leaves_nothing_of_what_was_there(model_file, tmp_path, layout):
-    once, twice = tmp_path / "once.ckpt", tmp_path / "twice.ckpt"
+    once, twice = tmp_path / "once", tmp_path / "twice"
     export_checkpoint(ExportSpec(model_file(seed=1), str(twice), layout=layout))
     source = model_file(seed=2)
     with pytest.raises(UserError, match="exists already"):
@@ -89,8 +90,8 @@ def test_replacing_leaves_nothing_of_what_was_there(model_file, tmp_path, layout
         spec = ImportSpec(
             str(tmp_path),
             "",
-            str(imported),
-            out=str(tmp_path / f"{imported.name}.out"),
+            str(imported if layout == "diffusers" else imported / LAYOUT_FILES[layout][0]),
+            name=f"{imported.name}.out",
             network=None if layout != "flat" else {"name": "unet", **asdict(SMALL)},
         )
         assert same(import_checkpoint(spec).model.state, weights(2))
@@ -119,8 +120,8 @@ def test_only_a_model_card_asks_for_results(model_file, tmp_path):
 def test_the_home_folder_can_be_given_short(model_file, tmp_path, monkeypatch):
     model_file()
     monkeypatch.setenv("HOME", str(tmp_path))
-    paths, _ = export_checkpoint(ExportSpec("~/model.safetensors", "~/out/flat.pt", layout="flat"))
-    assert paths == [tmp_path / "out" / "flat.pt"]
+    paths, _ = export_checkpoint(ExportSpec("~/model.safetensors", "~/out", layout="flat"))
+    assert paths == [tmp_path / "out" / "model.pt"]
     assert paths[0].is_file()
 
 
@@ -131,9 +132,9 @@ def test_a_training_checkpoint_gives_the_weights_that_were_asked_for(training_fi
         spec = ExportSpec(training_file, str(tmp_path / f"out.{layout}"), layout=layout, weights=label)
         export_checkpoint(spec, lambda of, asked=asked: asked.append(of) or ())
         assert asked == ([weights_hash(weights(seed))] if layout == "diffusers" else [])
-    assert same(torch.load(tmp_path / "out.flat", weights_only=True), weights(seed))
-    for layout in ("safetensors", "diffusers"):
-        found = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(tmp_path / f"out.{layout}"), overwrite=True))
+    assert same(torch.load(tmp_path / "out.flat" / "model.pt", weights_only=True), weights(seed))
+    for exported in ("out.safetensors/model.safetensors", "out.diffusers"):
+        found = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(tmp_path / exported), overwrite=True))
         assert (found.model.weights, found.model.step) == (label, 7)
         assert same(found.model.state, weights(seed))
     assert ExportSpec(training_file, "out").weights == "ema"

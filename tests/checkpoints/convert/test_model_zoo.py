@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ddim.checkpoints.convert import model_zoo
-from ddim.checkpoints.convert.model_zoo import DOWNLOADS, PRESETS, Checksums, Published, checksums
+from ddim.checkpoints.convert.model_zoo import DOWNLOADS, PRESETS, Checksums, PublishedFile, file_checksums
 from ddim.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,7 +117,7 @@ def test_any_other_file_is_not_known():
 def test_checksums_are_those_of_the_whole_file(tmp_path, size):
     content = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(content)
-    sums = checksums(tmp_path / "file")
+    sums = file_checksums(tmp_path / "file")
     assert sums.md5 == hashlib.md5(content, usedforsecurity=False).hexdigest()
     assert sums.sha256 == hashlib.sha256(content).hexdigest()
     assert sums.published is None
@@ -126,9 +126,9 @@ def test_checksums_are_those_of_the_whole_file(tmp_path, size):
 def test_a_file_is_recognised_by_its_content(tmp_path, monkeypatch):
     (tmp_path / "renamed.bin").write_bytes(b"weights")
     for digest in (hashlib.md5(b"weights", usedforsecurity=False), hashlib.sha256(b"weights")):
-        file = Published("toy", "ema", "digits", 7, digest.hexdigest())
+        file = PublishedFile("toy", "ema", "digits", 7, digest.hexdigest())
         monkeypatch.setattr(model_zoo, "_BY_CHECKSUM", {file.checksum: file})
-        assert checksums(tmp_path / "renamed.bin").published is file
+        assert file_checksums(tmp_path / "renamed.bin").published is file
 
 
 def test_the_configuration_names_the_downloads_and_presets():

@@ -14,7 +14,8 @@ from stored import NETWORK, ORIGIN, SCHEDULES, same, state_of
 
 from ddim import DDIM, initial_noise, io, quadratic_tau, sample
 from ddim.checkpoints import load_model, read_model, save_model, weights_hash
-from ddim.checkpoints.model import header, read_header
+from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
+from ddim.checkpoints.model import decode_metadata, encode_metadata
 from ddim.errors import UserError
 from ddim.networks import UNet
 
@@ -197,7 +198,27 @@ def test_a_file_of_nothing_but_safetensors_may_have_any_name(model, tmp_path):
     assert load_model(path).step == 790_000
 
 
-def test_the_description_and_its_facts_are_read_from_metadata_alone(model, path):
-    spec, facts = read_header({"format": "pt", **header(model)}, path)
-    assert spec.differences(model.spec) == []
-    assert facts == {"weights": "ema", "step": 790_000, "origin": ORIGIN}
+def test_metadata_describes_everything_but_the_weights(model, path):
+    back = decode_metadata({"format": "pt", **encode_metadata(model)}, {}, path)
+    assert back.spec.differences(model.spec) == []
+    assert (back.state, back.weights, back.step, back.origin) == ({}, "ema", 790_000, ORIGIN)
+
+
+def test_the_old_label_raw_still_means_online(model, path, tmp_path):
+    """In the headers of model files, in load_model, and in the command of an import."""
+    save_model(replace(model, weights="raw"), path)
+    for asked in ("raw", "online"):
+        assert load_model(path, asked).weights == read_model(path, asked).weights == "online"
+    assert "holds online weights only; choose weights=online." in refusal(path, "ema")
+    for asked in ("raw", "online", "auto"):
+        spec = ImportSpec(str(tmp_path / asked), "d", checkpoint=str(path), weights=asked)
+        assert spec.weights == ("auto" if asked == "auto" else "online")
+        assert load_model(import_checkpoint(spec).path, "raw").weights == "online"
+
+
+@pytest.mark.parametrize("weights", ["raw", "online"])
+def test_the_old_label_raw_loads_a_training_checkpoint(make_checkpoint, tmp_path, weights):
+    path = make_checkpoint(tmp_path / "last.ckpt")
+    assert load_model(path, weights).weights_hash == load_model(path, "online").weights_hash
+    assert load_model(path, weights).weights == "online"
+    assert load_model(path, weights).weights_hash != load_model(path, "ema").weights_hash

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ddim.checkpoints import load_model, save_model
-from ddim.checkpoints.model import header
+from ddim.checkpoints.model import encode_metadata
 from ddim.errors import UserError
 
 
@@ -30,7 +30,7 @@ def write(model, path):
 @pytest.fixture
 def described(model):
     """A right description, as plain values."""
-    return json.loads(header(model)["ddim"])
+    return json.loads(encode_metadata(model)["ddim"])
 
 
 def refusal(path, weights="ema"):

@@ -157,8 +157,8 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path, content, suffix):
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "diffusion_pytorch_model.bin"])
 def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path, name):
     (tmp_path / name).mkdir()
-    assert "holds nothing; a folder of diffusers has" in refusal(tmp_path / name)
-    assert "a folder of diffusers has" in refusal(tmp_path)
+    assert "holds nothing; a diffusers folder has" in refusal(tmp_path / name)
+    assert "a diffusers folder has" in refusal(tmp_path)
     with pytest.raises(UserError, match="there is no checkpoint"):
         is_safetensors(tmp_path / name)
 

@@ -125,7 +125,7 @@ def test_code_in_a_file_is_not_run_and_named(tmp_path, state, model, payload, sa
         named = message.partition("it needs code to load (")[2].partition(")")[0]
         assert named in needs | (TENSORS if saver == "pickle" else set()), place
         assert message.endswith(
-            "code in a file can do anything; nothing was run. Ask for a file of tensors alone, such as safetensors."
+            "code in a file can do anything; nothing was run. Ask for a file of tensors only, such as safetensors."
         )
     pickle.loads(pickle.dumps(evil))
     assert victim.exists()  # the trap itself works

@@ -27,7 +27,7 @@ from safetensors import safe_open
 
 from ddim.checkpoints import StoredModel, load_model, read_model, weights_hash
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
-from ddim.checkpoints.convert.model_zoo import _BY_CHECKSUM, Published
+from ddim.checkpoints.convert.model_zoo import _BY_CHECKSUM, PublishedFile
 from ddim.networks import UNet
 
 
@@ -161,24 +161,24 @@ def test_the_file_can_be_read_by_whom_other_files_can_be_read(flat, tmp_path):
 def test_the_file_is_named_after_its_source(tmp_path, flat, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, name in (("flat.ckpt", "flat"), ("folder", "folder"), ("folder/unet", "unet")):
-        done = import_checkpoint(ImportSpec("out", "downloads", source=source, network=GIVEN))
+        done = import_checkpoint(ImportSpec("out", "downloads", checkpoint=source, network=GIVEN))
         assert done.path == Path("out") / f"{name}.safetensors"
         assert done.path.is_file()
     (tmp_path / "v1.5").mkdir()
     folder.rename(tmp_path / "v1.5" / "net-2.0")
-    done = import_checkpoint(ImportSpec("out", "downloads", source="v1.5/net-2.0"))
+    done = import_checkpoint(ImportSpec("out", "downloads", checkpoint="v1.5/net-2.0"))
     assert done.path == Path("out") / "net-2.0.safetensors"
     assert not (tmp_path / "downloads").exists()
 
 
 def test_the_folder_one_stands_in_has_a_name(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
-    assert import_checkpoint(ImportSpec(str(tmp_path / "out"), "d", source=".")).path.name == "folder.safetensors"
+    assert import_checkpoint(ImportSpec(str(tmp_path / "out"), "d", checkpoint=".")).path.name == "folder.safetensors"
 
 
 def test_a_tilde_is_the_home_of_the_user(flat, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    spec = ImportSpec("o", "d", source="~/flat.ckpt", out="~/new/out.safetensors", network=GIVEN)
+    spec = ImportSpec("~/new", "d", checkpoint="~/flat.ckpt", name="out", network=GIVEN)
     assert import_checkpoint(spec).path == tmp_path / "new" / "out.safetensors"
 
 
@@ -190,7 +190,7 @@ def known(monkeypatch, path, label, algorithm):
     """Within: a file is a published one."""
     checksum = hashlib.new(algorithm, path.read_bytes()).hexdigest()
     with monkeypatch.context() as patch:
-        patch.setitem(_BY_CHECKSUM, checksum, Published("the_file", label, "cats", 123_000, checksum))
+        patch.setitem(_BY_CHECKSUM, checksum, PublishedFile("the_file", label, "cats", 123_000, checksum))
         yield checksum
 
 
@@ -200,7 +200,7 @@ def test_a_published_file_is_known_by_its_checksum(flat, monkeypatch, label, alg
     other = {"ema": "online", "online": "ema"}[label]
     warning = (
         "the_file is known to hold online, not EMA weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; "
-        "for the paper's numbers take the averaged ones (download=ema_cifar10 and so on)"
+        "for the paper's numbers take the EMA weights (download=ema_cifar10 and so on)"
     )
     with known(monkeypatch, flat, label, algorithm) as checksum:
         for asked in ("auto", label):

@@ -154,9 +154,9 @@ def test_what_is_understood_is_listed_for_a_dict_of_something_else(tmp_path):
         torch.save(content, tmp_path / "other.ckpt")
         message = refusal(tmp_path / "other.ckpt")
         for layout in ("flat", "official", "diffusers", "lightning", "safetensors"):
-            assert re.search(rf"understood are .*\b{layout}: ", message)
+            assert re.search(rf"supported are .*\b{layout}: ", message)
         if isinstance(content, dict) and content:
-            assert f"holds the entries {', '.join(content)}; understood are" in message
+            assert f"holds the entries {', '.join(content)}; supported are" in message
 
 
 def test_a_state_dict_with_something_else_in_it_is_not_one(tmp_path, state):
@@ -167,17 +167,17 @@ def test_a_state_dict_with_something_else_in_it_is_not_one(tmp_path, state):
 
 def test_a_folder_without_what_it_needs_is_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    wanted = "diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin, in unet/ or by itself"
-    assert refusal(tmp_path / "empty").endswith(f"empty holds nothing; a folder of diffusers has {wanted}.")
+    wanted = "diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin, in unet/ or at the top"
+    assert refusal(tmp_path / "empty").endswith(f"empty holds nothing; a diffusers folder has {wanted}.")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.txt").touch()
-    assert "other holds a.txt; a folder of diffusers has" in refusal(tmp_path / "other")
+    assert "other holds a.txt; a diffusers folder has" in refusal(tmp_path / "other")
     (folder / "unet" / "config.json").unlink()
     assert "unet has no config.json, which describes the network" in refusal(folder)
     (folder / "unet" / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "unet holds config.json; a folder of diffusers has" in refusal(folder)
+    assert "unet holds config.json; a diffusers folder has" in refusal(folder)
 
 
 def test_an_exported_folder_whose_configuration_was_changed_is_refused(tmp_path, state):
@@ -194,7 +194,7 @@ def test_a_file_that_is_there_is_not_replaced_and_the_source_not_even_read(tmp_p
     out.write_text("precious")
     for source in (flat, tmp_path / "nowhere.ckpt"):
         message = refusal(source, out=out, network=GIVEN)
-        assert message == f"{out} exists already; choose another out=..., or overwrite=true to replace it."
+        assert message == f"{out} exists already; choose another output_dir=..., or overwrite=true to replace it."
     assert out.read_text() == "precious"
     bring(flat, out=out, network=GIVEN, overwrite=True)
     assert read_model(out).weights == "unlabelled"
@@ -228,21 +228,29 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, flat, monkeypatch):
 def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path, flat, overwrite):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    assert "folder" in refusal(flat, network=GIVEN, out=tmp_path / "folder", overwrite=overwrite)
-    assert "file" in refusal(flat, network=GIVEN, out=tmp_path / "file" / "out.safetensors", overwrite=overwrite)
+    (tmp_path / "folder" / "out.safetensors").mkdir()
+    for out in (tmp_path / "folder" / "out.safetensors", tmp_path / "file" / "out.safetensors"):
+        assert str(out) in refusal(flat, network=GIVEN, out=out, overwrite=overwrite)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "give either source=PATH or download=NAME, one of ema_cifar10, cifar10, "),
-        ({"source": "a", "download": "cifar10"}, "give either source=PATH or download=NAME, one of "),
+        ({}, "give either checkpoint=PATH or download=NAME, one of ema_cifar10, cifar10, "),
+        ({"checkpoint": "a", "download": "cifar10"}, "give either checkpoint=PATH or download=NAME, one of "),
         ({"download": "ema_cifar"}, "unknown download 'ema_cifar' (did you mean ema_cifar10?); allowed: ema_cifar10, "),
-        ({"source": "a", "preset": "cifar"}, "unknown preset 'cifar' (did you mean cifar10?); allowed: cifar10, "),
-        ({"source": "a", "preset": "lsun", "network": GIVEN}, "give either preset or network, not both."),
-        ({"source": "a", "layout": "offical"}, "layout='offical' is not known (did you mean official?); allowed: auto"),
+        *(
+            ({"checkpoint": "a", "name": name}, f"name={name!r} must be a file name without a folder; choose that by ")
+            for name in ("a/b", "/a", "..", "a/")
+        ),
+        ({"checkpoint": "a", "preset": "cifar"}, "unknown preset 'cifar' (did you mean cifar10?); allowed: cifar10, "),
+        ({"checkpoint": "a", "preset": "lsun", "network": GIVEN}, "give either preset or network, not both."),
         (
-            {"source": "a", "weights": "average"},
+            {"checkpoint": "a", "layout": "offical"},
+            "layout='offical' is not known (did you mean official?); allowed: auto",
+        ),
+        (
+            {"checkpoint": "a", "weights": "average"},
             "weights='average' is not known; allowed: auto, ema, online",
         ),
     ],

@@ -24,7 +24,7 @@ from foreign import (
 from safetensors.torch import load_file, save_file
 
 from ddim.checkpoints import StoredModel, read_model, save_model
-from ddim.checkpoints.convert.parameter_names import Parameters, in_words
+from ddim.checkpoints.convert.parameter_names import ParameterNames, describe_mismatches
 from ddim.diffusion.schedule import ScheduleSpec, cosine_schedule, scaled_linear_schedule
 
 
@@ -274,7 +274,7 @@ def test_one_tensor_under_two_names_is_two_parameters(tmp_path, state):
 @pytest.mark.parametrize("clip", [True, None, False])
 def test_a_scheduler_that_clips_is_worth_a_note(folder, clip):
     edit(folder / "scheduler" / "scheduler_config.json", clip_sample=clip)  # without the entry it does, too
-    note = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does as it does"
+    note = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does the same"
     assert bring(folder, weights="ema").warnings == ([] if clip is False else [note])
 
 
@@ -304,11 +304,11 @@ def test_what_a_folder_without_a_scheduler_lacks_can_be_given(folder):
 
 def test_the_way_over_and_back_is_the_identity_and_touches_every_parameter(state):
     for as_diffusers in (False, True):
-        parameters = Parameters(NETWORK, as_diffusers)
+        parameters = ParameterNames(NETWORK, as_diffusers)
         there = parameters.to_file(state)
         assert len(there) == len(state)
-        assert parameters.problems(there) == {}
-        assert same(parameters.to_ours(there), state)
+        assert parameters.mismatches(there) == {}
+        assert same(parameters.from_file(there), state)
     # By hand: levels on the way up count in the order in which they run; 1x1 convolutions are linear layers.
     expected = {
         "temb.dense.1.bias": "time_embedding.linear_2.bias",
@@ -328,5 +328,8 @@ def test_the_way_over_and_back_is_the_identity_and_touches_every_parameter(state
 
 def test_problems_in_words():
     many = [f"p{i}" for i in range(7)]
-    assert in_words({"missing": many, "unexpected": ["a"]}) == "7 missing (p0, p1, p2, p3, p4, ...); 1 unexpected (a)"
-    assert in_words({}) == ""
+    assert (
+        describe_mismatches({"missing": many, "unexpected": ["a"]})
+        == "7 missing (p0, p1, p2, p3, p4, ...); 1 unexpected (a)"
+    )
+    assert describe_mismatches({}) == ""
