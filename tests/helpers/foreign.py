@@ -1,4 +1,4 @@
-"""Checkpoints as other code bases write them, and importing them in one call."""
+"""Checkpoints as other code bases write them; one call that imports them."""
 
 import json
 import struct
@@ -101,20 +101,6 @@ def weights(network, seed=0):
     state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     state["conv_in.weight"].view(-1)[:5] = torch.tensor([-0.0, 1e-45, 3.4028234e38, 1 + 2**-23, -1e-38])
     return state
-
-
-def bits(state):
-    """Return names, shapes and bits of weights; -0.0 is not 0.0."""
-    assert {value.dtype for value in state.values()} == {torch.float32}
-    return [(name, tuple(state[name].shape), state[name].contiguous().view(torch.int32)) for name in sorted(state)]
-
-
-def same(state, other):
-    """Whether two sets of weights have the same names, shapes and bits."""
-    mine, theirs = bits(state), bits(other)
-    return [m[:2] for m in mine] == [t[:2] for t in theirs] and all(
-        torch.equal(m[2], t[2]) for m, t in zip(mine, theirs, strict=True)
-    )
 
 
 def bring(source, **options):

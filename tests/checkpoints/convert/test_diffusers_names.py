@@ -43,12 +43,12 @@ from ddim.networks import UNet
         ("conv_out.bias", "conv_out.bias"),
     ],
 )
-def test_a_parameter_of_the_cifar10_network_has_the_published_name(ours, theirs):
+def test_cifar10_parameters_have_the_published_names(ours, theirs):
     assert ParameterNames(PRESETS["cifar10"], diffusers=True).names[ours] == theirs
     assert to_diffusers(ours, 4) == theirs
 
 
-def test_the_way_up_counts_from_the_lowest_of_however_many_levels():
+def test_up_blocks_are_numbered_from_the_lowest_level():
     names = ParameterNames(PRESETS["lsun"], diffusers=True).names
     assert names["up.4.attn.0.k.weight"] == "up_blocks.1.attentions.0.to_k.weight"
     assert names["up.5.upsample.conv.bias"] == "up_blocks.0.upsamplers.0.conv.bias"
@@ -92,7 +92,7 @@ def test_names_and_shapes_are_those_of_unet2dmodel(hf, spec):
 
 
 @pytest.mark.parametrize("as_diffusers", [False, True])
-def test_weights_survive_the_way_there_and_back(as_diffusers):
+def test_conversion_of_weights_is_invertible(as_diffusers):
     parameters, state = ParameterNames(SPECS["oblong"], as_diffusers), randomised(SPECS["oblong"]).state_dict()
     there = parameters.to_file(state)
     assert {name: tuple(value.shape) for name, value in there.items()} == parameters.file_shapes
@@ -104,7 +104,7 @@ def test_weights_survive_the_way_there_and_back(as_diffusers):
         assert torch.equal(there["mid_block.attentions.0.to_q.weight"], q[:, :, 0, 0])
 
 
-def test_every_way_in_which_weights_do_not_fit_is_named():
+def test_every_kind_of_mismatch_is_named():
     parameters = ParameterNames(SMALL, diffusers=True)
     state = parameters.to_file(UNet(SMALL).state_dict())
     assert parameters.mismatches(state) == {}
@@ -123,12 +123,12 @@ def test_every_way_in_which_weights_do_not_fit_is_named():
     )
 
 
-def test_of_many_names_five_are_given():
+def test_mismatches_name_at_most_five_parameters():
     assert describe_mismatches({"missing": list("abcde")}) == "5 missing (a, b, c, d, e)"
     assert describe_mismatches({"missing": list("abcdef")}) == "6 missing (a, b, c, d, e, ...)"
 
 
-def test_attention_of_older_files_gets_its_present_names():
+def test_old_attention_names_are_updated():
     old = {
         "mid_block.attentions.0.query.weight": 0,
         "mid_block.attentions.0.key.bias": 1,

@@ -1,4 +1,4 @@
-"""Fetching a published file where that is impossible: one sentence that says what to do by hand."""
+"""A download that fails is one sentence that explains the manual download."""
 
 import os
 import socket
@@ -23,7 +23,7 @@ from ddim.checkpoints.convert.download import fetch
         (503, "503 Service Unavailable"),
     ],
 )
-def test_an_error_of_the_server_explains_manual_download(site, tmp_path, monkeypatch, code, reason):
+def test_a_server_error_explains_manual_download(site, tmp_path, monkeypatch, code, reason):
     site.answers = [status(code)]
     monkeypatch.chdir(tmp_path)
     message = refusal(site.published(), Path("here"))  # a relative folder is named in full
@@ -32,7 +32,7 @@ def test_an_error_of_the_server_explains_manual_download(site, tmp_path, monkeyp
     assert visible(tmp_path / "here") == []
 
 
-def test_an_error_of_the_server_keeps_what_was_fetched_before(site, tmp_path):
+def test_a_server_error_keeps_the_partial_file(site, tmp_path):
     (tmp_path / "toy.ckpt.part").write_bytes(CONTENT[:1000])
     site.answers = [status(503), ranged()]
     assert "503" in refusal(site.published(), tmp_path)
@@ -49,7 +49,7 @@ def test_a_refused_connection_explains_manual_download(site, tmp_path):
     assert "onnection refused" in message
 
 
-def test_a_name_that_nobody_knows_explains_manual_download(site, tmp_path, monkeypatch):
+def test_an_unknown_host_explains_manual_download(site, tmp_path, monkeypatch):
     def unknown(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -70,14 +70,14 @@ def test_a_name_that_nobody_knows_explains_manual_download(site, tmp_path, monke
     ],
     ids=["nothing", "no HTTP", "no reason", "too many headers"],
 )
-def test_what_does_not_answer_properly_explains_manual_download(site, tmp_path, line, reason):
+def test_an_invalid_response_explains_manual_download(site, tmp_path, line, reason):
     site.answers = [lambda handler, site: handler.wfile.write(line)]
     message = refusal(site.published(), tmp_path)
     assert explains_manual_download(message, site.url, tmp_path)
     assert reason in message
 
 
-def test_an_error_without_words_is_named(site, tmp_path, monkeypatch):
+def test_an_error_without_message_is_named(site, tmp_path, monkeypatch):
     def silent(*args, **kwargs):
         raise ConnectionResetError
 
@@ -85,7 +85,7 @@ def test_an_error_without_words_is_named(site, tmp_path, monkeypatch):
     assert "(ConnectionResetError)" in refusal(site.published(), tmp_path)
 
 
-def test_a_redirect_in_circles_ends(site, tmp_path):
+def test_a_redirect_loop_ends(site, tmp_path):
     site.answers = [redirect]
     assert explains_manual_download(refusal(site.published(), tmp_path), site.url, tmp_path)
     assert len(site.requests) < 30
@@ -99,12 +99,12 @@ def test_a_folder_that_is_a_file_is_refused(site, tmp_path):
     assert site.requests == []
 
 
-def test_a_folder_under_the_name_of_the_file_is_refused(site, tmp_path):
+def test_a_folder_with_the_name_of_the_file_is_refused(site, tmp_path):
     (tmp_path / "toy.ckpt").mkdir()
     assert "Is a directory" in refusal(site.published(), tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_to_is_refused(site, tmp_path):
+def test_an_unwritable_folder_is_refused(site, tmp_path):
     tmp_path.chmod(0o500)
     try:
         if os.access(tmp_path, os.W_OK):
@@ -117,7 +117,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(site, tmp_path):
 
 
 @pytest.mark.parametrize("stop", [None, 0, 300_000], ids=["no answer", "no content", "in the middle"])
-def test_a_server_that_stalls_is_given_up(site, tmp_path, monkeypatch, stop):
+def test_a_stalled_server_times_out(site, tmp_path, monkeypatch, stop):
     monkeypatch.setattr(download, "_TIMEOUT", 0.3)
     silence = stalled(stop) if stop is not None else lambda handler, site: site.released.wait(20)
     site.answers = [silence, ranged()]
@@ -133,5 +133,5 @@ def test_a_server_that_stalls_is_given_up(site, tmp_path, monkeypatch, stop):
     assert site.ranges == [None, f"bytes={kept}-" if kept else None]
 
 
-def test_the_timeout_is_one_of_people():
+def test_the_timeout_is_between_10_and_120_seconds():
     assert 10 <= download._TIMEOUT <= 120

@@ -4,8 +4,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from exported import FILES, MODEL, SMALL, same, weights
+from exported import FILES, MODEL, SMALL, weights
 from safetensors import safe_open
+from stored import same
 
 from ddim.checkpoints import ModelSpec, load_model, read_model, weights_hash
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
@@ -52,7 +53,7 @@ def test_a_flat_file_is_the_bare_state_dict(model_file, tmp_path):
         ),
     ],
 )
-def test_what_a_flat_file_cannot_say_is_said(model_file, tmp_path, monkeypatch, label, changes, unsaid):
+def test_a_flat_export_warns_about_what_it_does_not_store(model_file, tmp_path, monkeypatch, label, changes, unsaid):
     monkeypatch.setitem(PRESETS, "small", SMALL)  # the others are too large to write
     source = model_file(label, replace(MODEL, **changes))
     spec = ExportSpec(source, str(tmp_path / "flat"), layout="flat", weights="online" if label == "online" else "ema")
@@ -61,7 +62,7 @@ def test_what_a_flat_file_cannot_say_is_said(model_file, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("changes", [{"num_groups": 2}, {"image_size": (16, 16), "attn_resolutions": (8,)}], ids=str)
-def test_a_network_that_is_a_preset_by_its_shapes_alone_is_said(model_file, tmp_path, monkeypatch, changes):
+def test_a_network_with_the_shapes_of_a_preset_is_no_preset(model_file, tmp_path, monkeypatch, changes):
     """Importing would take the preset, whose images are others."""
     monkeypatch.setitem(PRESETS, "small", SMALL)
     source = model_file("unlabelled", replace(MODEL, network_spec=replace(SMALL, **changes)))
@@ -70,7 +71,7 @@ def test_a_network_that_is_a_preset_by_its_shapes_alone_is_said(model_file, tmp_
     assert "network=..." in warnings[0]
 
 
-def test_a_flat_file_with_what_it_cannot_say_is_the_same_model(model_file, tmp_path):
+def test_a_flat_file_with_its_options_is_the_same_model(model_file, tmp_path):
     spec = replace(MODEL, schedule=linear_schedule(20, 0.001, 0.3), prediction="v")
     export_checkpoint(ExportSpec(model_file(spec=spec), str(tmp_path / "flat"), layout="flat"))
     back = import_checkpoint(
@@ -104,7 +105,7 @@ SPECS = {
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("label", ["ema", "online", "unlabelled"])
 @pytest.mark.parametrize("layout", ["safetensors", "diffusers"])
-def test_an_export_comes_back_as_the_same_model(model_file, tmp_path, spec, label, layout):
+def test_an_export_imports_as_the_same_model(model_file, tmp_path, spec, label, layout):
     out = tmp_path / "out"
     option = "online" if label == "online" else "ema"
     paths, _ = export_checkpoint(ExportSpec(model_file(label, spec), str(out), layout=layout, weights=option))
@@ -132,7 +133,7 @@ def test_a_model_file_is_exported_as_it_is(model_file, tmp_path):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_what_diffusers_saves_of_an_export_comes_back_as_the_same_model(hf, model_file, tmp_path, spec, safe):
+def test_export_resaved_by_diffusers_imports_as_the_same_model(hf, model_file, tmp_path, spec, safe):
     export_checkpoint(ExportSpec(model_file(spec=spec), str(tmp_path / "ours")))
     pipeline = hf.DDIMPipeline.from_pretrained(tmp_path / "ours", local_files_only=True, low_cpu_mem_usage=False)
     theirs = tmp_path / "theirs"

@@ -20,7 +20,7 @@ from ddim.diffusion.schedule import cosine_schedule
         ("unlabelled", "Weights: EMA or online is not known, SHA-256"),
     ],
 )
-def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
+def test_the_card_states_the_label_of_the_weights(model_file, tmp_path, label, words):
     source = model_file(label, origin={"file": "diffusion.ckpt", "layout": "flat"})
     out = tmp_path / "my digits"
     export_checkpoint(ExportSpec(source, str(out), weights="ema" if label == "ema" else "online"))
@@ -35,7 +35,7 @@ def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
     assert [ema, online, unknown] == [label == "ema", label == "online", label == "unlabelled"]
 
 
-def test_the_card_says_nothing_that_is_not_known(model_file, tmp_path):
+def test_the_card_omits_what_is_not_known(model_file, tmp_path):
     oblong = replace(SMALL, image_size=(8, 12), channels=2)
     spec = ModelSpec("unet", oblong, cosine_schedule(20), "v")
     export_checkpoint(ExportSpec(model_file(spec=spec, step=None), str(tmp_path / "out")))
@@ -53,7 +53,7 @@ def test_the_card_says_nothing_that_is_not_known(model_file, tmp_path):
     assert "| metric |" not in text
 
 
-def test_the_front_matter_holds_the_results_as_the_hub_reads_them(model_file, tmp_path):
+def test_the_front_matter_has_the_results_in_hub_format(model_file, tmp_path):
     out = tmp_path / 'the "best": 1'
     export_checkpoint(ExportSpec(model_file(), str(out), license="cc-by-nc-4.0"), lambda of: RESULTS)
     front, text = card_of(out)
@@ -102,7 +102,7 @@ def test_a_result_of_any_size_stays_a_number(model_file, tmp_path, value):
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == value
 
 
-def test_a_card_has_the_name_of_the_folder_however_it_is_given(model_file, tmp_path, monkeypatch):
+def test_a_card_has_the_name_of_the_folder(model_file, tmp_path, monkeypatch):
     source = model_file()
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path / "digits")
