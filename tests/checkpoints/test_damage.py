@@ -17,7 +17,7 @@ from ddim.networks import UNet, UNetSpec
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    """A whole checkpoint of a very small network, with EMA weights and Adam's state."""
+    """A complete checkpoint of a very small network, with EMA weights and Adam's state."""
     spec = UNetSpec((4, 4), channels=1, ch=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
     network = UNet(spec)
     adam = torch.optim.Adam(network.parameters())
@@ -35,7 +35,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def content(checkpoint, tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "model.ckpt"
+    path = tmp_path_factory.mktemp("intact") / "model.ckpt"
     torch.save(checkpoint, path)
     assert load_model(path).step == 1
     return path.read_bytes()

@@ -101,7 +101,7 @@ def test_a_network_that_diffusers_cannot_build_is_not_exported(folder):
     assert not folder.exists()
 
 
-# A value other than DDPM's for every key that says how the network computes.
+# A value other than DDPM's for every key that changes the network's function.
 OTHERWISE = {
     "center_input_sample": True,
     "time_embedding_type": "fourier",

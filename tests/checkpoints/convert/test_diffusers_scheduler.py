@@ -104,7 +104,7 @@ def test_a_published_scheduler_config_is_read():
         "trained_betas": None,
         "variance_type": "fixed_large",
     }
-    for config in (published, {}):  # nothing said: the defaults of diffusers, which are DDPM's
+    for config in (published, {}):  # empty: the defaults of diffusers, which are DDPM's
         schedule, prediction = read_scheduler(config, HERE)
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         torch.testing.assert_close(schedule.alpha_bar[1:], (1 - betas).cumprod(0), rtol=1e-12, atol=0)

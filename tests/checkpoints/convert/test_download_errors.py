@@ -18,7 +18,7 @@ from ddim.checkpoints.convert.download import fetch
     [
         (403, "403 Forbidden"),
         (404, "404 Not Found"),
-        (416, "416 "),  # of the whole file, which no sane server says
+        (416, "416 "),  # in answer to a request without a range: a broken server
         (500, "500 Internal Server Error"),
         (503, "503 Service Unavailable"),
     ],

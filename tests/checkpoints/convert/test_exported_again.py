@@ -27,7 +27,7 @@ def test_a_flat_file_is_the_bare_state_dict(model_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("label", "changes", "unsaid"),
+    ("label", "changes", "lost"),
     [
         ("unlabelled", {}, []),
         ("ema", {}, ["weights=ema"]),
@@ -53,12 +53,12 @@ def test_a_flat_file_is_the_bare_state_dict(model_file, tmp_path):
         ),
     ],
 )
-def test_a_flat_export_warns_about_what_it_does_not_store(model_file, tmp_path, monkeypatch, label, changes, unsaid):
+def test_a_flat_export_warns_about_what_it_does_not_store(model_file, tmp_path, monkeypatch, label, changes, lost):
     monkeypatch.setitem(PRESETS, "small", SMALL)  # the others are too large to write
     source = model_file(label, replace(MODEL, **changes))
     spec = ExportSpec(source, str(tmp_path / "flat"), layout="flat", weights="online" if label == "online" else "ema")
-    sentence = f"a flat state dict does not store {', '.join(unsaid)}; state it when importing"
-    assert export_checkpoint(spec)[1] == ([sentence] if unsaid else [])
+    sentence = f"a flat state dict does not store {', '.join(lost)}; state it when importing"
+    assert export_checkpoint(spec)[1] == ([sentence] if lost else [])
 
 
 @pytest.mark.parametrize("changes", [{"num_groups": 2}, {"image_size": (16, 16), "attn_resolutions": (8,)}], ids=str)

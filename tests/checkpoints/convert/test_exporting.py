@@ -20,10 +20,10 @@ from ddim.errors import UserError
 
 def test_diffusers_files_are_written_in_this_order(model_file, tmp_path):
     out = tmp_path / "model"
-    paths, unsaid = export_checkpoint(ExportSpec(model_file(), str(out)))
+    paths, warnings = export_checkpoint(ExportSpec(model_file(), str(out)))
     assert paths == [out / name for name in FILES]
     assert set(tree(out)) == set(FILES)
-    assert unsaid == []
+    assert warnings == []
     assert json.loads((out / "model_index.json").read_text()) == {
         "_class_name": "DDIMPipeline",
         "_diffusers_version": "0.42.1",

@@ -1,4 +1,4 @@
-"""What the model card of an exported folder says."""
+"""The model card of an exported folder."""
 
 import re
 from dataclasses import replace

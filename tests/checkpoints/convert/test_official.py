@@ -1,4 +1,4 @@
-"""Against the official implementation itself, run beside ours: DDIM_OFFICIAL=PATH of a checkout of ermongroup/ddim."""
+"""Against the official implementation itself, run next to ours: DDIM_OFFICIAL=PATH of a checkout of ermongroup/ddim."""
 
 import importlib.util
 import os
@@ -87,7 +87,7 @@ def test_their_model_loads_our_flat_export(both):
 
 @pytest.mark.parametrize("rule", [reference_uniform_tau, reference_quad_tau])
 def test_their_sampler_and_ours_make_the_same_images(tmp_path, monkeypatch, rule):
-    """Ten steps of their `generalized_steps` with their U-Net, whole; only its hard-coded .to("cuda") is undone."""
+    """Ten steps of their `generalized_steps` with their U-Net; only its hard-coded .to("cuda") is undone."""
     spec = PRESETS["cifar10"]
     torch.manual_seed(0)
     network = build_network("unet", spec)

@@ -67,7 +67,7 @@ def test_a_broken_safetensors_file_is_one_sentence(tmp_path, name, suffix):
 
 
 def contents(state, model, folder):
-    """Return one whole file of each kind: name -> bytes."""
+    """Return one intact file of each kind: name -> bytes."""
     torch.save(state, folder / "zip")
     torch.save(state, folder / "legacy", _use_new_zipfile_serialization=False)
     torch.save([state, {"state": {}}, 0, 1, state], folder / "official")
@@ -82,7 +82,7 @@ def test_no_truncated_file_is_imported(tmp_path, state, model, kind):
     path = tmp_path / "cut.ckpt"
     path.write_bytes(content)
     options = {} if kind == "ours" else {"network": SMALLEST_GIVEN, "weights": "ema"}
-    assert not survives(path, **options)  # whole, it is fine
+    assert not survives(path, **options)  # intact, it is accepted
     sizes = {*range(0, 40, 3), *range(40, len(content), len(content) // 30), *range(len(content) - 60, len(content), 7)}
     for size in sorted(sizes | {len(content) - 1}):
         path.write_bytes(content[:size])
@@ -121,7 +121,7 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path, state, model, kind, suff
 
 @pytest.mark.parametrize("tensor", ["conv_in.bias", "conv_out.bias", "norm_out.weight"])
 def test_a_repacked_archive_is_read_correctly_or_refused(tmp_path, state, tensor):
-    """Tools compress what they pack; the numbers in the file are then not where their names say."""
+    """Archive tools compress; the bytes of the tensors are then not in the file."""
     torch.save(state, tmp_path / "stored.ckpt")
     keys = list(state)
     path = tmp_path / "packed.ckpt"

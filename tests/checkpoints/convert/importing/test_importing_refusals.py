@@ -83,7 +83,7 @@ def test_the_nearest_preset_is_named_with_advice(tmp_path, presets):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({"schedule": ScheduleSpec("linear", T=999)}, "schedule: linear with T=1000 and linear with T=999"),
         ({"schedule": ScheduleSpec("cosine")}, "schedule: linear with T=1000 and cosine with T=1000"),
@@ -98,19 +98,19 @@ def test_the_nearest_preset_is_named_with_advice(tmp_path, presets):
     ],
 )
 @pytest.mark.parametrize("layout", ["diffusers", "lightning", "safetensors"])
-def test_a_command_that_contradicts_the_file_is_refused(tmp_path, state, layout, options, said):
+def test_a_command_that_contradicts_the_file_is_refused(tmp_path, state, layout, options, expected):
     path, _ = put(StoredModel(MODELS["plain"][0], state, "ema", 1), tmp_path, layout, {})
     message = refusal(path, **options)
-    assert f"describes another model than the command ({said}" in message
+    assert f"describes another model than the command ({expected}" in message
     assert message.endswith("; leave these options out.")
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "lightning", "safetensors"])
 def test_a_command_may_repeat_the_description_of_the_file(tmp_path, state, layout):
     path, _ = put(StoredModel(MODELS["plain"][0], state, "ema", 1), tmp_path, layout, {})
-    # Dropout is a matter of training; what the file says stays.
-    said = {"network": GIVEN | {"dropout": 0.0}, "schedule": ScheduleSpec("linear", T=1000), "prediction": "eps"}
-    assert bring(path, **said).model.spec.network_spec.dropout == 0.3
+    # Dropout affects only training; the value in the file is kept.
+    options = {"network": GIVEN | {"dropout": 0.0}, "schedule": ScheduleSpec("linear", T=1000), "prediction": "eps"}
+    assert bring(path, **options).model.spec.network_spec.dropout == 0.3
 
 
 def test_a_scheduler_that_contradicts_the_command_is_refused(folder):
@@ -234,7 +234,7 @@ def test_an_unwritable_output_is_one_sentence(tmp_path, flat, overwrite):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ({}, "give either checkpoint=PATH or download=NAME, one of ema_cifar10, cifar10, "),
         ({"checkpoint": "a", "download": "cifar10"}, "give either checkpoint=PATH or download=NAME, one of "),
@@ -255,14 +255,14 @@ def test_an_unwritable_output_is_one_sentence(tmp_path, flat, overwrite):
         ),
     ],
 )
-def test_invalid_commands_are_refused(options, said):
+def test_invalid_commands_are_refused(options, expected):
     with pytest.raises(UserError) as caught:
         build(ImportSpec, {"output_dir": "o", "download_dir": "d"} | options, "")
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(expected)
 
 
 @pytest.mark.parametrize(
-    ("network", "said"),
+    ("network", "expected"),
     [
         ({"chh": 8}, "unknown key network.chh (did you mean ch?)"),
         ({"name": "unt"}, "unknown network 'unt' (did you mean unet?)"),
@@ -270,8 +270,8 @@ def test_invalid_commands_are_refused(options, said):
         ({"num_groups": 3}, "network: num_groups=3 does not divide a width of 8 channels"),
     ],
 )
-def test_a_given_network_is_checked(flat, network, said):
-    assert refusal(flat, network=GIVEN | network).startswith(said)
+def test_a_given_network_is_checked(flat, network, expected):
+    assert refusal(flat, network=GIVEN | network).startswith(expected)
 
 
 def test_a_prediction_that_is_not_known_is_refused(flat):
