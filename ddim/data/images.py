@@ -1,4 +1,4 @@
-"""Images as uint8 tensors, and the one place where pixels become numbers in [-1, 1] and back."""
+"""Images as uint8 tensors, and the only mapping between pixels and [-1, 1]."""
 
 import hashlib
 from abc import abstractmethod
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 
 def normalize(images_u8: Tensor) -> Tensor:
-    """Map pixels to the range that the diffusion works in: x / 127.5 - 1.
+    """Map pixels to the range of the diffusion process: x / 127.5 - 1.
 
     Args:
         images_u8: uint8, any shape, 0..255.
@@ -46,7 +46,7 @@ class Images(Dataset[Tensor]):
     """A fixed sequence of images of one shape: `images[i]` is uint8 (C, H, W).
 
     Attributes:
-        name: data set and split in a few characters that suit a file name, for example "cifar10-train".
+        name: data set and split, usable in a file name, for example "cifar10-train".
         shape: (C, H, W).
     """
 
