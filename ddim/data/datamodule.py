@@ -139,7 +139,7 @@ class _ResumableLoader(DataLoader):
         """Load nothing."""
 
 
-def _unchanged(item: _Item) -> _Item:
+def _unchanged(item: Any) -> Any:
     return item
 
 

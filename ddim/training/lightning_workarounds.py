@@ -39,7 +39,7 @@ def keep_buffers_local(module: LightningModule, names: Iterable[str]) -> None:
 
     DDP's own argument for it (`broadcast_buffers=False`) is about all buffers, and not Lightning's to set by name.
     """
-    module._ddp_params_and_buffers_to_ignore = list(names)
+    module._ddp_params_and_buffers_to_ignore = list(names)  # type: ignore[assignment]
 
 
 def skip_step_if(adam: torch.optim.Adam, skip: Tensor) -> None:

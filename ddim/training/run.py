@@ -54,7 +54,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         spec.folder,
     )
     loggers = build_loggers(spec.logger, spec.name, spec.folder, config)
-    trainer = build_trainer(spec, spec.folder, build_callbacks(spec), loggers)
+    trainer = build_trainer(spec, spec.folder, build_callbacks(spec, model.schedule.T), loggers)
     with explain_disk_errors(spec.folder), finish_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
@@ -88,14 +88,14 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     return module
 
 
-def build_callbacks(spec: TrainSpec) -> list[Callback]:
-    """Return the callbacks of a run, in the order in which they are called."""
+def build_callbacks(spec: TrainSpec, T: int) -> list[Callback]:
+    """Return the callbacks of a run with times 1..T, in the order in which they are called."""
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
     callbacks: list[Callback] = [ema] if ema else []
     return [
         *callbacks,
-        LossByTime(spec.schedule.T, t.log_every),
+        LossByTime(T, t.log_every),
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, spec.folder / "samples", ema, t.batch_size),
         DivergenceGuard(t.log_every, t.max_skipped),
