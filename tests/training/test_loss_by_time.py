@@ -51,6 +51,12 @@ def test_checkpoint_stores_losses_that_are_not_logged_yet(run):
         assert counts["skipped"].tolist() == [0, 0]
 
 
+def test_quarters_are_those_of_the_default_T(run, logged):
+    """A config may leave T out; of 1000 times each quarter then has its share of 64 samples."""
+    run(schedule={"T": None}, trainer={"max_steps": 1, "batch_size": 64})
+    assert all(logged("run", f"train/loss_quarter_{k}")[0] > 0 for k in (1, 2, 3, 4))
+
+
 @pytest.mark.parametrize("is_global_zero", [True, False])
 def test_sums_of_all_processes_are_restored_on_one(is_global_zero):
     callback, trainer = LossByTime(20, every=3), SimpleNamespace(is_global_zero=is_global_zero)
