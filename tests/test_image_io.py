@@ -1,4 +1,4 @@
-"""Pictures hold the pixels they were given, where they should be."""
+"""Grids, PNG and GIF files hold the given pixels at the right positions."""
 
 from pathlib import Path
 
@@ -41,13 +41,11 @@ def test_grid_enlarges_pixels_to_squares() -> None:
         ((1, 1, 15, 15), (45, 45)),
     ],
 )
-def test_grid_is_about_square_and_its_images_at_least_32_pixels_high(
-    shape: tuple[int, ...], size: tuple[int, int]
-) -> None:
+def test_grid_is_about_square_with_images_of_32_pixels(shape: tuple[int, ...], size: tuple[int, int]) -> None:
     assert grid(noise(*shape)).shape == (shape[1], *size)
 
 
-def test_every_image_is_found_again_in_the_grid() -> None:
+def test_grid_contains_every_image() -> None:
     images = noise(7, 3, 32, 24)
     canvas = grid(images, columns=3, gap=5)
     for i, image in enumerate(images):
@@ -57,20 +55,20 @@ def test_every_image_is_found_again_in_the_grid() -> None:
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
-def test_png_keeps_every_pixel_and_leaves_nothing_else_behind(tmp_path: Path, channels: int, mode: str) -> None:
+def test_png_keeps_every_pixel_and_leaves_no_other_file(tmp_path: Path, channels: int, mode: str) -> None:
     image = noise(channels, 5, 9)
     path = tmp_path / "new" / "image.png"
     save_png(image, path)
-    with Image.open(path) as found:
-        assert (found.format, found.mode, found.size) == ("PNG", mode, (9, 5))
-        pixels = np.array(found).reshape(5, 9, channels).transpose(2, 0, 1)
+    with Image.open(path) as opened:
+        assert (opened.format, opened.mode, opened.size) == ("PNG", mode, (9, 5))
+        pixels = np.array(opened).reshape(5, 9, channels).transpose(2, 0, 1)
     assert np.array_equal(pixels, image.numpy())
     assert [p.name for p in path.parent.iterdir()] == ["image.png"]
     save_png(noise(channels, 5, 9, seed=1), path)  # replaces
     assert [p.name for p in path.parent.iterdir()] == ["image.png"]
 
 
-def test_a_png_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_png_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image.png"
     save_png(noise(1, 4, 4), path)
     before = path.read_bytes()
@@ -85,16 +83,16 @@ def test_a_png_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeyp
     assert path.read_bytes() == before
 
 
-def test_to_pil_does_not_mix_up_channels() -> None:
+def test_to_pil_keeps_channels_and_axes() -> None:
     image = torch.zeros(3, 2, 2, dtype=torch.uint8)
     image[0, 0, 1], image[2, 1, 0] = 200, 100
-    picture = to_pil(image)
-    assert picture.getpixel((1, 0)) == (200, 0, 0)  # (x, y)
-    assert picture.getpixel((0, 1)) == (0, 0, 100)
+    image_pil = to_pil(image)
+    assert image_pil.getpixel((1, 0)) == (200, 0, 0)  # (x, y)
+    assert image_pil.getpixel((0, 1)) == (0, 0, 100)
 
 
 @pytest.mark.parametrize(("frames", "seconds", "each"), [(5, 4.0, 800), (3, 0.3, 100), (60, 0.5, 20)])
-def test_gif_shows_its_frames_evenly_and_holds_the_last(tmp_path: Path, frames: int, seconds: float, each: int) -> None:
+def test_gif_shows_frames_evenly_and_holds_the_last(tmp_path: Path, frames: int, seconds: float, each: int) -> None:
     images = [noise(1, 6, 4, seed=i) for i in range(frames)]
     path = tmp_path / "new" / "movie.gif"
     save_gif(images, path, seconds)

@@ -1,18 +1,14 @@
-"""Batches as a real Trainer hands them on: resumed, divided, resident or not."""
+"""The batches that a real Trainer gets: resumed, divided, images on the device or not."""
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from ddim.data import LazyImages, MemoryImages
-from ddim.data.batches import MicroBatches, finish
+from ddim.data import LazyImages, MemoryImages, normalize
+from ddim.data.batches import MicroBatches, random_flip
 from ddim.data.datamodule import ImageDataModule
 from ddim.errors import UserError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-]
 N, BATCH = 10, 4
 
 
@@ -32,12 +28,12 @@ class Lazy(LazyImages):
 
 
 class Recorder(LightningModule):
-    """Keeps the batches that it sees."""
+    """Stores the batches it gets; `folder` receives those of each process."""
 
-    def __init__(self):
+    def __init__(self, folder=None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
+        self.seen, self.folder = [], folder
 
     def training_step(self, batch):
         self.seen.append(batch)
@@ -47,6 +43,10 @@ class Recorder(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
+    def on_train_end(self):
+        if self.folder is not None:
+            torch.save(self.seen, self.folder / f"{self.global_rank}.pt")
+
 
 @pytest.fixture
 def images():
@@ -54,24 +54,29 @@ def images():
     return MemoryImages("random", torch.randint(0, 256, (N, 3, 4, 6), dtype=torch.uint8, generator=generator))
 
 
-def train(tmp_path, images, max_steps, total=None, ckpt_path=None, module=None, trainer_options=None, **options):
-    """Train to `max_steps` of `total` and return the batches seen and the Trainer."""
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=tmp_path,
-        max_steps=max_steps,
-        max_epochs=-1,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **(trainer_options or {}),
-    )
-    options = {"batch_size": BATCH, "seed": 3, "flip": True} | options
-    module, data = module or Recorder(), ImageDataModule(images, max_steps=total or max_steps, **options)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module.seen, trainer
+@pytest.fixture
+def train(tmp_path, images):
+    """train(7, ...): train to that step and return the batches and the Trainer; options go to the data module."""
+
+    def train(max_steps, total=None, ckpt_path=None, module=None, source=images, trainer_options=None, **options):
+        trainer = Trainer(
+            accelerator="cpu",
+            default_root_dir=tmp_path,
+            max_steps=max_steps,
+            max_epochs=-1,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **(trainer_options or {}),
+        )
+        options = {"batch_size": BATCH, "seed": 3, "flip": True} | options
+        module, data = module or Recorder(), ImageDataModule(source, max_steps=total or max_steps, **options)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return module.seen, trainer
+
+    return train
 
 
 def same(one, other):
@@ -84,26 +89,30 @@ def same(one, other):
 @pytest.fixture
 def expected(images):
     """Seven batches, made without Lightning."""
-    batches = [MicroBatches(images, BATCH, 3, 7)[step] for step in range(7)]
-    return [finish(images.images[b["indices"]], b["step"], b["positions"], 3, True) for b in batches]
+    batches = MicroBatches(N, BATCH, 3, 7)
+    return [
+        {"step": k, "positions": (at := batches[k]["positions"])}
+        | {"images": normalize(random_flip(images.images[batches[k]["indices"]], 3, k, at))}
+        for k in range(7)
+    ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", ["resident", "in memory", "lazy"])
-def test_the_trainer_sees_the_addressed_batches(tmp_path, images, expected, kind, workers):
+def test_trainer_gets_the_addressed_batches(train, images, expected, kind, workers):
     source = Lazy(images) if kind == "lazy" else images
     resident = {"resident": True, "in memory": False, "lazy": None}[kind]
-    seen, trainer = train(tmp_path, source, 7, num_workers=workers, device_resident=resident)
+    seen, trainer = train(7, source=source, num_workers=workers, device_resident=resident)
     assert same(seen, expected)
     assert seen[0]["images"].shape == (BATCH, 3, 4, 6)
     assert seen[0]["images"].dtype == torch.float32
     assert trainer.num_training_batches == 7
 
 
-def test_images_are_resident_by_default_where_memory_is_shared(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(MicroBatches, "__init__", check := Spy(MicroBatches.__init__))
-    train(tmp_path, images, 1)
-    assert check.options["with_images"] is False
+def test_images_are_resident_by_default_on_shared_memory(train, monkeypatch):
+    monkeypatch.setattr(MemoryImages, "batch", lambda *args: pytest.fail("read from the host"))
+    assert len(train(1)[0]) == 1
 
 
 def test_images_stay_off_a_device_that_they_would_fill(images, monkeypatch):
@@ -113,45 +122,33 @@ def test_images_stay_off_a_device_that_they_would_fill(images, monkeypatch):
         assert data._fits(images.images, torch.device("meta")) is fits
 
 
-class Spy:
-    def __init__(self, function):
-        self.function = function
-
-    def __get__(self, instance, owner):
-        def call(*arguments, **options):
-            self.options = options
-            return self.function(instance, *arguments, **options)
-
-        return call
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.integration
+@pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("total", [3, 7], ids=["extended", "interrupted"])
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(tmp_path, images, accumulate, total, workers):
+def test_resumed_run_gets_the_batches_of_an_uninterrupted_one(train, tmp_path, accumulate, total, workers):
     options = {"num_workers": workers, "trainer_options": {"accumulate_grad_batches": accumulate}}
-    whole, _ = train(tmp_path, images, 7, **options)
-    assert len(whole) == 7 * accumulate
-    first, trainer = train(tmp_path, images, 3, total=total, **options)
+    uninterrupted, _ = train(7, **options)
+    assert len(uninterrupted) == 7 * accumulate
+    first, trainer = train(3, total=total, **options)
     trainer.save_checkpoint(tmp_path / "3.ckpt")
-    second, trainer = train(tmp_path, images, 7, ckpt_path=tmp_path / "3.ckpt", **options)
-    assert same(first + second, whole)
+    second, trainer = train(7, ckpt_path=tmp_path / "3.ckpt", **options)
+    assert same(first + second, uninterrupted)
     assert len(second) == 4 * accumulate
     assert trainer.global_step == 7
 
 
-def test_accumulated_batches_make_up_the_whole_one(tmp_path, images, expected):
-    seen, _ = train(tmp_path, images, 7, trainer_options={"accumulate_grad_batches": 2})
+def test_accumulated_batches_make_up_the_whole_batch(train, expected):
+    seen, _ = train(7, trainer_options={"accumulate_grad_batches": 2})
     assert [len(batch["positions"]) for batch in seen] == [BATCH // 2] * 14
     for step, batch in enumerate(expected):
         assert torch.equal(torch.cat([b["images"] for b in seen[2 * step : 2 * step + 2]]), batch["images"])
 
 
-def test_without_flips_the_pixels_are_the_stored_ones(tmp_path, images):
-    seen, _ = train(tmp_path, images, 5, flip=False)
-    shown = torch.cat([((b["images"] + 1) * 127.5).round().to(torch.uint8) for b in seen])
-    order = [MicroBatches(images, BATCH, 3, 5)[step]["indices"] for step in range(5)]
-    assert torch.equal(shown, images.images[torch.cat(order)])
+def test_without_flip_the_pixels_are_the_stored_ones(train, images):
+    seen, _ = train(5, flip=False)
+    pixels = torch.cat([((b["images"] + 1) * 127.5).round().to(torch.uint8) for b in seen])
+    batches = MicroBatches(N, BATCH, 3, 5)
+    assert torch.equal(pixels, images.images[torch.cat([batches[step]["indices"] for step in range(5)])])
 
 
 @pytest.mark.parametrize(
@@ -163,30 +160,20 @@ def test_without_flips_the_pixels_are_the_stored_ones(tmp_path, images):
         ({"num_workers": -1}, "num_workers=-1 must not be negative"),
     ],
 )
-def test_bad_arguments_are_refused_before_the_first_step(tmp_path, images, options, message):
+def test_bad_arguments_are_refused_before_the_first_step(train, options, message):
     with pytest.raises(UserError, match=message):
-        train(tmp_path, images, 7, **options)
+        train(7, **options)
 
 
-def test_lazy_images_cannot_be_resident(images):
+def test_lazy_images_cannot_be_device_resident(images):
     with pytest.raises(UserError, match="device_resident=true needs images in memory, and lazy"):
         ImageDataModule(Lazy(images), BATCH, 0, 1, flip=False, device_resident=True)
 
 
-class Writer(Recorder):
-    """Leaves the batches of each process in a file."""
-
-    def __init__(self, folder):
-        super().__init__()
-        self.folder = folder
-
-    def on_train_end(self):
-        torch.save(self.seen, self.folder / f"{self.global_rank}.pt")
-
-
-def test_two_processes_share_the_batch_of_one(tmp_path, images, expected):
-    train(tmp_path, images, 7, module=Writer(tmp_path), trainer_options={"strategy": "ddp_fork", "devices": 2})
-    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+@pytest.mark.integration
+def test_two_processes_divide_the_batch_of_one(train, tmp_path, expected):
+    train(7, module=Recorder(tmp_path), trainer_options={"strategy": "ddp_fork", "devices": 2})
+    by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for step, batch in enumerate(expected):
         for key in ("positions", "images"):
-            assert torch.equal(torch.cat([share[step][key] for share in shares]), batch[key])
+            assert torch.equal(torch.cat([seen[step][key] for seen in by_rank]), batch[key])

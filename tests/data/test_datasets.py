@@ -1,4 +1,4 @@
-"""The named data sets, read from small stand-ins in the layout of the real files."""
+"""The named data sets, read from small files in the layout of the real ones."""
 
 import io
 import pickle
@@ -27,14 +27,14 @@ def spec(**values):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_makes_a_spec_of_a_known_data_set(path, tmp_path):
+def test_every_config_gives_a_spec_of_a_known_data_set(path, tmp_path):
     config = OmegaConf.load(path)
     if path.stem == "folder":
         assert OmegaConf.missing_keys(config) == {"root", "size"}
         config.update(root=str(tmp_path), size=[8, 8])
     made = spec(**OmegaConf.to_container(config, throw_on_missing=True))
     assert made.name in DATASETS
-    if made.name in ("cifar10", "celeba", "lsun"):  # nothing is there, and what is missing is said, not the size
+    if made.name in ("cifar10", "celeba", "lsun"):  # the files are missing; the size is not refused
         config.update(root=str(tmp_path), download=False)
         with pytest.raises(UserError, match=r"lacks these files|does not exist; download"):
             load_images(spec(**OmegaConf.to_container(config)))
@@ -60,12 +60,12 @@ def test_digits_are_not_mirrored():
         ({"name": "lsun", "size": [8, 8], "channels": 3}, r"data\.category is missing"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_words(values, message):
+def test_wrong_settings_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         load_images(spec(**values))
 
 
-def test_digits():
+def test_digits_have_17_grey_levels_and_one_split():
     images = load_images(spec(name="digits", size=[8, 8], channels=1))
     assert images.images.shape == (1797, 1, 8, 8)
     assert images.images.unique().tolist() == [int(v * 255 / 16 + 0.5) for v in range(17)]
@@ -80,7 +80,7 @@ def test_digits():
 
 @pytest.fixture
 def cifar_root(tmp_path, monkeypatch):
-    """Two images per batch file; the third channel tells the row, the second the column, the first the image."""
+    """Two images per batch file; the channels hold the number of the image, the column and the row."""
     (tmp_path / "cifar-10-batches-py").mkdir()
     batches = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
     for b, name in enumerate(batches):
@@ -92,14 +92,14 @@ def cifar_root(tmp_path, monkeypatch):
             pickle.dump({"data": data.reshape(2, -1), "labels": [0, 1]}, file)
     with open(tmp_path / "cifar-10-batches-py" / "batches.meta", "wb") as file:
         pickle.dump({"label_names": ["a", "b"]}, file)
-    # torchvision then asks only whether the files are there
+    # torchvision then checks only whether the files exist
     monkeypatch.setattr(CIFAR10, "train_list", [[name, None] for name in batches[:5]])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
     monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": None})
     return tmp_path
 
 
-def test_cifar10(cifar_root):
+def test_cifar10_splits_and_axes(cifar_root):
     values = {"name": "cifar10", "size": [32, 32], "channels": 3, "root": str(cifar_root), "download": False}
     train, test = load_images(spec(**values)), load_images(spec(**values), "test")
     assert train.images.shape == (10, 3, 32, 32)
@@ -136,7 +136,7 @@ def test_missing_cifar10_files_are_named(cifar_root, monkeypatch):
 
 @pytest.fixture
 def celeba_root(tmp_path, monkeypatch):
-    """Five images: 0, 2 to train, 1 to validate, 3, 4 to test; red tells the column, green the row, blue the image."""
+    """Five images: 0, 2 for train, 1 valid, 3, 4 test; the channels hold the column, the row and the image."""
     base = tmp_path / "celeba"
     (base / "img_align_celeba").mkdir(parents=True)
     pixels = np.zeros((218, 178, 3), dtype=np.uint8)
@@ -144,7 +144,7 @@ def celeba_root(tmp_path, monkeypatch):
     names = [f"{i:06d}.jpg" for i in range(5)]
     for i, name in enumerate(names):
         pixels[..., 2] = i
-        Image.fromarray(pixels).save(base / "img_align_celeba" / name, format="PNG")  # lossless behind the usual name
+        Image.fromarray(pixels).save(base / "img_align_celeba" / name, format="PNG")  # lossless despite its name
 
     def table(file, columns, values, header):
         head = [str(len(names)), " ".join(columns)] if header else []
@@ -164,14 +164,14 @@ def celeba_spec(root, size=64, **values):
     return spec(name="celeba", size=[size, size], channels=3, root=str(root), download=False, **values)
 
 
-def test_celeba_is_cut_where_the_paper_cuts_it(celeba_root):
+def test_celeba_crop_is_that_of_the_paper(celeba_root):
     image = load_images(celeba_spec(celeba_root, size=128)).images[0].int()
     assert torch.equal(image[0], torch.arange(25, 153, dtype=torch.int32).expand(128, 128))
     assert torch.equal(image[1], torch.arange(57, 185, dtype=torch.int32)[:, None].expand(128, 128))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_celeba_is_resized_as_the_official_code_does(celeba_root, in_memory):
+def test_celeba_is_resized_like_the_official_code(celeba_root, in_memory):
     train = load_images(celeba_spec(celeba_root, in_memory=in_memory))
     test = load_images(celeba_spec(celeba_root, in_memory=in_memory), "test")
     assert [[int(images[i][2, 0, 0]) for i in range(len(images))] for images in (train, test)] == [[0, 2], [3, 4]]
@@ -196,7 +196,7 @@ def test_missing_celeba_files_are_named(celeba_root, monkeypatch):
         load_images(spec(name="celeba", size=[64, 64], channels=3, root=str(celeba_root)))
 
 
-def test_a_celeba_image_that_is_not_the_aligned_one_is_refused(celeba_root):
+def test_celeba_images_of_another_size_are_refused(celeba_root):
     Image.new("RGB", (178, 178)).save(celeba_root / "celeba/img_align_celeba/000000.jpg", format="PNG")
     with pytest.raises(UserError, match=r"000000\.jpg has \(178, 178\) pixels"):
         load_images(celeba_spec(celeba_root))
@@ -215,14 +215,15 @@ def lsun_root(tmp_path):
     return tmp_path, images
 
 
-def test_lsun(lsun_root):
+@pytest.mark.integration
+def test_lsun_is_resized_also_in_worker_processes(lsun_root):
     root, originals = lsun_root
     images = load_images(spec(name="lsun", size=[32, 32], channels=3, category="bedroom", root=str(root)))
     expected = torch.stack([Compose([Resize(32), CenterCrop(32), PILToTensor()])(image) for image in originals])
     assert torch.equal(torch.stack([images[0], images[1]]), expected)
     assert len(images) == 2
     assert images.name == "lsun-bedroom-train"
-    # worker processes read it too, although this one has it open
+    # worker processes read it too, while this one has it open
     for context in ("fork", "spawn"):
         loader = DataLoader(images, batch_size=None, sampler=[1, 0], num_workers=1, multiprocessing_context=context)
         assert torch.equal(torch.stack(list(loader)), expected.flip(0))

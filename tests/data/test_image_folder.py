@@ -1,4 +1,4 @@
-"""Folders of images: what is read, in which order, and each refusal."""
+"""Folders of images: what is read, in which order, and what is refused."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from ddim.config import build
 from ddim.data import DataSpec, LazyImages, load_images
-from ddim.data.image_files import resize_and_center_crop, to_pixels
+from ddim.data.image_files import resize_and_center_crop, to_array
 from ddim.errors import UserError
 
 
@@ -37,19 +37,19 @@ def test_images_come_in_the_order_of_their_paths(tmp_path):
     assert images.name == f"{tmp_path.name}-train"
 
 
-def test_rows_and_columns_and_channels_stay_what_they_are(tmp_path):
+def test_pixels_of_colour_images_are_unchanged(tmp_path):
     image = noise((4, 6))
     image.save(tmp_path / "x.png")
     assert torch.equal(load(tmp_path).images[0], PILToTensor()(image))
 
 
-def test_grey_images(tmp_path):
+def test_pixels_of_grey_images_are_unchanged(tmp_path):
     image = noise((4, 6)).convert("L")
     image.save(tmp_path / "x.png")
     assert torch.equal(load(tmp_path, channels=1).images[0], PILToTensor()(image))
 
 
-def test_hidden_files_and_those_of_file_managers_are_passed_over(tmp_path):
+def test_hidden_files_and_those_of_file_managers_are_ignored(tmp_path):
     write(tmp_path / "x.png")
     for name in (".DS_Store", "Thumbs.db", ".cache/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -64,12 +64,12 @@ def test_linked_folders_are_followed(tmp_path):
     assert len(load(tmp_path / "root")) == 1
 
 
-def test_split_names_a_sub_folder_where_there_is_one(tmp_path):
+def test_split_selects_a_sub_folder_if_there_is_one(tmp_path):
     write(tmp_path / "train/cat/0.png", (1, 1, 1))
     with pytest.raises(UserError, match="test does not exist"):
         load(tmp_path, split="test")
     write(tmp_path / "test/cat/0.png", (2, 2, 2))
-    (tmp_path / "README.md").write_text("beside the splits")
+    (tmp_path / "README.md").write_text("next to the splits")
     assert [int(load(tmp_path, split).images[0, 0, 0, 0]) for split in ("train", "test")] == [1, 2]
     write(tmp_path / "whole/0.png", (3, 3, 3))
     assert [len(load(tmp_path / "whole", split)) for split in ("train", "test")] == [1, 1]
@@ -77,7 +77,7 @@ def test_split_names_a_sub_folder_where_there_is_one(tmp_path):
         load(tmp_path, "valid")
 
 
-def test_another_size_is_refused_unless_resizing_is_asked_for(tmp_path):
+def test_other_sizes_are_refused_without_resize(tmp_path):
     write(tmp_path / "a.png")
     write(tmp_path / "b.png", size=(12, 9))
     with pytest.raises(UserError, match=r"b\.png is 12 x 9 pixels .*data\.size=\[4, 6\]; set data\.resize=true"):
@@ -86,23 +86,23 @@ def test_another_size_is_refused_unless_resizing_is_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("stored", [(40, 40), (41, 97), (97, 41), (20, 33), (300, 257)])
-def test_resizing_to_a_square_is_torchvisions_resize_and_center_crop(stored):
+def test_resizing_to_a_square_equals_torchvision(stored):
     image = noise(stored)
     expected = Compose([Resize(32), CenterCrop(32), PILToTensor()])(image)
-    assert torch.equal(torch.from_numpy(to_pixels(resize_and_center_crop(image, (32, 32)))), expected)
+    assert torch.equal(torch.from_numpy(to_array(resize_and_center_crop(image, (32, 32)))), expected)
 
 
 @pytest.mark.parametrize("stored", [(10, 30), (30, 10), (20, 31), (16, 24)])
 def test_resizing_keeps_proportions_and_the_centre(stored):
-    # grey levels that rise linearly stay linear around the same centre, with a slope that tells the scale
+    # a linear ramp of grey levels stays linear around the same centre; its slope gives the scale
     height, width = stored
     scale = max(8 / height, 12 / width)
     for axis, inner in ((0, 3), (1, 7)):
         levels = torch.arange(stored[axis], dtype=torch.uint8) * 4
         ramp = (levels[:, None] if axis == 0 else levels[None]).expand(stored)
-        cut = torch.from_numpy(to_pixels(resize_and_center_crop(Image.fromarray(ramp.contiguous().numpy()), (8, 12))))
+        cut = torch.from_numpy(to_array(resize_and_center_crop(Image.fromarray(ramp.contiguous().numpy()), (8, 12))))
         assert cut.shape == (1, 8, 12)
-        middle = cut[0, 2:6, 2:10].double()  # clear of the borders, where the filter has nothing to average with
+        middle = cut[0, 2:6, 2:10].double()  # away from the borders, where the filter is cut off
         rise = middle.diff(dim=axis).sum(dim=axis).mean() / inner
         assert float(rise) == pytest.approx(4 / scale, rel=0.12)
         assert float(middle.mean()) == pytest.approx(float(ramp.double().mean()), abs=3 / scale)
@@ -117,18 +117,18 @@ def test_resizing_keeps_proportions_and_the_centre(stored):
         ("RGBA", (1, 2, 3, 254), 3, r"x\.png has transparent pixels"),
     ],
 )
-def test_images_of_another_kind_are_refused(tmp_path, mode, colour, channels, message):
+def test_images_of_other_modes_are_refused(tmp_path, mode, colour, channels, message):
     write(tmp_path / "x.png", colour, mode=mode)
     with pytest.raises(UserError, match=message):
         load(tmp_path, channels=channels)
 
 
-def test_opaque_alpha_palettes_and_orientation_are_understood(tmp_path):
+def test_opaque_alpha_palettes_and_orientation_are_read(tmp_path):
     image = noise((4, 6))
     image.convert("RGBA").save(tmp_path / "a.png")
     image.quantize(256).save(tmp_path / "b.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned: show rotated by 90 degrees clockwise
+    exif[0x0112] = 6  # stored rotated: display rotated by 90 degrees clockwise
     image.rotate(90, expand=True).save(tmp_path / "c.png", exif=exif)
     images = load(tmp_path).images
     assert torch.equal(images[0], PILToTensor()(image))
@@ -152,21 +152,21 @@ def test_damaged_files_are_counted_and_five_are_named(tmp_path):
         load(tmp_path, in_memory=False)[1]
 
 
-def test_files_that_are_no_images_are_named(tmp_path):
+def test_files_that_are_not_images_are_refused(tmp_path):
     write(tmp_path / "x.png")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"holds 1 files that are not images: \S*notes\.txt; move them away"):
         load(tmp_path)
 
 
-def test_missing_and_empty_folders(tmp_path):
+def test_missing_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere does not exist; set data\.root"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"holds no images; put files there that end in \.png"):
         load(tmp_path)
 
 
-def test_images_can_be_left_on_disk(tmp_path):
+def test_images_can_be_read_on_demand(tmp_path):
     for i in range(3):
         noise((4, 6), seed=i).save(tmp_path / f"{i}.png")
     memory, lazy = load(tmp_path), load(tmp_path, in_memory=False)
@@ -175,7 +175,7 @@ def test_images_can_be_left_on_disk(tmp_path):
     assert torch.equal(torch.stack([lazy[i] for i in range(len(lazy))]), memory.images)
 
 
-def test_images_left_on_disk_are_told_apart_by_their_files(tmp_path):
+def test_fingerprint_on_demand_depends_on_the_files(tmp_path):
     for i in range(2):
         write(tmp_path / f"{i}.png")
     before = load(tmp_path, in_memory=False).fingerprint()

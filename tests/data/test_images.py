@@ -1,4 +1,4 @@
-"""The one mapping between pixels and [-1, 1], and the two kinds of image sets."""
+"""The mapping between pixels and [-1, 1], and the two kinds of image sets."""
 
 import hashlib
 
@@ -25,42 +25,48 @@ class Ramp(LazyImages):
 
 def test_every_pixel_value_survives_the_round_trip():
     pixels = torch.arange(256, dtype=torch.uint8)
-    signed = normalize(pixels)
-    assert signed.dtype == torch.float32
-    assert signed[0] == -1
-    assert signed[255] == 1
-    torch.testing.assert_close(signed.double(), torch.arange(256).double() / 127.5 - 1, atol=1e-7, rtol=0)
-    assert torch.equal(to_uint8(signed), pixels)
-    assert torch.equal(to_uint8(signed.double()), pixels)
+    scaled = normalize(pixels)
+    assert scaled.dtype == torch.float32
+    assert scaled[0] == -1
+    assert scaled[255] == 1
+    torch.testing.assert_close(scaled.double(), torch.arange(256).double() / 127.5 - 1, atol=1e-7, rtol=0)
+    assert torch.equal(to_uint8(scaled), pixels)
+    assert torch.equal(to_uint8(scaled.double()), pixels)
 
 
-def test_samples_become_the_pixels_that_save_image_writes(tmp_path):
+def test_to_uint8_equals_save_image_of_torchvision(tmp_path):
     x = torch.linspace(-1.2, 1.2, 60 * 50).reshape(60, 50)
     save_image((x + 1) / 2, tmp_path / "x.png")
     written = torch.tensor(list(Image.open(tmp_path / "x.png").convert("L").tobytes()), dtype=torch.uint8)
     assert torch.equal(to_uint8(x).flatten(), written)
 
 
-def test_values_outside_are_clamped_and_the_input_is_left_alone():
+def test_to_uint8_clamps_and_does_not_change_its_input():
     x = torch.tensor([-7.0, -1.0, 0.0, 1.0, 7.0])
     assert to_uint8(x).tolist() == [0, 0, 128, 255, 255]
     assert x.tolist() == [-7, -1, 0, 1, 7]
 
 
-def test_the_wrong_kind_of_numbers_is_refused():
+def test_wrong_dtypes_are_refused():
     with pytest.raises(TypeError, match="uint8"):
         normalize(torch.zeros(2))
     with pytest.raises(TypeError, match="floating"):
         to_uint8(torch.zeros(2, dtype=torch.uint8))
 
 
-def test_images_in_memory_are_told_apart_by_their_pixels():
+def test_batch_holds_the_images_at_the_indices():
+    memory = MemoryImages("a", torch.tensor([[[[i, 0]]] for i in range(3)], dtype=torch.uint8))
+    for images in (memory, Ramp()):
+        assert images.batch(torch.tensor([2, 0, 2])).tolist() == [[[[i, 0]]] for i in (2, 0, 2)]
+
+
+def test_fingerprint_in_memory_depends_on_the_pixels():
     pixels = torch.arange(24, dtype=torch.uint8).reshape(2, 3, 2, 2)
     images = MemoryImages("a", pixels)
     assert images.fingerprint() == hashlib.sha256(bytes(range(24))).hexdigest()
     assert MemoryImages("b", pixels.clone()).fingerprint() == images.fingerprint()
     assert MemoryImages("a", pixels.flip(0)).fingerprint() != images.fingerprint()
-    # the memory order of the tensor that was handed in does not matter
+    # not on the memory order of the given tensor
     strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     assert MemoryImages("a", strided).fingerprint() == images.fingerprint()
     assert len(images) == 2
@@ -70,7 +76,7 @@ def test_images_in_memory_are_told_apart_by_their_pixels():
         MemoryImages("a", pixels.float())
 
 
-def test_lazy_images_are_told_apart_by_what_describes_them():
+def test_fingerprint_of_lazy_images_depends_on_metadata():
     one, other = Ramp(), Ramp(length=4)
     assert one.fingerprint() == Ramp().fingerprint()
     assert one.fingerprint() != other.fingerprint()

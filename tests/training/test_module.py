@@ -1,6 +1,5 @@
 """The LightningModule owns no formula: a plain loop does the same."""
 
-import csv
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,9 +9,10 @@ from lightning.pytorch import Trainer
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
-from ddim.data.batches import MicroBatches, finish
+from ddim.data.batches import MicroBatches, random_flip
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
+from ddim.data.images import normalize
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.errors import UserError
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
@@ -30,12 +30,6 @@ def make(config):
     return make
 
 
-def metrics(folder, column, version=0):
-    """Return the values of one column of metrics.csv by step."""
-    with (folder / "csv" / f"version_{version}" / "metrics.csv").open() as file:
-        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row[column]}
-
-
 def plain_loop(spec, module):
     """Train as `train` does, without Lightning; return the losses, the weights and their average."""
     network, model, alpha_bar = module.network, module.model, spec.schedule.build().alpha_bar
@@ -43,10 +37,11 @@ def plain_loop(spec, module):
     adam = torch.optim.Adam(network.parameters(), betas=spec.optim.betas, eps=spec.optim.eps, fused=True)
     average = {name: p.detach().double() for name, p in network.named_parameters()}
     losses = []
-    data = MicroBatches(load_images(spec.data), spec.trainer.batch_size, spec.seed, spec.trainer.max_steps)
+    images = load_images(spec.data).images
+    batches = MicroBatches(len(images), spec.trainer.batch_size, spec.seed, spec.trainer.max_steps)
     for k in range(spec.trainer.max_steps):
-        batch = finish(data[k]["images"], k, data[k]["positions"], spec.seed, spec.data.flip)
-        x0, positions = batch["images"], batch["positions"]
+        positions = batches[k]["positions"]
+        x0 = normalize(random_flip(images[batches[k]["indices"]], spec.seed, k, positions))
         t = TIME_SAMPLERS[o.times](T, spec.seed, k, positions)
         eps = training_noise(spec.seed, k, positions, x0.shape[1:])
         per_sample = per_sample_loss(model, alpha_bar, x0, t, eps, prediction=o.prediction, reduction=o.reduction)
@@ -65,8 +60,9 @@ def plain_loop(spec, module):
 OFFICIAL = {"objective": {"reduction": "sum", "times": "antithetic"}, "optim": {"warmup": 0}, "ema": {"decay": 0.5}}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("changes", [{}, OFFICIAL, {"objective": {"prediction": "v"}}], ids=["ddpm", "official", "v"])
-def test_a_plain_loop_trains_the_same_weights(run, make, tmp_path, changes):
+def test_a_plain_loop_trains_the_same_weights(run, make, logged, changes):
     spec, module = make(**changes)
     losses, weights, average = plain_loop(spec, module)
     checkpoint = read_checkpoint(run(**changes))
@@ -78,17 +74,17 @@ def test_a_plain_loop_trains_the_same_weights(run, make, tmp_path, changes):
     for name, value in average.items():
         assert torch.allclose(value, shadow[name].double(), rtol=0, atol=5e-7), name
     assert any(not torch.allclose(shadow[n], weights[n], atol=1e-4) for n in shadow)
-    assert list(metrics(tmp_path / "run", "train/loss").values()) == pytest.approx(losses, rel=1e-6)
+    assert list(logged("run", "train/loss").values()) == pytest.approx(losses, rel=1e-6)
 
 
 def test_the_initial_weights_depend_on_the_seed_alone(make):
     torch.manual_seed(1)
-    _, one = make(seed=3)
+    one = make(seed=3)[1]
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    _, two = make(seed=3)
+    two = make(seed=3)[1]
     assert torch.equal(torch.get_rng_state(), before)
-    # torch's own generator would not tell the last one from the first.
+    # torch's own generator would give the last one the weights of the first.
     others = [make(seed=seed)[1] for seed in (4, 3 + 2**32)]
     weights = [m.network.conv_in.weight for m in (one, two, *others)]
     assert torch.equal(weights[0], weights[1])
@@ -96,7 +92,7 @@ def test_the_initial_weights_depend_on_the_seed_alone(make):
 
 
 class Steps(list):
-    """What Adam was about to do at each of its steps: (learning rate, norm of the gradient)."""
+    """(learning rate, norm of the gradient) before each step of Adam."""
 
     def __init__(self, monkeypatch):
         step = torch.optim.Adam.step
@@ -113,16 +109,18 @@ class Steps(list):
         monkeypatch.setattr(torch.optim.Adam, "step", record)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_the_learning_rate_rises_linearly_also_across_a_resumption(run, monkeypatch, warmup):
+def test_learning_rate_warms_up_also_across_resuming(run, monkeypatch, warmup):
     steps = Steps(monkeypatch)
     run(optim={"warmup": warmup}, trainer={"max_steps": 3, "accumulate": 2})
-    run(optim={"warmup": warmup}, trainer={"max_steps": 6, "accumulate": 2}, ckpt_path="last")
+    run(optim={"warmup": warmup}, trainer={"max_steps": 6, "accumulate": 2}, checkpoint="last")
     expected = [1e-3 * min(1, k / max(warmup, 1)) for k in range(1, 7)]
     assert [lr for lr, _ in steps] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_gradient_is_clipped_unless_told_otherwise(run, monkeypatch):
+@pytest.mark.integration
+def test_gradient_is_clipped_unless_grad_clip_is_null(run, monkeypatch):
     steps = Steps(monkeypatch)
     summed = {"objective": {"reduction": "sum"}, "trainer": {"max_steps": 3}}
     run("one", **summed)
@@ -136,7 +134,7 @@ def test_the_gradient_is_clipped_unless_told_otherwise(run, monkeypatch):
 
 @pytest.fixture
 def loss_at(make, monkeypatch):
-    """loss_at(step, micro, ...): the loss of one batch as training_step gives it."""
+    """loss_at(module, step, micro, ...): the loss of one batch from training_step."""
     here = SimpleNamespace(accumulate_grad_batches=2, world_size=1, global_rank=0)
     monkeypatch.setattr(DiffusionModule, "trainer", here)
     monkeypatch.setattr(DiffusionModule, "log", lambda *args, **kwargs: None)
@@ -145,7 +143,9 @@ def loss_at(make, monkeypatch):
     def loss_at(module, step, micro, rank=0):
         here.global_rank, here.world_size = rank, rank + 1
         with torch.no_grad():
-            return float(module.training_step({"images": x0, "step": step, "positions": torch.arange(4)}, micro))
+            return float(
+                module.training_step({"images": x0, "step": step, "positions": torch.arange(4)}, micro)["loss"]
+            )
 
     return loss_at
 
@@ -169,7 +169,7 @@ def test_dropout_is_addressed(loss_at, make):
     torch.rand(7)
     assert mask(3, 0) == mask(3, 2) == here  # 0 and 2 are the first of two accumulated micro-batches
     torch.manual_seed(0)
-    assert mask(3, 0, rank=1) == mask(3, 1)  # the second part of the batch, whoever computes it
+    assert mask(3, 0, rank=1) == mask(3, 1)  # the second half of the batch, whoever computes it
     module.seed += 1
     other_seed = mask(3, 0)
     module.seed -= 1
@@ -179,7 +179,7 @@ def test_dropout_is_addressed(loss_at, make):
 
 @pytest.mark.parametrize("objective", [ObjectiveSpec(), ObjectiveSpec("x0", "sum", "antithetic")])
 def test_the_loss_is_that_of_the_objective(loss_at, make, objective):
-    """And draws times and noise from nothing but seed, step and position."""
+    """Times and noise depend on seed, step and position alone."""
     spec, module = make()
     module.objective = objective
     x0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(4, -1, -1, -1)
@@ -194,7 +194,8 @@ def test_the_loss_is_that_of_the_objective(loss_at, make, objective):
     assert loss_at(module, 9, 0) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_bf16_mixed_keeps_weights_and_schedule_exact(run, make, tmp_path):
+@pytest.mark.integration
+def test_bf16_mixed_keeps_weights_and_schedule_exact(run, make, logged, tmp_path):
     spec, module = make(trainer={"max_steps": 3})
     seen = []
     module.network.register_forward_hook(lambda network, inputs, output: seen.append(output.dtype))
@@ -217,7 +218,7 @@ def test_bf16_mixed_keeps_weights_and_schedule_exact(run, make, tmp_path):
     run("full")
     last = run("mixed", trainer={"precision": "bf16-mixed"})
     assert {v.dtype for v in read_checkpoint(last)["state_dict"].values()} == {torch.float32}
-    full, mixed = (list(metrics(tmp_path / name, "train/loss").values()) for name in ("full", "mixed"))
+    full, mixed = (list(logged(name, "train/loss").values()) for name in ("full", "mixed"))
     assert full != mixed
     assert mixed == pytest.approx(full, rel=0.05)
 
@@ -243,7 +244,8 @@ def test_adam_gets_every_setting(make):
     }
 
 
-def test_winograd_trains_what_direct_convolutions_do(run, same, compiler):
+@pytest.mark.integration
+def test_winograd_trains_like_direct_convolutions(run, same, compiler):
     options = {"network": {"ch": 32}, "optim": {"eps": 1e-3}}  # a small eps makes a full step of rounding noise
     direct = run("direct", **options)
     fast = run("fast", **options, trainer={"winograd": True, "channels_last": True})
@@ -251,6 +253,6 @@ def test_winograd_trains_what_direct_convolutions_do(run, same, compiler):
     assert not same(direct, fast)
 
 
-def test_winograd_is_refused_where_it_cannot_be(config):
+def test_winograd_with_bf16_is_refused(config):
     with pytest.raises(UserError, match="winograd=true needs precision=32-true"):
         build(TrainSpec, config(trainer={"winograd": True, "precision": "bf16-mixed"}), "")

@@ -1,4 +1,4 @@
-"""Mistakes of the user's: one clear sentence each, before any training step."""
+"""Bad input is refused in one sentence before any training step."""
 
 import re
 
@@ -35,20 +35,22 @@ def last(run):
     return run(trainer={"max_steps": 2})
 
 
-def test_a_folder_with_a_run_in_it(refused, last):
+@pytest.mark.integration
+def test_folder_with_a_run_is_refused(refused, last):
     before = last.read_bytes()
     message = refused(trainer={"max_steps": 4})
-    assert "already holds a run at step 2; go on with ckpt_path=last, or choose another name=" in message
+    assert "already holds a run at step 2; go on with checkpoint=last, or choose another name=" in message
     assert last.read_bytes() == before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("where", ["last", "path"])
-def test_resuming_from_another_model_lists_every_difference(refused, last, where):
+def test_resuming_another_model_lists_every_difference(refused, last, where):
     changes = {
         "network": {"ch": 32, "num_groups": 8, "dropout": 0.5, "init": "ddpm"},
         "schedule": {"T": 30},
         "objective": {"prediction": "v"},
-        "ckpt_path": "last" if where == "last" else str(last),
+        "checkpoint": "last" if where == "last" else str(last),
     }
     message = refused("run" if where == "last" else "another", **changes)
     assert "holds another model" in message
@@ -61,11 +63,13 @@ def test_resuming_from_another_model_lists_every_difference(refused, last, where
     assert f"({'; '.join(phrases)})" in message  # but not dropout and init, which change no weight's meaning
 
 
-def test_what_is_no_part_of_the_model_may_change_on_resuming(run, last):
-    path = run(trainer={"max_steps": 3}, network={"dropout": 0.5, "init": "ddpm"}, ckpt_path="last")
+@pytest.mark.integration
+def test_dropout_and_init_may_change_on_resuming(run, last):
+    path = run(trainer={"max_steps": 3}, network={"dropout": 0.5, "init": "ddpm"}, checkpoint="last")
     assert read_checkpoint(path)["global_step"] == 3
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("changes", "phrase"),
     [
@@ -79,48 +83,51 @@ def test_what_is_no_part_of_the_model_may_change_on_resuming(run, last):
     ],
 )
 def test_resuming_with_other_settings_is_refused(refused, last, changes, phrase):
-    message = refused(**changes, ckpt_path="last")
+    message = refused(**changes, checkpoint="last")
     assert "was trained with other settings" in message
     assert phrase in message
 
 
-def test_another_runs_checkpoint_does_not_replace_this_run(refused, run, last, tmp_path):
+@pytest.mark.integration
+def test_checkpoint_of_another_run_does_not_replace_a_run(refused, run, last, tmp_path):
     elsewhere = tmp_path / "copy.ckpt"
     elsewhere.write_bytes(last.read_bytes())
     before = last.read_bytes()
-    assert "already holds a run at step 2" in refused(trainer={"max_steps": 4}, ckpt_path=str(elsewhere))
+    assert "already holds a run at step 2" in refused(trainer={"max_steps": 4}, checkpoint=str(elsewhere))
     assert last.read_bytes() == before
 
 
-def test_resuming_past_the_end(refused, last):
-    message = refused(trainer={"max_steps": 1}, ckpt_path="last")
+@pytest.mark.integration
+def test_resuming_past_max_steps_is_refused(refused, last):
+    message = refused(trainer={"max_steps": 1}, checkpoint="last")
     assert "is at step 2, past trainer.max_steps=1; raise max_steps" in message
 
 
-def test_a_checkpoint_that_is_not_there_or_none(refused, tmp_path):
+def test_missing_and_invalid_checkpoints_are_refused(refused, tmp_path):
     path = tmp_path / "x.ckpt"
-    assert f"there is no checkpoint {path}" in refused(ckpt_path=str(path))
-    assert f"there is no checkpoint {tmp_path}" in refused(ckpt_path=str(tmp_path))
+    assert f"there is no checkpoint {path}" in refused(checkpoint=str(path))
+    assert f"there is no checkpoint {tmp_path}" in refused(checkpoint=str(tmp_path))
     path.write_bytes(b"")
-    assert f"{path} cannot be read as a checkpoint" in refused(ckpt_path=str(path))
+    assert f"{path} cannot be read as a checkpoint" in refused(checkpoint=str(path))
     torch.save({"state_dict": {}, "epoch": 3}, path)
-    assert f"{path} is not a checkpoint of this project" in refused(ckpt_path=str(path))
+    assert f"{path} is not a checkpoint of this project" in refused(checkpoint=str(path))
 
 
-def test_a_last_checkpoint_that_was_cut_short(refused, last):
+@pytest.mark.integration
+def test_truncated_last_checkpoint_is_refused(refused, last):
     last.write_bytes(last.read_bytes()[:-100])
-    for ckpt_path in ("last", None):
-        assert f"every checkpoint in {last.parent} is damaged" in refused(ckpt_path=ckpt_path)
+    for checkpoint in ("last", None):
+        assert f"every checkpoint in {last.parent} is damaged" in refused(checkpoint=checkpoint)
 
 
-def test_a_folder_that_cannot_be_written(refused, tmp_path):
+def test_unwritable_folder_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
     message = refused("file/below")
     assert "cannot write to" in message
     assert "choose another output_dir" in message
 
 
-MISTAKES = {
+BAD_SETTINGS = {
     "channels": ({"network": {"channels": 3}}, r"images of .* \(3, 8, 8\), the data has \(1, 8, 8\)"),
     "size": ({"network": {"image_size": [16, 16]}}, r"\(1, 16, 16\), the data has \(1, 8, 8\)"),
     "network key": ({"network": {"dropuot": 0.1}}, r"unknown key network.dropuot \(did you mean dropout\?\); allowed"),
@@ -143,21 +150,21 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence(refused, mistake):
-    changes, message = MISTAKES[mistake]
+@pytest.mark.parametrize("setting", BAD_SETTINGS)
+def test_bad_setting_is_refused_in_one_sentence(refused, setting):
+    changes, message = BAD_SETTINGS[setting]
     assert re.search(message, refused(**changes))
 
 
 @pytest.mark.parametrize("key", ["accelerator", "strategy"])
-def test_an_unknown_name_of_lightnings_is_passed_on(run, key):
+def test_unknown_accelerator_or_strategy_is_refused(run, key):
     with pytest.raises(UserError, match=f"trainer: .*invalid {key} name: `{key}='nonsense'`"):
         run(trainer={key: "nonsense"})
 
 
-def test_the_model_is_that_of_the_configuration(config):
-    spec = build(TrainSpec, config(objective={"prediction": "x0"}, schedule={"name": "cosine", "T": 9}), "")
+def test_model_spec_follows_the_configuration(config):
+    spec = build(TrainSpec, config(objective={"prediction": "x0"}, schedule={"name": "cosine", "T": 30}), "")
     model = spec.model_spec()
-    assert (model.image_shape, model.prediction, model.schedule.T, model.data) == ((1, 8, 8), "x0", 9, "digits")
+    assert (model.image_shape, model.prediction, model.schedule.T, model.data) == ((1, 8, 8), "x0", 30, "digits")
     assert model.schedule.name == "cosine"
     assert model.network_spec.ch_mult == (1,)
