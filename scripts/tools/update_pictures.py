@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
 MADE_FROM = IMAGES / "pictures.json"
-COMMAND = "python scripts/tools/update_pictures.py"
+COMMAND = f"python {Path(__file__).resolve().relative_to(ROOT).as_posix()}"
 CHECKPOINT = "outputs/train/digits/checkpoints/last.ckpt"
 
 # The file in docs/images -> keys of FigureSpec. The first stands in the README and shows the samplers of its table.
