@@ -113,8 +113,7 @@ def make(name: str, settings: dict[str, Any], checkpoint: str) -> dict[str, Any]
         (tensors,) = (path for path in paths if path.suffix == ".safetensors")
         metadata = read_safetensors(tensors)[1]
         with Image.open(picture) as image:
-            image = image.convert("RGB") if image.mode == "RGBA" else image
-            image.save(IMAGES / name, optimize=True)
+            image.convert("RGB").save(IMAGES / name, optimize=True)
     described = {key: json.loads(metadata[key]) for key in ("data", "step", "weights", "weights_hash")}
     return {"settings": settings, **described, "file": file_hash(IMAGES / name)}
 
