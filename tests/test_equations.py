@@ -25,37 +25,37 @@ STEPS = [(1000, 900), (500, 499), (21, 1), (1, 0)]
 
 
 def rows(text: str) -> list[list[str]]:
-    """Return the cells of every row of the tables that have HEADER."""
-    found: list[list[str]] = []
+    """Return every row of the tables that have HEADER, split into columns."""
+    result: list[list[str]] = []
     inside = False
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
-        if cells == HEADER:
+        columns = [text.strip() for text in line.strip().strip("|").split("|")] if line.startswith("|") else []
+        if columns == HEADER:
             inside = True
-        elif not cells:
+        elif not columns:
             inside = False
-        elif inside and not set("".join(cells)) <= {"-"}:
-            found.append(cells)
-    return found
+        elif inside and not set("".join(columns)) <= {"-"}:
+            result.append(columns)
+    return result
 
 
 def problems(row: list[str]) -> list[str]:
     """Return what is wrong with a row: no function or test, or one that does not exist."""
     if len(row) != len(HEADER):
-        return [f"{row[0]}: {len(row)} cells instead of {len(HEADER)}"]
+        return [f"{row[0]}: {len(row)} columns instead of {len(HEADER)}"]
     equation, _, functions, tests = row
-    found = []
+    wrong = []
     for name in (names := re.findall(r"`([^`]+)`", functions)):
         try:
             pkgutil.resolve_name(name)
         except (ImportError, AttributeError):
-            found.append(f"{equation}: there is no {name}")
+            wrong.append(f"{equation}: there is no {name}")
     for test in (paths := re.findall(r"`([^`]+)`", tests)):
         file, _, function = test.partition("::")
         tree = ast.parse((ROOT / file).read_text()) if (ROOT / file).is_file() else ast.Module([], [])
         if function not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
-            found.append(f"{equation}: there is no {test}")
-    return found + [f"{equation}: no {what} is named" for what, n in (("function", names), ("test", paths)) if not n]
+            wrong.append(f"{equation}: there is no {test}")
+    return wrong + [f"{equation}: no {what} is named" for what, n in (("function", names), ("test", paths)) if not n]
 
 
 def test_every_function_and_test_of_the_document_exists() -> None:
@@ -67,14 +67,14 @@ def test_the_document_covers(equation: str) -> None:
     assert any(re.match(re.escape(equation) + r"(\W|$)", row[0]) for row in rows(DOCUMENT.read_text()))
 
 
-def test_a_wrong_row_is_noticed() -> None:
-    good = "`tests/test_equations.py::test_a_wrong_row_is_noticed`"
+def test_a_wrong_row_is_found() -> None:
+    good = "`tests/test_equations.py::test_a_wrong_row_is_found`"
     assert problems(["1", "x", "`ddim.diffusion.sampling.DDIM.coefficients` and `ddim.sample`", good]) == []
     assert problems(["1", "x", "`ddim.diffusion.sampling.DDIM.coefficient`", good])
     assert problems(["1", "x", "`ddim.diffusion.samplings`", good])
     assert problems(["1", "x", "", good])
     assert problems(["1", "x", "`ddim.sample`", "`tests/test_equations.py::test_nothing`"])
-    assert problems(["1", "x", "`ddim.sample`", "`tests/test_nothing.py::test_a_wrong_row_is_noticed`"])
+    assert problems(["1", "x", "`ddim.sample`", "`tests/test_nothing.py::test_a_wrong_row_is_found`"])
     assert problems(["1", "x", "`ddim.sample`", "none"])
     assert problems(["1", "a norm | with a bar", "`ddim.sample`", good, "too many"])
 
@@ -83,7 +83,7 @@ def test_a_wrong_row_is_noticed() -> None:
 
 
 def alpha_bar() -> np.ndarray:
-    """Return the paper's alpha_0 .. alpha_1000, computed apart from ddim."""
+    """Return the paper's alpha_0 .. alpha_1000, computed independently of ddim."""
     return np.concatenate([[1.0], np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))])
 
 

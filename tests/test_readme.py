@@ -1,28 +1,25 @@
-"""The README's library example runs, and the paths that the documents name exist. Commands: test_commands.py."""
+"""The documents' Python examples run, and the paths, keys, experiments, commands and functions they name exist."""
 
+import ast
+import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from test_commands import SPECS, commands, problems
 
-from ddim import linear_schedule, quadratic_tau
-from ddim.checkpoints import ModelSpec
-from ddim.networks import UNetSpec, build_network
+from ddim import quadratic_tau
+from ddim.networks import UNetSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-    "docs/equations.md",
-    "docs/training_speed.md",
-    "docs/performance.md",
-    "outputs/README.md",
-]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCUMENTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "outputs/README.md")), *DOCS]
+REFERENCES = ("equations", "performance")  # not guides
 FOLDERS = ("ddim", "scripts", "configs", "tests", "docs")
+of_documents = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -30,22 +27,30 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def library_example() -> str:
-    """Return the first python block of the README."""
-    if not (found := blocks(README.read_text(), "python")):
-        pytest.skip("README.md shows no python block yet")
-    return found[0]
+def code_in(text: str) -> list[str]:
+    """Return what a document shows as code within its lines, in back-ticks."""
+    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def test_readme_is_short() -> None:
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 140
+
+
+# ---------------------------------------------------------------- examples in Python
+
+
+def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A network made up for the examples."""
+    assert t.shape == (len(x),)
+    assert 1 <= int(t.min()) <= int(t.max()) <= 1000
+    return 0.9 * torch.tanh(x) + 0.1 * x.flip(-1)
 
 
 def run(code: str) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
-    """Run the example with a made-up network; return x_0 and what was shown."""
+    """Run the README's example; return x_0 and what was shown."""
     shown: list[tuple[int, torch.Tensor]] = []
-
-    def model(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert t.shape == (len(x),)
-        assert 1 <= int(t.min()) <= int(t.max()) <= 1000
-        return 0.9 * torch.tanh(x) + 0.1 * x.flip(-1)
-
     names: dict[str, Any] = {"model": model, "show": lambda t, image: shown.append((t, image))}
     exec(code, names)
     assert names["schedule"].alpha_bar.shape == (1001,)
@@ -53,93 +58,23 @@ def run(code: str) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
     return names["x_0"], shown
 
 
-def test_the_library_example_runs_and_is_deterministic() -> None:
-    code = library_example()
-    assert len(code.strip().splitlines()) <= 10
+def check_library_example(code: str) -> None:
+    """Fail unless the example samples as its comments state."""
     x_0, shown = run(code)
     again, shown_again = run(code)
     assert x_0.shape == (16, 3, 32, 32)
     assert bool(torch.isfinite(x_0).all())
     assert torch.equal(x_0, again)
-    assert len(shown) == 50
     assert [t for t, _ in shown] == [*reversed(quadratic_tau(1000, 50)[:-1]), 0]
     assert all(image.shape == x_0.shape for _, image in shown)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(shown, shown_again, strict=True))
     assert not torch.allclose(shown[-1][1], x_0, atol=0.1)  # eta=1 is another sample than eta=0
 
 
-def test_the_checkpoint_example_runs(tmp_path: Path) -> None:
-    """On a checkpoint of a small untrained network, in the place of the quickstart's."""
-    first, second = blocks(README.read_text(), "python")
-    network_spec = UNetSpec((8, 8), 1, ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=2)
-    spec = ModelSpec("unet", network_spec, linear_schedule(1000))
-    weights = build_network("unet", network_spec).state_dict()
-    content = {
-        "global_step": 0,
-        "state_dict": {f"network.{name}": value for name, value in weights.items()},
-        "callbacks": {"EMA": {"shadow": weights}},
-        "ddim": spec.to_dict(),
-    }
-    torch.save(content, tmp_path / "last.ckpt")
-    path = re.search(r'load_model\("([^"]+)"\)', second)
-    assert path is not None
-    setup = "\n".join(line for line in first.splitlines() if line.startswith("from"))
-    names: dict[str, Any] = {}
-    exec(f"{setup}\n{second.replace(path[1], str(tmp_path / 'last.ckpt'))}", names)
-    assert names["x_0"].shape == (16, 1, 8, 8)
-    assert bool(torch.isfinite(names["x_0"]).all())
-
-
-def missing_paths(text: str, folder: Path, root: Path) -> list[str]:
-    """Return what a document in `folder` names and what does not exist.
-
-    That is: targets of links; in back-ticks and bash blocks, paths into FOLDERS, and the names of our kinds of files.
-    A name in capitals within a path stands for any name.
-    """
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"\w+:|#", link)]
-    missing = [link for link in links if not (folder / link).exists()]
-    files = {path.name for top in FOLDERS for path in (root / top).rglob("*")} | {path.name for path in root.iterdir()}
-    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    for code in re.findall(r"`([^`]+)`", prose) + blocks(text, "bash"):
-        for word in re.split(r"[\s'\"=,;()\[\]]+|::", code):
-            if word.startswith(tuple(f"{top}/" for top in FOLDERS)):
-                pattern = re.sub(r"\b[A-Z]{2,}\b", "*", word.removeprefix("./"))
-                exists = any(root.glob(pattern))
-            elif re.fullmatch(r"[A-Z]{4,}\.md|[\w-]+\.(py|sh|toml|yml|yaml)", word):
-                exists = word in files
-            else:
-                continue
-            if not exists:
-                missing.append(word)
-    return missing
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_path_of_the_documents_exists(name: str) -> None:
-    file = ROOT / name
-    assert missing_paths(file.read_text(), file.parent, ROOT) == []
-
-
-def test_every_experiment_that_the_readme_names_exists() -> None:
-    named = re.findall(r"\bexperiment=(\w+)|configs/experiment/(\w+)\.yaml", README.read_text())
-    names = {group or path for group, path in named} - {"NAME"}
-    assert names <= {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
-
-
-def test_missing_paths_are_noticed(tmp_path: Path) -> None:
-    for folder in FOLDERS:
-        (tmp_path / folder).mkdir()
-    for file in ("docs/a.md", "ddim/sampling.py", "README.md", "pyproject.toml"):
-        (tmp_path / file).touch()
-    good = (
-        "[a](docs/a.md#b) [w](https://a.b/c) [h](#here) `docs/*.md` `outputs/train/NAME/csv/` `docs/NAME.md`, "
-        "`README.md` `sampling.py` `table.md` `n/m` a/b.py `docs/` `pyproject.toml`\n"
-        "```bash\npython ddim/sampling.py x=docs/a.md\n```\n"
-    )
-    assert missing_paths(good, tmp_path, tmp_path) == []
-    for bad in ("[a](docs/b.md)", "`docs/b.md`", "`docs/*.png`", "`READMY.md`", "`tests/NAME.py`", "(see `docs/c/`)"):
-        assert len(missing_paths(f"{good} {bad}", tmp_path, tmp_path)) == 1, bad
-    assert missing_paths("```bash\npython docs/x.py a=b   # so\n```\n", tmp_path, tmp_path) == ["docs/x.py"]
+def test_library_example_runs_and_is_deterministic() -> None:
+    (code,) = blocks(README.read_text(), "python")
+    assert len(code.strip().splitlines()) <= 10
+    check_library_example(code)
 
 
 @pytest.mark.parametrize(
@@ -151,9 +86,197 @@ def test_missing_paths_are_noticed(tmp_path: Path) -> None:
         ("seed=0", "sead=0"),
     ],
 )
-def test_a_wrong_example_is_noticed(right: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = library_example()
+def test_wrong_library_examples_fail(right: str, wrong: str) -> None:
+    (code,) = blocks(README.read_text(), "python")
     assert right in code
-    monkeypatch.setitem(globals(), "library_example", lambda: code.replace(right, wrong))
     with pytest.raises((ImportError, TypeError, AssertionError)):
-        test_the_library_example_runs_and_is_deterministic()
+        check_library_example(code.replace(right, wrong))
+
+
+def test_checkpoint_example_runs(checkpoint: Path) -> None:
+    """On a small untrained checkpoint instead of the quickstart's."""
+    (code,) = blocks((ROOT / "docs" / "checkpoints.md").read_text(), "python")
+    path = re.search(r'load_model\("([^"]+)"\)', code)
+    assert path is not None
+    names: dict[str, Any] = {}
+    exec(code.replace(path[1], str(checkpoint)), names)
+    assert names["x_0"].shape == (16, *names["model"].spec.image_shape)
+    assert bool(torch.isfinite(names["x_0"]).all())
+
+
+def test_sampler_example_runs() -> None:
+    (code,) = blocks((ROOT / "docs" / "samplers.md").read_text(), "python")
+    names: dict[str, Any] = {"model": model}
+    exec(code, names)
+    assert names["x_0"].shape == (4, 3, 32, 32)
+    assert bool(torch.isfinite(names["x_0"]).all())
+
+
+# ---------------------------------------------------------------- paths
+
+
+def missing_paths(text: str, folder: Path, root: Path) -> list[str]:
+    """Return what a document in `folder` names that does not exist.
+
+    That is: targets of links and pictures; in code, paths into FOLDERS, and names of files of the project's kinds. A
+    name in capitals within a path stands for any name. In a table of old and new names the old ones are not read.
+    """
+    text = "".join(re.sub(r"^\|[^|]*", "", line) if old else line for line, old in _with_old(text))
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+    files = [link.partition("#")[0] for link in links if not re.match(r"\w+:|#", link)]
+    missing = [link for link in files if not (folder / link).exists()]
+    known = {path.name for top in FOLDERS for path in (root / top).rglob("*")} | {path.name for path in root.iterdir()}
+    pieces = code_in(text) + [re.sub(r"\s#.*", "", block) for block in blocks(text, "bash")]
+    for word in (word for piece in pieces for word in re.split(r"[\s'\"=,;()\[\]]+|::", piece)):
+        if word.startswith(tuple(f"{top}/" for top in FOLDERS)):
+            exists = any(root.glob(re.sub(r"\b[A-Z]{2,}\b", "*", word)))
+        elif re.fullmatch(r"[A-Z]{4,}\.(md|cff)|[\w-]+\.(py|sh|toml|yml|yaml)", word):
+            exists = word in known
+        else:
+            continue
+        if not exists:
+            missing.append(word)
+    return missing
+
+
+def _with_old(text: str) -> list[tuple[str, bool]]:
+    """Return the lines, and whether each is a row of a table of old and new names."""
+    lines, old = [], False
+    for line in text.splitlines(keepends=True):
+        old = line.startswith("|") and (old or line.startswith("| old |"))
+        lines.append((line, old))
+    return lines
+
+
+@of_documents
+def test_every_path_exists(path: Path) -> None:
+    assert missing_paths(path.read_text(), path.parent, ROOT) == []
+
+
+def test_missing_paths_are_found(tmp_path: Path) -> None:
+    for folder in FOLDERS:
+        (tmp_path / folder).mkdir()
+    for file in ("docs/a.md", "docs/a.png", "ddim/sampling.py", "README.md", "pyproject.toml"):
+        (tmp_path / file).touch()
+    good = (
+        "[a](docs/a.md#b) [w](https://a.b/c) [h](#here) `docs/*.md` `outputs/train/NAME/csv/` `docs/NAME.md`, "
+        "`README.md` `sampling.py` `table.md` `n/m` a/b.py `docs/` `pyproject.toml`\n"
+        '<img src="docs/a.png" width="8">\n'
+        "```bash\npython ddim/sampling.py x=docs/a.md\n```\n"
+        "| old | new |\n|---|---|\n| `docs/z.md` | `docs/a.md` |\n\n"
+    )
+    assert missing_paths(good, tmp_path, tmp_path) == []
+    for bad in (
+        "[a](docs/b.md)",
+        '<img src="docs/b.png">',
+        "`docs/b.md`",
+        "`docs/*.gif`",
+        "`READMY.md`",
+        "`tests/NAME.py`",
+        "(see `docs/c/`)",
+        "\n| old | new |\n|---|---|\n| `docs/a.md` | `docs/z.md` |\n",
+        "\n| to do | where |\n|---|---|\n| `docs/z.md` | `docs/a.md` |\n",
+    ):
+        assert len(missing_paths(f"{good}{bad}", tmp_path, tmp_path)) == 1, bad
+    assert missing_paths("```bash\npython docs/x.py a=b   # so\n```\n", tmp_path, tmp_path) == ["docs/x.py"]
+
+
+def test_every_anchor_is_a_heading() -> None:
+    """Links to a heading, such as docs/training.md#sweeps."""
+    missing = []
+    for path in DOCUMENTS:
+        for link in re.findall(r"\]\(([^)\s:]*#[^)\s]+)\)", path.read_text()):
+            file, _, anchor = link.partition("#")
+            target = path.parent / file if file else path
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            if anchor not in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}:
+                missing.append(f"{path.name}: {link}")
+    assert missing == []
+
+
+def test_layout_is_that_of_the_checkout() -> None:
+    (tree,) = blocks(README.read_text(), "text")
+    folders = re.findall(r"^( *)(\w+)/", tree, flags=re.MULTILINE)
+    shown = {f"ddim/{name}" if indent else name for indent, name in folders}
+    rooms = {f"ddim/{path.parent.name}" for path in (ROOT / "ddim").glob("*/__init__.py")}
+    assert shown == rooms | {"ddim", *(top for top in FOLDERS)}
+
+
+# ---------------------------------------------------------------- keys, experiments, commands, functions
+
+
+def keys_of(spec: type) -> set[str]:
+    """Return the keys of a spec, those of the specs in it with their prefix."""
+    keys = set()
+    for name, hint in get_type_hints(spec).items():
+        inner = [kind for kind in (hint, *get_args(hint)) if dataclasses.is_dataclass(kind)]
+        keys |= {name, *(f"{name}.{key}" for kind in inner for key in keys_of(kind))}  # type: ignore[arg-type]
+    return keys
+
+
+def unknown_keys(text: str) -> list[str]:
+    """Return the keys, as in `key=value` or `group.key`, that no command has; Hydra's are not checked."""
+    known = {"experiment", "debug", "network", "schedule", *(f"network.{name}" for name in get_type_hints(UNetSpec))}
+    known |= {key for spec in SPECS.values() for key in keys_of(spec)}
+    groups = {key.partition(".")[0] for key in known if "." in key}
+    known |= {key.rpartition(".")[2] for key in known}  # `winograd=true` stands for that of compute and of trainer
+    unknown = []
+    for word in re.split(r"[\s'\";()]+", " ".join(code_in(text))):
+        key, equals, _ = word.partition("=")
+        named = re.fullmatch(r"[a-z]\w*(\.\w+)*", key) and not re.search(r"\.(py|md|yaml|json|png|gif)$", key)
+        grouped = "." in key and key.partition(".")[0] in groups
+        if named and (equals or grouped) and not key.startswith("hydra.") and key not in known:
+            unknown.append(key)
+    return unknown
+
+
+@of_documents
+def test_every_key_exists(path: Path) -> None:
+    text = path.read_text()
+    if path.name == "CHANGELOG.md":
+        text = "".join(line for line, old in _with_old(text) if not old)
+    python = {"weights_only"}  # arguments of functions
+    assert set(unknown_keys(text)) <= python
+
+
+def test_unknown_keys_are_found() -> None:
+    good = "`sampler.S=5,10`, `trainer.keep_last`, `winograd=true 'network.ch=3'`, `hydra.sweep.dir=F`, `DDIM_X=1`"
+    assert unknown_keys(good) == []
+    for bad in ("sampler.steps=5", "trainer.keep", "colour=3"):
+        assert unknown_keys(f"{good} `{bad}`") == [bad.partition("=")[0]]
+
+
+def test_every_experiment_exists() -> None:
+    text = "\n".join(path.read_text() for path in DOCUMENTS if path.name != "CHANGELOG.md")
+    named = re.findall(r"\bexperiment=(\w+)|configs/experiment/(\w+)\.yaml", text)
+    names = {group or path for group, path in named} - {"NAME"}
+    assert names <= {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
+def test_every_command_of_the_docs_is_right(path: Path) -> None:
+    assert [problem for command in commands(path.read_text()) for problem in problems(command)] == []
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if path.stem not in REFERENCES], ids=lambda path: path.stem)
+def test_pages_start_with_a_task_and_a_command(path: Path) -> None:
+    parts = re.split(r"^(#+ .+)$\n+", path.read_text(), flags=re.MULTILINE)
+    assert parts[1].startswith("# ")
+    assert parts[2].strip() == ""  # the first section follows the title
+    assert parts[3].startswith("## ")
+    assert blocks(parts[4], "bash")
+
+
+def test_routes_name_existing_functions() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\|[^|]+\| `(ddim/[^`]+\.py)` \| `([\w.]+)` \|$", text, flags=re.MULTILINE)
+    assert len(rows) >= 10
+    assert [row for row in rows if row[1] not in functions(ROOT / row[0])] == []
+
+
+def functions(path: Path) -> set[str]:
+    """Return the functions of a file, and its methods with their classes."""
+    tree = ast.parse(path.read_text())
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    methods = {f"{c.name}.{m.name}" for c in classes for m in c.body if isinstance(m, ast.FunctionDef)}
+    return methods | {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
