@@ -19,7 +19,7 @@ from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.data.images import Images
 from ddim.errors import Interrupted, UserError
-from ddim.networks import tune_network
+from ddim.networks import accelerate
 from ddim.training.callbacks import DivergenceGuard, Progress, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.dry_run import Stopwatch, plan
@@ -114,7 +114,7 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = here if found is None or t.accelerator == here.type else found
     ways = {name: getattr(t, name) for name in ("channels_last", "compile", "winograd")}
-    tune_network(module.network, device, **ways)
+    accelerate(module.network, device, **ways)
     return module
 
 
