@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "ddim").rglob("*.py"))
-SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
 
 # part of ddim -> the parts it may import besides itself; "" is ddim/__init__.py, the library's front door
 BASE = {"errors", "random", "io", "image_io", "config", "distributed", "diffusion", "results"}

@@ -18,7 +18,6 @@ DOCUMENTS = [
     "CONTRIBUTING.md",
     "CHANGELOG.md",
     "docs/equations.md",
-    "docs/training_speed.md",
     "docs/performance.md",
     "outputs/README.md",
 ]

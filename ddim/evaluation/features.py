@@ -86,7 +86,7 @@ class DigitsNet(nn.Module):
 class DigitsClassifier(OfflineExtractor):
     """`DigitsNet` with the weights of the package, for 8x8 digits (255 is scikit-learn's 16); never resizes.
 
-    The weights are made by scripts/make_digits_classifier.py. Colour images are averaged over their channels.
+    The weights are made by scripts/tools/make_digits_classifier.py. Colour images are averaged over their channels.
     """
 
     layers = ("64", "logits")

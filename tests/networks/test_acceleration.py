@@ -139,3 +139,9 @@ def test_kept_memory_is_not_mapped_again():
         assert done.returncode == 0, done.stderr
         faults[mode] = int(done.stdout)
     assert faults["keep"] < 0.5 * faults["default"]
+
+
+def test_only_acceleration_depends_on_the_cpp_loops():
+    room = Path(native.__file__).parent
+    sources = set(room.parents[1].rglob("*.py")) - set(room.glob("*.py"))
+    assert [path.name for path in sources if "networks.cpu" in path.read_text()] == ["acceleration.py"]
