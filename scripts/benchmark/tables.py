@@ -140,7 +140,7 @@ def _machine(r: Record) -> str:
 
 
 def _name(r: Record) -> str:
-    return NAMES.get(r["peer"], r["peer"])
+    return NAMES.get(r["peer"]) or str(r["peer"])
 
 
 def _median(r: Record) -> float:
