@@ -155,7 +155,7 @@ def plain_loop(
     spec, module, images = ours.module(setting, device, batch)
     module.to(device)
     parameters, o = list(module.network.parameters()), spec.optim
-    optimizer: Any = torch.optim.Adam(parameters, lr=o.lr, betas=o.betas, eps=o.eps, **adam)  # type: ignore[arg-type]
+    optimizer: Any = torch.optim.Adam(parameters, lr=o.lr, betas=o.betas, eps=o.eps, **adam)
     average, weights = [p.detach().clone() for p in parameters], [p.detach() for p in parameters]
     data, resident = MicroBatches(images, batch, spec.seed, 100_000, with_images=False), images.images.to(device)
     steps = iter(range(100_000))

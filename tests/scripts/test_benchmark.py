@@ -233,7 +233,6 @@ def test_a_run_measures_every_part_and_names_what_is_missing(run, tmp_path, comp
     [
         (["--table", "nothing.jsonl"], "nothing.jsonl holds no records"),
         (["--network", "tiny", "--baselines", "nobody"], "nobody"),
-        (["--network", "tiny", "--settings", "bf61"], "'bf61'"),
         (["--network", "tiny", "--official", "nowhere"], "--official takes the folder of a checkout"),
     ],
 )
