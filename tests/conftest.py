@@ -14,7 +14,7 @@ from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import MetricSpec
 from ddim.inference.compute import ComputeSpec, prepare_model
-from ddim.networks.cpu.native import find_compiler
+from ddim.networks.compiler import find_compiler
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 SHOWING = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "outputs/README.md")),
-    *(path for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in (".py", ".sh")),
+    *(path for path in sorted((ROOT / "scripts").rglob("*")) if path.suffix in (".py", ".sh")),
     *(path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "scripts/" in path.read_text()),
 ]
 SPECS: dict[str, type] = {
@@ -47,7 +47,7 @@ NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")
 def commands(text: str) -> list[tuple[str, ...]]:
     """Return the words of every `python scripts/X.py ...` in a text, from the script on, without the remark behind."""
     text = re.sub(r"\\\n\s*", "", text)
-    lines = re.findall(r"(?:python3?|\$PYTHON) (scripts/\w+\.py[^\n`]*)", text)
+    lines = re.findall(r"(?:python3?|\$PYTHON) (scripts/[\w/]+\.py[^\n`]*)", text)
     # A remark begins with "#", or is set off by three blanks; punctuation ends the command in running text.
     return [tuple(shlex.split(re.split(r"\s#|\s{3,}|[;,.)]*(?:\s[&|>]|$)", line)[0])) for line in lines]
 
@@ -134,7 +134,7 @@ def test_every_experiment_is_headed_by_its_command(name: str) -> None:
         "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,20 sampler=ddim,ddmp",
         "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,twenty",
         "python scripts/evaluate.py -m experiment=digits_sweep sampler.steps=STEPS",
-        "python scripts/make_digits_classifier.py --output FILE",
+        "python scripts/tools/make_digits_classifier.py --output FILE",
     ],
 )
 def test_a_wrong_command_is_noticed(command: str) -> None:
@@ -150,7 +150,7 @@ def test_right_commands_pass() -> None:
 
     python scripts/train.py experiment=digits \\
         trainer.max_steps=STEPS name=NAME     a remark
-    python scripts/make_digits_classifier.py --out FILE && ls
+    python scripts/tools/make_digits_classifier.py --out FILE && ls
     """
     assert [words[-1] for words in commands(text)] == ["sampler.S=N", "--help", "name=NAME", "FILE"]
     assert [problem for words in commands(text) for problem in problems(words)] == []

@@ -10,7 +10,7 @@ import torch
 from ddim.checkpoints import LoadedModel
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches
-from ddim.networks import tune_network
+from ddim.networks import accelerate
 
 log = logging.getLogger(__name__)
 LONG = 5.0  # seconds, for one network evaluation of a search
@@ -24,7 +24,7 @@ class ComputeSpec:
         device: a torch device, such as cuda or cpu.
         batch_size: images in one network evaluation; 0 asks `with_batch_size` for a short search.
         bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
-        channels_last, compile, graphs, winograd: see `ddim.networks.tune_network`.
+        channels_last, compile, graphs, winograd: see `ddim.networks.accelerate`.
 
     Raises:
         ValueError: batch_size below 0, or 0 where each size would be compiled again; bf16 with winograd, which is for
@@ -60,7 +60,7 @@ def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
     options = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
-    tune_network(model.network, torch.device(compute.device), **options)
+    accelerate(model.network, torch.device(compute.device), **options)
     return model
 
 

@@ -1,8 +1,8 @@
-"""Networks by name, and the adapter between the paper's times and theirs."""
+"""Networks by name, the adapter between the paper's times and theirs, and what makes them faster."""
 
-from ddim.networks.acceleration import tune_network
+from ddim.networks.acceleration import accelerate
 from ddim.networks.registry import NETWORKS, build_network
 from ddim.networks.time_adapter import zero_based
 from ddim.networks.unet import UNet, UNetSpec
 
-__all__ = ["NETWORKS", "UNet", "UNetSpec", "build_network", "tune_network", "zero_based"]
+__all__ = ["NETWORKS", "UNet", "UNetSpec", "accelerate", "build_network", "zero_based"]

@@ -1,4 +1,4 @@
-"""What makes a network faster on a processor and leaves its outputs as they are, but for rounding."""
+"""Options that make a network faster; its outputs change by rounding only."""
 
 import ctypes
 import os
@@ -9,16 +9,14 @@ import torch
 from torch import nn
 
 from ddim.errors import UserError
-from ddim.networks.cpu.native import find_compiler
-from ddim.networks.cpu.norm_silu import fuse_norms
-from ddim.networks.cpu.winograd import use_winograd
+from ddim.networks.compiler import find_compiler
 
-CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: where it keeps what it compiled
-SIZES = 64  # that a network is compiled for; beyond them torch runs it uncompiled, and says so in passing
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: the folder of compiled code
+MAX_COMPILED_SIZES = 64  # batch sizes that a network is compiled for; torch runs further ones uncompiled
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
-def tune_network(
+def accelerate(
     network: nn.Module,
     device: torch.device,
     *,
@@ -27,20 +25,20 @@ def tune_network(
     graphs: bool = False,
     winograd: bool = False,
 ) -> None:
-    """Prepare a network for the device on which it is going to run, in place; names and weights stay.
+    """Prepare a network for the device on which it will run, in place; names and values of the weights stay.
 
     Args:
-        network: on any device; on the CPU for winograd.
-        device: where it will be.
-        channels_last: lay out weights and with them activations so.
-        compile: let torch compile the network when it is first called.
-        graphs: and replay what was compiled as one CUDA graph, which saves starting every kernel by itself; worth it
-            where batches are so small that starting takes longer than computing. On CUDA devices only.
-        winograd: see `use_winograd`, and `fuse_norms`, which comes with it; on CPUs only. Weights must not change
-            afterwards where they take no gradient.
+        network: on any device; for winograd on the CPU.
+        device: on which the network will run.
+        channels_last: store weights, and so activations, in this memory format.
+        compile: compile the network with torch.compile at its first call.
+        graphs: also replay the compiled network as one CUDA graph, which avoids launching every kernel separately;
+            pays for batches so small that launching takes longer than computing. CUDA devices only.
+        winograd: faster convolutions and normalisations in C++ (`ddim/networks/cpu/README.md`). CPUs only. Weights that
+            take no gradient must not change afterwards.
 
     Raises:
-        UserError: winograd or graphs on another device; a compiler is needed and there is none, or it fails.
+        UserError: winograd or graphs on another device; or the C++ compiler is missing or fails.
     """
     if graphs and device.type != "cuda":
         raise UserError(f"graphs=true is for CUDA devices, and the device is {device}; leave it false.")
@@ -50,24 +48,24 @@ def tune_network(
         if compile:
             find_compiler()
         keep_freed_memory()
-    if compile or graphs:
-        _keep_compiled()
     if channels_last:
         network.to(memory_format=torch.channels_last)
     if winograd:
-        use_winograd(network)
-        fuse_norms(network)
+        from ddim.networks.cpu import use_cpp_loops  # here, so that nothing else depends on that folder
+
+        use_cpp_loops(network)
     if compile or graphs:
-        # For each batch size anew: code for all of them is slower, and on some CPUs it does not compile.
-        torch._dynamo.config.recompile_limit = max(SIZES, torch._dynamo.config.recompile_limit)
+        _keep_compiled_code()
+        # One compilation per batch size: code for any size is slower, and on some CPUs it does not compile.
+        torch._dynamo.config.recompile_limit = max(MAX_COMPILED_SIZES, torch._dynamo.config.recompile_limit)
         network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees; return whether it is going to.
+    """Let this process keep the memory that it frees; return whether the C library supports that.
 
-    Where the C library hands the memory of every large tensor back, the next one is zeroed and mapped page by page,
-    which takes a sixth of the time of a network evaluation on large batches.
+    Otherwise glibc returns the memory of every large tensor to the system, and the next tensor is zeroed and mapped
+    page by page: a sixth of the time of a network evaluation on large batches.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -76,17 +74,17 @@ def keep_freed_memory() -> bool:
     return all(mallopt(parameter, value) for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1)))
 
 
-def _keep_compiled() -> None:
-    """Let the next process find what torch compiles in this one.
+def _keep_compiled_code() -> None:
+    """Let the next process reuse what torch compiles in this one.
 
-    torch keeps it below the temporary folder, which clusters empty after each job. Here it lies beside torch's other
-    downloads, `~/.cache/torch/inductor` (TORCH_HOME moves that), unless TORCHINDUCTOR_CACHE_DIR names another folder or
-    that one cannot be written.
+    torch's default is the temporary folder, which clusters empty after each job. Here it is `~/.cache/torch/inductor`
+    (next to torch's other downloads; TORCH_HOME moves it), unless TORCHINDUCTOR_CACHE_DIR names another folder or this
+    one is not writable.
     """
     folder = Path(torch.hub.get_dir()).parent / "inductor"
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    # Parts of torch set it to the temporary folder as soon as they are imported.
-    named = os.environ.get(CACHE)
-    chosen = named is not None and not named.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_"))
-    if not chosen and os.access(there, os.W_OK):
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    # Parts of torch set the variable to the temporary folder when they are imported.
+    value = os.environ.get(CACHE)
+    set_by_user = value is not None and not value.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_"))
+    if not set_by_user and os.access(existing, os.W_OK):
         os.environ[CACHE] = str(folder)

@@ -8,8 +8,8 @@ from torch import Tensor
 def zero_based(network: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Let a network that was trained on the times 0..T-1 be called with the paper's times 1..T.
 
-    This is the one place of that shift. The paper's time 0 is data, which no network is asked about: trajectories feed
-    t >= 1 only.
+    This is the only place with that shift. The paper's time 0 is data and never reaches a network: trajectories call it
+    with t >= 1 only.
 
     Args:
         network: (x (B, C, H, W), zero-based t (B,)) -> (B, C, H, W).

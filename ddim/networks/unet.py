@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddim.networks.cpu.norm_silu import NormSiLU
-
 Init = Literal["ddpm", "torch"]
 
 
 @dataclass(frozen=True)
 class UNetSpec:
-    """What fixes a `UNet`; the defaults are the CIFAR-10 network, but for its image size.
+    """The hyperparameters of a `UNet`; the defaults are those of the CIFAR-10 network.
 
     Args:
         image_size: (H, W) in pixels; both divisible by 2 ** (len(ch_mult) - 1).
@@ -93,7 +91,7 @@ class UNetSpec:
                 f"num_groups={self.num_groups} does not divide a width of {unfit[0]} channels "
                 f"(ch={self.ch}, ch_mult={self.ch_mult}); change one of the three."
             )
-        # The time embedding shifts whole channels; a norm over single channels takes every such shift out again.
+        # The time embedding shifts whole channels; a norm over single channels would remove every such shift.
         if self.num_groups in widths:
             raise ValueError(
                 f"num_groups={self.num_groups} leaves one channel per group at a width of {self.num_groups}, where "
@@ -104,11 +102,11 @@ class UNetSpec:
 def time_embedding(t: Tensor, dim: int) -> Tensor:
     """Return the sinusoidal embedding of network times, [sin(t w_k), cos(t w_k)] with w_k = 10000^(-k / (dim/2 - 1)).
 
-    Computed in float32 also under autocast: bfloat16 cannot tell the times 512 and 513 apart. Source: Vaswani et al.
+    Computed in float32 also under autocast: in bfloat16 the times 512 and 513 are equal. Source: Vaswani et al.
     2017, in the order and with the frequencies of DDPM's code.
 
     Args:
-        t: (B,) integers.
+        t: (B,) integers, zero-based.
         dim: even, at least 4.
 
     Returns:
@@ -132,6 +130,13 @@ class TimeMLP(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         embedding = time_embedding(t, self.ch).to(next(self.parameters()).dtype)  # float64 networks need float64
         return self.dense[1](F.silu(self.dense[0](embedding)))
+
+
+class NormSiLU(nn.GroupNorm):
+    """Group normalisation, then SiLU: (B, C, ...) -> the same shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
 
 
 def _norm_silu(spec: UNetSpec, width: int) -> NormSiLU:
@@ -200,7 +205,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, on one side of the U: residual blocks, each followed by attention where asked."""
+    """The blocks of one resolution, on one side of the U: residual blocks, each followed by attention if configured."""
 
     def __init__(self, spec: UNetSpec, widths_in: list[int], width: int, resolution: int) -> None:
         super().__init__()
@@ -210,7 +215,7 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """A level on the way down; returns every output that the way up will want, the last being the level's output."""
+    """A level on the way down; returns every output that the way up needs as a skip, the level's output last."""
 
     def __init__(self, spec: UNetSpec, widths_in: list[int], width: int, resolution: int, halve: bool) -> None:
         super().__init__(spec, widths_in, width, resolution)
@@ -227,7 +232,7 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """A level on the way up; each residual block sees the latest output of the way down that is still on `skips`."""
+    """A level on the way up; each residual block also takes the last entry of `skips` off that list."""
 
     def __init__(self, spec: UNetSpec, widths_in: list[int], width: int, resolution: int, double: bool) -> None:
         super().__init__(spec, widths_in, width, resolution)

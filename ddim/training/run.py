@@ -17,7 +17,7 @@ from ddim.checkpoints.model import read_checkpoint
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.errors import Interrupted, UserError
-from ddim.networks import tune_network
+from ddim.networks import accelerate
 from ddim.training.callbacks import DivergenceGuard, LossByTime, Progress, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.ema import EMA
@@ -84,7 +84,7 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     here = next(module.network.parameters()).device
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = here if accelerator is None or t.accelerator == here.type else accelerator
-    tune_network(module.network, device, channels_last=t.channels_last, compile=t.compile, winograd=t.winograd)
+    accelerate(module.network, device, channels_last=t.channels_last, compile=t.compile, winograd=t.winograd)
     return module
 
 

@@ -27,7 +27,7 @@ class TrainerSpec:
         accumulate: micro-batches per optimiser step on each process.
         accelerator, devices, num_nodes, strategy: Lightning's.
         precision: 32-true or bf16-mixed; the weights stay float32.
-        channels_last, compile, winograd: see `ddim.networks.tune_network`.
+        channels_last, compile, winograd: see `ddim.networks.accelerate`.
         num_workers: processes that read images ahead; useful when those are not in memory.
         log_every, checkpoint_every: optimiser steps.
         keep_last: how many of the newest checkpoints are kept.

@@ -25,7 +25,7 @@ from ddim.evaluation.extractor_networks import (
 from ddim.evaluation.feature_stats import feature_set
 from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics, describe
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "make_digits_classifier.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "tools" / "make_digits_classifier.py"
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What torch compiled is found again by the next process."""
+"""Options of `accelerate`: where compiled code is kept, devices, a missing compiler, freed memory."""
 
 import os
 import subprocess
@@ -9,19 +9,21 @@ import pytest
 import torch
 
 from ddim.errors import UserError
-from ddim.networks.acceleration import CACHE, tune_network
+from ddim.networks import accelerate
+from ddim.networks.acceleration import CACHE
 from ddim.networks.cpu import native
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PROGRAM = """
 import torch
 from torch._dynamo.utils import counters
-from ddim.networks import tune_network
+from ddim.networks import accelerate
 
 torch.manual_seed(0)
 network = torch.nn.Linear(4, 8)
 x = torch.ones(3, 4)
 plain = network(x)
-tune_network(network, torch.device("cpu"), compile=True)
+accelerate(network, torch.device("cpu"), compile=True)
 with torch.no_grad():
     assert torch.allclose(plain, network(x).sin().asin(), atol=1e-6)
 assert network.state_dict().keys() == {"weight", "bias"}
@@ -30,7 +32,8 @@ print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxg
 
 
 @pytest.mark.slow
-def test_the_next_process_compiles_nothing_again(tmp_path, compiler):
+@pytest.mark.integration
+def test_a_second_process_reuses_compiled_code(tmp_path, compiler):
     kept = {k: v for k, v in os.environ.items() if k not in (CACHE, "TORCH_HOME", "XDG_CACHE_HOME")}
     cache = tmp_path / ".cache" / "torch" / "inductor"
 
@@ -49,61 +52,65 @@ def test_the_next_process_compiles_nothing_again(tmp_path, compiler):
 
 
 @pytest.fixture
-def place(monkeypatch, tmp_path):
-    """place(value): where a network is compiled to, when the variable had a value before."""
+def compile_calls(monkeypatch):
+    """The options of each torch.compile, which is not run."""
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: calls.append(options))
+    return calls
+
+
+@pytest.fixture
+def cache_folder(monkeypatch, tmp_path, compile_calls):
+    """cache_folder(value): the variable CACHE after compiling, if it was `value` before."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("tempfile.gettempdir", lambda: "/temporary")
 
-    def place(value):
+    def folder(value):
         monkeypatch.delenv(CACHE, raising=False)
         if value is not None:
             monkeypatch.setenv(CACHE, value)
-        network = torch.nn.Linear(2, 2)
-        monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: setattr(self, "compiled", True))
-        tune_network(network, torch.device("cpu"), compile=True)
-        assert network.compiled
+        accelerate(torch.nn.Linear(2, 2), CPU, compile=True)
+        assert len(compile_calls) == 1
         return os.environ.get(CACHE)
 
-    return place
+    return folder
 
 
 @pytest.mark.parametrize("value", [None, "/temporary/torchinductor_somebody"])
-def test_the_cache_lies_where_it_stays_also_after_torch_has_named_its_own(place, value, tmp_path):
-    assert place(value) == str(tmp_path / "home" / "inductor")
+def test_compiled_code_is_kept_outside_the_temporary_folder(cache_folder, value, tmp_path):
+    assert cache_folder(value) == str(tmp_path / "home" / "inductor")
 
 
-def test_a_place_that_somebody_named_is_used(place):
-    assert place("/named") == "/named"
+def test_a_cache_folder_set_by_the_user_is_used(cache_folder):
+    assert cache_folder("/named") == "/named"
 
 
-def test_where_home_cannot_be_written_torch_decides(place, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr("ddim.networks.acceleration.find_compiler", lambda: None)  # which looks for files too
-    monkeypatch.setattr(os, "access", lambda path, mode: seen.append(Path(path)) and False)
-    assert place(None) is None
-    assert seen == [tmp_path]  # the first folder above that is there
+def test_an_unwritable_home_leaves_the_choice_to_torch(cache_folder, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("shutil.which", lambda name: name)  # uses os.access too
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append(Path(path)) and False)
+    assert cache_folder(None) is None
+    assert asked == [tmp_path]  # the first existing folder above
 
 
-@pytest.mark.parametrize("way", ["compile", "winograd"])
-def test_a_missing_compiler_is_told_before_any_work(monkeypatch, tmp_path, way):
+@pytest.mark.parametrize("option", ["compile", "winograd"])
+def test_a_missing_compiler_is_an_error_before_any_work(monkeypatch, tmp_path, option):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # where nothing is kept
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # an empty cache
     native.load.cache_clear()
     with pytest.raises(UserError, match=r"need a C\+\+ compiler"):
-        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), **{way: True})
-    tune_network(torch.nn.Linear(2, 2), torch.device("cpu"))
+        accelerate(torch.nn.Linear(2, 2), CPU, **{option: True})
+    accelerate(torch.nn.Linear(2, 2), CPU)
 
 
-def test_winograd_is_for_cpus_and_graphs_are_for_cuda(monkeypatch):
+def test_winograd_needs_a_cpu_and_graphs_need_cuda(compile_calls):
     with pytest.raises(UserError, match="winograd=true is for CPUs, and the device is cuda"):
-        tune_network(torch.nn.Linear(2, 2), torch.device("cuda"), winograd=True)
+        accelerate(torch.nn.Linear(2, 2), CUDA, winograd=True)
     with pytest.raises(UserError, match="graphs=true is for CUDA devices, and the device is cpu"):
-        tune_network(torch.nn.Linear(2, 2), torch.device("cpu"), graphs=True)
-    asked = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
-    for way in ("compile", "graphs"):
-        tune_network(torch.nn.Linear(2, 2), torch.device("cuda"), **{way: True})
-    assert [options["mode"] for options in asked] == [None, "reduce-overhead"]
+        accelerate(torch.nn.Linear(2, 2), CPU, graphs=True)
+    for option in ("compile", "graphs"):
+        accelerate(torch.nn.Linear(2, 2), CUDA, **{option: True})
+    assert [options["mode"] for options in compile_calls] == [None, "reduce-overhead"]
 
 
 FAULTS = """
@@ -115,19 +122,26 @@ from ddim.networks.acceleration import keep_freed_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit(3)
 for number in range(21):
-    torch.ones(16 << 20)  # 64 MB, which the C library maps anew for each tensor
+    torch.ones(16 << 20)  # 64 MB, which the C library maps again for each tensor
     if number == 0:
         first = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - first)
 """
 
 
-def test_memory_that_is_kept_is_not_mapped_again():
+@pytest.mark.integration
+def test_kept_memory_is_not_mapped_again():
     faults = {}
-    for how in ("keep", "leave"):
-        done = subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True)
+    for mode in ("keep", "default"):
+        done = subprocess.run([sys.executable, "-c", FAULTS, mode], capture_output=True, text=True)
         if done.returncode == 3:
             pytest.skip("the C library has no mallopt")
         assert done.returncode == 0, done.stderr
-        faults[how] = int(done.stdout)
-    assert faults["keep"] < 0.5 * faults["leave"]
+        faults[mode] = int(done.stdout)
+    assert faults["keep"] < 0.5 * faults["default"]
+
+
+def test_only_acceleration_depends_on_the_cpp_loops():
+    room = Path(native.__file__).parent
+    sources = set(room.parents[1].rglob("*.py")) - set(room.glob("*.py"))
+    assert [path.name for path in sources if "networks.cpu" in path.read_text()] == ["acceleration.py"]

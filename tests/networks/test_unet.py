@@ -1,4 +1,4 @@
-"""The pieces and the properties of the U-Net; `test_unet_published.py` holds it against the published network."""
+"""The layers and properties of the U-Net; `test_unet_published.py` compares it with the published network."""
 
 import dataclasses
 import math
@@ -50,10 +50,10 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor]:
     return x, torch.tensor([0, 7, 999, 400])[:batch]
 
 
-# ----------------------------------------------------------------------------------------------------- the pieces
+# ----------------------------------------------------------------------------------------------------- layers
 
 
-def test_time_embedding_is_float32_whatever_the_autocast() -> None:
+def test_time_embedding_is_float32_under_autocast() -> None:
     t = torch.tensor([0, 1, 511, 512, 513, 999])
     expected = [[f(int(s) * 10000 ** (-k / 63)) for f in (math.sin, math.cos) for k in range(64)] for s in t]
     with torch.autocast("cpu", torch.bfloat16):
@@ -99,7 +99,7 @@ def test_upsampling_repeats_pixels() -> None:
 
 
 @torch.no_grad()
-def test_output_depends_on_the_time_and_on_every_channel() -> None:
+def test_output_depends_on_time_and_every_channel() -> None:
     network = small_net()
     x, t = inputs()
     reference = network(x, t)
@@ -213,7 +213,7 @@ def test_ddpm_initialisation_is_xavier_with_zero_last_layers() -> None:
 
 
 @torch.no_grad()
-def test_torch_initialisation_is_the_default_of_pytorch() -> None:
+def test_torch_initialisation_is_pytorchs_default() -> None:
     network = UNet(SMALL)
     for name, layer in weighted_layers(network).items():
         limit = 1 / math.sqrt(layer.weight[0].numel())
@@ -222,7 +222,7 @@ def test_torch_initialisation_is_the_default_of_pytorch() -> None:
     assert network.eval()(*inputs()).std() > 0.01
 
 
-# ------------------------------------------------------------------------------------- the door and the time shift
+# ------------------------------------------------------------------------------------- registry and time adapter
 
 
 def test_zero_based_feeds_the_papers_time_minus_one() -> None:

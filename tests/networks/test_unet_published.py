@@ -1,4 +1,4 @@
-"""The U-Net against what is published of it, written down here independently: counts, names, formulas, configs."""
+"""The U-Net against an independent transcription of the publication: parameter counts, names, formulas, configs."""
 
 import dataclasses
 import math
@@ -77,7 +77,7 @@ def published_cifar10_layout() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def test_state_dict_is_laid_out_as_the_published_files() -> None:
+def test_state_dict_has_the_published_names_and_shapes() -> None:
     with torch.device("meta"):
         network = UNet(CIFAR10)
     assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == published_cifar10_layout()
@@ -91,12 +91,12 @@ CONFIG_CASES = {
 }
 
 
-def test_every_network_config_is_known_here() -> None:
+def test_every_network_config_is_tested() -> None:
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(CONFIG_CASES)
 
 
 @pytest.mark.parametrize("name", CONFIG_CASES)
-def test_config_builds_the_network_that_its_head_comment_counts(name: str) -> None:
+def test_config_matches_the_count_in_its_first_comment(name: str) -> None:
     expected, channels = CONFIG_CASES[name]
     text = (CONFIGS / f"{name}.yaml").read_text()
     values = yaml.safe_load(text)

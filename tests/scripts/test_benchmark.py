@@ -1,4 +1,4 @@
-"""The speed benchmark: its arithmetic, its table, its refusals; and one run of it, tiny, against diffusers."""
+"""scripts/benchmark/speed.py: arithmetic, tables, errors, and one tiny run with diffusers."""
 
 import json
 import re
@@ -14,25 +14,25 @@ from ddim.networks import UNetSpec, build_network
 
 TINY = UNetSpec((8, 8), ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
 CPU = torch.device("cpu")
-SCRIPTS = str(Path(__file__).parents[2] / "scripts")
+FOLDER = Path(__file__).parents[2] / "scripts" / "benchmark"
 
 
 @pytest.fixture(autouse=True)
 def scripts_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(FOLDER)
 
 
-def test_a_speed_up_is_the_median_of_the_ratios_of_each_round():
-    from _benchmark import speed_up
+def test_a_speed_up_is_the_median_ratio_of_the_rounds():
+    from tables import speed_up
 
-    # The second round was slow for both; a ratio of medians would say 4 / 2.5.
+    # The second round was slow for both; a ratio of medians would be 4 / 2.5.
     ratio = speed_up([4.0, 40.0, 3.0], [2.0, 10.0, 2.5])
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 1.2, 4.0)
     assert str(ratio) == "2.00 (1.20 to 4.00)"
 
 
-def test_rounds_are_interleaved_and_what_fails_is_told():
-    from _benchmark import interleave
+def test_rounds_are_interleaved_and_failures_reported():
+    from timing import interleave
 
     order = []
 
@@ -47,26 +47,26 @@ def test_rounds_are_interleaved_and_what_fails_is_told():
         raise RuntimeError("no such kernel\nand a traceback")
 
     variants = {"a": variant("a", 1.0), "broken": broken, "b": variant("b", 2.0)}
-    timings, missing = interleave(variants, 3, CPU, say=lambda text: None)
+    timings, missing = interleave(variants, 3, CPU, log=lambda text: None)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
     assert {name: timing.seconds for name, timing in timings.items()} == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert missing == {"broken": "RuntimeError: no such kernel"}
 
 
-def test_time_that_is_up_leaves_variants_out():
-    from _benchmark import interleave
+def test_variants_are_left_out_when_the_time_is_up():
+    from timing import interleave
 
-    timings, missing = interleave({"a": lambda: lambda: 1.0}, 3, CPU, minutes=-1.0, say=lambda text: None)
+    timings, missing = interleave({"a": lambda: lambda: 1.0}, 3, CPU, minutes=-1.0, log=lambda text: None)
     assert timings == {}
     assert "no time left" in missing["a"]
 
 
-def test_rounds_are_done_while_one_more_fits_into_the_time(monkeypatch):
-    from _benchmark import interleave
+def test_rounds_end_when_another_would_not_fit(monkeypatch):
+    from timing import interleave
 
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("_benchmark.peak_memory", lambda call, device: None)
+    monkeypatch.setattr("timing.peak_memory", lambda call, device: None)
 
     def build():
         clock[0] += 95  # compiling
@@ -77,12 +77,12 @@ def test_rounds_are_done_while_one_more_fits_into_the_time(monkeypatch):
 
         return run
 
-    timings, _ = interleave({"a": build}, 100, CPU, minutes=3.0, say=lambda text: None)
+    timings, _ = interleave({"a": build}, 100, CPU, minutes=3.0, log=lambda text: None)
     assert len(timings["a"].seconds) == 7  # 105 + 7 x 10 of 180 seconds
 
 
 def test_the_cifar10_network_costs_12_44_gflop_an_evaluation():
-    from _benchmark import flops
+    from timing import flops
 
     with torch.device("meta"):
         network = build_network("unet", PRESETS["cifar10"]).eval()
@@ -90,8 +90,8 @@ def test_the_cifar10_network_costs_12_44_gflop_an_evaluation():
     assert flops(network, (3, 32, 32)) == pytest.approx(12.44e9, rel=1e-3)
 
 
-def test_the_work_of_a_linear_layer_is_two_operations_a_multiplication():
-    from _benchmark import flops
+def test_a_multiply_add_counts_as_two_operations():
+    from timing import flops
 
     class Layer(nn.Linear):
         def forward(self, x, t):
@@ -100,31 +100,32 @@ def test_the_work_of_a_linear_layer_is_two_operations_a_multiplication():
     assert flops(Layer(12, 5), (3, 2, 2)) == 2 * 12 * 5
 
 
-def test_settings_are_read_and_written():
-    from _benchmark import Setting
-    from _benchmark_parts import resolve
+def test_settings_are_resolved_for_ours_and_for_others():
+    from parts import resolve
+    from timing import words
 
-    for text in ("default", "bf16", "bf16+channels_last+compile", "compile+winograd"):
-        assert str(Setting.parse(text)) == text
-    slow, fast = {"float32": 1.0, "bf16": 2.0}, {"float32": 2.0, "bf16": 1.0}
     best = "bf16+channels_last+compile"
-    assert [tuple(map(str, pair)) for pair in resolve(["default", "best"], fast)] == [("default",) * 2, (best,) * 2]
-    assert tuple(map(str, resolve(["best"], slow)[0])) == ("channels_last+winograd", "channels_last+compile")
-    assert tuple(map(str, resolve(["compile+winograd"], slow)[0])) == ("compile+winograd", "compile")
-    with pytest.raises(UserError, match="'bf61' is not known"):
-        Setting.parse("compile+bf61")
+    assert resolve(["default", "best"], True) == [("default", "default"), (best, best)]
+    assert resolve(["best"], False) == [("channels_last+winograd", "channels_last+compile")]
+    assert resolve(["compile+winograd", "winograd"], False) == [
+        ("compile+winograd", "compile"),
+        ("winograd", "default"),
+    ]
+    assert words(best) == {"bf16", "channels_last", "compile"}
+    with pytest.raises(UserError, match="'bf61'"):
+        words("compile+bf61")
 
 
-def test_a_peer_with_another_network_is_refused():
-    from _peers import Ours, check_same_work, random_weights
+def test_a_baseline_with_another_network_is_refused():
+    from baselines import Ours, output_differences, random_weights
 
     state = random_weights(TINY)
-    peers = {"ours": Ours(TINY, state), "other": Ours(TINY, state)}
-    assert check_same_work(peers, (3, 8, 8)) == {"other": 0.0}
+    baselines = {"ours": Ours(TINY, state, Path()), "other": Ours(TINY, state, Path())}
+    assert output_differences(baselines) == {"other": 0.0}
     name = "mid.block_1.conv1.weight"
-    peers["other"] = Ours(TINY, {**state, name: 1.01 * state[name]})
-    with pytest.raises(UserError, match="other gives another output than ours"):
-        check_same_work(peers, (3, 8, 8))
+    baselines["other"] = Ours(TINY, {**state, name: 1.01 * state[name]}, Path())
+    with pytest.raises(UserError, match="other has another output than ours"):
+        output_differences(baselines)
 
 
 def line(what, **fields):
@@ -154,44 +155,54 @@ def rows(text):
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines() if row.startswith("| ")]
 
 
+def test_the_summary_compares_the_best_settings():
+    from tables import render
+
+    text = render(RECORDS)
+    # Sampling: 5 / 4, and 5 / 1 images a second; 0.5 of 4 TFLOP/s; a training of ours alone is left out.
+    assert rows(text)[2][:7] == ["10 steps", "5", "1.25", "5.00", "5.00 (bf16)", "12%", "2.50 (official, bf16)"]
+    assert len(rows(text)) == 3
+
+
 def test_the_tables_are_computed_from_the_record():
-    from _benchmark_table import markdown
+    from tables import markdown
 
     text = markdown(RECORDS)
-    found = rows(text)
+    entries = rows(text)
     # 5 images x 10 evaluations x 10 GFLOP in 4 s are 0.125 TFLOP/s, an eighth of the best product of matrices.
-    assert ["official", "default", "4,000.0", "1.25", "1.00 (1.00 to 1.00)", "0.125", "12%", "3", "9"] in found
-    assert ["ours", "bf16", "1,000.0", "5.00", "4.00 (4.00 to 40.00)", "0.5", "12%", "3", "9"] in found
+    assert ["official", "default", "4,000.0", "1.25", "1.00 (1.00 to 1.00)", "0.125", "12%", "3", "9"] in entries
+    assert ["ours", "bf16", "1,000.0", "5.00", "4.00 (4.00 to 40.00)", "0.5", "12%", "3", "9"] in entries
     # A training step is three forward passes: 5 x 3 x 10 GFLOP in 0.5 s.
-    assert ["ours", "default", "500.0", "10.00", "1.00 (1.00 to 1.00)", "0.3", "30%", "3", "9"] in found
-    assert "against the fastest peer at its best, official (bf16): 2.00 (2.00 to 2.00) times" in text
+    assert ["ours", "default", "500.0", "10.00", "1.00 (1.00 to 1.00)", "0.3", "30%", "3", "9"] in entries
+    assert "against the fastest baseline, official (bf16): 2.00 (2.00 to 2.00) times" in text
     assert "float32 1 TFLOP/s, bf16 4 TFLOP/s" in text
     # 295 million evaluations at 50 a second
     assert f"50 evaluations/s; sampling for the paper's CIFAR-10 table: {295e6 / 50 / 3600:,.1f} h" in text
     assert "Missing: diffusers (not here)" in text
-    assert "another network" in next(row for row in found if row[0] == "denoising-diffusion-pytorch")
+    assert "another network" in next(row for row in entries if row[0] == "denoising-diffusion-pytorch")
 
 
-def test_a_line_is_laid_through_the_times():
-    from _benchmark_table import markdown
+def test_a_line_is_fitted_to_the_times():
+    from tables import markdown
 
     times = {(8, 1): 1.5, (8, 2): 2.5, (8, 4): 4.5, (16, 2): 5.0, (24, 2): 8.0, (32, 2): 10.0}
     points = [timing("scaling", f"n={n},S={S}", "default", [t], batch=8) for (n, S), t in times.items()]
     text = markdown([*RECORDS, *points])
     assert "Time over the number of steps S, 8 images, default: 500 ms + 1,000 ms each, off by 0.0% at most:" in text
-    # 0 + 319 n tells 2.55, 5.1, 7.65, 10.2 s of 2.5, 5, 8, 10
+    # 0 + 319 n gives 2.55, 5.1, 7.65, 10.2 s for 2.5, 5, 8, 10
     assert "Time over the number of images n, 2 steps, default: 0 ms + 319 ms each, off by 4.4% at most:" in text
     assert ["4", "4,500", "4,500"] in rows(text)
     assert "Time over" not in markdown(RECORDS)
 
 
 @pytest.mark.slow
-def test_a_run_measures_diffusers_beside_ours_and_says_who_is_missing(run, tmp_path, compiler):
+@pytest.mark.integration
+def test_a_run_measures_every_part_and_names_what_is_missing(run, tmp_path, compiler):
     pytest.importorskip("diffusers")
     out = tmp_path / "speed.jsonl"
-    words = "--network tiny --rounds 1 --batch 1 --train-batch 2 --steps 2"
+    words = "--network tiny --rounds 1 --batch 1 --train-batch 2 --steps 2 --baselines ours diffusers official"
     settings = ("--settings", "default", "channels_last+winograd", "--threads", str(torch.get_num_threads()))
-    done = run("benchmark", *words.split(), *settings, "--peers", "ours", "diffusers", "official", "--out", str(out))
+    done = run("benchmark/speed", *words.split(), *settings, "--out", str(out))
     assert done.code == 0, done.err
     records = [json.loads(text) for text in out.read_text().splitlines()]
     timed = {(r["what"], r["peer"], r["setting"]) for r in records if r["what"] in ("sampling", "training")}
@@ -206,25 +217,27 @@ def test_a_run_measures_diffusers_beside_ours_and_says_who_is_missing(run, tmp_p
         )
     }
     assert sum(r["what"] == "scaling" for r in records) == 7
+    assert {"plain loop", "Lightning"} <= {r["peer"] for r in records if r["what"] == "training_options"}
     steps = {r["peer"] for r in records if r["what"] == "step"}
     assert steps >= {"network", "arithmetic", "noise", "copy"}
     assert all(len(r["rows"]) == 10 for r in records if r["what"] == "profile")
     assert "official is left out: give --official PATH" in done.out
-    assert re.search(r"against the fastest peer at its best, diffusers", done.out)
-    again = run("benchmark", "--table", str(out))
+    assert re.search(r"against the fastest baseline, diffusers", done.out)
+    again = run("benchmark/speed", "--table", str(out))
     assert again.out.strip() in done.out
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--table", "nothing.jsonl"], "nothing.jsonl holds no records"),
-        (["--network", "tiny", "--peers", "nobody"], "nobody"),
+        (["--network", "tiny", "--baselines", "nobody"], "nobody"),
         (["--network", "tiny", "--official", "nowhere"], "--official takes the folder of a checkout"),
     ],
 )
-def test_mistakes_are_one_sentence(process, tmp_path, arguments, message):
-    done = process("benchmark", *arguments, cwd=tmp_path)
+def test_mistakes_are_one_clear_sentence(process, tmp_path, arguments, message):
+    done = process("benchmark/speed", *arguments, cwd=tmp_path)
     assert done.code == 1
     assert done.err.count("\n") == 1
     assert message in done.err

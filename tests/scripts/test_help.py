@@ -48,7 +48,7 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
 
 
 def test_the_digits_classifier_script_says_what_it_makes() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "make_digits_classifier.py"), "--help"]
+    command = [sys.executable, str(ROOT / "scripts" / "tools" / "make_digits_classifier.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert (done.returncode, done.stderr) == (0, "")
     assert "ddim/evaluation/assets/digits_classifier.npz" in done.stdout

@@ -1,16 +1,25 @@
-"""What a precision costs: the command on the small trained network, and the arithmetic of its table."""
+"""scripts/benchmark/precision.py on the small trained network, and the arithmetic of its table."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.integration
+FOLDER = Path(__file__).parents[2] / "scripts" / "benchmark"
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
 
 def test_a_run_compares_the_same_images(run, checkpoint, tmp_path, compiler):
     out = tmp_path / "precision.jsonl"
     words = "--extractor pixels --n 70 --steps 2 --batch 35 --precisions winograd bf16"
-    done = run("precision", str(checkpoint), *words.split(), "--out", str(out))
+    done = run("benchmark/precision", str(checkpoint), *words.split(), "--out", str(out))
     assert done.code == 0, done.err
     exact, *others = (json.loads(line) for line in out.read_text().splitlines())
     assert [exact["precision"], *(r["precision"] for r in others)] == ["float32", "winograd", "bf16"]
@@ -19,29 +28,29 @@ def test_a_run_compares_the_same_images(run, checkpoint, tmp_path, compiler):
     by_name = {r["precision"]: r for r in others}
     assert by_name["winograd"]["mean"] <= by_name["bf16"]["mean"]
     assert 0 < by_name["bf16"]["mean"] < 20
-    assert run("precision", "--table", str(out)).out.strip() in done.out
+    assert run("benchmark/precision", "--table", str(out)).out.strip() in done.out
 
 
-def test_the_table_sets_the_effect_beside_seed_noise(run, tmp_path):
+def test_the_table_compares_the_effect_with_seed_noise(run, tmp_path):
     common = {"n": 5, "S": 2, "eta": 0.0, "extractor": "pixels", "weights_hash": "0" * 9, "device": "cpu"}
     common |= {"run": "r", "revision": "abc", "seconds": 1.0, "largest": 3, "mean": 0.5, "to_float32": 1e-3}
     lines = [{**common, "precision": "float32", "to_fresh": 2.0}, {**common, "precision": "bf16", "to_fresh": 1.9}]
     out = tmp_path / "record.jsonl"
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "| bf16 | 1.0 | 3 | 0.5000 | 1.00e-03 | 1.9000 | 5.00% |" in run("precision", "--table", str(out)).out
+    assert (
+        "| bf16 | 1.0 | 3 | 0.5000 | 1.00e-03 | 1.9000 | 5.00% |" in run("benchmark/precision", "--table", str(out)).out
+    )
 
 
-def test_a_checkpoint_is_asked_for(run):
-    done = run("precision")
+def test_a_checkpoint_is_required(run):
+    done = run("benchmark/precision")
     assert done.code == 1
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
-def test_the_network_computes_at_the_precision_it_says(run, name, dtype, monkeypatch):
-    run("precision")  # puts scripts/ on the path
-    import importlib
+def test_the_network_computes_at_the_stated_precision(name, dtype):
+    from precision import at_precision
 
-    precision = importlib.import_module("precision")
     seen = []
 
     class Layer(nn.Linear):
@@ -50,6 +59,6 @@ def test_the_network_computes_at_the_precision_it_says(run, name, dtype, monkeyp
             seen.append(y.dtype)
             return y
 
-    with precision.at_precision(Layer(2, 2), name, torch.device("cpu")) as network:
+    with at_precision(Layer(2, 2), name, torch.device("cpu")) as network:
         assert network(torch.zeros(1, 2), None).dtype == torch.float32
     assert seen == [dtype]

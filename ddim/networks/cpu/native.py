@@ -1,6 +1,6 @@
-"""Loops in C++ that torch has not: compiled on a machine's first use of them, and kept.
+"""Compiles C++ loops at their first use, keeps the libraries, and calls their functions.
 
-For loops only. Their code includes nothing of torch, so that compiling takes seconds and the result fits every version.
+The C++ files include nothing of torch, so that compiling takes a second and a library fits every version of torch.
 """
 
 import atexit
@@ -20,25 +20,26 @@ import torch
 from torch import Tensor
 
 from ddim.errors import UserError
+from ddim.networks.compiler import compiler_command, find_compiler
 
-COMPILER = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch takes $CXX, or else this one
 OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", *(() if sys.platform == "darwin" else ("-fopenmp",)))
-VECTORS = {
+VECTOR_OPTIONS = {
     "AVX2": ("-mavx2", "-mfma"),
     "AVX512": ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-}  # by what torch calls a processor's abilities
+}  # by torch's name of the processor's instruction set
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 TYPES = {torch.float32: "float", torch.float64: "double"}
-CHANNELS = 32  # come in multiples of what two of the longest vectors of a processor hold
+CHANNELS = 32  # the loops need a multiple of it: two of the longest vectors of float32
 
 
 def run(source: Path, function: str, dtype: torch.dtype, *arguments: Tensor | int | float) -> None:
     """Call `{function}_float` or `{function}_double` of a C++ file.
 
-    It gets pointers for tensors, int64_t for whole numbers, double for others; and last the number of torch's threads.
+    The function receives a pointer for each tensor, an int64_t for each int, a double for each float, and last the
+    number of torch's threads.
 
     Raises:
-        ValueError: a tensor is not contiguous, not on a CPU or of another dtype.
+        ValueError: a tensor is not contiguous, not on a CPU, or of another dtype.
     """
     values: list[int | float] = []
     for argument in (*arguments, torch.get_num_threads()):
@@ -49,50 +50,34 @@ def run(source: Path, function: str, dtype: torch.dtype, *arguments: Tensor | in
         else:
             raise ValueError(f"{function} takes contiguous {dtype} on CPUs, not {argument.dtype}, {argument.device}.")
     numbers = [ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value) for value in values]
-    with torch.profiler.record_function(f"{source.stem}.{function}"):  # profiles see no further than torch's operations
+    with torch.profiler.record_function(f"{source.stem}.{function}"):  # torch's profiler does not see C++ functions
         getattr(load(source), f"{function}_{TYPES[dtype]}")(*numbers)
 
 
-def takes(x: Tensor, weight: Tensor, channels: int) -> bool:
-    """Whether x is (B, channels, H, W), and with the weight of a kind that `run` takes."""
-    known = x.dtype in TYPES and x.dtype == weight.dtype and x.is_cpu
-    return known and x.dim() == 4 and x.shape[1] == channels
+def supports(x: Tensor, weight: Tensor, channels: int) -> bool:
+    """Return whether x is (B, channels, H, W) on a CPU, in a dtype of the loops that is also the weight's."""
+    return x.dtype in TYPES and x.dtype == weight.dtype and x.is_cpu and x.dim() == 4 and x.shape[1] == channels
 
 
-def pixels(x: Tensor) -> Tensor:
+def to_nhwc(x: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, H, W, C), contiguous."""
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def find_compiler() -> list[str]:
-    """Return the command of the C++ compiler: the variable CXX, or what the platform has.
-
-    Raises:
-        UserError: it is not there.
-    """
-    command = _compiler()
-    if shutil.which(command[0]) is None:
-        raise UserError(
-            f"compile=true and winograd=true need a C++ compiler, and {command[0]} cannot be found; install it "
-            "(apt install g++, conda install gxx), name another by the variable CXX, or leave both false."
-        )
-    return command
-
-
 @functools.cache
 def load(source: Path) -> ctypes.CDLL:
-    """Return the functions of a C++ file, which g++ or clang++ compiles unless it was before, for such a processor.
+    """Return the functions of a C++ file, compiled unless that was done before for this kind of processor.
 
-    They are kept in `~/.cache/torch/ddim` (TORCH_HOME moves that); where that cannot be written, each process compiles
-    them for itself. Processes may load the same file at the same time.
+    Libraries are kept in `~/.cache/torch/ddim` (TORCH_HOME moves it); if that is not writable, each process compiles
+    for itself. Several processes may load the same file at the same time.
 
     Raises:
-        UserError: no compiler, or it fails, with the last of what it says; or what was kept cannot be loaded.
+        UserError: the compiler is missing or fails (with the end of its output), or a kept library cannot be loaded.
     """
-    options = (*OPTIONS, *VECTORS.get(CAPABILITY, ()))
+    options = (*OPTIONS, *VECTOR_OPTIONS.get(CAPABILITY, ()))
     content = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.h")))]
-    told = " ".join((*_compiler(), *options, sys.platform, platform.machine()))
-    key = hashlib.sha256(b"".join((*content, told.encode()))).hexdigest()[:16]
+    target = " ".join((*compiler_command(), *options, sys.platform, platform.machine()))
+    key = hashlib.sha256(b"".join((*content, target.encode()))).hexdigest()[:16]
     library = Path(torch.hub.get_dir()).parent / "ddim" / f"{source.stem}-{key}.so"
     if not library.exists():
         library = _compile(source, options, library)
@@ -100,32 +85,28 @@ def load(source: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise UserError(
-            f"{library} cannot be loaded ({error}); delete it to have it compiled anew, or use winograd=false."
+            f"{library} cannot be loaded ({error}); delete it to have it compiled again, or use winograd=false."
         ) from error
 
 
 def _compile(source: Path, options: tuple[str, ...], library: Path) -> Path:
-    """Make the library, at once for whoever else is about it, and return where it is."""
+    """Write the library atomically; return its path, which is a temporary one if `library` is not writable."""
     command = [*find_compiler(), *options, str(source)]
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=library.parent))
-    except OSError:  # it cannot be written: for this process alone
+    except OSError:
         folder = Path(tempfile.mkdtemp(prefix="ddim-"))
         library = folder / library.name
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    fresh = folder / "fresh.so"
-    done = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
+    compiled = folder / "compiled.so"
+    done = subprocess.run([*command, "-o", str(compiled)], capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"{shlex.join(command)} failed; name another compiler by the variable CXX, or use winograd=false. "
-            f"It said: {(done.stdout + done.stderr)[-500:].strip()}"
+            f"{shlex.join(command)} failed; name another compiler in the variable CXX, or use winograd=false. "
+            f"Its output: {(done.stdout + done.stderr)[-500:].strip()}"
         )
-    os.replace(fresh, library)
+    os.replace(compiled, library)
     if library.parent != folder:
         folder.rmdir()
     return library
-
-
-def _compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "")) or [COMPILER]

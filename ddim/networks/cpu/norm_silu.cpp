@@ -1,4 +1,4 @@
-// Group normalisation and SiLU in one loop, forward and backward; norm_silu.py says what they are for.
+// Group normalisation and SiLU in one pass, forward and backward; called by norm_silu.py.
 
 #include "vector.h"
 
@@ -9,13 +9,13 @@
 
 namespace {
 
-// e^x to two units in the last place: 2^n e^r with |r| <= ln(2)/2, and e^r by its Taylor polynomial.
+// e^x, accurate to two units in the last place: 2^n e^r with |r| <= ln(2)/2, and e^r by its Taylor polynomial.
 inline Vector<float>::type exponential(Vector<float>::type x) {
   typedef Vector<float>::type V;
   typedef int32_t I __attribute__((vector_size(BYTES)));
   x = x < -87.0f ? V{} - 87.0f : x;
   x = x > 88.0f ? V{} + 88.0f : x;
-  const float rounding = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+  const float rounding = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const V n = (x * 1.44269504f + rounding) - rounding;
   const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
   V p = r * (1.0f / 5040) + 1.0f / 720;
@@ -33,37 +33,38 @@ inline Vector<double>::type exponential(Vector<double>::type x) {
   return x;
 }
 
-// Sums over many pixels, channel by channel: of 64 at a time, and of those in double.
+// Sums over pixels for each channel: 64 pixels at a time in T (`few`), these partial sums in double (`all`).
 template <typename T>
 struct Sums {
   std::vector<T> few;
   std::vector<double> all;
   explicit Sums(int64_t channels) : few(channels), all(channels) {}
-  void keep() {
+  void flush() {
     for (size_t c = 0; c < few.size(); c++) all[c] += few[c], few[c] = 0;
   }
 };
 
-// Channels that one thread works on: all, or the fewest that are whole groups and lines of a cache if images are few.
+// The number of channels that one thread processes: all of an image's, or, with fewer images than threads, the fewest
+// that are complete groups and complete cache lines.
 template <typename T>
-int64_t share(int64_t n, int64_t C, int64_t groups, int64_t threads) {
+int64_t channels_per_thread(int64_t n, int64_t C, int64_t groups, int64_t threads) {
   return n >= threads ? C : std::lcm<int64_t>(C / groups, 64 / sizeof(T));
 }
 
-// Call body(p) for all pixels, and keep() what it summed now and then.
-template <typename Body, typename Keep>
-inline void each(int64_t pixels, Body body, Keep keep) {
+// Call body(p) for all pixels, and flush() after every 64 of them and at the end.
+template <typename Body, typename Flush>
+inline void for_each_pixel(int64_t pixels, Body body, Flush flush) {
   for (int64_t p = 0; p < pixels; p++) {
     body(p);
-    if (p % 64 == 63 || p == pixels - 1) keep();
+    if (p % 64 == 63 || p == pixels - 1) flush();
   }
 }
 
-// x (n, P, C), gamma and beta (C,) -> y (n, P, C), and of every group the mean and the reciprocal deviation (n, groups).
+// x (n, P, C), gamma and beta (C,) -> y (n, P, C), and (n, groups) each: mean and 1 / standard deviation of the groups.
 template <typename T>
 void forward(const T* x, const T* gamma, const T* beta, T* y, T* mean, T* rstd, int64_t n, int64_t P, int64_t C,
              int64_t groups, double eps, int64_t threads) {
-  const int64_t width = share<T>(n, C, groups, threads), parts = C / width, per = C / groups;
+  const int64_t width = channels_per_thread<T>(n, C, groups, threads), parts = C / width, per = C / groups;
 #pragma omp parallel for num_threads(threads)
   for (int64_t item = 0; item < n * parts; item++) {
     const int64_t first = item % parts * width, start = item / parts * P * C + first;
@@ -71,25 +72,25 @@ void forward(const T* x, const T* gamma, const T* beta, T* y, T* mean, T* rstd, 
     const T* in = x + start;
     Sums<T> sums(width), squares(width);
     std::vector<T> center(width), scale(width), shift(width);
-    each(
+    for_each_pixel(
         P, [&](int64_t p) {
           for (int64_t c = 0; c < width; c += LANES<T>) at(&sums.few[c]) += at(in + p * C + c);
         },
-        [&] { sums.keep(); });
+        [&] { sums.flush(); });
     for (int64_t g = 0; g < width / per; g++) {
       double sum = 0;
       for (int64_t c = g * per; c < (g + 1) * per; c++) sum += sums.all[c];
       mean[group + g] = sum / (P * per);
       for (int64_t c = g * per; c < (g + 1) * per; c++) center[c] = mean[group + g];
     }
-    each(
+    for_each_pixel(
         P, [&](int64_t p) {
           for (int64_t c = 0; c < width; c += LANES<T>) {
             const auto d = at(in + p * C + c) - at(&center[c]);
             at(&squares.few[c]) += d * d;
           }
         },
-        [&] { squares.keep(); });
+        [&] { squares.flush(); });
     for (int64_t g = 0; g < width / per; g++) {
       double sum = 0;
       for (int64_t c = g * per; c < (g + 1) * per; c++) sum += squares.all[c];
@@ -107,13 +108,13 @@ void forward(const T* x, const T* gamma, const T* beta, T* y, T* mean, T* rstd, 
   }
 }
 
-// The gradient of y, and what went in and came out -> the gradient of x (n, P, C), and those of gamma and beta by
-// image (n, C). With xh = (x - mean) rstd, z = xh gamma + beta, s = sigmoid(z) and dz = dy s (1 + z (1 - s)):
+// The gradient of y, and the inputs and moments of `forward` -> the gradients of x (n, P, C), and of gamma and beta for
+// each image (n, C). With xh = (x - mean) rstd, z = xh gamma + beta, s = sigmoid(z) and dz = dy s (1 + z (1 - s)):
 // dx = rstd (gamma dz - mean of gamma dz - xh mean of (gamma dz xh)), the means over a group.
 template <typename T>
 void backward(const T* dy, const T* x, const T* gamma, const T* beta, const T* mean, const T* rstd, T* dx, T* dgamma,
               T* dbeta, int64_t n, int64_t P, int64_t C, int64_t groups, int64_t threads) {
-  const int64_t width = share<T>(n, C, groups, threads), parts = C / width, per = C / groups;
+  const int64_t width = channels_per_thread<T>(n, C, groups, threads), parts = C / width, per = C / groups;
 #pragma omp parallel for num_threads(threads)
   for (int64_t item = 0; item < n * parts; item++) {
     const int64_t image = item / parts, first = item % parts * width, start = image * P * C + first;
@@ -123,7 +124,7 @@ void backward(const T* dy, const T* x, const T* gamma, const T* beta, const T* m
       const int64_t group = image * groups + (first + c) / per;
       center[c] = mean[group], scale[c] = rstd[group];
     }
-    each(
+    for_each_pixel(
         P, [&](int64_t p) {
           for (int64_t c = 0; c < width; c += LANES<T>) {
             const int64_t i = start + p * C + c;
@@ -136,7 +137,7 @@ void backward(const T* dy, const T* x, const T* gamma, const T* beta, const T* m
             at(&by_gamma.few[c]) += dz * xh;
           }
         },
-        [&] { by_gamma.keep(), by_beta.keep(); });
+        [&] { by_gamma.flush(), by_beta.flush(); });
     for (int64_t g = 0; g < width; g += per) {
       double sum_dz = 0, sum_dz_xh = 0;
       for (int64_t c = g; c < g + per; c++) {

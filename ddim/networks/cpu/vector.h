@@ -1,4 +1,4 @@
-// Vectors as long as the processor's, for the loops that native.py compiles.
+// A vector type as long as the processor's vector registers.
 
 #pragma once
 

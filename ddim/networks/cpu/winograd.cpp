@@ -1,6 +1,6 @@
-// The loops of Winograd's algorithm; winograd.py says what they are for, and native.py compiles them.
+// The loops of Winograd's algorithm; called by winograd.py.
 //
-// Each transform is M X M^T for a fixed matrix M and the small matrices X into which images are cut.
+// Each transform is M X M^T, for a fixed matrix M and the tiles X of the images.
 
 #include "vector.h"
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// Lavin and Gray's matrices of F(4x4, 3x3).
+// The matrices of F(4x4, 3x3) in Lavin and Gray's paper: B^T, G and A^T.
 struct Bt {
   static constexpr int rows = 6, columns = 6;
   static constexpr double m[rows][columns] = {{4, 0, -5, 0, 1, 0},   {0, -4, -4, 1, 1, 0}, {0, 4, -4, -1, 1, 0},
@@ -43,7 +43,7 @@ struct Transposed {
   static constexpr Rows m{};
 };
 
-// y = M x for a vector x of vectors; entries that are zero cost nothing.
+// y = M x, where each entry of x is a vector of channels; zero entries of M are skipped at compile time.
 template <class M, int stride, typename T>
 inline __attribute__((always_inline)) void combine(const typename Vector<T>::type* x, typename Vector<T>::type* y) {
 #pragma GCC unroll 6
@@ -61,7 +61,7 @@ inline __attribute__((always_inline)) void combine(const typename Vector<T>::typ
   }
 }
 
-// out = M in M^T + bias for all channels of one small matrix of pixels.
+// out = M in M^T + bias, for all channels of one tile.
 template <class M, typename T>
 inline void sandwich(const T* in, int64_t in_row, int64_t in_column, T* out, int64_t out_row, int64_t out_column,
                      int64_t channels, const T* bias) {
@@ -85,20 +85,20 @@ inline void sandwich(const T* in, int64_t in_row, int64_t in_column, T* out, int
   }
 }
 
-// images (n, H, W, C), bordered by `border` zeros -> tiles (36, n H/step W/step, C), whose 36 parts lie `pitch` apart.
+// images (n, H, W, C), padded by `border` zeros -> tiles (36, n H/step W/step, C); the 36 matrices are `pitch` apart.
 template <class M, int step, int border, typename T>
 void cut(const T* images, T* tiles, int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch, int64_t threads) {
-  const int64_t h = H / step, w = W / step, bordered = W + 2 * border;
+  const int64_t h = H / step, w = W / step, padded_width = W + 2 * border;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<T> copy(border ? M::columns * bordered * C : 0);  // of one row of tiles, with its border
+    std::vector<T> copy(border ? M::columns * padded_width * C : 0);  // one row of tiles with its padding
 #pragma omp for
     for (int64_t k = 0; k < n * h; k++) {
       const int64_t top = k % h * step - border;
       const T* rows = images + (k / h * H + top) * W * C;
       if (border) {
         for (int64_t i = 0; i < M::columns; i++) {
-          T* to = copy.data() + (i * bordered + border) * C;
+          T* to = copy.data() + (i * padded_width + border) * C;
           if (top + i < 0 || top + i >= H)
             memset(to, 0, W * C * sizeof(T));
           else
@@ -107,12 +107,13 @@ void cut(const T* images, T* tiles, int64_t n, int64_t H, int64_t W, int64_t C, 
         rows = copy.data();
       }
       for (int64_t j = 0; j < w; j++)
-        sandwich<M, T>(rows + j * step * C, bordered * C, C, tiles + (k * w + j) * C, M::rows * pitch, pitch, C, nullptr);
+        sandwich<M, T>(rows + j * step * C, padded_width * C, C, tiles + (k * w + j) * C, M::rows * pitch, pitch, C,
+                       nullptr);
     }
   }
 }
 
-// tiles (36, n H/step W/step, C), whose 36 parts lie `pitch` apart, and a bias (C,) or null -> images (n, H, W, C).
+// tiles (36, n H/step W/step, C), the 36 matrices `pitch` apart, and a bias (C,) or null -> images (n, H, W, C).
 template <class M, typename T>
 void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_t W, int64_t C, int64_t pitch,
           int64_t threads) {
@@ -125,11 +126,11 @@ void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_
                      bias);
 }
 
-// The columns of a product that one pass over its rows computes: their sums, of six rows, fill the registers.
+// Columns of a product that are computed together: with six rows their sums fill the vector registers.
 template <typename T>
 constexpr int PANEL = 2 * LANES<T>;
 
-// weights (K, 3, 3, N) -> G g G^T of each filter, (36, N/PANEL, K, PANEL), so that `products` reads them in their order.
+// weights (K, 3, 3, N) -> G g G^T of each filter, (36, N/PANEL, K, PANEL): the order in which `products` reads them.
 template <typename T>
 void filters(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {
 #pragma omp parallel for num_threads(threads)
@@ -139,7 +140,7 @@ void filters(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads)
                      nullptr);
 }
 
-// R rows of a product: a (R, K) and a panel (K, PANEL) -> c (R, PANEL), whose rows lie N apart.
+// R rows of a product: a (R, K) times a panel (K, PANEL) -> c (R, PANEL), whose rows are N apart.
 template <int R, typename T>
 inline __attribute__((always_inline)) void multiply(const T* a, const T* panel, T* c, int64_t K, int64_t N) {
   typename Vector<T>::type left[R] = {}, right[R] = {};
@@ -158,8 +159,8 @@ inline __attribute__((always_inline)) void multiply(const T* a, const T* panel, 
   }
 }
 
-// 36 matrix products, a (36, M, K) times panels (36, N/PANEL, K, PANEL) -> c (36, M, N). The 36 parts of a and of c lie
-// `pitch_a` and `pitch_c` apart. A row of c depends on the same row of a only, to the last bit.
+// 36 matrix products, a (36, M, K) times panels (36, N/PANEL, K, PANEL) -> c (36, M, N). The 36 matrices of a and c are
+// `pitch_a` and `pitch_c` apart. A row of c depends on the same row of a only, bit for bit.
 template <typename T>
 void products(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a, int64_t pitch_c,
               int64_t threads) {

@@ -1,4 +1,4 @@
-"""C++ beside the code: compiled once, found again, and a compiler that is missing or fails is one sentence."""
+"""C++ loops: compiled once, found again, and one clear error for a missing or failing compiler."""
 
 import ctypes
 import re
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ddim.errors import UserError
+from ddim.networks import compiler
 from ddim.networks.cpu import native
 
-pytestmark = pytest.mark.usefixtures("compiler")
+pytestmark = [pytest.mark.usefixtures("compiler"), pytest.mark.integration]
 SOURCE = 'extern "C" double twice(double x) { return 2 * x; }'
 
 
@@ -19,13 +20,15 @@ SOURCE = 'extern "C" double twice(double x) { return 2 * x; }'
 def source(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     native.load.cache_clear()
-    yield tmp_path / "loop.cpp"
+    path = tmp_path / "loop.cpp"
+    path.write_text(SOURCE)
+    yield path
     native.load.cache_clear()
 
 
 @pytest.fixture
-def counted(monkeypatch):
-    """The commands that were run."""
+def compilations(monkeypatch):
+    """The commands of the compiler so far."""
     commands, run = [], subprocess.run
     monkeypatch.setattr(
         subprocess, "run", lambda command, **options: commands.append(command) or run(command, **options)
@@ -40,46 +43,40 @@ def twice(source):
     return function(ctypes.c_double(21))
 
 
-def test_a_source_is_compiled_once_and_again_when_it_changes(source, counted, tmp_path):
-    source.write_text(SOURCE)
+def test_a_source_is_compiled_once_and_again_when_changed(source, compilations, tmp_path):
     assert [twice(source), twice(source)] == [42, 42]
-    assert len(counted) == 1
+    assert len(compilations) == 1
     source.write_text(SOURCE.replace("2 *", "3 *"))
     assert twice(source) == 63
-    assert len(counted) == 2
-    kept = tmp_path / "home" / "ddim"
-    assert sorted(path.suffix for path in kept.iterdir()) == [".so", ".so"]  # and nothing temporary
+    assert len(compilations) == 2
+    assert sorted(path.suffix for path in (tmp_path / "home" / "ddim").iterdir()) == [".so", ".so"]  # nothing temporary
 
 
-def test_another_processor_has_code_of_its_own(source, counted, monkeypatch):
-    source.write_text(SOURCE)
+def test_another_processor_gets_its_own_library(source, compilations, monkeypatch):
     twice(source)
-    monkeypatch.setattr(native, "CAPABILITY", "a capability of tomorrow")
+    monkeypatch.setattr(native, "CAPABILITY", "a future instruction set")
     twice(source)
-    assert len(counted) == 2
-    assert not any(word.startswith("-m") for word in counted[1])
+    assert len(compilations) == 2
+    assert not any(word.startswith("-m") for word in compilations[1])
 
 
-def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(source, counted, tmp_path):
-    source.write_text(SOURCE)
+def test_an_unwritable_cache_compiles_per_process(source, compilations, tmp_path):
     (tmp_path / "home").write_text("a file where a folder should be")
     assert [twice(source), twice(source)] == [42, 42]
-    assert len(counted) == 2
+    assert len(compilations) == 2
 
 
-def test_what_is_kept_needs_no_compiler(source, counted, monkeypatch, tmp_path):
-    source.write_text(SOURCE)
+def test_a_kept_library_needs_no_compiler(source, compilations, monkeypatch, tmp_path):
     twice(source)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert twice(source) == 42
-    assert len(counted) == 1
+    assert len(compilations) == 1
 
 
-def test_what_is_kept_and_cannot_be_loaded_is_told(source, tmp_path, monkeypatch):
-    source.write_text(SOURCE)
+def test_a_damaged_library_is_an_error(source, tmp_path, monkeypatch):
     twice(source)
     native.load.cache_clear()
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))  # the C library remembers paths that it has loaded
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "another"))  # the C library remembers the paths that it has loaded
     (kept,) = (tmp_path / "home" / "ddim").iterdir()
     (tmp_path / "another" / "ddim").mkdir(parents=True)
     (tmp_path / "another" / "ddim" / kept.name).write_bytes(b"not a library")
@@ -96,26 +93,21 @@ def test_tensors_that_a_loop_would_misread_are_refused(x):
 
 
 def test_processes_may_compile_at_the_same_time(source):
-    source.write_text(SOURCE)
-    program = "import sys, pathlib; from ddim.networks import native; native.load(pathlib.Path(sys.argv[1])).twice"
+    program = "import sys, pathlib; from ddim.networks.cpu import native; native.load(pathlib.Path(sys.argv[1])).twice"
     processes = [subprocess.Popen([sys.executable, "-c", program, str(source)]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
 
 
-def test_what_the_compiler_says_is_told(source):
+def test_a_failing_compiler_is_quoted(source):
     source.write_text(SOURCE.replace("x;", "y;"))
     with pytest.raises(UserError, match=r"(?s)loop\.cpp failed; name another compiler .*\by\b"):
         native.load(source)
 
 
-@pytest.mark.parametrize("named", [None, "mycc -O2"])
-def test_a_missing_compiler_is_told(monkeypatch, tmp_path, source, named):
+@pytest.mark.parametrize("cxx", ["", "mycc -O2"])
+def test_a_missing_compiler_is_named(monkeypatch, tmp_path, source, cxx):
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    if named:
-        monkeypatch.setenv("CXX", named)
-    source.write_text(SOURCE)
-    with pytest.raises(
-        UserError, match=f"need a C.. compiler, and {re.escape((named or native.COMPILER).split()[0])} "
-    ):
+    monkeypatch.setenv("CXX", cxx)
+    name = re.escape((cxx or compiler.DEFAULT).split()[0])
+    with pytest.raises(UserError, match=f"need a C.. compiler, and {name} "):
         native.load(source)

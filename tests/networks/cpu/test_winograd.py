@@ -1,41 +1,35 @@
-"""Winograd's algorithm is a convolution: the same numbers, the same gradients, the same names."""
+"""Winograd's algorithm equals a direct convolution: same outputs, gradients and names."""
 
 import copy
 
 import pytest
 import torch
+from tensors import gaussian, gaussian32
 from torch import nn
 
-from ddim.networks import UNetSpec, build_network
-from ddim.networks.cpu import native, winograd
-from ddim.networks.cpu.norm_silu import NormSiLU, fuse_norms
+from ddim.networks.cpu import native, use_cpp_loops, winograd
 from ddim.networks.cpu.winograd import WinogradConv2d, use_winograd
+from ddim.networks.unet import NormSiLU
 
 pytestmark = pytest.mark.usefixtures("compiler")
-SPEC = UNetSpec((16, 32), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), num_groups=8, init="torch")
 
 
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+def pair(frozen=False, size=32):
+    """A direct convolution and the same one by Winograd's algorithm."""
+    direct = nn.Conv2d(size, 32, 3, padding=1).requires_grad_(not frozen)
+    fast = copy.deepcopy(direct)
+    use_winograd(fast)
+    assert type(fast) is WinogradConv2d
+    return direct, fast
 
 
 @pytest.mark.parametrize("tiles", [256, 11, 7])
 @pytest.mark.parametrize("shape", [(2, 96, 8, 12), (1, 32, 8, 8), (5, 64, 16, 4), (3, 32, 4, 4), (11, 32, 4, 4)])
-def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, monkeypatch, threads):
+def test_output_and_gradients_equal_a_direct_convolution(shape, tiles, monkeypatch, threads):
     monkeypatch.setattr(winograd, "TILES", tiles)
-    direct = nn.Conv2d(shape[1], 32, 3, padding=1, dtype=torch.float64)
-    fast = copy.deepcopy(direct)
-    use_winograd(fast)
-    assert type(fast) is WinogradConv2d
     outputs, gradients = [], []
-    for layer in (direct, fast):
+    for layer in pair(size=shape[1]):
+        layer.double()
         x = gaussian(*shape).requires_grad_()
         y = layer(x)
         outputs.append(y)
@@ -46,105 +40,98 @@ def test_output_and_gradients_are_those_of_a_direct_convolution(shape, tiles, mo
         assert (got - expected).abs().max() < 1e-11
 
 
-def test_an_image_does_not_depend_on_the_others_of_its_batch():
+def test_an_image_is_independent_of_its_batch():
     layer = nn.Conv2d(64, 96, 3, padding=1).requires_grad_(False)
     use_winograd(layer)
-    x = gaussian(13, 64, 8, 8, dtype=torch.float32)  # 4 tiles an image, while 6, 4 or 1 are multiplied at once
+    x = gaussian32(13, 64, 8, 8)  # 4 tiles an image, while 6, 4 or 1 are multiplied at once
     whole = layer(x)
     for size in (1, 2, 7):
         assert torch.equal(torch.cat([layer(part) for part in x.split(size)]), whole)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_a_network_keeps_its_outputs_and_its_names(frozen):
-    network = build_network("unet", SPEC).eval().requires_grad_(not frozen)
+def test_a_network_keeps_its_outputs_and_names(frozen, network):
+    network.requires_grad_(not frozen)
     fast = copy.deepcopy(network)
     use_winograd(fast)
     used = [name for name, module in fast.named_modules() if isinstance(module, WinogradConv2d)]
     assert len(used) == 17  # all but the first, the last, and the one of stride 2
     assert fast.state_dict().keys() == network.state_dict().keys()
-    x, t = gaussian(2, 3, 16, 32, dtype=torch.float32), torch.tensor([3, 800])
+    x, t = gaussian32(2, 3, 16, 32), torch.tensor([3, 800])
     with torch.no_grad():
         expected, got = network(x, t), fast(x, t)
     assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
     assert not torch.equal(got, expected)
 
 
-def test_weights_that_are_trained_are_seen_and_frozen_ones_are_transformed_once():
-    layer = nn.Conv2d(32, 32, 3, padding=1)
-    use_winograd(layer)
-    assert layer.transformed is None
-    frozen = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
-    use_winograd(frozen)
+def test_frozen_weights_are_transformed_once():
+    _, frozen = pair(frozen=True)
     assert frozen.transformed.shape == (36, 32, 32)
     assert "transformed" not in frozen.state_dict()
-    x = gaussian(1, 32, 8, 8, dtype=torch.float32)
+
+
+def test_changes_of_trained_weights_take_effect():
+    _, layer = pair()
+    assert layer.transformed is None
+    x, bias = gaussian32(1, 32, 8, 8), layer.bias[:, None, None]
     before = layer(x)
     with torch.no_grad():
         layer.weight.mul_(2)
-    assert (layer(x) - layer.bias[:, None, None] - 2 * (before - layer.bias[:, None, None])).abs().max() < 1e-4
+    assert (layer(x) - bias - 2 * (before - bias)).abs().max() < 1e-4
 
 
-def test_frozen_weights_let_a_gradient_of_the_input_through():
-    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
-    fast = copy.deepcopy(layer)
-    use_winograd(fast)
-    x = gaussian(1, 32, 8, 8, dtype=torch.float32).requires_grad_()
-    expected, got = (torch.autograd.grad(convolution(x).square().sum(), x)[0] for convolution in (layer, fast))
+def test_frozen_weights_pass_the_gradient_of_the_input():
+    x = gaussian32(1, 32, 8, 8).requires_grad_()
+    expected, got = (torch.autograd.grad(layer(x).square().sum(), x)[0] for layer in pair(frozen=True))
     assert torch.equal(got, expected)
 
 
-def test_a_profile_names_the_loops():
-    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
-    use_winograd(layer)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        layer(gaussian(1, 32, 8, 8, dtype=torch.float32))
-    assert {f"winograd.{loop}" for loop in ("input_tiles", "products", "output")} <= {e.key for e in profiler.events()}
-
-
-def test_frozen_weights_with_a_bias_that_is_trained_are_convolved_directly():
+def test_frozen_weights_with_a_trained_bias_are_convolved_directly():
     layer = nn.Conv2d(32, 32, 3, padding=1)
     layer.weight.requires_grad_(False)
     use_winograd(layer)
-    layer(gaussian(1, 32, 8, 8, dtype=torch.float32)).sum().backward()
+    layer(gaussian32(1, 32, 8, 8)).sum().backward()
     assert torch.allclose(layer.bias.grad, torch.full((32,), 64.0))
+
+
+def test_a_profile_names_the_loops():
+    _, layer = pair(frozen=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        layer(gaussian32(1, 32, 8, 8))
+    assert {f"winograd.{loop}" for loop in ("input_tiles", "products", "output")} <= {e.key for e in profiler.events()}
 
 
 @pytest.mark.parametrize("change", ["dtype", "processor"])
 def test_filters_in_another_order_are_not_used(change, monkeypatch):
-    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(False)
-    fast = copy.deepcopy(layer)
-    use_winograd(fast)
-    x = gaussian(1, 32, 8, 8, dtype=torch.float32)
+    layer, fast = pair(frozen=True)
+    x = gaussian32(1, 32, 8, 8)
     if change == "dtype":
         layer, fast, x = layer.double(), fast.double(), x.double()
-    else:  # where it was pickled
+    else:  # unpickled on another machine
         monkeypatch.setattr(native, "CAPABILITY", "another")
     assert torch.equal(fast(x), layer(x))
 
 
 @pytest.mark.parametrize("x", [torch.ones(1, 64, 8, 8), torch.ones(1, 32, 8, 8, dtype=torch.float64)])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_does_not_fit_is_torch_s_to_refuse(x, frozen):
-    layer = nn.Conv2d(32, 32, 3, padding=1).requires_grad_(not frozen)
-    use_winograd(layer)
+def test_mismatched_inputs_are_refused_by_torch(x, frozen):
+    _, layer = pair(frozen)
     with pytest.raises(RuntimeError):
         layer(x)
 
 
 @pytest.mark.slow
-def test_a_network_around_the_operations_can_be_compiled():
-    """Without a break, with the same outputs and gradients."""
+def test_surrounding_layers_compile_to_one_graph():
+    """With the same outputs and gradients."""
     block = nn.Sequential(NormSiLU(4, 32), nn.Conv2d(32, 64, 3, padding=1), NormSiLU(4, 64))
     results = []
     for compile in (False, True):
         torch.compiler.reset()
         fast = copy.deepcopy(block)
-        use_winograd(fast)
-        fuse_norms(fast)
+        use_cpp_loops(fast)
         if compile:
             fast.compile(fullgraph=True, dynamic=False)
-        x = gaussian(2, 32, 8, 8, dtype=torch.float32).requires_grad_()
+        x = gaussian32(2, 32, 8, 8).requires_grad_()
         y = fast(x)
         results.append((y, *torch.autograd.grad(y.square().sum(), (x, *fast.parameters()))))
     for expected, got in zip(*results, strict=True):
@@ -163,25 +150,23 @@ def test_a_network_around_the_operations_can_be_compiled():
         nn.Conv2d(40, 32, 3, padding=1),
     ],
 )
-def test_other_convolutions_stay_as_they_are(layer):
+def test_unsuitable_convolutions_stay_as_they_are(layer):
     use_winograd(layer)
     assert type(layer) is nn.Conv2d
 
 
 @pytest.mark.parametrize("size", [(6, 8), (8, 2), (5, 5)])
 def test_sizes_that_tiles_do_not_cover_are_convolved_directly(size):
-    layer = nn.Conv2d(32, 32, 3, padding=1)
-    fast = copy.deepcopy(layer)
-    use_winograd(fast)
-    x = gaussian(1, 32, *size, dtype=torch.float32)
+    layer, fast = pair()
+    x = gaussian32(1, 32, *size)
     assert torch.equal(fast(x), layer(x))
 
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # torch's own check
-def test_the_operations_keep_what_torch_asks_of_them():
-    """Shapes and strides told in advance, and gradients: what compiling a network around them relies on."""
+def test_the_custom_operations_pass_opcheck():
+    """Predicted shapes and strides, and gradients: what compiling a network around them relies on."""
     x, weight, bias = gaussian(2, 64, 8, 12), gaussian(32, 64, 3, 3).requires_grad_(), gaussian(32).requires_grad_()
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(torch.ops.ddim.winograd_trained.default, (x, weight, bias))
@@ -189,6 +174,8 @@ def test_the_operations_keep_what_torch_asks_of_them():
     grad = gaussian(2, 32, 8, 12, seed=1)
     arguments = (grad, x.detach(), weight.detach())
     torch.library.opcheck(torch.ops.ddim.winograd_gradients.default, arguments)
-    for told, got in zip(winograd._gradients._abstract_fn(*arguments), winograd._gradients(*arguments), strict=True):
-        assert (told.shape, told.stride()) == (got.shape, got.stride())
+    for predicted, got in zip(
+        winograd._gradients._abstract_fn(*arguments), winograd._gradients(*arguments), strict=True
+    ):
+        assert (predicted.shape, predicted.stride()) == (got.shape, got.stride())
     torch.library.opcheck(torch.ops.ddim.winograd.default, (x.detach(), filters, bias.detach()))

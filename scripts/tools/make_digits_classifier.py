@@ -1,10 +1,10 @@
 """Make the weights of the "digits-classifier" extractor (ddim/evaluation/assets/digits_classifier.npz).
 
-    python scripts/make_digits_classifier.py [--out FILE]
+    python scripts/tools/make_digits_classifier.py [--out FILE]
 
 Trains on 1,437 of scikit-learn's 1,797 digits to print the accuracy on the other 360, then on all of them for the file.
-Takes seconds on a CPU. The file in the repository is the reference: features, and so distances, of a file made anew on
-another machine differ a little.
+Takes seconds on a CPU. The file in the repository is the reference: another machine makes a file whose features, and so
+distances, differ slightly.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddim.evaluation.features import DIGITS_WEIGHTS, DigitsNet
+from ddim.evaluation.extractor_networks import DIGITS_WEIGHTS, DigitsNet
 
 HELD_OUT = 360
 
@@ -54,12 +54,12 @@ def train(images: Tensor, labels: Tensor, epochs: int = 30, batch_size: int = 64
 
 @torch.no_grad()
 def accuracy(net: DigitsNet, images: Tensor, labels: Tensor) -> float:
-    """Return the fraction of the images that `net` classifies rightly."""
+    """Return the fraction of the images that `net` classifies correctly."""
     return (net(images).argmax(1) == labels).float().mean().item()
 
 
 def main() -> None:
-    """Parse the command line, train twice, write the file and say what it is."""
+    """Train twice, write the file, print accuracies, size and checksum."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DIGITS_WEIGHTS, help="the file to write (default: %(default)s)")
     out = parser.parse_args().out

@@ -1,0 +1,30 @@
+"""The C++ compiler, which torch.compile on CPUs and the loops of `cpu/` need."""
+
+import os
+import shlex
+import shutil
+import sys
+
+from ddim.errors import UserError
+
+DEFAULT = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")  # torch uses $CXX or this one
+
+
+def compiler_command() -> list[str]:
+    """Return the words of the compiler's command: the variable CXX, or the default of the platform."""
+    return shlex.split(os.environ.get("CXX", "")) or [DEFAULT]
+
+
+def find_compiler() -> list[str]:
+    """Return `compiler_command`, after a check that the compiler is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    command = compiler_command()
+    if shutil.which(command[0]) is None:
+        raise UserError(
+            f"compile=true and winograd=true need a C++ compiler, and {command[0]} cannot be found; install it "
+            "(apt install g++, conda install gxx), name another one in the variable CXX, or leave both false."
+        )
+    return command

@@ -1,0 +1,57 @@
+"""Write the result tables of the documents from records, so that no number in them is typed.
+
+    python scripts/tools/update_results.py                                  # the tables of docs/results/*.jsonl
+    python scripts/tools/update_results.py digits=outputs/evaluate/digits   # first copy the records of a sweep
+    python scripts/tools/update_results.py speed=outputs/benchmark/speed.jsonl
+
+The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`.
+"""
+
+import argparse
+import re
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+from ddim.results.records import RecordFile
+from ddim.results.report import build_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+BENCHMARK_TABLES = runpy.run_path(str(ROOT / "scripts" / "benchmark" / "tables.py"))["render"]
+
+
+def render(name: str) -> str:
+    """Return the Markdown of the records docs/results/NAME.jsonl."""
+    records = RecordFile(RESULTS / f"{name}.jsonl").read()
+    if not records:
+        sys.exit(f"error: there are no records docs/results/{name}.jsonl, which a document includes.")
+    if (text := BENCHMARK_TABLES(records)) is not None:
+        return str(text)
+    return "".join(f"\n{table.markdown()}\n\n<sub>{table.title()}</sub>\n\n" for table in build_tables(records))
+
+
+def fill(text: str) -> str:
+    """Return `text` with every block of results rendered again."""
+    return BLOCK.sub(lambda block: block[1] + render(block[2]) + block[3], text)
+
+
+def main() -> None:
+    """Copy the given records, then rewrite the documents."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweeps", nargs="*", metavar="NAME=PATH", help="a folder with records.jsonl, or such a file")
+    for name, _, path in (sweep.partition("=") for sweep in parser.parse_args().sweeps):
+        records = Path(path) if path.endswith(".jsonl") else Path(path) / "records.jsonl"
+        if not path or not records.is_file():
+            sys.exit(f"error: there are no records {records}; give NAME=PATH with the folder of a finished sweep.")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(records, RESULTS / f"{name}.jsonl")
+    for document in DOCUMENTS:
+        document.write_text(fill(document.read_text()))
+
+
+if __name__ == "__main__":
+    main()
