@@ -1,4 +1,4 @@
-"""Pictures for people: grids and animations of uint8 images."""
+"""Image grids, PNG and GIF files of uint8 images."""
 
 import math
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from ddim.io import atomic_write
 
 
 def grid(images_u8: Tensor, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Tensor:
-    """Lay images out in rows.
+    """Arrange images in a grid, row by row.
 
     Args:
         images_u8: uint8 (N, C, H, W) with C = 1 or 3.
-        columns: images in a row; about as many as rows when not given.
-        scale: each pixel becomes scale x scale; when not given, such that an image is at least 32 pixels high.
+        columns: images in a row; by default such that the grid is about square.
+        scale: each pixel becomes scale x scale; by default such that an image is at least 32 pixels high.
         gap: white pixels between images.
 
     Returns:
@@ -43,14 +43,14 @@ def to_pil(image_u8: Tensor) -> Image.Image:
 
 
 def save_png(image_u8: Tensor, path: Path) -> None:
-    """Write a uint8 (C, H, W) image."""
+    """Write a uint8 (C, H, W) image as PNG."""
     with atomic_write(path) as partial:
         to_pil(image_u8).save(partial, format="PNG")
 
 
 def save_gif(frames_u8: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:
-    """Write frames, each uint8 (C, H, W), as an endless GIF of about `seconds`; the last frame stays for a second."""
-    # Browsers slow down delays under 20 ms.
+    """Write frames, each uint8 (C, H, W), as a looping GIF of about `seconds`; the last frame is shown for a second."""
+    # Browsers do not honour delays under 20 ms.
     durations = [max(20, round(1000 * seconds / len(frames_u8)))] * (len(frames_u8) - 1) + [1000]
     first, *rest = [to_pil(frame) for frame in frames_u8]
     with atomic_write(path) as partial:

@@ -1,7 +1,7 @@
 """Train a network.
 
 python scripts/train.py experiment=cifar10          # any file of configs/experiment, or groups and keys one by one
-python scripts/train.py experiment=cifar10 ckpt_path=last        # go on where it stopped
+python scripts/train.py experiment=cifar10 checkpoint=last       # go on where it stopped
 python scripts/train.py --help
 """
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def main(config: dict[str, Any]) -> None:
     """Train as `config` says and print the path of the checkpoint."""
     from ddim.config import build
-    from ddim.training.run import dry_run, train
+    from ddim.training.dry_run import dry_run
+    from ddim.training.run import train
     from ddim.training.spec import TrainSpec
 
     pick_device(config.get("trainer"), "accelerator")
@@ -43,15 +44,14 @@ def group_runs(config: dict[str, Any]) -> None:
 
 
 def check_processes(trainer: "TrainerSpec") -> None:
-    """Do nothing for a run that a sweep can do.
+    """Refuse a run of a sweep for which Lightning would start further processes.
 
     Raises:
-        UserError: Lightning would start further processes by the command of this one, each of which would begin the
-            whole sweep anew.
+        UserError: it would start them with the command of this one, so each would run the complete sweep again.
     """
     from ddim.errors import UserError
 
-    started = "LOCAL_RANK" in os.environ or "SLURM_NTASKS" in os.environ  # by somebody else, all of them
+    started = "LOCAL_RANK" in os.environ or "SLURM_NTASKS" in os.environ  # all of them, by torchrun or SLURM
     if trainer.devices in (1, "1") or started or trainer.strategy.endswith(("spawn", "fork", "notebook")):
         return
     raise UserError(

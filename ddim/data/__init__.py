@@ -1,6 +1,6 @@
-"""Images: reading them, their one mapping to [-1, 1], and training batches.
+"""Data sets, the mapping of pixels to [-1, 1], and training batches.
 
-`ddim.data.datamodule` is left out here, so that sampling and evaluation do not wait for the import of Lightning.
+`ddim.data.datamodule` is left out here: sampling and evaluation need not import Lightning.
 """
 
 from ddim.data.datasets import DATASETS, DataSpec, load_images

@@ -1,34 +1,32 @@
-"""Training batches for Lightning."""
+"""Training batches for Lightning: read, move to the device, flip and scale what `MicroBatches` lists."""
 
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from ddim.data.batches import Addresses, Batch, From, MicroBatches, finish
-from ddim.data.images import Images, MemoryImages
+from ddim.data.batches import Batch, MicroBatch, MicroBatches, ResumableSampler, random_flip
+from ddim.data.images import Images, MemoryImages, normalize
 from ddim.errors import UserError
 
 RESIDENT_FRACTION = 0.25  # of the free memory of a device that images may take by default
 
 
 class ImageDataModule(LightningDataModule):
-    """Hands `training_step` the batches of `MicroBatches` as `Batch`, finished on the device.
+    """Gives `training_step` a `Batch` for each micro-batch of `MicroBatches`.
 
     The Trainer must be made with `max_steps` (at most the one here), `max_epochs=-1` and
     `use_distributed_sampler=False`; its `accumulate_grad_batches` and number of processes divide the batch.
 
     Args:
-        images: what to train on.
-        batch_size: the global batch: samples of one optimiser step, over all processes and accumulated batches.
-        seed: of the order and the flips, 0 .. 2**64 - 1.
-        max_steps: optimiser steps of the whole training, those before a resumption included.
+        images: the training set.
+        batch_size, seed, max_steps: see `MicroBatches`; the seed decides the flips too.
         flip: mirror each sample left to right with probability 1/2.
-        num_workers: processes that read ahead; worth having for images that are not in memory.
+        num_workers: processes that read ahead; useful for images that are not in memory.
         device_resident: keep all images on the device. None does so for images in memory unless they take more than
-            RESIDENT_FRACTION of the memory that is free there.
+            RESIDENT_FRACTION of the free memory there.
 
     Raises:
         UserError: an argument is out of range; from `setup` on also a batch that does not divide.
@@ -54,51 +52,48 @@ class ImageDataModule(LightningDataModule):
         self.images, self.batch_size, self.seed, self.max_steps, self.flip = images, batch_size, seed, max_steps, flip
         self.num_workers, self.device_resident = num_workers, device_resident
         self._resident: Tensor | None = None
-        self._batches: MicroBatches | None = None
 
     def setup(self, stage: str) -> None:
-        """Divide the batch among the processes, and move the images to the device where they fit."""
-        if stage != "fit":
-            return
+        """Move the images to the device if they fit."""
         trainer = self._trainer()
         if not 0 <= trainer.max_steps <= self.max_steps:
             raise UserError(f"the Trainer's max_steps={trainer.max_steps} must lie in 0 .. {self.max_steps}.")
         device = trainer.strategy.root_device
         if isinstance(self.images, MemoryImages) and self._fits(self.images.images, device):
             self._resident = self.images.images.to(device)
-        self._batches = MicroBatches(
-            self.images,
-            self.batch_size,
-            self.seed,
-            self.max_steps,
-            accumulate=trainer.accumulate_grad_batches,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            with_images=self._resident is None,
-        )
 
     def teardown(self, stage: str) -> None:
         """Free the memory of the device."""
         self._resident = None
 
     def train_dataloader(self) -> DataLoader:
-        """Start at the optimiser step that the Trainer is at."""
-        trainer, batches = self._trainer(), self._batches
-        assert batches is not None
+        """Divide the batch among the processes, and start at the Trainer's optimiser step."""
+        trainer = self._trainer()
+        batches = MicroBatches(
+            len(self.images),
+            self.batch_size,
+            self.seed,
+            self.max_steps,
+            accumulate=trainer.accumulate_grad_batches,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
         return _ResumableLoader(
-            batches,
-            batch_sampler=From(trainer.global_step * batches.accumulate, len(batches)),
-            collate_fn=_only,
+            _Reader(batches, self.images if self._resident is None else None),
+            batch_size=None,  # an item of the data set is a micro-batch
+            sampler=ResumableSampler(trainer.global_step * batches.accumulate, len(batches)),
+            collate_fn=_unchanged,
             num_workers=self.num_workers,
             pin_memory=_free_memory(trainer.strategy.root_device) is not None,
         )
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch | Any:
-        """Gather, flip and scale on the device; batches of validation and prediction pass through."""
-        if not self._trainer().training:
-            return batch
-        images = batch["images"] if self._resident is None else self._resident[batch["indices"]]
-        return finish(images, batch["step"], batch["positions"], self.seed, self.flip)
+    def on_after_batch_transfer(self, batch: "_Item", dataloader_idx: int) -> Batch:
+        """Gather, flip and scale the images on the device."""
+        step, positions = batch["step"], batch["positions"]
+        images_u8 = batch["images"] if self._resident is None else self._resident[batch["indices"]]
+        if self.flip:
+            images_u8 = random_flip(images_u8, self.seed, step, positions)
+        return Batch(images=normalize(images_u8), step=step, positions=positions)
 
     def _trainer(self) -> Any:
         if self.trainer is None:
@@ -112,21 +107,43 @@ class ImageDataModule(LightningDataModule):
         return free is None or images.nbytes <= RESIDENT_FRACTION * free
 
 
+class _Item(MicroBatch):
+    """What is moved to the device: images, uint8 (b, C, H, W), are added unless they are there already."""
+
+    images: NotRequired[Tensor]
+
+
+class _Reader(Dataset[_Item]):
+    """Item k is micro-batch k; `images` is None where none are to be read (worker processes would copy them)."""
+
+    def __init__(self, batches: MicroBatches, images: Images | None) -> None:
+        self.batches, self.images = batches, images
+
+    def __getitem__(self, k: int) -> _Item:
+        item = _Item(**self.batches[k])
+        if self.images is not None:
+            item["images"] = self.images.batch(item["indices"])
+        return item
+
+
 class _ResumableLoader(DataLoader):
-    """Tells Lightning that a resumption in the middle of an epoch is right: `From` starts where the Trainer is."""
+    """Lightning's documented interface of a loader that may be resumed in the middle of an epoch.
+
+    There is nothing to store: `ResumableSampler` starts at the Trainer's step.
+    """
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """There is nothing to load: batches are addressed."""
+        """Load nothing."""
 
 
-def _only(batches: list[Addresses]) -> Addresses:
-    return batches[0]
+def _unchanged(item: _Item) -> _Item:
+    return item
 
 
 def _free_memory(device: torch.device) -> int | None:
-    """Return the bytes that are free on a device with a memory of its own, None for one that shares the host's."""
+    """Return the free bytes of a device with a memory of its own, None for one that shares the host's."""
     module = torch.get_device_module(device)
     return module.mem_get_info(device)[0] if hasattr(module, "mem_get_info") else None

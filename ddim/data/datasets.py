@@ -1,4 +1,4 @@
-"""Data sets by name: what a `DataSpec` says, read into uint8 images."""
+"""Data sets by name, read into uint8 images as a `DataSpec` describes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +32,10 @@ class DataSpec:
         download: fetch missing files where torchvision can (cifar10, celeba).
         category: of lsun, for example "bedroom".
         resize: of folder: resize the shorter side and centre-crop images of another size, instead of refusing them.
-        in_memory: of celeba and folder: decode all files at the start. Set it to false when they are too many for that.
+        in_memory: of celeba and folder: decode all files at the start; false reads them on demand, for large data sets.
 
     Raises:
-        ValueError: a value out of range, or an option of another data set.
+        ValueError: a value out of range, or an option that this data set does not have.
     """
 
     name: str
@@ -128,12 +128,12 @@ def digits(spec: DataSpec, split: Split) -> Images:
     _require(spec, spec.size == (8, 8) and spec.channels == 1, "size=[8, 8] and channels=1")
     from sklearn.datasets import load_digits
 
-    levels = torch.from_numpy(load_digits().images)  # (1797, 8, 8), whole numbers
+    levels = torch.from_numpy(load_digits().images)  # (1797, 8, 8), integers 0..16
     return MemoryImages("digits", (levels * 255 / 16 + 0.5).to(torch.uint8)[:, None])
 
 
 def folder(spec: DataSpec, split: Split) -> Images:
-    """Images in a folder of your own; see `folder_images`."""
+    """A folder of your own images; see `folder_images`."""
     images = folder_images(_root(spec), split, spec.size, spec.channels, spec.resize)
     return images if not spec.in_memory else images.load()
 
@@ -163,18 +163,18 @@ def _through_torchvision(
     advice: str,
     folder: str | None = None,
 ) -> Any:
-    """Return `make(root, download)`, downloading when files are missing and `spec.download` says so.
+    """Return `make(root, download)`, downloading when files are missing and `spec.download` is true.
 
     Args:
         spec: for root and download.
         make: a torchvision data set without its first argument.
-        base: sub-folder of the root that the files lie in.
+        base: sub-folder of the root with the files.
         files: (name, MD5) of what must be there.
-        advice: the way to get the files by hand.
+        advice: how to get the files by hand.
         folder: a folder that must be there too.
 
     Raises:
-        UserError: files are missing or damaged, and no download was wanted or it failed.
+        UserError: files are missing or damaged, and downloading is off or failed.
     """
     from filelock import FileLock
     from torchvision.datasets.utils import check_integrity
@@ -183,14 +183,14 @@ def _through_torchvision(
     cause: Exception
     try:
         return make(root, download=False)
-    except RuntimeError as error:  # torchvision's way of saying that files are missing or damaged
+    except RuntimeError as error:  # torchvision: files are missing or damaged
         why, cause = "data.download=false", error
     if spec.download:
         root.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(root / ".download.lock"):  # the processes of one run start together
                 return make(root, download=True)
-        except Exception as error:  # whatever the network, the archive or the downloader came up with
+        except Exception as error:  # of the network, the archive or the downloader
             why, cause = f"the download failed: {error}", error
     absent = [name for name, md5 in files if not check_integrity(root / base / name, md5)]
     if folder is not None and not (root / base / folder).is_dir():

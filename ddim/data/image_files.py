@@ -1,4 +1,4 @@
-"""Image files: which of them are read at once or on demand, and how one becomes pixels."""
+"""Image files: read all at once into memory, or on demand."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionB
 
 
 def resize_and_center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale `image` until it just covers `size` = (H, W), with Pillow's bilinear filter, and cut out the centre.
+    """Scale `image` to the smallest size that covers `size` = (H, W), with Pillow's bilinear filter; crop the centre.
 
     For a square size this is torchvision's Resize(size) followed by CenterCrop(size).
     """
@@ -33,20 +33,20 @@ def resize_and_center_crop(image: Image.Image, size: tuple[int, int]) -> Image.I
     return image.crop((left, top, left + width, top + height))
 
 
-def to_pixels(image: Image.Image) -> np.ndarray:
+def to_array(image: Image.Image) -> np.ndarray:
     """Return a grey or RGB image as uint8 (C, H, W)."""
     pixels = np.array(image)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 class FileImages(LazyImages):
-    """Images in files of their own.
+    """Images with one file each.
 
     Args:
         name: see `Images`.
         files: one per image.
-        read: opens a file and returns the image as it is to be used, grey or RGB and of the size in `shape`. Whatever
-            Pillow raises on a damaged file is reported here.
+        read: opens a file and returns the prepared image, grey or RGB and of the size in `shape`. What Pillow raises on
+            a damaged file becomes a UserError here.
         shape: (C, H, W).
         transform: see `LazyImages`.
     """
@@ -67,14 +67,14 @@ class FileImages(LazyImages):
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            return torch.from_numpy(to_pixels(self._read(self.files[index])))
+            return torch.from_numpy(to_array(self._read(self.files[index])))
         except UserError:
             raise
         except _UNDECODABLE as error:
             raise UserError(f"the image file {self.files[index]} cannot be read ({error}); replace it.") from error
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of what describes the images and of the name and size of each file."""
+        """Return the SHA-256 of the description of the images and of the name and size of each file."""
         digest = hashlib.sha256(super().fingerprint().encode())
         for file in self.files:
             digest.update(f"|{file.name}|{file.stat().st_size}".encode())
@@ -84,14 +84,14 @@ class FileImages(LazyImages):
         """Decode every file into memory, in threads, with a progress bar on a terminal when there are many.
 
         Raises:
-            UserError: `read` refused a file, or some cannot be decoded; the message counts those and names five.
+            UserError: `read` refused a file, or some cannot be decoded; the message gives their number and five names.
         """
         pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
         damaged: list[Path] = []
 
         def decode(index: int) -> None:
             try:
-                pixels[index] = to_pixels(self._read(self.files[index]))
+                pixels[index] = to_array(self._read(self.files[index]))
             except UserError:
                 raise
             except _UNDECODABLE:

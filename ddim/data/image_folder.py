@@ -1,4 +1,4 @@
-"""Your own images: a folder with one file per image."""
+"""A folder of your own images, one file each."""
 
 import os
 from functools import partial
@@ -10,7 +10,7 @@ from ddim.data.image_files import FileImages, resize_and_center_crop
 from ddim.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_NOT_OURS = {"Thumbs.db", "desktop.ini"}  # left behind by file managers; hidden files are passed over as well
+_IGNORED = {"Thumbs.db", "desktop.ini"}  # written by file managers; hidden files are ignored as well
 # Channels of an image by its Pillow mode. The modes of more than 8 bits are left out: converting would clip them.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _MODES = {1: "L", 3: "RGB"}
@@ -25,7 +25,7 @@ def folder_images(root: Path, split: str, size: tuple[int, int], channels: int, 
     Args:
         root: the folder.
         split: "train" or "test".
-        size: (H, W) of the images here.
+        size: (H, W) of the images returned.
         channels: 1 or 3; the files must have as many.
         resize: scale the shorter side and centre-crop images of another size instead of refusing them.
 
@@ -55,7 +55,7 @@ def _list_images(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and name not in _NOT_OURS:
+            if not name.startswith(".") and name not in _IGNORED:
                 path = Path(parent, name)
                 (images if path.suffix.lower() in EXTENSIONS else others).append(path)
     if others:
@@ -80,7 +80,7 @@ def _read(path: Path, size: tuple[int, int], channels: int, resize: bool) -> Ima
             raise UserError(f"{path} is {kind}, but data.channels={channels}; set data.channels={has} or convert it.")
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise UserError(f"{path} has transparent pixels; put it on a background first.")
-        ImageOps.exif_transpose(image, in_place=True)  # cameras store the orientation beside the pixels
+        ImageOps.exif_transpose(image, in_place=True)  # cameras store the orientation as metadata
         if (image.height, image.width) != size and not resize:
             raise UserError(
                 f"{path} is {image.height} x {image.width} pixels (height x width), but data.size={list(size)}; "

@@ -1,4 +1,4 @@
-"""Images as uint8 tensors, and the one place where pixels become numbers in [-1, 1] and back."""
+"""Images as uint8 tensors, and the only mapping between pixels and [-1, 1]."""
 
 import hashlib
 from abc import abstractmethod
@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 
 def normalize(images_u8: Tensor) -> Tensor:
-    """Map pixels to the range that the diffusion works in: x / 127.5 - 1.
+    """Map pixels to the range of the diffusion process: x / 127.5 - 1.
 
     Args:
         images_u8: uint8, any shape, 0..255.
@@ -46,7 +46,7 @@ class Images(Dataset[Tensor]):
     """A fixed sequence of images of one shape: `images[i]` is uint8 (C, H, W).
 
     Attributes:
-        name: data set and split in a few characters that suit a file name, for example "cifar10-train".
+        name: data set and split, usable in a file name, for example "cifar10-train".
         shape: (C, H, W).
     """
 
@@ -61,9 +61,13 @@ class Images(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         """Return image `index`, uint8 (C, H, W)."""
 
+    def batch(self, indices: Tensor) -> Tensor:
+        """Return the images `indices`, int64 (b,), as uint8 (b, C, H, W)."""
+        return torch.stack([self[i] for i in indices.tolist()])
+
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return 64 hexadecimal digits that tell this data set from others."""
+        """Return 64 hexadecimal digits that identify the data set."""
 
 
 class MemoryImages(Images):
@@ -86,16 +90,20 @@ class MemoryImages(Images):
     def __getitem__(self, index: int) -> Tensor:
         return self.images[index]
 
+    def batch(self, indices: Tensor) -> Tensor:
+        """See `Images.batch`."""
+        return self.images[indices]
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the pixels, image after image, each channel by channel and row by row."""
         return hashlib.sha256(self.images.numpy().data).hexdigest()
 
 
 class LazyImages(Images):
-    """Images that are read and decoded when they are asked for.
+    """Images that are read and decoded on access.
 
     Attributes:
-        transform: in words, everything between the stored image and its pixels here.
+        transform: description of the preprocessing between the stored image and its pixels here.
     """
 
     transform: str

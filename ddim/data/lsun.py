@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.image_files import resize_and_center_crop, to_pixels
+from ddim.data.image_files import resize_and_center_crop, to_array
 from ddim.data.images import LazyImages
 from ddim.errors import UserError
 
@@ -17,8 +17,8 @@ from ddim.errors import UserError
 class LSUNImages(LazyImages):
     """The images of one LSUN database: RGB, shorter side resized to `size`, centre-cropped.
 
-    The database is read here and not through torchvision's LSUN, which leaves a pickle with the keys in the current
-    directory, trusts it the next time, and cannot be handed to worker processes.
+    torchvision's LSUN is not used: it writes a pickle with the keys to the current directory, loads it the next time
+    without a check, and cannot be pickled for worker processes.
 
     Args:
         name: see `Images`.
@@ -53,7 +53,7 @@ class LSUNImages(LazyImages):
     def __getitem__(self, index: int) -> Tensor:
         with self._open().begin(buffers=True) as transaction:
             image = Image.open(io.BytesIO(transaction.get(bytes(self._keys[index])))).convert("RGB")
-        return torch.from_numpy(to_pixels(resize_and_center_crop(image, self.shape[1:])))
+        return torch.from_numpy(to_array(resize_and_center_crop(image, self.shape[1:])))
 
     def close(self) -> None:
         """Close the database; reading an image opens it again."""
@@ -62,7 +62,7 @@ class LSUNImages(LazyImages):
         self._environment = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A process that is started with a copy opens the database itself."""
+        """Leave the open database out: a worker process opens it itself."""
         return {**self.__dict__, "_environment": None}
 
     def _open(self) -> Any:
@@ -71,6 +71,6 @@ class LSUNImages(LazyImages):
                 import lmdb
             except ImportError as error:
                 raise UserError("reading LSUN needs the package lmdb; install ddim with the extra 'lsun'.") from error
-            # Without locks, so that read-only media work, and a forked process may go on using it.
+            # Without locks: works on read-only media and in forked processes.
             self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=False, meminit=False)
         return self._environment

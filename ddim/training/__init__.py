@@ -1,1 +1,1 @@
-"""Training: the LightningModule, the average of its weights, callbacks, and the run that puts them together."""
+"""Training: specs, the LightningModule, EMA, callbacks, checkpoints, loggers, and the run that combines them."""

@@ -1,4 +1,4 @@
-"""What a person sees while a network trains: pace, time left, and pictures."""
+"""What is logged while a network trains: loss, throughput, skipped steps, sample grids."""
 
 import logging
 import time
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
@@ -22,13 +22,59 @@ from ddim.image_io import grid, save_png
 from ddim.random import check_seed
 from ddim.training.checkpoints import Checkpoints
 from ddim.training.ema import EMA
-from ddim.training.module import DiffusionModule
+from ddim.training.module import COUNTS, DiffusionModule, step_ended
 
 log = logging.getLogger(__name__)
 
 
+class LossByTime(Callback):
+    """Logs the mean loss, and that of each quarter of the times 1..T, over all samples since it was logged last.
+
+    Losses that are not finite are left out. What was not logged yet is part of a checkpoint, so that a resumed run logs
+    the same numbers. A step is saved after it is logged: this callback comes before those that save.
+
+    Args:
+        T: the largest time.
+        every: optimiser steps between two logs.
+    """
+
+    def __init__(self, T: int, every: int) -> None:
+        self.T, self.every = T, every
+        self.sums = torch.zeros(2, 4)  # of this process's losses, and how many: by quarter
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the sums over all processes, on one of them."""
+        if counts := checkpoint.get(COUNTS):  # older checkpoints have none
+            self.sums = counts["losses"] * trainer.is_global_zero
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Move the sums to the device."""
+        self.sums = self.sums.to(pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the losses of a micro-batch; log after every `every`-th optimiser step."""
+        finite = outputs["losses"].isfinite()
+        values = outputs["losses"].float().where(finite, 0)
+        self.sums.index_add_(1, (outputs["t"] - 1) * 4 // self.T, torch.stack([values, finite.float()]))
+        if step_ended(trainer, batch_idx, self.every):
+            sums, numbers = self._over_processes(trainer)
+            pl_module.log("train/loss", sums.sum() / numbers.sum())
+            pl_module.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(sums / numbers)})
+            self.sums.zero_()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store the sums over all processes."""
+        checkpoint.setdefault(COUNTS, {})["losses"] = self._over_processes(trainer)
+
+    def _over_processes(self, trainer: Trainer) -> Tensor:
+        """Return the sums over all processes, (2, 4); all of them must call this."""
+        return trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+
+
 class Progress(Callback):
-    """Logs throughput and the time left, and says both in the run's log every `every` steps.
+    """Logs throughput and the remaining time, as metrics and as lines of the run's log.
 
     Args:
         batch_size: the global batch.
@@ -37,70 +83,69 @@ class Progress(Callback):
 
     def __init__(self, batch_size: int, every: int) -> None:
         self.batch_size, self.every = batch_size, every
-        self.step, self.since = 0, 0.0
+        self.step, self.since = 0, 0.0  # of the last report
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self.step, self.since = trainer.global_step, time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
-        """Report, at the end of every `every`-th optimiser step."""
-        step = trainer.global_step
-        if step == self.step or step % self.every:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Report after every `every`-th optimiser step."""
+        if not step_ended(trainer, batch_idx, self.every):
             return
-        now = time.perf_counter()
-        pace = (step - self.step) / (now - self.since)
+        step, now = trainer.global_step, time.perf_counter()
+        steps_per_second = (step - self.step) / (now - self.since)
         self.step, self.since = step, now
-        seconds_left = (trainer.max_steps - step) / pace
-        pl_module.log_dict({"train/images_per_second": pace * self.batch_size, "train/hours_left": seconds_left / 3600})
+        images_per_second = steps_per_second * self.batch_size
+        seconds_left = (trainer.max_steps - step) / steps_per_second
+        pl_module.log_dict({"train/images_per_second": images_per_second, "train/hours_left": seconds_left / 3600})
         if trainer.is_global_zero:
-            loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
             log.info(
                 "step %d of %d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
                 step,
                 trainer.max_steps,
-                loss,
-                pace,
-                pace * self.batch_size,
+                float(outputs["loss"]) * trainer.accumulate_grad_batches,
+                steps_per_second,
+                images_per_second,
                 timedelta(seconds=round(seconds_left)),
             )
 
 
 class DivergenceGuard(Callback):
-    """Says when steps were skipped because their gradient was not finite, and ends a training that only skips.
+    """Warns of steps that were skipped because their gradient was not finite, and ends a training that only skips.
 
-    The count is kept on the device and looked at every `every` steps: to look is to wait for the device.
+    The count is on the device, and to read it is to wait for the device; so it is read every `every` steps.
 
     Args:
-        every: optimiser steps between two looks.
+        every: optimiser steps between two checks.
         most: skipped steps in a row that end the training.
     """
 
     def __init__(self, every: int, most: int) -> None:
-        self.every, self.most = every, most
-        self.step, self.reported = 0, 0
+        self.every, self.most, self.reported = every, most, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Do not report again what was reported before a resumption."""
-        self.step, self.reported = trainer.global_step, int(pl_module.skipped[0])
+        """Do not report again what was reported before resuming."""
+        self.reported = int(pl_module.skipped[0])
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        """Look, at the end of every `every`-th optimiser step.
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Check after every `every`-th optimiser step.
 
         Raises:
-            UserError: too many in a row were skipped; the last checkpoint and the weights before them are whole.
+            UserError: too many in a row were skipped; a checkpoint is saved first (the weights are those before them).
         """
-        step = trainer.global_step
-        if step == self.step or step % self.every:
+        if not step_ended(trainer, batch_idx, self.every):
             return
-        self.step = step
+        step = trainer.global_step
         skipped, in_row = pl_module.skipped.tolist()
         pl_module.log("train/skipped_steps", float(skipped))
         if skipped > self.reported and trainer.is_global_zero:
             log.warning("step %d: %d steps so far had no finite gradient and were skipped", step, skipped)
         self.reported = skipped
         if in_row >= self.most:
-            # Before the checkpoint callback, which comes last: this step is not saved yet.
+            # Lightning calls checkpoint callbacks last, so this step is not saved yet.
             checkpoint = trainer.checkpoint_callback
             if isinstance(checkpoint, Checkpoints):
                 checkpoint.save(trainer)
@@ -118,7 +163,7 @@ class GridSpec:
         every: optimiser steps between two grids; 0 for none.
         n: images in a grid.
         seed: of their noise, the same in every grid; 0 .. 2**64 - 1.
-        sampler: how they are sampled.
+        sampler: the sampler, its steps and options.
 
     Raises:
         ValueError: a negative `every`, n below 1, or a seed out of range.
@@ -136,7 +181,7 @@ class GridSpec:
 
 
 class SampleGrid(Callback):
-    """Samples the same noise again and again with the EMA weights, into `folder` and the loggers.
+    """Samples from the same noise every time, with the EMA weights, into `folder` and the loggers.
 
     Args:
         spec: what to sample and when.
@@ -147,18 +192,12 @@ class SampleGrid(Callback):
 
     def __init__(self, spec: GridSpec, folder: Path, ema: EMA | None, batch_size: int) -> None:
         self.spec, self.folder, self.ema, self.batch_size = spec, folder, ema, batch_size
-        self.last = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Do not repeat the grid of the step that a run resumes from."""
-        self.last = trainer.global_step
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-        """Sample at the end of every `every`-th optimiser step, on the first process only (nothing is collective)."""
-        step = trainer.global_step
-        if not self.spec.every or step == self.last or step % self.spec.every or not trainer.is_global_zero:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Sample after every `every`-th optimiser step, on the first process only (nothing is collective)."""
+        every, step = self.spec.every, trainer.global_step
+        if not every or not trainer.is_global_zero or not step_ended(trainer, batch_idx, every):
             return
-        self.last = step
         image = grid(self._sample(pl_module))
         path = self.folder / f"step_{step:08d}.png"
         save_png(image, path)

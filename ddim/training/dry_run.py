@@ -1,6 +1,5 @@
-"""What a training is going to cost, from a few real steps."""
+"""What a training run will cost, measured on a few real steps."""
 
-import resource
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,12 +8,56 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from ddim.checkpoints import ModelSpec
+from ddim.checkpoints.model import read_checkpoint
+from ddim.training.ema import EMA
+from ddim.training.module import step_ended
+from ddim.training.resume import resume_path
+from ddim.training.run import build_data, build_module, build_trainer
 from ddim.training.spec import TrainSpec
 
 
+def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
+    """Run `steps` training steps, save nothing, and return what the run will be, in lines for people.
+
+    Raises:
+        UserError: bad input, as from `train`.
+    """
+    model = spec.model_spec()
+    checkpoint = resume_path(spec, model)
+    done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+    data, module = build_data(spec), build_module(spec, model)
+    stopwatch = Stopwatch(first=2)
+    ema: list[Callback] = [EMA(spec.ema)] if spec.ema else []
+    trainer = build_trainer(spec, spec.folder, [*ema, stopwatch], loggers=[], max_steps=stopwatch.first + steps)
+    trainer.fit(module, data)
+
+    t, seconds = spec.trainer, stopwatch.seconds_per_step
+    images = len(data.images)
+    device = trainer.strategy.root_device
+    parameters = sum(p.numel() for p in module.network.parameters())
+    copies = 3 + (len(spec.ema.rates) if spec.ema else 0)  # the weights, Adam's two moments, the averages
+    size = 4 * parameters * copies  # of a checkpoint, in bytes
+    kept = t.keep_last + (t.max_steps // t.keep_every if t.keep_every else 0) + 1  # one more while it is written
+    left = t.max_steps - done
+    return [
+        f"network: {model.network}, {parameters:,} parameters, images {'x'.join(map(str, model.image_shape))}",
+        f"data: {spec.data.name}, {images:,} images; {t.max_steps:,} steps of {t.batch_size} are "
+        f"{t.max_steps * t.batch_size / images:,.1f} epochs",
+        f"devices: {trainer.world_size} x {device.type}, {t.accumulate} x "
+        f"{t.batch_size // (trainer.world_size * t.accumulate)} images each in a step; {t.precision}",
+        f"schedule: {model.schedule.name}, T={model.schedule.T}; prediction {model.prediction}",
+        f"throughput: {seconds:.3g} s/step over {stopwatch.steps} steps, {t.batch_size / seconds:,.0f} images/s",
+        f"time: {timedelta(seconds=round(seconds * left))} for {left:,} steps"
+        f"{f' from step {done:,} on' if done else ''}, grids not counted",
+        f"memory: {_peak_memory(device) / 2**30:.2f} GiB at most on {device.type} so far",
+        f"disk: {size / 2**20:,.0f} MiB a checkpoint, {kept} at most: {kept * size / 2**30:,.2f} GiB",
+        f"folder: {spec.output_dir}",
+        "no checkpoint was written; leave dry_run out to train.",
+    ]
+
+
 class Stopwatch(Callback):
-    """Times the optimiser steps of a training but the first few, which compile and allocate.
+    """Times the optimiser steps of a training, without the first few, which compile and allocate.
 
     Args:
         first: steps before the clock starts.
@@ -22,67 +65,31 @@ class Stopwatch(Callback):
     """
 
     def __init__(self, first: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.first, self.step, self.clock = first, 0, clock
-        self.times: list[float] = []  # the clock after step `first`, and after the last step
+        self.first, self.clock = first, clock
+        self.steps = 0  # that were timed
+        self.times: list[float] = []  # after step `first`, and after the last step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Note the time where it starts and ends; in between the device is not waited for, as in a real training."""
-        if trainer.global_step == self.step:
-            return
-        self.step = trainer.global_step
-        if self.step in (self.first, trainer.max_steps):
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Read the clock twice; in between nothing waits for the device, as in a real training."""
+        if step_ended(trainer, batch_idx) and trainer.global_step in (self.first, trainer.max_steps):
             if pl_module.device.type != "cpu":
                 torch.accelerator.synchronize(pl_module.device)
             self.times.append(self.clock())
-
-    @property
-    def steps(self) -> int:
-        """How many steps were timed."""
-        return self.step - self.first
+            self.steps = trainer.global_step - self.first
 
     @property
     def seconds_per_step(self) -> float:
-        """The mean over the steps that count."""
+        """The mean over the timed steps."""
         begin, end = self.times
         return (end - begin) / self.steps
 
 
-def plan(
-    spec: TrainSpec, model: ModelSpec, parameters: int, images: int, stopwatch: Stopwatch, trainer: Trainer, done: int
-) -> list[str]:
-    """Return the plan of a run in lines for people.
-
-    Args:
-        spec, model: the run.
-        parameters: of the network.
-        images: of the training set.
-        stopwatch, trainer: of the few steps.
-        done: steps that are behind the run already.
-    """
-    t, pace = spec.trainer, stopwatch.seconds_per_step
-    left = timedelta(seconds=round(pace * (t.max_steps - done)))
-    sets = 3 + (len(spec.ema.rates) if spec.ema else 0)  # the weights, Adam's two moments, the averages
-    checkpoint = 4 * parameters * sets
-    kept = t.keep_last + (t.max_steps // t.keep_every if t.keep_every else 0) + 1  # one more while it is written
-    device = trainer.strategy.root_device
-    micro = t.batch_size // (trainer.world_size * t.accumulate)
-    epochs = t.max_steps * t.batch_size / images
-    return [
-        f"network: {model.network}, {parameters:,} parameters, images {'x'.join(map(str, model.image_shape))}",
-        f"data: {spec.data.name}, {images:,} images; {t.max_steps:,} steps of {t.batch_size} are {epochs:,.1f} epochs",
-        f"devices: {trainer.world_size} x {device.type}, {t.accumulate} x {micro} images each in a step; {t.precision}",
-        f"schedule: {model.schedule.name}, T={model.schedule.T}; prediction {model.prediction}",
-        f"pace: {pace:.3g} s a step over {stopwatch.steps} steps, {t.batch_size / pace:,.0f} images/s",
-        f"time: {left} for {t.max_steps - done:,} steps{f' from step {done:,} on' if done else ''}, grids not counted",
-        f"memory: {_peak_memory(device) / 2**30:.2f} GiB at most on {device.type} so far",
-        f"disk: {checkpoint / 2**20:,.0f} MiB a checkpoint, {kept} at most: {kept * checkpoint / 2**30:,.2f} GiB",
-        f"folder: {spec.output_dir}",
-        "no checkpoint was written; leave dry_run out to train.",
-    ]
-
-
 def _peak_memory(device: torch.device) -> int:
-    """Return bytes: of the device's allocator, or of this process where the host's memory is the device's."""
+    """Return bytes: of the device's allocator, or of this process where the device uses the host's memory."""
     if device.type == "cpu":
+        import resource  # not on Windows
+
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.get_device_module(device).max_memory_allocated(device)

@@ -14,15 +14,15 @@ from ddim.checkpoints.model import EMA_STATE
 
 @dataclass(frozen=True)
 class EMASpec:
-    """The rate of the average, or of several.
+    """One average, or several with different rates.
 
     Attributes:
-        decay: μ in shadow <- μ shadow + (1 - μ) weights, once an optimiser step. Of a list, the first is the one called
-            ema; another is evaluated with weights=ema_RATE.
-        warmup: use min(μ, (1 + k) / (10 + k)) at step k, so that a short run does not keep its first weights.
+        decay: μ in shadow <- μ shadow + (1 - μ) weights, once per optimiser step. Of a list, the first is the one
+            called ema; another is evaluated with weights=ema_RATE.
+        warmup: use min(μ, (1 + k) / (10 + k)) at step k, so that a short run forgets its initial weights.
 
     Raises:
-        ValueError: a rate outside [0, 1), none, or one given twice.
+        ValueError: a rate outside [0, 1), no rate, or one given twice.
     """
 
     decay: float | tuple[float, ...] = 0.9999
@@ -37,15 +37,15 @@ class EMASpec:
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Every rate, the first being that of the average called ema."""
+        """All rates; the first is that of the average called ema."""
         return self.decay if isinstance(self.decay, tuple) else (self.decay,)
 
 
 class EMA(Callback):
     """Averages the parameters of `module.network`, at one rate or several.
 
-    Parameters only: a schedule kept in a buffer must not drift. An average starts at the initial weights, steps once
-    an optimiser step whatever the accumulation, and is stored in the checkpoint beside the online weights.
+    Parameters only: a schedule kept in a buffer must not drift. An average starts at the initial weights, is updated
+    once per optimiser step whatever the accumulation, and is stored in the checkpoint with the online weights.
     """
 
     def __init__(self, spec: EMASpec) -> None:
@@ -55,7 +55,7 @@ class EMA(Callback):
 
     @property
     def state_key(self) -> str:
-        """The name of this callback's entry in a checkpoint."""
+        """The key of this callback's state in a checkpoint."""
         return EMA_STATE
 
     @property
@@ -64,14 +64,14 @@ class EMA(Callback):
         return self.shadows[self.spec.rates[0]]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start from the initial weights, or move a restored average to the device."""
+        """Start from the initial weights, or move the restored averages to the device."""
         for shadow in self.shadows.values():
             for name, parameter in _parameters(pl_module):
                 source = shadow.get(name, parameter.detach())
                 shadow[name] = torch.empty_like(parameter).copy_(source).detach()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Move the average, if this batch ended an optimiser step."""
+        """Update the averages if this batch ended an optimiser step."""
         if trainer.global_step <= self.updates:
             return
         self.updates = trainer.global_step
@@ -82,9 +82,9 @@ class EMA(Callback):
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Put the first average into `module.network` and take it out again.
+        """Use the first average as the weights of `module.network` inside the block.
 
-        The online weights come back bitwise, also after an exception.
+        The online weights are restored bitwise, also after an exception.
         """
         online = {name: parameter.detach().clone() for name, parameter in _parameters(module)}
         try:
@@ -94,13 +94,13 @@ class EMA(Callback):
             _copy(online, module)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return what a checkpoint stores."""
         first, *others = self.spec.rates
         rest = {f"{rate:g}": self.shadows[rate] for rate in others}
         return {"decay": first, "updates": self.updates, "shadow": self.shadow, "others": rest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint kept."""
+        """Restore what a checkpoint stored."""
         first, *others = self.spec.rates
         self.updates = state_dict["updates"]
         self.shadows = {first: dict(state_dict["shadow"])}

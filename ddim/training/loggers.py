@@ -18,9 +18,9 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str
     Args:
         spec: which ones.
         name: of the run.
-        folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after a resumption: nothing is
+        folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after resuming: nothing is
             overwritten), W&B to wandb/, TensorBoard to tensorboard/.
-        config: plain values to keep with the run.
+        config: plain values to store with the run.
     """
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
     if spec.tensorboard:
@@ -32,7 +32,7 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str
 
 def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) -> WandbLogger:
     folder.mkdir(parents=True, exist_ok=True)
-    # The id stays with the run, so that a resumed training goes on in the same W&B run. Only the first process logs.
+    # The id is stored with the run, so that a resumed training continues the same W&B run. Only the first process logs.
     id_file = folder / "wandb_id.txt"
     if rank_zero_only.rank == 0 and not id_file.exists():  # type: ignore[attr-defined]
         id_file.write_text(os.urandom(4).hex())
@@ -53,7 +53,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
 
 @contextmanager
 def finish_wandb(spec: LoggerSpec) -> Iterator[None]:
-    """End the W&B run, if there is one, with the block: the next training of this process is another run.
+    """End the W&B run, if there is one, after the block: the next training in this process is another run.
 
     Raises:
         UserError: W&B is wanted online, and nobody is logged in.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ddim.checkpoints import ModelSpec
@@ -20,13 +20,14 @@ from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
 from ddim.random import DROPOUT, WEIGHTS, random_words
+from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
 
-COUNTS = "ddim_counts"  # the entry of a training checkpoint with what its logs count
+COUNTS = "ddim_counts"  # entry of a training checkpoint: counters behind the logged numbers
 
 
 @dataclass(frozen=True)
 class ObjectiveSpec:
-    """The loss, by the names of its parts.
+    """The loss.
 
     Attributes:
         prediction: what the network learns, a key of PREDICTIONS: eps, x0 or v.
@@ -86,12 +87,11 @@ class DiffusionModule(LightningModule):
         objective: the loss.
         optim: the optimiser.
         seed: of the initial weights, times, noise and dropout.
-        recipe: plain values, stored in every checkpoint: what else decides the weights.
+        recipe: plain values, stored in every checkpoint: everything else that determines the weights.
     """
 
     adam: torch.optim.Adam
     skipped: Tensor
-    losses: Tensor
 
     def __init__(
         self,
@@ -107,20 +107,17 @@ class DiffusionModule(LightningModule):
         with _seeded(int(random_words(seed, WEIGHTS, 0, [0]))):
             self.network = build_network(spec.network, spec.network_spec)
         self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
-        # Steps without a finite gradient: all of this process, and those in a row up to now.
+        # Steps without a finite gradient: all so far, and those in a row up to now.
         self.register_buffer("skipped", torch.zeros(2, dtype=torch.int64), persistent=False)
-        # Sums and numbers of this process's finite losses at times in each quarter of 1..T since they were logged.
-        self.register_buffer("losses", torch.zeros(2, 4), persistent=False)
-        # DDP would send the first process's to the others at every step: one is a constant, two are counted by each.
-        self._ddp_params_and_buffers_to_ignore = ["alpha_bar", "skipped", "losses"]
+        keep_buffers_local(self, ["alpha_bar", "skipped"])
 
     @property
     def model(self) -> Model:
         """The network behind its time adapter: called with the paper's times."""
         return zero_based(self.network)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of a micro-batch."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return loss: the mean over the micro-batch, (); losses: (b,), detached; t: their times in 1..T, (b,)."""
         x0, step, positions = batch["images"], batch["step"], batch["positions"]
         t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
         eps = training_noise(self.seed, step, positions, x0.shape[1:])
@@ -134,10 +131,7 @@ class DiffusionModule(LightningModule):
                 prediction=self.objective.prediction,
                 reduction=self.objective.reduction,
             )
-        quarter = (t - 1) * 4 // self.spec.schedule.T
-        values, finite = losses.detach().float(), losses.detach().isfinite()
-        self.losses.index_add_(1, quarter, torch.stack([values.where(finite, 0), finite.float()]))
-        return losses.mean()
+        return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
 
     def configure_gradient_clipping(
         self,
@@ -145,27 +139,17 @@ class DiffusionModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of the whole gradient, and let Adam skip a step whose gradient is not finite.
+        """Clip the gradient by its global norm, and skip the step if it is not finite; nothing waits for the device.
 
-        All on the device: fused Adam reads `found_inf` there. After the sum over processes all of them agree.
+        DDP has summed the gradients before, so all processes skip the same steps.
         """
         parameters = list(self.network.parameters())
         norm = torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val or math.inf)
         skip = ~norm.isfinite()
-        self.adam.found_inf = skip.float()  # type: ignore[attr-defined]
+        skip_step_if(self.adam, skip)
         self.skipped[0] += skip
         self.skipped[1] = (self.skipped[1] + 1) * skip
         self.log("train/gradient_norm", norm)
-
-    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Log the mean loss over the samples of all processes since it was logged last, and by quarters of times."""
-        trainer = self.trainer
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            return
-        sums, numbers = self._losses_of_all()
-        self.log("train/loss", sums.sum() / numbers.sum())
-        self.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(sums / numbers)})
-        self.losses.zero_()
 
     def configure_optimizers(self) -> Any:
         """Return Adam with a linear warm-up: at step k = 1, 2, ... the learning rate is lr min(1, k / warmup)."""
@@ -177,32 +161,15 @@ class DiffusionModule(LightningModule):
         return {"optimizer": self.adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the checkpoint describe itself."""
+        """Store the description of the model, the recipe and the number of skipped steps."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
-        # Callbacks save before this module logs: what this very step is going to log is not to be logged again.
-        logged = self.trainer.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        losses = torch.zeros_like(self.losses) if logged else self._losses_of_all()
-        checkpoint[COUNTS] = {"skipped": self.skipped, "losses": losses}
+        checkpoint.setdefault(COUNTS, {})["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting; and let Lightning count whole optimiser steps behind it, in the micro-batches of this run.
-
-        Its own count is in those of the run that wrote the checkpoint, whose accumulation may differ, and it holds half
-        a step when a resumed run was saved again before its first step.
-        """
-        if kept := checkpoint.get(COUNTS):  # older checkpoints have none
-            self.skipped.copy_(kept["skipped"])
-            self.losses.copy_(kept["losses"] * self.trainer.is_global_zero)  # the sums over all, kept by one
-        past = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        loop = checkpoint["loops"]["fit_loop"]
-        # 1 when saved in the hooks of the batch that ended the step: Lightning then completes that batch itself.
-        uncompleted = checkpoint["global_step"] - loop["epoch_loop.state_dict"]["_batches_that_stepped"]
-        for counts in (loop["epoch_loop.batch_progress"]["total"], loop["epoch_loop.batch_progress"]["current"]):
-            counts.update(ready=past, started=past, processed=past, completed=past - uncompleted)
-
-    def _losses_of_all(self) -> Tensor:
-        """Return the sums and numbers of losses over all processes, (2, 4); all of them must ask."""
-        return self.trainer.strategy.reduce(self.losses.clone(), reduce_op="sum")
+        """Restore the number of skipped steps, and resume at the start of an optimiser step."""
+        if counts := checkpoint.get(COUNTS):  # older checkpoints have none
+            self.skipped.copy_(counts["skipped"])
+        count_complete_steps(checkpoint, self.trainer.accumulate_grad_batches)
 
     def _addressed_dropout(self, step: int, batch_idx: int) -> AbstractContextManager[None]:
         """Seed what torch's dropout draws from by (seed, step, micro-batch, process)."""
@@ -213,9 +180,14 @@ class DiffusionModule(LightningModule):
         return _seeded(int(random_words(self.seed, DROPOUT, step, [micro])), self.device)
 
 
+def step_ended(trainer: Trainer, batch_idx: int, every: int = 1) -> bool:
+    """Return whether micro-batch `batch_idx` completed an optimiser step, one whose number is a multiple of `every`."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 and trainer.global_step % every == 0
+
+
 @contextmanager
 def _seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of `device`, and leave no trace of it afterwards."""
+    """Seed torch's generators of the CPU and of `device` inside the block; their state is restored afterwards."""
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -14,15 +14,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import read_checkpoint
-from ddim.config import config_context
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
-from ddim.data.images import Images
 from ddim.errors import Interrupted, UserError
 from ddim.networks import tune_network
-from ddim.training.callbacks import DivergenceGuard, Progress, SampleGrid
+from ddim.training.callbacks import DivergenceGuard, LossByTime, Progress, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
-from ddim.training.dry_run import Stopwatch, plan
 from ddim.training.ema import EMA
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import DiffusionModule
@@ -37,104 +34,79 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
 
     Args:
         spec: the run.
-        config: the same as plain values, to be kept by the loggers.
+        config: the same as plain values, for the loggers.
 
     Raises:
         UserError: bad input, before any training step; or the training cannot go on.
-        Interrupted: it was told to stop (SIGTERM, SIGUSR1), and its state is saved.
+        Interrupted: it received SIGTERM or SIGUSR1, and its state is saved.
     """
-    folder = Path(spec.output_dir)
-    model = _checked_model(spec)
-    checkpoints = folder / "checkpoints"
-    resume = resume_path(spec, model, checkpoints)
-    _make_folder(checkpoints)
-    images, module, data = _prepare(spec, model)
+    model = spec.model_spec()
+    checkpoint = resume_path(spec, model)
+    _make_folder(spec.checkpoint_dir)
+    data, module = build_data(spec), build_module(spec, model)
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
         spec.name,
-        len(images),
+        len(data.images),
         f"{sum(p.numel() for p in module.network.parameters()):,}",
         spec.trainer.max_steps,
         spec.trainer.batch_size,
-        folder,
+        spec.folder,
     )
-    trainer = build_trainer(
-        spec, folder, _callbacks(spec, folder), build_loggers(spec.logger, spec.name, folder, config)
-    )
-    with explain_disk_errors(folder), finish_wandb(spec.logger):
-        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    last, steps = checkpoints / LAST, spec.trainer.max_steps
-    # The process that called `fit` need not be one that trained; one that did may be here before the first of them has
-    # named its last checkpoint, and those of other nodes may not see the file.
+    loggers = build_loggers(spec.logger, spec.name, spec.folder, config)
+    trainer = build_trainer(spec, spec.folder, build_callbacks(spec), loggers)
+    with explain_disk_errors(spec.folder), finish_wandb(spec.logger):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
+    # The process that called `fit` need not be one that trained (ddp_spawn); one that did may get here before the first
+    # process has renamed its last checkpoint, and those of other nodes may not see the file.
     step = max(trainer.global_step, read_checkpoint(last)["global_step"] if last.exists() else 0)
     if step < steps:
-        raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with ckpt_path=last.")
+        raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with checkpoint=last.")
     log.info("trained %d steps; checkpoint: %s", steps, last)
     return last
 
 
-def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
-    """Return, in lines for people, what a run is going to be, after `steps` real steps of which nothing is kept.
+def build_data(spec: TrainSpec) -> ImageDataModule:
+    """Read the training set of a run.
 
     Raises:
-        UserError: bad input, as from `train`.
+        UserError: see `load_images` and `ImageDataModule`.
     """
-    model = _checked_model(spec)
-    folder = Path(spec.output_dir)
-    resume = resume_path(spec, model, folder / "checkpoints")
-    images, module, data = _prepare(spec, model)
-    stopwatch = Stopwatch(first=2)
-    callbacks: list[Callback] = [EMA(spec.ema)] if spec.ema else []
-    trainer = build_trainer(spec, folder, [*callbacks, stopwatch], loggers=[], max_steps=stopwatch.first + steps)
-    trainer.fit(module, data)
-    parameters = sum(p.numel() for p in module.network.parameters())
-    done = read_checkpoint(resume)["global_step"] if resume else 0
-    return plan(spec, model, parameters, len(images), stopwatch, trainer, done)
-
-
-def _checked_model(spec: TrainSpec) -> ModelSpec:
-    model = spec.model_spec()
-    with config_context("grid.sampler"):
-        spec.grid.sampler.tau(model.schedule.T)
-    return model
-
-
-def _prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Images, DiffusionModule, ImageDataModule]:
-    t = spec.trainer
-    images = load_images(spec.data, "train")
-    data = ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
-    return images, build_module(spec, model), data
+    t, images = spec.trainer, load_images(spec.data, "train")
+    return ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
 
 
 def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
-    """Return the module of a run, its network tuned as `spec.trainer` says."""
+    """Return the module of a run, its network tuned as `spec.trainer` asks for."""
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
     here = next(module.network.parameters()).device
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = here if found is None or t.accelerator == here.type else found
-    ways = {name: getattr(t, name) for name in ("channels_last", "compile", "winograd")}
-    tune_network(module.network, device, **ways)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = here if accelerator is None or t.accelerator == here.type else accelerator
+    tune_network(module.network, device, channels_last=t.channels_last, compile=t.compile, winograd=t.winograd)
     return module
 
 
-def _callbacks(spec: TrainSpec, folder: Path) -> list[Callback]:
+def build_callbacks(spec: TrainSpec) -> list[Callback]:
+    """Return the callbacks of a run, in the order in which they are called."""
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
     callbacks: list[Callback] = [ema] if ema else []
     return [
         *callbacks,
+        LossByTime(spec.schedule.T, t.log_every),
         Progress(t.batch_size, t.log_every),
-        SampleGrid(spec.grid, folder / "samples", ema, t.batch_size),
+        SampleGrid(spec.grid, spec.folder / "samples", ema, t.batch_size),
         DivergenceGuard(t.log_every, t.max_skipped),
-        Checkpoints(folder / "checkpoints", t.checkpoint_every, t.keep_last, t.keep_every),
+        Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every),
     ]
 
 
 def build_trainer(
     spec: TrainSpec, folder: Path, callbacks: list[Callback], loggers: list[Logger], max_steps: int | None = None
 ) -> Trainer:
-    """Return the Trainer of a run; with `max_steps`, one that stops there, keeps nothing and shows no bar.
+    """Return the Trainer of a run; with `max_steps`, one that stops there, saves nothing and shows no progress bar.
 
     Raises:
         UserError: there is no such accelerator, strategy or number of devices.
@@ -158,8 +130,7 @@ def build_trainer(
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             enable_model_summary=False,
-            # A bar for people, lines for logs.
-            enable_progress_bar=os.isatty(2) and max_steps is None,
+            enable_progress_bar=os.isatty(2) and max_steps is None,  # a bar for terminals, lines for log files
             default_root_dir=folder,
         )
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name

@@ -1,10 +1,11 @@
-"""What a training run is made of, validated."""
+"""The settings of a training run, validated."""
 
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from ddim.checkpoints import ModelSpec
-from ddim.config import build, choose
+from ddim.config import build, choose, config_context
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
@@ -21,16 +22,16 @@ class TrainerSpec:
     """How and how long to train.
 
     Attributes:
-        max_steps: optimiser steps, those before a resumption included.
+        max_steps: optimiser steps, including those before resuming.
         batch_size: the global batch of one optimiser step, over all processes and accumulated batches.
         accumulate: micro-batches per optimiser step on each process.
         accelerator, devices, num_nodes, strategy: Lightning's.
         precision: 32-true or bf16-mixed; the weights stay float32.
         channels_last, compile, winograd: see `ddim.networks.tune_network`.
-        num_workers: processes that read images which are not in memory.
+        num_workers: processes that read images ahead; useful when those are not in memory.
         log_every, checkpoint_every: optimiser steps.
-        keep_last: how many of the newest checkpoints stay.
-        keep_every: checkpoints whose step is a multiple of it stay for good; 0 for none.
+        keep_last: how many of the newest checkpoints are kept.
+        keep_every: checkpoints whose step is a multiple of it are kept for good; 0 for none.
         max_skipped: steps in a row that may be skipped because their gradient is not finite.
 
     Raises:
@@ -76,15 +77,17 @@ class TrainerSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """Everything a training run is made of; see configs/train.yaml.
+    """All settings of a training run; see configs/train.yaml.
 
     Attributes:
-        name: of the run; its folder is output_dir.
+        name: of the run.
+        output_dir: its folder.
         network: `name`, a key of NETWORKS, and the fields of that network's spec.
-        ckpt_path: null to start, "last" to go on from the newest checkpoint of this run if there is one, or a file.
+        checkpoint: null for a new run, "last" to resume from the newest checkpoint of this run if there is one, or the
+            path of one.
         ema: null to train without an average.
         seed: of everything random, 0 .. 2**64 - 1.
-        dry_run: say what the run would be, after a few steps of it, instead of training.
+        dry_run: report what the run would cost, after a few steps of it, instead of training.
 
     Raises:
         ValueError: the seed is out of range.
@@ -102,26 +105,36 @@ class TrainSpec:
     logger: LoggerSpec = field(default_factory=LoggerSpec)
     grid: GridSpec = field(default_factory=GridSpec)
     seed: int = 0
-    ckpt_path: str | None = None
+    checkpoint: str | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
+    @property
+    def folder(self) -> Path:
+        """Folder of everything that the run writes."""
+        return Path(self.output_dir)
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """Folder of its checkpoints."""
+        return self.folder / "checkpoints"
+
     def recipe(self) -> dict[str, Any]:
-        """Return what decides the weights after a number of steps, besides the model: plain values by their keys."""
+        """Return what else determines the weights after a number of steps, besides the model: plain values by key."""
         data = {key: getattr(self.data, key) for key in ("name", "category", "flip", "resize")}
-        parts = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
-        parts["ema"] = asdict(self.ema) if self.ema else {"decay": None}
-        parts["trainer"] = {"batch_size": self.trainer.batch_size}
-        values = {f"{part}.{key}": value for part, fields in parts.items() for key, value in fields.items()}
+        groups = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
+        groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
+        groups["trainer"] = {"batch_size": self.trainer.batch_size}
+        values = {f"{group}.{key}": value for group, fields in groups.items() for key, value in fields.items()}
         return {"seed": self.seed} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def model_spec(self) -> ModelSpec:
         """Return the description of the model that this run trains.
 
         Raises:
-            UserError: the network's fields are wrong, or do not fit the data.
+            UserError: the network's fields are wrong or do not fit the data, or the grid's sampler does not fit T.
         """
         fields = dict(self.network)
         name = fields.pop("name", "unet")
@@ -132,4 +145,6 @@ class TrainSpec:
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
                 f"{(self.data.channels, *self.data.size)}; leave network.channels and network.image_size to the data."
             )
+        with config_context("grid.sampler"):
+            self.grid.sampler.tau(model.schedule.T)
         return model

@@ -1,5 +1,8 @@
-"""Tiny training runs."""
+"""Tiny training runs, and what is compared between them."""
 
+import csv
+import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,28 +68,74 @@ def run(config):
 
 
 @pytest.fixture
-def killed_run(run, monkeypatch):
-    """killed_run(step, part, ...): the same, stopped short before micro-batch `part` of optimiser step `step`."""
+def after_loss(monkeypatch):
+    """after_loss(action): call action(step, batch_idx, output) after every training_step."""
+
+    def after_loss(action: Callable[[int, int, dict[str, torch.Tensor]], None]) -> None:
+        training_step = DiffusionModule.training_step
+
+        def step(self, batch, batch_idx):
+            output = training_step(self, batch, batch_idx)
+            action(batch["step"], batch_idx, output)
+            return output
+
+        monkeypatch.setattr(DiffusionModule, "training_step", step)
+
+    return after_loss
+
+
+@pytest.fixture
+def scale_loss(after_loss):
+    """scale_loss(steps, value): multiply the loss of these steps by a value."""
+
+    def scale_loss(steps, value):
+        after_loss(lambda step, _, output: output.update(loss=output["loss"] * (value if step in steps else 1)))
+
+    return scale_loss
+
+
+@pytest.fixture
+def killed_run(run, monkeypatch, after_loss):
+    """killed_run(step, micro, ...): run(...), stopped in its micro-batch `micro` of optimiser step `step`."""
 
     class Killed(Exception):
         pass
 
-    def killed_run(step: int, part: int, *args: Any, **changes: Any) -> None:
-        training_step, parts = DiffusionModule.training_step, []
+    def killed_run(step: int, micro: int, *args: Any, **changes: Any) -> None:
+        seen = []
 
-        def die(self, batch, batch_idx):
-            if batch["step"] == step:
-                parts.append(batch_idx)
-                if len(parts) > part:
+        def die(now, batch_idx, output):
+            if now == step:
+                seen.append(batch_idx)
+                if len(seen) > micro:
                     raise Killed
-            return training_step(self, batch, batch_idx)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(DiffusionModule, "training_step", die)
-            with pytest.raises(Killed):
-                run(*args, **changes)
+        training_step = DiffusionModule.training_step
+        after_loss(die)
+        with pytest.raises(Killed):
+            run(*args, **changes)
+        monkeypatch.setattr(DiffusionModule, "training_step", training_step)
 
     return killed_run
+
+
+@pytest.fixture
+def two_processes():
+    """The trainer's options for two processes; forking needs a process that has not used CUDA."""
+    if torch.cuda.is_initialized() or "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("a process that has used CUDA cannot be forked")
+    return {"devices": 2, "strategy": "ddp_fork"}
+
+
+@pytest.fixture
+def logged(tmp_path):
+    """logged("run", "train/loss", version=0): one column of metrics.csv, by step from 0."""
+
+    def logged(name: str, column: str, version: int = 0) -> dict[int, float]:
+        with (tmp_path / name / "csv" / f"version_{version}" / "metrics.csv").open() as file:
+            return {int(row["step"]): float(row[column]) for row in csv.DictReader(file) if row.get(column)}
+
+    return logged
 
 
 def state(path: Path) -> dict[str, torch.Tensor]:

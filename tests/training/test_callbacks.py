@@ -1,6 +1,5 @@
-"""Sample grids and the report of pace."""
+"""Sample grids and the progress report."""
 
-import csv
 import logging
 import re
 from types import SimpleNamespace
@@ -16,14 +15,15 @@ from ddim.training import callbacks
 from ddim.training.callbacks import GridSpec, Progress
 
 N, STEPS = 3, 4
+pytestmark = pytest.mark.integration
 GRID = {"every": 2, "n": N, "seed": 7, "sampler": {"S": STEPS, "eta": 1.0}}
 
 
 def tiles(path):
     """Cut a grid of three 8x8 images, enlarged four times and two pixels apart, into uint8 (3, 1, 8, 8)."""
-    picture = pil_to_tensor(Image.open(path))
-    assert picture.shape == (1, 66, 66)
-    return torch.stack([picture[:, r : r + 32 : 4, c : c + 32 : 4] for r, c in ((0, 0), (0, 34), (34, 0))])
+    image = pil_to_tensor(Image.open(path))
+    assert image.shape == (1, 66, 66)
+    return torch.stack([image[:, r : r + 32 : 4, c : c + 32 : 4] for r, c in ((0, 0), (0, 34), (34, 0))])
 
 
 def sampled(path, weights, prediction="eps"):
@@ -35,18 +35,18 @@ def sampled(path, weights, prediction="eps"):
 
 
 @pytest.mark.parametrize(("accumulate", "prediction"), [(1, "eps"), (2, "v")])
-def test_grids_appear_at_their_steps_and_show_the_average(run, tmp_path, accumulate, prediction):
+def test_grids_show_the_average_at_their_steps(run, tmp_path, accumulate, prediction):
     trainer = {"max_steps": 5, "accumulate": accumulate, "checkpoint_every": 4}
     objective = {"prediction": prediction}
     run(grid=GRID, trainer=trainer, network={"dropout": 0.5}, optim={"lr": 0.01}, objective=objective)
-    pictures = sorted((tmp_path / "run" / "samples").iterdir())
-    assert [p.name for p in pictures] == ["step_00000002.png", "step_00000004.png"]
+    files = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [p.name for p in files] == ["step_00000002.png", "step_00000004.png"]
     checkpoint = tmp_path / "run" / "checkpoints" / "step_00000004.ckpt"
-    assert torch.equal(tiles(pictures[1]), sampled(checkpoint, "ema", prediction))
-    assert not torch.equal(tiles(pictures[1]), sampled(checkpoint, "online", prediction))
+    assert torch.equal(tiles(files[1]), sampled(checkpoint, "ema", prediction))
+    assert not torch.equal(tiles(files[1]), sampled(checkpoint, "online", prediction))
 
 
-def test_without_an_average_the_grid_shows_the_raw_weights(run, tmp_path):
+def test_without_ema_the_grid_shows_the_online_weights(run, tmp_path):
     last = run(grid=GRID, trainer={"max_steps": 2}, ema=None, optim={"lr": 0.01})
     assert torch.equal(tiles(tmp_path / "run" / "samples" / "step_00000002.png"), sampled(last, "online"))
 
@@ -59,22 +59,22 @@ def test_each_grid_starts_from_the_same_noise(run, tmp_path):
     assert not torch.equal(one[0], one[1])
 
 
-def test_a_grid_leaves_the_training_as_it_is(run, same):
+def test_grids_do_not_change_the_training(run, same):
     """Mode, online weights, average and random numbers."""
     options = {"network": {"dropout": 0.5}, "trainer": {"max_steps": 4}}
-    assert same(run("seen", **options, grid=GRID | {"every": 1}), run("unseen", **options))
+    assert same(run("with grids", **options, grid=GRID | {"every": 1}), run("without", **options))
 
 
-def test_a_resumed_run_does_not_repeat_the_grid_of_its_first_step(run, tmp_path):
+def test_resumed_run_does_not_repeat_a_grid(run, tmp_path):
     options = {"grid": GRID}
     run(**options, trainer={"max_steps": 4, "accumulate": 2})
-    for picture in (tmp_path / "run" / "samples").iterdir():
-        picture.unlink()
-    run(**options, trainer={"max_steps": 7, "accumulate": 2}, ckpt_path="last")
+    for file in (tmp_path / "run" / "samples").iterdir():
+        file.unlink()
+    run(**options, trainer={"max_steps": 7, "accumulate": 2}, checkpoint="last")
     assert [p.name for p in (tmp_path / "run" / "samples").iterdir()] == ["step_00000006.png"]
 
 
-def test_no_grids_when_none_are_wanted(run, tmp_path):
+def test_every_0_samples_no_grids(run, tmp_path):
     run(grid={"every": 0})
     assert not (tmp_path / "run" / "samples").exists()
 
@@ -85,8 +85,8 @@ def test_wrong_grid_settings_are_refused(change):
         GridSpec(**change)
 
 
-def test_pace_and_time_left_are_those_of_the_clock(monkeypatch, caplog):
-    """Ten steps of 8 images in 5 seconds, from step 100 on; 880 steps to go; loss in two parts of one half each."""
+def test_throughput_and_time_left_follow_the_clock(monkeypatch, caplog):
+    """Ten steps of 8 images in 5 seconds, from step 100 on; 880 steps to go; loss in two micro-batches of one half."""
     clock = iter([1000.0, 1005.0, 1007.5])
     monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
     logged = []
@@ -95,8 +95,9 @@ def test_pace_and_time_left_are_those_of_the_clock(monkeypatch, caplog):
     progress = Progress(batch_size=8, every=10)
     progress.on_train_start(trainer, module)
     with caplog.at_level(logging.INFO, logger="ddim"):
-        for trainer.global_step in [100, 101, *range(101, 121)]:
-            progress.on_train_batch_end(trainer, module, {"loss": torch.tensor(0.125)})
+        for batch_idx in range(200, 240):
+            trainer.global_step = (batch_idx + 1) // 2
+            progress.on_train_batch_end(trainer, module, {"loss": torch.tensor(0.125)}, None, batch_idx)
     assert logged == [
         {"train/images_per_second": pytest.approx(16.0), "train/hours_left": pytest.approx(440 / 3600)},
         {"train/images_per_second": pytest.approx(32.0), "train/hours_left": pytest.approx(870 / 4 / 3600)},
@@ -107,14 +108,13 @@ def test_pace_and_time_left_are_those_of_the_clock(monkeypatch, caplog):
     ]
 
 
-def test_a_run_reports_its_pace_in_its_log_and_its_metrics(run, tmp_path, caplog):
+def test_run_reports_throughput_in_log_and_metrics(run, logged, caplog):
     with caplog.at_level(logging.INFO, logger="ddim"):
         run(trainer={"max_steps": 6, "log_every": 2})
     lines = [m for r in caplog.records if (m := r.getMessage()).startswith("step ")]
     form = re.compile(r"step (\d) of 6, loss \d\.\d{4}, .* images/s, 0:00:\d\d left")
     assert [form.fullmatch(m)[1] for m in lines] == ["2", "4", "6"]
-    with (tmp_path / "run" / "csv" / "version_0" / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 3
-    assert all(float(row["train/images_per_second"]) > 1 for row in rows)
-    assert float(rows[0]["train/hours_left"]) > float(rows[2]["train/hours_left"]) == 0
+    throughput, hours = (logged("run", f"train/{name}") for name in ("images_per_second", "hours_left"))
+    assert list(throughput) == [1, 3, 5]
+    assert min(throughput.values()) > 1
+    assert hours[1] > hours[5] == 0

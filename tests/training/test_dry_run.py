@@ -1,51 +1,69 @@
-"""A dry run says what the run is going to be, and leaves nothing behind."""
+"""A dry run reports what the run will be, and writes nothing."""
 
 import re
+import runpy
+import signal
+import sys
+from pathlib import Path
 
 import pytest
 
+import ddim
 from ddim.config import build
 from ddim.errors import UserError
-from ddim.training.run import dry_run
+from ddim.training.dry_run import dry_run
 from ddim.training.spec import TrainSpec
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def lines(config):
-    """lines(...): what a dry run says, by its first word."""
+def report(config):
+    """report(...): the lines of a dry run by their first word."""
 
-    def lines(*args, **changes):
-        said = dry_run(build(TrainSpec, config(*args, **changes), ""), steps=4)
-        return {key: text for key, _, text in (line.partition(": ") for line in said)}
+    def report(*args, **changes):
+        lines = dry_run(build(TrainSpec, config(*args, **changes), ""), steps=4)
+        return {key: text for key, _, text in (line.partition(": ") for line in lines)}
 
-    return lines
+    return report
 
 
-def test_it_says_what_the_run_will_be(lines, tmp_path):
-    said = lines(trainer={"max_steps": 1000, "keep_every": 250}, ema={"decay": [0.9, 0.99]})
-    assert said["network"].endswith("images 1x8x8")
-    parameters = int(re.search(r"([\d,]+) parameters", said["network"])[1].replace(",", ""))
-    assert said["data"] == "digits, 1,797 images; 1,000 steps of 8 are 4.5 epochs"
-    assert said["devices"] == "1 x cpu, 1 x 8 images each in a step; 32-true"
-    assert "over 4 steps" in said["pace"]
-    # weights, two moments, two averages; the two newest, the fourth parts, and one that is being written
-    assert said["disk"].startswith(f"{20 * parameters / 2**20:,.0f} MiB a checkpoint, 7 at most")
-    assert 0.1 < float(said["memory"].split()[0]) < 20
+def test_report_describes_the_run_and_writes_nothing(report, tmp_path):
+    lines = report(trainer={"max_steps": 1000, "keep_every": 250}, ema={"decay": [0.9, 0.99]})
+    assert lines["network"].endswith("images 1x8x8")
+    parameters = int(re.search(r"([\d,]+) parameters", lines["network"])[1].replace(",", ""))
+    assert lines["data"] == "digits, 1,797 images; 1,000 steps of 8 are 4.5 epochs"
+    assert lines["devices"] == "1 x cpu, 1 x 8 images each in a step; 32-true"
+    assert "over 4 steps" in lines["throughput"]
+    # weights, two moments, two averages; the two newest, every 250 steps, and one that is being written
+    assert lines["disk"].startswith(f"{20 * parameters / 2**20:,.0f} MiB a checkpoint, 7 at most")
+    assert 0.1 < float(lines["memory"].split()[0]) < 20
     assert not (tmp_path / "run").exists()
 
 
-def test_time_is_pace_times_what_is_left(lines, run):
+def test_time_is_seconds_per_step_times_steps_left(report, run):
     run(trainer={"max_steps": 6})
-    said = lines(trainer={"max_steps": 100_006}, ckpt_path="last")
-    assert said["time"].endswith("for 100,000 steps from step 6 on, grids not counted")
-    pace = float(said["pace"].split()[0])
-    hours, minutes, seconds = map(int, said["time"].split()[0].split(":"))
-    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(100_000 * pace, rel=0.01)
+    lines = report(trainer={"max_steps": 100_006}, checkpoint="last")
+    assert lines["time"].endswith("for 100,000 steps from step 6 on, grids not counted")
+    seconds_per_step = float(lines["throughput"].split()[0])
+    hours, minutes, seconds = map(int, lines["time"].split()[0].split(":"))
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(100_000 * seconds_per_step, rel=0.01)
 
 
-def test_it_refuses_what_the_run_would_refuse(lines, run):
+def test_dry_run_refuses_what_the_run_would_refuse(report, run):
     run(trainer={"max_steps": 2})
     with pytest.raises(UserError, match="already holds a run at step 2"):
-        lines(trainer={"max_steps": 4})
+        report(trainer={"max_steps": 4})
     with pytest.raises(UserError, match=r"images of .* the data has"):
-        lines("other", network={"channels": 3})
+        report("other", network={"channels": 3})
+
+
+ROOMS = [path for room in ("training", "data") for path in Path(ddim.__file__).with_name(room).glob("*.py")]
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_module_needs_nothing_that_windows_lacks(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(signal, "SIGUSR1")
+    runpy.run_path(str(path))

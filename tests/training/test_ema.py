@@ -1,4 +1,4 @@
-"""The average of the weights: what it is, what it leaves alone, and that it is what people sample from."""
+"""The average of the weights: its formula, several rates, storing and resuming, sampling from it."""
 
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ def test_the_average_is_the_closed_form(weights, decay):
     assert torch.allclose(average(EMASpec(decay), weights), expected, rtol=0, atol=1e-14)
 
 
-def test_warm_up_follows_its_formula_until_decay_is_less(weights):
+def test_warm_up_follows_its_formula(weights):
     expected = weights[0]
     for k, w in enumerate(weights[1:], start=1):
         decay = min(0.42, (1 + k) / (10 + k))  # 2/11, 3/12, ... 7/16 = 0.44
@@ -72,7 +72,7 @@ def test_a_decay_outside_its_range_is_refused(decay):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_applied_shows_the_average_and_gives_the_weights_back(fails):
+def test_applied_restores_the_online_weights(fails):
     module = nn.Module()
     module.network = nn.Linear(3, 2)
     online = {k: v.clone() for k, v in module.network.state_dict().items()}
@@ -80,22 +80,29 @@ def test_applied_shows_the_average_and_gives_the_weights_back(fails):
     ema.shadow.update({k: torch.full_like(v, 0.1) for k, v in online.items()})
     shadow = {k: v.clone() for k, v in ema.shadow.items()}
 
-    def look():
+    def use():
         with ema.applied(module):
             assert all(torch.equal(v, shadow[k]) for k, v in module.network.state_dict().items())
-            module.network.weight.data.add_(1)  # whatever happens inside
+            module.network.weight.data.add_(1)  # also undone
             if fails:
                 raise KeyError("inside")
 
     if fails:
         with pytest.raises(KeyError, match="inside"):
-            look()
+            use()
     else:
-        look()
+        use()
     assert all(torch.equal(v, online[k]) for k, v in module.network.state_dict().items())
     assert all(torch.equal(v, shadow[k]) for k, v in ema.shadow.items())
 
 
+@pytest.mark.parametrize("decay", [[], [0.9, 0.9], [0.9, 1.0]])
+def test_wrong_lists_of_rates_are_refused(run, decay):
+    with pytest.raises(UserError, match="ema: decay="):
+        run(ema={"decay": decay})
+
+
+@pytest.mark.integration
 def test_a_checkpoint_alone_gives_the_samples_of_the_average(run, monkeypatch):
     """The networks at the end of training, averaged and online, against what load_model makes of the file."""
     end = {}
@@ -108,7 +115,7 @@ def test_a_checkpoint_alone_gives_the_samples_of_the_average(run, monkeypatch):
             module.network.train()
 
     monkeypatch.setattr(EMA, "on_train_end", keep)
-    # Schedule and network of this test, not of load_model's file.
+    # The schedule of this test, not that of the file.
     x_T, schedule = initial_noise(range(3), (1, 8, 8), seed=1), linear_schedule(20)
 
     def draw(model):
@@ -126,7 +133,8 @@ def test_a_checkpoint_alone_gives_the_samples_of_the_average(run, monkeypatch):
     assert torch.equal(default.spec.schedule.alpha_bar, schedule.alpha_bar)
 
 
-def test_a_run_without_an_average_has_only_raw_weights(run):
+@pytest.mark.integration
+def test_run_without_ema_has_only_online_weights(run):
     path = run(ema=None)
     assert "EMA" not in read_checkpoint(path)["callbacks"]
     with pytest.raises(UserError, match=r"last.ckpt holds no EMA weights .* choose weights=online"):
@@ -134,8 +142,8 @@ def test_a_run_without_an_average_has_only_raw_weights(run):
     assert load_model(path, "online").step == 6
 
 
-def test_the_average_of_a_run_is_stored_and_read_back(run, config, monkeypatch):
-    """A resumed run averages on from the shadow, not from the weights."""
+@pytest.mark.integration
+def test_resumed_run_continues_from_the_stored_average(run, config, monkeypatch):
     seen = []
     on_train_start = EMA.on_train_start
 
@@ -148,7 +156,7 @@ def test_the_average_of_a_run_is_stored_and_read_back(run, config, monkeypatch):
     stored = read_checkpoint(path)["callbacks"]["EMA"]
     assert stored["decay"] == 0.9
     assert stored["updates"] == 6
-    run(trainer={"max_steps": 7}, ckpt_path="last")
+    run(trainer={"max_steps": 7}, checkpoint="last")
     fresh, resumed = seen
     online = load_model(path, "online").network.state_dict()
     assert all(torch.equal(v, stored["shadow"][k]) for k, v in resumed.items())
@@ -157,3 +165,28 @@ def test_the_average_of_a_run_is_stored_and_read_back(run, config, monkeypatch):
     spec = build(TrainSpec, config(), "")
     initial = DiffusionModule(spec.model_spec(), spec.objective, spec.optim, spec.seed).network.state_dict()
     assert all(torch.equal(v, fresh[k]) for k, v in initial.items())
+
+
+@pytest.mark.integration
+def test_several_averages_equal_those_of_separate_runs(run):
+    rates = (0.9, 0.5, 0.999)
+    several = run("several", ema={"decay": list(rates)})
+    for rate in rates:
+        alone = run(f"alone {rate}", ema={"decay": rate})
+        label = "ema" if rate == rates[0] else f"ema_{rate}"
+        assert load_model(several, label).weights_hash == load_model(alone).weights_hash
+        assert load_model(several, label).weights == label
+    with pytest.raises(UserError, match=r"unknown weights 'ema_0.8'.*allowed: online, ema, ema_0.5, ema_0.999"):
+        load_model(several, "ema_0.8")
+    with pytest.raises(UserError, match="unknown weights 'emma'"):
+        load_model(several, "emma")
+
+
+@pytest.mark.integration
+def test_several_averages_resume_exactly(run, killed_run):
+    options = {"ema": {"decay": [0.9, 0.5]}, "trainer": {"max_steps": 6, "checkpoint_every": 2}}
+    uninterrupted = run("uninterrupted", **options)
+    killed_run(5, 0, "killed", **options)
+    resumed = run("killed", **options, checkpoint="last")
+    for label in ("online", "ema", "ema_0.5"):
+        assert load_model(uninterrupted, label).weights_hash == load_model(resumed, label).weights_hash

@@ -1,4 +1,4 @@
-"""A training that is killed again and again, at any moment, ends with the same bits. DDIM_KILLS=30 tries more."""
+"""A training that is killed repeatedly, at any moment, ends with the same bits. DDIM_KILLS=30 tries more."""
 
 import multiprocessing
 import os
@@ -28,7 +28,7 @@ def start(config, monkeypatch):
     def start(name):
         trainer = {"max_steps": STEPS, "checkpoint_every": EVERY, "log_every": 20}
         options = {"network": {"dropout": 0.1}, "ema": {"decay": [0.999, 0.9]}, "trainer": trainer}
-        values = config(name, **options, ckpt_path="last")
+        values = config(name, **options, checkpoint="last")
         process = processes.Process(target=train, args=(build(TrainSpec, values, ""), values))
         process.start()
         return process
@@ -37,7 +37,7 @@ def start(config, monkeypatch):
 
 
 def wait_for(process: BaseProcess, happens, seconds: float = 120.0) -> bool:
-    """Return whether something happened before the process ended."""
+    """Return whether `happens()` became true before the process ended."""
     end = time.monotonic() + seconds
     while process.is_alive() and time.monotonic() < end:
         if happens():
@@ -47,7 +47,7 @@ def wait_for(process: BaseProcess, happens, seconds: float = 120.0) -> bool:
 
 
 def written(folder: Path) -> int:
-    """Return which file is the last checkpoint; to read it all the time would take the processor from the training."""
+    """Return the inode of the last checkpoint: cheaper than reading it all the time."""
     last = folder / "checkpoints" / "last.ckpt"
     return last.stat().st_ino if last.exists() else 0
 
@@ -63,9 +63,10 @@ def finished(process: BaseProcess) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.integration
 def test_killed_at_random_moments_it_ends_with_the_same_bits(start, same, tmp_path):
-    whole, killed, generator = tmp_path / "whole", tmp_path / "killed", random.Random(KILLS)
-    assert finished(start("whole"))
+    uninterrupted, killed, generator = tmp_path / "uninterrupted", tmp_path / "killed", random.Random(KILLS)
+    assert finished(start("uninterrupted"))
     checkpoints = killed / "checkpoints"
     moments = []
     for k in range(KILLS):
@@ -86,7 +87,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(start, same, tmp_pa
     assert "ended" not in moments
     assert step(killed) < STEPS
     assert finished(start("killed"))
-    assert same(whole / "checkpoints" / "last.ckpt", checkpoints / "last.ckpt")
-    others = [read_checkpoint(f / "checkpoints" / "last.ckpt")["callbacks"]["EMA"]["others"] for f in (whole, killed)]
+    assert same(uninterrupted / "checkpoints" / "last.ckpt", checkpoints / "last.ckpt")
+    others = [
+        read_checkpoint(f / "checkpoints" / "last.ckpt")["callbacks"]["EMA"]["others"] for f in (uninterrupted, killed)
+    ]
     assert all((others[0]["0.9"][name] == others[1]["0.9"][name]).all() for name in others[0]["0.9"])
-    assert not list(checkpoints.glob(".*"))  # no rests of killed saves
+    assert not list(checkpoints.glob(".*"))  # nothing is left of killed saves

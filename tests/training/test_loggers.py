@@ -1,6 +1,5 @@
-"""Where the numbers of a run end up. None of this needs a network or an account."""
+"""CSV, TensorBoard and W&B, without a network or an account."""
 
-import csv
 import json
 import os
 from pathlib import Path
@@ -13,46 +12,44 @@ from torchvision.transforms.functional import pil_to_tensor
 from ddim.errors import UserError
 from ddim.training.module import DiffusionModule
 
+pytestmark = pytest.mark.integration
 GRID = {"every": 4, "n": 4, "sampler": {"S": 2}}
 
 
-def losses(path):
-    with path.open() as file:
-        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_csv_is_always_written_and_never_overwritten(run, killed_run, tmp_path, accumulate):
-    folder = tmp_path / "run" / "csv"
+def test_csv_is_always_written_and_never_overwritten(run, killed_run, logged, tmp_path, accumulate):
+    first = tmp_path / "run" / "csv" / "version_0" / "metrics.csv"
     trainer = {"max_steps": 7, "checkpoint_every": 4, "accumulate": accumulate}
     killed_run(6, 0, trainer=trainer)
-    first = (folder / "version_0" / "metrics.csv").read_bytes()
-    killed_run(4, accumulate - 1, trainer=trainer, ckpt_path="last")
-    run(trainer=trainer, ckpt_path="last")
-    assert (folder / "version_0" / "metrics.csv").read_bytes() == first
-    one, three = (losses(folder / f"version_{v}" / "metrics.csv") for v in (0, 2))
+    content = first.read_bytes()
+    killed_run(4, accumulate - 1, trainer=trainer, checkpoint="last")
+    run(trainer=trainer, checkpoint="last")
+    assert first.read_bytes() == content
+    one, three = (logged("run", "train/loss", version) for version in (0, 2))
     assert (list(one), list(three)) == ([0, 1, 2, 3, 4, 5], [4, 5, 6])
-    run("whole", trainer=trainer)
-    assert one | three == three | one == losses(tmp_path / "whole" / "csv" / "version_0" / "metrics.csv")
+    run("uninterrupted", trainer=trainer)
+    assert one | three == three | one == logged("uninterrupted", "train/loss")
 
 
-def test_tensorboard_holds_losses_and_grids(run, tmp_path):
+def test_tensorboard_holds_losses_and_grids(run, logged, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run(logger={"tensorboard": True}, grid=GRID)
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     scalars = {e.step: e.value for e in events.Scalars("train/loss")}
-    assert scalars == pytest.approx(losses(tmp_path / "run" / "csv" / "version_0" / "metrics.csv"), rel=1e-6)
+    assert scalars == pytest.approx(logged("run", "train/loss"), rel=1e-6)
     (image,) = events.Images("samples")
     assert image.step == 4
-    (tmp_path / "shown.png").write_bytes(image.encoded_image_string)
-    shown, saved = (Image.open(p) for p in (tmp_path / "shown.png", tmp_path / "run/samples/step_00000004.png"))
-    assert torch.equal(pil_to_tensor(shown.convert("L")), pil_to_tensor(saved))
+    (tmp_path / "logged.png").write_bytes(image.encoded_image_string)
+    image_logged, image_saved = (
+        Image.open(p) for p in (tmp_path / "logged.png", tmp_path / "run/samples/step_00000004.png")
+    )
+    assert torch.equal(pil_to_tensor(image_logged.convert("L")), pil_to_tensor(image_saved))
 
 
 @pytest.fixture
 def wandb_at(tmp_path, monkeypatch):
-    """Keep everything of W&B below tmp_path, and know no account."""
+    """W&B with all its files below tmp_path, and without an account."""
     home = tmp_path / "home"
     home.mkdir()
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
@@ -63,13 +60,13 @@ def wandb_at(tmp_path, monkeypatch):
     (home / "tmpdir").mkdir()
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_MODE", "online")  # Lightning itself sets it when offline; this brings it back afterwards
+    monkeypatch.setenv("WANDB_MODE", "online")  # Lightning sets it when offline; monkeypatch restores it
     yield tmp_path
     wait_for_wandb()
 
 
 def wait_for_wandb():
-    """A finished run reaches its file when W&B's own process gets round to it, at the latest when that ends."""
+    """Wait until W&B's own process has written its files."""
     import wandb
 
     wandb.teardown()
@@ -88,7 +85,7 @@ def records(path):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # a complete record, or its last part
             yield Record.FromString(parts)
             parts = b""
 
@@ -110,11 +107,12 @@ def runs(folder: Path):
 OFFLINE = {"wandb": True, "offline": True, "project": "p", "tags": ["a", "b"], "group": "sweep"}
 
 
-def test_wandb_offline_holds_config_losses_and_grids_and_goes_on_in_one_run(run, wandb_at):
+def test_wandb_offline_resumes_the_same_run(run, logged, wandb_at):
+    """With its configuration, losses and grids; another training in this process is another run."""
     folder = wandb_at / "run"
     before = set(Path.cwd().iterdir())
     run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 4})
-    run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 7}, ckpt_path="last")
+    run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 7}, checkpoint="last")
     run("other", logger=OFFLINE, trainer={"max_steps": 2})
     wait_for_wandb()
     one, two = runs(folder)
@@ -122,17 +120,16 @@ def test_wandb_offline_holds_config_losses_and_grids_and_goes_on_in_one_run(run,
     assert f"-{name}" in one.name
     assert f"-{name}" in two.name  # with a number behind it if both began in one second
     for number, path in enumerate((one, two)):
-        expected = losses(folder / "csv" / f"version_{number}" / "metrics.csv")
+        expected = logged("run", "train/loss", number)
         assert history(path / f"run-{name}.wandb") == pytest.approx(expected, rel=1e-6)
-    (picture,) = (one / "files" / "media").rglob("*.png")
-    assert picture.read_bytes() == (folder / "samples" / "step_00000004.png").read_bytes()
+    (image,) = (one / "files" / "media").rglob("*.png")
+    assert image.read_bytes() == (folder / "samples" / "step_00000004.png").read_bytes()
     (begun,) = [r.run for r in records(one / f"run-{name}.wandb") if r.HasField("run")]
     assert (begun.project, begun.display_name, list(begun.tags)) == ("p", "run", ["a", "b"])
     assert (begun.run_group, begun.job_type) == ("sweep", "train")
     config = {item.key: json.loads(item.value_json) for item in begun.config.update}
     assert config["network"]["num_groups"] == 4
     assert config["seed"] == 5
-    # A sweep trains several networks in one process: the second is another run.
     (other,) = runs(wandb_at / "other")
     other_name = (wandb_at / "other" / "wandb_id.txt").read_text()
     assert other_name != name
@@ -140,7 +137,7 @@ def test_wandb_offline_holds_config_losses_and_grids_and_goes_on_in_one_run(run,
     assert set(Path.cwd().iterdir()) == before
 
 
-def test_a_failed_training_ends_its_wandb_run(killed_run, run, wandb_at):
+def test_failed_training_ends_its_wandb_run(killed_run, run, wandb_at):
     killed_run(2, 0, logger=OFFLINE)
     run("other", logger=OFFLINE, trainer={"max_steps": 2})
     wait_for_wandb()
@@ -151,7 +148,7 @@ def test_a_failed_training_ends_its_wandb_run(killed_run, run, wandb_at):
         assert [r.exit.exit_code for r in records(path) if r.HasField("exit")] == [exit_code]
 
 
-def test_wandb_without_an_account_is_one_sentence_before_any_step(run, wandb_at, monkeypatch):
+def test_wandb_without_an_account_is_refused_before_training(run, wandb_at, monkeypatch):
     monkeypatch.setattr(DiffusionModule, "training_step", lambda *args: pytest.fail("trained"))
     with pytest.raises(UserError, match=r"W&B refused to start .*run `wandb login`, or choose logger=wandb_offline"):
         run(logger={"wandb": True})

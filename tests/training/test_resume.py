@@ -1,6 +1,5 @@
 """A training is a function of its configuration: not of where it stopped, nor of how a batch was divided."""
 
-import csv
 import shutil
 
 import pytest
@@ -8,82 +7,81 @@ import torch
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.training.ema import EMA
-from ddim.training.module import DiffusionModule
 
+pytestmark = pytest.mark.integration
 DROPOUT = {"dropout": 0.3}
 TRAINER = {"max_steps": 9, "checkpoint_every": 4}
 
 
 def disturb():
-    """Leave the global generator in another state than it was in."""
+    """Change the state of the global generator."""
     torch.manual_seed(int(torch.randint(1000, ())))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, killed_run, same, accumulate):
+def test_killed_run_resumes_exactly(run, killed_run, same, accumulate):
     options = {"network": DROPOUT, "trainer": TRAINER | {"accumulate": accumulate}}
-    whole = run("whole", **options)
+    uninterrupted = run("uninterrupted", **options)
     disturb()
     killed_run(6, accumulate - 1, "killed", **options)  # two steps, and half a third, after the checkpoint
     disturb()
-    resumed = run("killed", **options, ckpt_path="last")
-    assert same(whole, resumed)
-    assert read_checkpoint(whole)["global_step"] == 9
+    resumed = run("killed", **options, checkpoint="last")
+    assert same(uninterrupted, resumed)
+    assert read_checkpoint(uninterrupted)["global_step"] == 9
 
 
-def test_the_comparison_would_see_other_dropout_and_other_flips(run, same):
+def test_comparison_notices_other_dropout_flips_and_seeds(run, same):
     options = {"network": DROPOUT, "trainer": {"max_steps": 2}}
     base = run("base", **options)
     assert same(base, run("again", **options))
-    assert not same(base, run("dry", **options | {"network": {"dropout": 0.0}}))
-    assert not same(base, run("upright", **options, data={"flip": False}))
+    assert not same(base, run("no dropout", **options | {"network": {"dropout": 0.0}}))
+    assert not same(base, run("no flips", **options, data={"flip": False}))
     assert not same(base, run("seed", **options, seed=6))
 
 
-def test_a_run_killed_again_before_its_first_new_step_goes_on_as_well(run, killed_run, same):
-    """A resumed run saves a checkpoint after half a step, when its step is one at which checkpoints are due."""
+def test_run_killed_again_in_its_first_step_resumes_exactly(run, killed_run, same):
     options = {"network": DROPOUT, "trainer": TRAINER | {"accumulate": 2}}
-    whole = run("whole", **options)
+    uninterrupted = run("uninterrupted", **options)
     killed_run(6, 0, "killed", **options)
-    killed_run(4, 1, "killed", **options, ckpt_path="last")
-    assert same(whole, run("killed", **options, ckpt_path="last"))
+    killed_run(4, 1, "killed", **options, checkpoint="last")
+    assert same(uninterrupted, run("killed", **options, checkpoint="last"))
 
 
-def test_a_finished_run_can_be_extended_by_path_into_another_folder(run, same, tmp_path):
+def test_finished_run_is_extended_into_another_folder(run, same, tmp_path):
     options = {"network": DROPOUT}
-    whole = run("whole", **options, trainer={"max_steps": 9})
+    uninterrupted = run("uninterrupted", **options, trainer={"max_steps": 9})
     first = run("first", **options, trainer={"max_steps": 5})
-    second = run("second", **options, trainer={"max_steps": 9}, ckpt_path=str(first))
+    second = run("second", **options, trainer={"max_steps": 9}, checkpoint=str(first))
     assert second == tmp_path / "second" / "checkpoints" / "last.ckpt"
-    assert same(whole, second)
+    assert same(uninterrupted, second)
     assert read_checkpoint(first)["global_step"] == 5
 
 
-def test_nothing_happens_to_a_finished_run(run, same, tmp_path):
+def test_resuming_a_finished_run_changes_nothing(run, same, tmp_path):
     last = run()
     shutil.copy(last, tmp_path / "copy.ckpt")
-    assert run(ckpt_path="last") == last
+    assert run(checkpoint="last") == last
     assert same(last, tmp_path / "copy.ckpt")
 
 
-def test_last_starts_a_run_that_has_no_checkpoint(run, same):
-    assert same(run("one"), run("two", ckpt_path="last"))
+def test_checkpoint_last_starts_a_new_run(run, same):
+    assert same(run("one"), run("two", checkpoint="last"))
 
 
-def test_a_moved_run_keeps_its_last_checkpoint_up_to_date(run, killed_run, tmp_path):
+def test_moved_run_updates_its_last_checkpoint(run, killed_run, tmp_path):
     last = run("here", trainer={"max_steps": 6, "checkpoint_every": 4})
     shutil.move(tmp_path / "here", tmp_path / "there")
-    killed_run(10, 0, "there", trainer={"max_steps": 20, "checkpoint_every": 4}, ckpt_path="last")
+    killed_run(10, 0, "there", trainer={"max_steps": 20, "checkpoint_every": 4}, checkpoint="last")
     folder = tmp_path / "there" / "checkpoints"
     assert read_checkpoint(folder / last.name)["global_step"] == 8
     assert not list(folder.glob("last-*"))
 
 
-# Where the gradient is no more than rounding noise Adam with a small eps would blow it up to a full step.
+# With a small eps Adam makes a full step of a gradient that is only rounding noise.
 ROBUST = {"optim": {"eps": 1e-3}, "trainer": {"max_steps": 6}}
 
 
-def test_accumulated_batches_do_what_the_whole_batch_does(run, same, monkeypatch):
+def test_accumulated_batches_equal_the_whole_batch(run, same, monkeypatch):
     updates = []
     on_train_batch_end = EMA.on_train_batch_end
 
@@ -92,77 +90,73 @@ def test_accumulated_batches_do_what_the_whole_batch_does(run, same, monkeypatch
         updates.append(self.updates)
 
     monkeypatch.setattr(EMA, "on_train_batch_end", record)
-    whole = run("whole", **ROBUST)
+    uninterrupted = run("uninterrupted", **ROBUST)
     assert updates == [1, 2, 3, 4, 5, 6]
     updates.clear()
     halves = run("halves", **ROBUST | {"trainer": {"max_steps": 6, "accumulate": 2}})
     assert updates == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]
-    assert same(whole, halves, atol=1e-6)
-    assert not same(whole, run("other", **ROBUST, seed=6), atol=1e-3)
+    assert same(uninterrupted, halves, atol=1e-6)
+    assert not same(uninterrupted, run("other", **ROBUST, seed=6), atol=1e-3)
 
 
-def test_the_accumulation_may_change_on_the_way(run, killed_run, same):
-    whole = run("whole", **ROBUST)
+def test_accumulation_may_change_on_resuming(run, killed_run, same):
+    uninterrupted = run("uninterrupted", **ROBUST)
     for first, second in ((1, 2), (4, 1)):
         name = f"{first} to {second}"
         killed_run(5, 0, name, **ROBUST | {"trainer": {"accumulate": first, "checkpoint_every": 3}})
         trainer = {"accumulate": second, "checkpoint_every": 3}
-        assert same(whole, run(name, **ROBUST | {"trainer": trainer}, ckpt_path="last"), atol=1e-6)
+        assert same(uninterrupted, run(name, **ROBUST | {"trainer": trainer}, checkpoint="last"), atol=1e-6)
 
 
-def test_two_processes_do_what_one_does(run, same):
-    """Even with dropout, when the one process takes the batch in the same two parts."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that has used CUDA cannot be forked")
+def test_two_processes_equal_one_that_accumulates(run, same, two_processes):
+    """Also with dropout, and going on with one process from where two stopped."""
     options = ROBUST | {"network": DROPOUT}
-    two = run("two", **options | {"trainer": {"devices": 2, "strategy": "ddp_fork"}})
+    two = run("two", **options | {"trainer": two_processes})
     one = run("one", **options | {"trainer": {"accumulate": 2}})
     assert same(one, two, atol=1e-6)
-    # Going on with one process from where two stopped.
     longer = options | {"trainer": {"max_steps": 8, "accumulate": 2}}
-    assert same(run("one", **longer, ckpt_path="last"), run("two", **longer, ckpt_path="last"), atol=1e-6)
+    assert same(run("one", **longer, checkpoint="last"), run("two", **longer, checkpoint="last"), atol=1e-6)
 
 
-def rows(folder, version=0):
-    """Return the logged losses and counts of a run, by step: all columns but those of the clock."""
-    with (folder / "csv" / f"version_{version}" / "metrics.csv").open() as file:
-        table = list(csv.DictReader(file))
-    names = [name for name in table[0] if "loss" in name or name in ("train/skipped_steps", "train/gradient_norm")]
-    assert len(names) == 7
-    return {int(row["step"]): [row[name] for name in sorted(names)] for row in table if row["train/loss"]}
+@pytest.fixture
+def rows(logged):
+    """rows("run", version=0): logged losses and counts by step, all columns but those of the clock."""
+    names = ["loss", *(f"loss_quarter_{k}" for k in (1, 2, 3, 4)), "skipped_steps", "gradient_norm"]
+
+    def rows(name, version=0):
+        columns = [logged(name, f"train/{column}", version) for column in names]
+        return {step: [column.get(step) for column in columns] for step in columns[0]}
+
+    return rows
 
 
 @pytest.mark.parametrize("saved", [4, 6])
-def test_the_logs_go_on_as_well_also_between_two_rows(run, killed_run, tmp_path, monkeypatch, caplog, saved):
+def test_logs_resume_exactly_between_two_rows(run, killed_run, rows, scale_loss, caplog, saved):
     """A row every three steps, over the samples since the row before; the second step is not finite."""
-    training_step = DiffusionModule.training_step
-
-    def spoilt(self, batch, batch_idx):
-        return training_step(self, batch, batch_idx) * (float("nan") if batch["step"] == 1 else 1)
-
-    monkeypatch.setattr(DiffusionModule, "training_step", spoilt)
+    scale_loss({1}, float("nan"))
     trainer = {"max_steps": 9, "log_every": 3, "checkpoint_every": saved, "accumulate": 2}
-    run("whole", trainer=trainer)
+    run("uninterrupted", trainer=trainer)
     killed_run(saved, 1, "killed", trainer=trainer)
     caplog.clear()
-    run("killed", trainer=trainer, ckpt_path="last")
-    assert "no finite gradient" not in caplog.text  # that was said before
-    whole = rows(tmp_path / "whole")
-    assert list(whole) == [2, 5, 8]
-    assert rows(tmp_path / "killed", 1) == {step: row for step, row in whole.items() if step >= saved}
+    run("killed", trainer=trainer, checkpoint="last")
+    assert "no finite gradient" not in caplog.text  # was logged before
+    uninterrupted = rows("uninterrupted")
+    assert list(uninterrupted) == [2, 5, 8]
+    assert rows("killed", 1) == {step: row for step, row in uninterrupted.items() if step >= saved}
 
 
-def test_two_processes_that_go_on_as_two_or_as_one_do_and_log_what_one_does(run, same, tmp_path):
-    """The loss is that of the global batch, not that of the first process."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that has used CUDA cannot be forked")
-    two, one = {"devices": 2, "strategy": "ddp_fork"}, {"accumulate": 1}
-    logs, last = {}, {}
-    for name, first, second in (("one", one, one), ("two", two, two), ("mixed", two, one)):
+def test_two_processes_resume_and_log_as_one(run, same, rows, two_processes):
+    """The loss is that of the global batch, not that of the first process; also when two go on as one."""
+    one, logs, last = {"accumulate": 1}, {}, {}
+    for name, first, second in (
+        ("one", one, one),
+        ("two", two_processes, two_processes),
+        ("mixed", two_processes, one),
+    ):
         for steps, how in ((5, first), (8, second)):
             trainer = how | {"max_steps": steps, "log_every": 4}
-            last[name] = run(name, **ROBUST | {"trainer": trainer}, ckpt_path="last")
-        logs[name] = [float(v) for version in (0, 1) for row in rows(tmp_path / name, version).values() for v in row]
+            last[name] = run(name, **ROBUST | {"trainer": trainer}, checkpoint="last")
+        logs[name] = [value for version in (0, 1) for row in rows(name, version).values() for value in row]
         assert len(logs[name]) == 14
     for name in ("two", "mixed"):
         assert logs[name] == pytest.approx(logs["one"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Places that cannot be written, for real: a small or a read-only file system, which only root can mount here."""
+"""Full and read-only file systems, for real; only root can mount them."""
 
 import os
 import shutil
@@ -9,7 +9,8 @@ import pytest
 from ddim.checkpoints import load_model
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import UserError
-from ddim.training.module import DiffusionModule
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
@@ -36,36 +37,15 @@ def read_only(folder):
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """at_step(5, action): do something in the middle of that step."""
-
-    def at_step(number, action):
-        training_step = DiffusionModule.training_step
-
-        def step(self, batch, batch_idx):
-            if batch["step"] == number:
-                action()
-            return training_step(self, batch, batch_idx)
-
-        monkeypatch.setattr(DiffusionModule, "training_step", step)
-
-    return at_step
-
-
-def never(monkeypatch):
-    monkeypatch.setattr(DiffusionModule, "__init__", lambda *args, **kwargs: pytest.fail("work began"))
-
-
-GOES_ON = r"the checkpoints before are intact\. Make {} and go on with ckpt_path=last\.$"
+GOES_ON = r"the checkpoints before are intact\. Make {} and go on with checkpoint=last\.$"
 TRAINER = {"max_steps": 8, "checkpoint_every": 2}
 
 
-def test_a_read_only_place_is_one_sentence_before_work(run, file_system, tmp_path, monkeypatch):
+def test_read_only_folder_is_refused_before_work(run, file_system, tmp_path, monkeypatch):
     folder = file_system(tmp_path / "there")
     (folder / "made" / "checkpoints").mkdir(parents=True)
     read_only(folder)
-    never(monkeypatch)
+    monkeypatch.setattr("ddim.training.run.build_module", lambda *args: pytest.fail("work began"))
     for name in ("there/made", "there/new"):
         with pytest.raises(
             UserError, match=r"^cannot write to .*checkpoints \(Read-only file system\); choose another o"
@@ -74,14 +54,12 @@ def test_a_read_only_place_is_one_sentence_before_work(run, file_system, tmp_pat
 
 
 @pytest.mark.parametrize("part", ["checkpoints", "."])
-def test_a_place_that_becomes_read_only_on_the_way_leaves_the_checkpoint_before(
-    run, same, file_system, at_step, tmp_path, monkeypatch, part
-):
-    """The folder of the checkpoints, which is met at step 6, or that of the whole run, whose metrics are met first."""
+def test_folder_made_read_only_keeps_older_checkpoints(run, same, file_system, after_loss, tmp_path, monkeypatch, part):
+    """The folder of the checkpoints fails at step 6; in that of the run, writing metrics fails first."""
     expected = run("expected", trainer={"max_steps": 4, "checkpoint_every": 2})
-    whole = run("whole", trainer=TRAINER)
+    uninterrupted = run("uninterrupted", trainer=TRAINER)
     folder = file_system(tmp_path / "run" / part)
-    at_step(4, lambda: read_only(folder))
+    after_loss(lambda step, *_: read_only(folder) if step == 4 else None)
     what = "the checkpoint .*step_00000006.ckpt of step 6" if part == "checkpoints" else ".*metrics.csv"
     with pytest.raises(
         UserError,
@@ -92,15 +70,15 @@ def test_a_place_that_becomes_read_only_on_the_way_leaves_the_checkpoint_before(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert sorted(p.name for p in checkpoints.iterdir()) == ["last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt"]
     assert same(expected, checkpoints / "last.ckpt")
-    # From the place that can only be read: it is sampled from, and another run goes on from it.
+    # A read-only checkpoint is enough to sample from, and for another run to resume from.
     assert load_model(checkpoints / "last.ckpt").step == 4
-    assert same(whole, run("elsewhere", trainer=TRAINER, ckpt_path=str(checkpoints / "last.ckpt")))
+    assert same(uninterrupted, run("elsewhere", trainer=TRAINER, checkpoint=str(checkpoints / "last.ckpt")))
     subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
-    assert same(whole, run(trainer=TRAINER, ckpt_path="last"))
+    assert same(uninterrupted, run(trainer=TRAINER, checkpoint="last"))
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(run, same, file_system, tmp_path):
-    """A checkpoint of the tiny network takes some 300 KiB: two find room, a third does not."""
+def test_full_disk_keeps_older_checkpoints(run, same, file_system, tmp_path):
+    """There is room for two checkpoints of about 300 KiB, not for a third."""
     expected = run("expected", trainer={"max_steps": 4, "checkpoint_every": 2})
     size = expected.stat().st_size
     folder = file_system(tmp_path / "run" / "checkpoints", size=f"{5 * size // 2 // 4096 * 4}k")
@@ -112,13 +90,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(run, same, file_system, tmp_pa
     assert sorted(p.name for p in folder.iterdir()) == ["last.ckpt", "step_00000002.ckpt", "step_00000004.ckpt"]
     assert same(expected, folder / "last.ckpt")
     (folder / "step_00000002.ckpt").unlink()
-    assert same(run("whole", trainer=TRAINER), run(trainer=TRAINER | {"keep_last": 1}, ckpt_path="last"))
+    assert same(run("uninterrupted", trainer=TRAINER), run(trainer=TRAINER | {"keep_last": 1}, checkpoint="last"))
 
 
-def test_a_read_only_file_is_gone_on_from(run, same, tmp_path):
+def test_run_resumes_from_a_read_only_file(run, same, tmp_path):
     last = run(trainer={"max_steps": 4})
     last.chmod(0o444)
-    whole = run("whole", trainer={"max_steps": 6})
-    assert same(whole, run("elsewhere", trainer={"max_steps": 6}, ckpt_path=str(last)))
-    assert same(whole, run(trainer={"max_steps": 6}, ckpt_path="last"))
+    uninterrupted = run("uninterrupted", trainer={"max_steps": 6})
+    assert same(uninterrupted, run("elsewhere", trainer={"max_steps": 6}, checkpoint=str(last)))
+    assert same(uninterrupted, run(trainer={"max_steps": 6}, checkpoint="last"))
     assert read_checkpoint(last.parent / "step_00000004.ckpt")["global_step"] == 4

@@ -1,0 +1,51 @@
+"""Every use of Lightning's and torch's private parts, each with its reason.
+
+tests/training/test_lightning_workarounds.py notices when a new version needs another workaround, or none.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+
+def disable_sigterm_broadcast(trainer: Trainer) -> None:
+    """Stop Lightning from asking the first process at every batch whether it received SIGTERM.
+
+    With several processes that is a broadcast, and a wait for the device, per batch. `Checkpoints` asks all of them,
+    every few steps.
+    """
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Rewrite the batch counters of a checkpoint as complete optimiser steps of `accumulate` micro-batches each.
+
+    Lightning counts in micro-batches of the run that wrote the checkpoint, whose accumulation may differ, and resumes
+    in the middle of a step when they do not divide. Batches here are addressed by the step, so that is wrong.
+    """
+    processed = checkpoint["global_step"] * accumulate
+    loop = checkpoint["loops"]["fit_loop"]
+    # 1 when saved in the hooks of the batch that ended the step: Lightning then completes that batch itself.
+    incomplete = checkpoint["global_step"] - loop["epoch_loop.state_dict"]["_batches_that_stepped"]
+    for counts in (loop["epoch_loop.batch_progress"]["total"], loop["epoch_loop.batch_progress"]["current"]):
+        counts.update(ready=processed, started=processed, processed=processed, completed=processed - incomplete)
+
+
+def keep_buffers_local(module: LightningModule, names: Iterable[str]) -> None:
+    """Stop DDP from sending these buffers of the first process to all others at every step.
+
+    DDP's own argument for it (`broadcast_buffers=False`) is about all buffers, and not Lightning's to set by name.
+    """
+    module._ddp_params_and_buffers_to_ignore = list(names)
+
+
+def skip_step_if(adam: torch.optim.Adam, skip: Tensor) -> None:
+    """Let the following step of a fused Adam change nothing where `skip`, bool (), is true.
+
+    This is how torch's GradScaler skips steps without reading the flag back from the device; a test in Python, as
+    `if skip:`, would wait for the device at every step.
+    """
+    adam.found_inf = skip.float()  # type: ignore[attr-defined]
