@@ -1,7 +1,7 @@
-"""Strict mapping -> spec: the door at which configuration stops (ARCHITECTURE, point 9).
+"""Validation of configurations: plain mapping -> typed spec. Below the entry points there are only specs.
 
-A *spec* is a frozen dataclass. `build` turns a plain mapping (what YAML or a checkpoint holds) into one and refuses
-unknown keys, missing keys and wrong types with a sentence that names the key, the value and what is allowed.
+A *spec* is a frozen dataclass. `build` creates one from a plain mapping (from YAML or a checkpoint). Unknown keys,
+missing keys and wrong types raise a UserError that names the key, the value and the allowed values.
 """
 
 import dataclasses
@@ -22,11 +22,11 @@ def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
 
     Args:
         spec_type: a dataclass type; nested dataclass fields are built from nested mappings.
-        values: plain Python values, as YAML gives them.
-        where: the name of this mapping in messages, for example "sampler"; "" at the top.
+        values: plain Python values, as parsed from YAML.
+        where: the name of this mapping in error messages, for example "sampler"; "" at the top level.
 
     Raises:
-        UserError: unknown key, missing key, wrong type, or a value that the spec itself refuses.
+        UserError: unknown key, missing key, wrong type, or a value that the spec's own validation rejects.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a mapping with the keys {_names(spec_type)}, not {values!r}.")
@@ -51,7 +51,7 @@ def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
 
 @contextmanager
 def config_context(where: str) -> Iterator[None]:
-    """Turn a ValueError of the block into a UserError that says which part of the configuration is at fault."""
+    """Turn a ValueError in the block into a UserError that names the affected part of the configuration."""
     try:
         yield
     except UserError:
@@ -63,7 +63,10 @@ def config_context(where: str) -> Iterator[None]:
 def convert(value: Any, hint: Any, where: str) -> Any:
     """Return `value` as the type `hint` (int, float, bool, str, Literal, X | None, tuple[X, ...], a dataclass).
 
-    An int is taken for a float, a whole-number float or a numeric string never for an int: what is written decides.
+    An int is accepted as a float. A float (even 1.0) is not accepted as an int, a numeric string not as a number.
+
+    Raises:
+        UserError: the value is of another type or not allowed.
     """
     origin = get_origin(hint)
     if hint is Any:
@@ -121,7 +124,7 @@ def _convert_tuple(value: Any, hint: Any, where: str) -> tuple[Any, ...]:
 
 
 def suggest(name: str, allowed: Any) -> str:
-    """Return ' (did you mean X?)' when one of `allowed` is close to `name`, else ''."""
+    """Return ' (did you mean X?)' if one of `allowed` is similar to `name`, else ''."""
     near = difflib.get_close_matches(name, [str(a) for a in allowed], n=1)
     return f" (did you mean {near[0]}?)" if near else ""
 
@@ -130,7 +133,7 @@ def choose(kind: str, name: str, registry: Mapping[str, Any]) -> Any:
     """Return `registry[name]`.
 
     Raises:
-        UserError: the name is not registered; the message lists those that are.
+        UserError: the name is not registered; the message lists the registered names.
     """
     if name not in registry:
         raise UserError(f"unknown {kind} {name!r}{suggest(name, registry)}; allowed: {', '.join(registry)}.")

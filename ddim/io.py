@@ -1,4 +1,4 @@
-"""Atomic file writes; files of tensors, read without executing anything in them."""
+"""Atomic file writes; reading and writing files of tensors, without executing anything in them."""
 
 import os
 import re
@@ -21,7 +21,10 @@ Tensors = dict[str, Tensor]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a name to write to, in the folder of `path`, which is made; `path` then appears whole or not at all."""
+    """Yield a temporary path next to `path`; when the block ends without an error, it is renamed to `path`.
+
+    Missing parent folders are created. Readers see the old file or the complete new one, never a part of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{os.getpid()}_{path.name}")
     try:
@@ -31,89 +34,73 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def read_torch(path: Path, on_disk: bool = False) -> Any:
-    """Return what `torch.save` wrote, tensors on the CPU.
+def read_torch(path: Path, mmap: bool = False) -> Any:
+    """Load a file that `torch.save` wrote, with `weights_only=True`, onto the CPU.
 
     Args:
         path: of the file.
-        on_disk: leave the tensors of a zip archive on the disk until they are used. Not for a file that something may
-            write to meanwhile: reading the rest would kill the process.
+        mmap: read tensors from the disk only when they are used. Not for a file that another process may overwrite
+            meanwhile: the next access would crash this process.
 
     Raises:
-        UserError: no such file, one that needs code to load, or one that is damaged or of another kind.
+        UserError: the file does not exist, is damaged, is of another kind, or needs code to load.
     """
     _check_is_file(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what makes it stumble, which is said below
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=on_disk and _is_plain_archive(path))
-    except Exception as error:  # whatever the bytes of a damaged or foreign file make the reader stumble over
+            warnings.simplefilter("ignore")  # torch warns about files that it then refuses
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_uncompressed_zip(path))
+    except Exception as error:  # a damaged or foreign file can make the reader raise anything
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{path} cannot be read as a checkpoint: it needs code to load ({code[1]}), and code in a file can do "
-                "anything; nothing was run. Ask for a file of tensors alone, such as safetensors."
+                "anything; nothing was run. Ask for a file of tensors only, such as safetensors."
             ) from error
         raise _unreadable(path, error) from error
 
 
-def shown(name: object) -> str:
-    """Return a name out of somebody else's file as it is, or in quotes if it is not for the eye."""
+def printable(name: object) -> str:
+    """Return a name from an untrusted file as text; names with control characters are quoted and escaped."""
     return str(name) if str(name).isprintable() else repr(name)
-
-
-def _is_plain_archive(path: Path) -> bool:
-    """Whether a file is an archive whose bytes are those of its tensors: one that was packed again is compressed."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 @contextmanager
 def explain_read_errors(path: str | Path) -> Iterator[None]:
-    """Turn whatever the content of somebody else's file makes the block stumble over into one sentence.
-
-    Raises:
-        UserError: the block raised something.
-    """
+    """Turn any exception that the content of a foreign file causes in the block into a UserError of one sentence."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200].rstrip(".")
-        raise UserError(f"{path} is not understood; it is damaged, or not what it looks like ({reason}).") from error
+        raise UserError(f"{path} is not understood; it is damaged or of another kind ({reason}).") from error
 
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Say in one sentence why a file cannot be written.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Turn a failed write in the block into a UserError that gives the reason."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise UserError(f"cannot write {path} ({reason}); choose another out=...") from error
+        raise UserError(f"cannot write {path} ({reason}); choose another output_dir=...") from error
 
 
-def check_target(path: Path, overwrite: bool) -> None:
-    """Do nothing for a file that may be written.
+def check_can_write(path: Path, overwrite: bool) -> None:
+    """Check that a file may be written.
 
     Raises:
-        UserError: it is there already and shall not be replaced, or a folder has its name.
+        UserError: the file exists and must not be overwritten, or the path is a folder.
     """
     with explain_write_errors(path):
         if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; choose another out=..., or overwrite=true to replace it.")
+            raise UserError(f"{path} exists already; choose another output_dir=..., or overwrite=true to replace it.")
         if path.is_dir():
-            raise UserError(f"{path} is a folder; give the path of a file, out=...")
+            raise UserError(f"{path} is a folder, not a file; remove it, or choose another output_dir=...")
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins like one of safetensors: the length of a header, then its JSON."""
+    """Whether a file begins like safetensors: the length of the header (8 bytes), then its JSON."""
     _check_is_file(path)
     with path.open("rb") as file:
         start = file.read(9)
@@ -121,10 +108,10 @@ def is_safetensors(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Return the tensors of a safetensors file, on the disk until they are used, and the metadata of its header.
+    """Return the tensors of a safetensors file (memory-mapped) and the metadata in its header.
 
     Raises:
-        UserError: no such file, or a damaged one.
+        UserError: the file does not exist or is damaged.
     """
     _check_is_file(path)
     try:
@@ -135,29 +122,35 @@ def read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata. Readers of PyTorch's want `format: pt` there, and get it.
+    """Write a safetensors file atomically; `format: pt`, which diffusers requires, is added to the metadata.
 
     Raises:
         OSError: the file cannot be written.
     """
-    own: Tensors = {}
+    unshared: Tensors = {}
     storages = set()
-    for name, value in tensors.items():
+    for name, value in tensors.items():  # the format cannot express tensors that share memory: copy them
         shared = value.untyped_storage().data_ptr() in storages
-        own[name] = (
-            value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
-        )  # the format has no place for sharing
-        storages.add(own[name].untyped_storage().data_ptr())
+        unshared[name] = value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+        storages.add(unshared[name].untyped_storage().data_ptr())
     with atomic_write(path) as partial:
         partial.touch()
         mode = partial.stat().st_mode
         try:
-            save_file(own, partial, {"format": "pt", **metadata})
+            save_file(unshared, partial, {"format": "pt", **metadata})
         except SafetensorError as error:
             if (code := re.search(r"os error (\d+)", str(error))) is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-        partial.chmod(mode)  # by itself the library makes files that only their owner can read
+        partial.chmod(mode)  # safetensors creates files that only their owner can read
+
+
+def _is_uncompressed_zip(path: Path) -> bool:
+    """Whether a file is a zip archive that can be memory-mapped; repacked archives are often compressed."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _check_is_file(path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Write a checkpoint in the layout of another code base, to hand it on.
+"""Write a checkpoint in the layout of another code base.
 
-python scripts/export_checkpoint.py checkpoint=PATH out=FOLDER                       # a folder of diffusers
-python scripts/export_checkpoint.py checkpoint=PATH out=FILE layout=safetensors      # or layout=flat
+python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER                       # a diffusers folder
+python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER layout=safetensors    # or layout=flat
 python scripts/export_checkpoint.py --help
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def main(config: dict[str, Any]) -> None:
-    """Export as `config` says and print what was written."""
+    """Run the export; print the files that were written."""
     from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
     from ddim.config import build
 
@@ -30,7 +30,7 @@ def main(config: dict[str, Any]) -> None:
 
 
 def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
-    """Return what a file of records says about these weights; () without a file."""
+    """Return the results of these weights in a records file; () without a file."""
     if records is None:
         return ()
     from ddim.checkpoints.convert.model_card import Result
@@ -39,13 +39,14 @@ def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
     from ddim.results.report import build_tables
 
     if not Path(records).is_file():
-        raise UserError(f"there is no file of records {records}; evaluate.py writes one, records.jsonl.")
-    found = [record for record in RecordFile(Path(records)).read() if record["model"]["weights_hash"] == weights_hash]
-    if not found:
+        raise UserError(f"there is no records file {records}; evaluate.py writes one, records.jsonl.")
+    measured = RecordFile(Path(records)).read()
+    matching = [record for record in measured if record["model"]["weights_hash"] == weights_hash]
+    if not matching:
         raise UserError(f"{records} has no record of these weights; evaluate them first, or leave records out.")
     return [
         Result(table.metric, table.protocol["reference"]["name"], f"{row} S={S}", value, table.title())
-        for table in build_tables(found)
+        for table in build_tables(matching)
         for row in table.rows
         for S in table.columns
         if (value := table.value(row, S)) is not None

@@ -1,6 +1,6 @@
-"""Turn a published checkpoint, of whichever code base, into a model file that every other script reads.
+"""Convert a published checkpoint of another code base into a model file that every other script reads.
 
-python scripts/import_checkpoint.py source=PATH out=PATH
+python scripts/import_checkpoint.py checkpoint=PATH name=NAME
 python scripts/import_checkpoint.py download=ema_cifar10
 python scripts/import_checkpoint.py --help
 """
@@ -10,23 +10,23 @@ from typing import Any
 
 from _cli import entry
 
-TABLES = {(3, 32, 32): "table1_cifar10", (3, 64, 64): "table1_celeba"}  # of models of that image shape
+TABLES = {(3, 32, 32): "table1_cifar10", (3, 64, 64): "table1_celeba"}  # image shape -> experiment
 
 
 def main(config: dict[str, Any]) -> None:
-    """Import as `config` says; print what was found and taken, and what to do with it."""
+    """Run the import; print what was imported and the commands that use it."""
     from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
     from ddim.config import build
 
-    done = import_checkpoint(build(ImportSpec, config, ""))
-    print("\n".join(done.lines))
-    for warning in done.warnings:
+    imported = import_checkpoint(build(ImportSpec, config, ""))
+    print("\n".join(imported.lines))
+    for warning in imported.warnings:
         print(f"warning: {warning}.", file=sys.stderr)
-    print(f"model file: {done.path}")
-    model = f"checkpoint={done.path}{' weights=online' if done.model.weights == 'online' else ''}"
+    print(f"model file: {imported.path}")
+    model = f"checkpoint={imported.path}{' weights=online' if imported.model.weights == 'online' else ''}"
     run = "python scripts"
     print(f"sample from it: {run}/sample.py {model}")
-    if experiment := TABLES.get(done.model.spec.image_shape):
+    if experiment := TABLES.get(imported.model.spec.image_shape):
         print(f"evaluate it:    {run}/evaluate.py -m experiment={experiment} {model}")
 
 

@@ -1,4 +1,4 @@
-"""The door: what is written is taken as it is written, or refused in a sentence that says what is allowed."""
+"""Validation of configurations: values are accepted as written, or refused in a sentence that lists what is allowed."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -63,11 +63,11 @@ def test_a_mapping_becomes_a_spec_with_its_defaults() -> None:
 
 def test_nested_values_are_built_too() -> None:
     values = {**GOOD, "maybe": {"size": [1, 1], "rate": 2}, "flags": [True, False], "extra": {"any": [1, "b"]}}
-    found = build(Outer, values, "")
-    assert found.maybe == Inner((1, 1), 2.0)
-    assert isinstance(found.maybe.rate, float)
-    assert found.flags == (True, False)
-    assert found.extra == {"any": [1, "b"]}
+    spec = build(Outer, values, "")
+    assert spec.maybe == Inner((1, 1), 2.0)
+    assert isinstance(spec.maybe.rate, float)
+    assert spec.flags == (True, False)
+    assert spec.extra == {"any": [1, "b"]}
     assert build(Outer, {**values, "inner": Inner((5, 5))}, "").inner == Inner((5, 5))  # built already
 
 
@@ -96,7 +96,7 @@ def test_wrong_keys_are_named(values: Any, message: str) -> None:
     assert refusal(values).startswith(message)
 
 
-def test_at_the_top_there_is_no_prefix() -> None:
+def test_messages_at_the_top_level_have_no_prefix() -> None:
     assert refusal({**GOOD, "nmae": 1}, "").startswith("unknown key nmae (did you mean name?)")
     assert refusal({**GOOD, "count": "1"}, "").startswith("count='1' must be")
     assert refusal({}, "") == "the configuration lacks the keys count, name, inner."
@@ -170,7 +170,7 @@ def test_values_that_do_not_fit_are_refused(value: Any, hint: Any, message: str)
     assert str(caught.value).startswith(message)
 
 
-def test_blame_names_the_part_and_keeps_what_is_clear_already() -> None:
+def test_config_context_names_the_part_of_value_errors_only() -> None:
     with pytest.raises(UserError, match=r"^sampler: too large$") as caught, config_context("sampler"):
         raise ValueError("too large")
     assert isinstance(caught.value.__cause__, ValueError)
@@ -191,7 +191,7 @@ def test_choose_takes_from_a_registry() -> None:
         choose("schedule", "cosin", registry)
 
 
-def test_suggest_is_silent_when_nothing_is_near() -> None:
+def test_suggest_is_empty_when_nothing_is_similar() -> None:
     assert suggest("zzz", ["eta", "S"]) == ""
     assert suggest("etta", ["eta", "S"]) == " (did you mean eta?)"
 
@@ -230,11 +230,11 @@ def plain(value: Any) -> Any:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
-def test_every_spec_of_the_project_survives_the_way_through_plain_values(spec: Any) -> None:
+def test_every_spec_survives_plain_values(spec: Any) -> None:
     assert build(type(spec), plain(dataclasses.asdict(spec)), "") == spec
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: type(spec).__name__)
-def test_every_spec_of_the_project_refuses_a_key_it_does_not_have(spec: Any) -> None:
+def test_every_spec_refuses_an_unknown_key(spec: Any) -> None:
     with pytest.raises(UserError, match="unknown key etta"):
         build(type(spec), plain(dataclasses.asdict(spec)) | {"etta": 1}, "")

@@ -1,7 +1,7 @@
-"""A checksum at the end of a file, so that damage is noticed before anything is loaded.
+"""A checksum at the end of a training checkpoint, so that damage is noticed before anything is loaded.
 
-torch writes zip archives and does not look at their checksums when it reads them. An archive may end in a comment; ours
-holds the SHA-256 of everything before it, the length of the comment included.
+`torch.save` writes a zip archive, and `torch.load` does not verify the archive's own checksums. A zip archive may end
+in a comment; here the comment is the SHA-256 of all bytes before it (the length field of the comment included).
 """
 
 import hashlib
@@ -13,13 +13,13 @@ from ddim.errors import UserError
 
 _PREFIX = b"ddim-sha256:"
 _LENGTH = len(_PREFIX) + 64  # 64 hexadecimal digits
-_BLOCK = 1 << 20
+_BLOCK = 1 << 20  # bytes
 
 
 def write_checksum(path: Path) -> None:
-    """Append the checksum to an archive without a comment that was just written, and bring it all onto the disk."""
+    """Append the checksum to a zip archive that has no comment, and flush the file to the disk."""
     with path.open("r+b") as file:
-        file.seek(-2, os.SEEK_END)  # the last field of an archive: the length of its comment
+        file.seek(-2, os.SEEK_END)  # the last field of a zip archive is the length of its comment
         file.write(_LENGTH.to_bytes(2, "little"))
         digest = _digest(file, file.tell())
         file.write(_PREFIX + digest)
@@ -28,10 +28,10 @@ def write_checksum(path: Path) -> None:
 
 
 def has_checksum(path: Path) -> bool:
-    """Whether a file ends in a checksum at all.
+    """Whether a file ends in a checksum; if it does, the checksum is verified.
 
     Raises:
-        UserError: it does, and what is before the checksum is not what was written.
+        UserError: the checksum does not match the content.
     """
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END) - _LENGTH
@@ -45,13 +45,14 @@ def has_checksum(path: Path) -> bool:
 
 
 def checksum_error(path: Path) -> UserError:
-    """Return the error for a file whose checksum is wrong, or missing where there was one."""
+    """Return the error for a file whose checksum is wrong or missing."""
     return UserError(
         f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind (its checksum is wrong)."
     )
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:
+    """Return the SHA-256 of the first `size` bytes, as hexadecimal digits."""
     digest = hashlib.sha256()
     file.seek(0)
     while size > 0:

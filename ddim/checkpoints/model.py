@@ -1,8 +1,8 @@
-"""The two files of this project: a training checkpoint, and one set of weights for everything after training.
+"""The two file formats of this project: training checkpoints, and model files with one set of weights.
 
 A training checkpoint is Lightning's file plus one entry, `ddim`: the description of the model in plain values. A model
-file is safetensors with the same description in its header, as JSON. Either is enough to sample from, and neither ever
-needs code to load.
+file is safetensors with the same description as JSON in its header. Each is sufficient to sample from, and loading
+never executes code from the file.
 """
 
 import hashlib
@@ -20,37 +20,31 @@ from ddim.checkpoints.checksum import checksum_error, has_checksum
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
 from ddim.errors import UserError
-from ddim.io import (
-    Tensors,
-    explain_read_errors,
-    is_safetensors,
-    read_safetensors,
-    read_torch,
-    write_safetensors,
-)
+from ddim.io import Tensors, explain_read_errors, is_safetensors, read_safetensors, read_torch, write_safetensors
 from ddim.networks import build_network, zero_based
 
-HAS_CHECKSUM = "sealed"  # in the description of a training checkpoint: true when the file was written with a checksum
-RECIPE = "recipe"  # in the description of a training checkpoint: the settings of the training, for resuming
-EMA_STATE = (
-    "EMA"  # the entry of `callbacks` that holds {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
-)
+# Entries of a training checkpoint.
+HAS_CHECKSUM = "sealed"  # in the description: true if the file was written with a checksum
+RECIPE = "recipe"  # in the description: the training settings, compared when resuming
+EMA_STATE = "EMA"  # in `callbacks`: {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
 NETWORK_PREFIX = "network."  # of the online weights in `state_dict`
-WEIGHTS = r"online|ema(_[\d.e-]+)?"  # pattern of a label
+
+# Labels of weights.
+WEIGHTS = r"online|ema(_[\d.e-]+)?"  # regular expression of the labels that can be requested
 OLD_LABELS = {"raw": "online"}  # in files and commands of earlier versions
-UNLABELLED = "unlabelled"  # weights of which nobody said whether they are averaged
+UNLABELLED = "unlabelled"  # imported weights of which it is not known whether they are EMA or online
 
 
 @dataclass(frozen=True, eq=False)
 class StoredModel:
-    """A model as it lies in a file: its description and one set of weights, without a network.
+    """The content of a model file: a description and one set of weights, without a network.
 
     Attributes:
-        spec: its description.
-        state: the weights by the names of the network's parameters.
-        weights: "ema", "online" or "unlabelled".
-        step: optimiser steps behind them; None when the file does not say.
-        origin: where the weights were imported from, for people to read; {} for those trained here.
+        spec: the description of the model.
+        state: parameter name -> weights.
+        weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
+        step: number of optimiser steps; None if unknown.
+        origin: where imported weights come from, for people to read; {} for weights trained here.
     """
 
     spec: ModelSpec
@@ -65,11 +59,11 @@ class LoadedModel:
     """A network ready to sample from.
 
     Attributes:
-        spec: its description.
+        spec: the description of the model.
         network: in eval mode, on the CPU, parameters without gradients.
-        weights: "ema", "online" or "unlabelled".
-        weights_hash: SHA-256 of the weights that were taken.
-        step: optimiser steps behind them; None when the file does not say.
+        weights: label of the weights: "ema", "ema_RATE", "online" or "unlabelled".
+        weights_hash: SHA-256 of the weights.
+        step: number of optimiser steps; None if unknown.
     """
 
     spec: ModelSpec
@@ -79,21 +73,21 @@ class LoadedModel:
     step: int | None
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The model of the diffusion: the network behind its time adapter, at paper times 1..T."""
+        """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
         return zero_based(self.network)(x_t, t)
 
 
 def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
-    """Rebuild a network from a checkpoint alone.
+    """Build the network that a checkpoint describes, with its weights.
 
     Args:
         path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.
-        weights: "ema" for the EMA weights, "online" for the weights that the optimiser updates, "ema_RATE" for another
-            average.
+        weights: "ema" for the EMA weights, "online" for the weights that the optimiser updates, "ema_RATE" for an
+            additional EMA.
 
     Raises:
-        UserError: no such file, a damaged or foreign one, one without those weights, or weights that do not fit its
-            own description.
+        UserError: the file does not exist, is damaged or foreign, lacks these weights, or its weights do not fit its
+            description.
     """
     stored = read_model(path, weights)
     with explain_read_errors(path):
@@ -108,7 +102,7 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
-    """Return what a file of this project holds, without building a network; see `load_model`."""
+    """Read a training checkpoint or model file without building the network; see `load_model`."""
     weights = OLD_LABELS.get(weights, weights)
     if not re.fullmatch(WEIGHTS, weights):
         choose("weights", weights, {"ema": None, "online": None, "ema_RATE": None})
@@ -125,62 +119,62 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
 
 
 def save_model(model: StoredModel, path: Path) -> None:
-    """Write a model file: the weights under the network's own names, everything else in the header."""
-    write_safetensors(path, model.state, header(model))
+    """Write a model file: the weights under the network's parameter names, everything else in the header."""
+    write_safetensors(path, model.state, encode_metadata(model))
 
 
-def header(model: StoredModel) -> dict[str, str]:
-    """Return the metadata of a model file."""
+def encode_metadata(model: StoredModel) -> dict[str, str]:
+    """Return the metadata of a model file: everything about the model except its weights, as JSON."""
     description = model.spec.to_dict()
     description["schedule"]["alpha_bar"] = model.spec.schedule.alpha_bar.tolist()  # JSON keeps every digit of a float64
-    facts = {"weights": model.weights, "step": model.step, "origin": model.origin}
-    return {KEY: json.dumps({**description, **facts})}
+    return {KEY: json.dumps({**description, "weights": model.weights, "step": model.step, "origin": model.origin})}
 
 
-def read_header(metadata: Mapping[str, str], path: Path) -> tuple[ModelSpec, dict[str, Any]]:
-    """Return the description in a header, and the facts beside it: weights, step, origin.
+def decode_metadata(metadata: Mapping[str, str], state: Tensors, path: Path) -> StoredModel:
+    """Return the model that a file's metadata and tensors make up; undoes `encode_metadata`.
 
     Raises:
-        UserError: it has none, or one that is not understood.
+        UserError: the description is missing, damaged or of another version.
     """
     if KEY not in metadata:
         raise UserError(
-            f"{path} is not a checkpoint of this project: it does not describe its model; make one of it with "
+            f"{path} is not a checkpoint of this project: it does not describe its model; convert it with "
             "scripts/import_checkpoint.py."
         )
     try:
         values = json.loads(metadata[KEY])
-        facts = {key: values[key] for key in ("weights", "step", "origin")}
-        facts["weights"] = OLD_LABELS.get(facts["weights"], facts["weights"])
+        fields = {key: values[key] for key in ("weights", "step", "origin")}
+        fields["weights"] = OLD_LABELS.get(fields["weights"], fields["weights"])
         values["schedule"]["alpha_bar"] = torch.tensor(values["schedule"]["alpha_bar"], dtype=torch.float64)
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"the description of the model in {path} is not understood ({reason}).") from error
-    understood = {
-        "weights": isinstance(facts["weights"], str) and re.fullmatch(rf"{WEIGHTS}|{UNLABELLED}", facts["weights"]),
-        "step": facts["step"] is None or (type(facts["step"]) is int and facts["step"] >= 0),
-        "origin": isinstance(facts["origin"], dict) and all(isinstance(v, str) for v in facts["origin"].values()),
+    weights, step, origin = fields.values()
+    valid = {
+        "weights": isinstance(weights, str) and re.fullmatch(rf"{WEIGHTS}|{UNLABELLED}", weights),
+        "step": step is None or (type(step) is int and step >= 0),
+        "origin": isinstance(origin, dict) and all(isinstance(v, str) for v in origin.values()),
     }
-    if wrong := [f"{key}={facts[key]!r}"[:80] for key, right in understood.items() if not right]:
+    if wrong := [f"{key}={fields[key]!r}"[:80] for key, is_valid in valid.items() if not is_valid]:
         raise UserError(f"the description of the model in {path} is not understood ({', '.join(wrong)}).")
-    return ModelSpec.from_dict(values), facts
+    return StoredModel(ModelSpec.from_dict(values), state, **fields)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Return the content of a training checkpoint, tensors on the CPU.
 
     Raises:
-        UserError: no such file, a damaged one, one that needs code to load, or one that is not ours.
+        UserError: the file does not exist, is damaged, needs code to load, or was not written by this project.
     """
     path = Path(path)
-    has_seal = path.is_file() and has_checksum(path)
+    checksum_verified = path.is_file() and has_checksum(path)
     checkpoint = read_torch(path)
     if not is_training_checkpoint(checkpoint):
         raise UserError(
             f"{path} is not a checkpoint of this project: it does not describe its model; if it is a published one, "
-            "make one of it with scripts/import_checkpoint.py."
+            "convert it with scripts/import_checkpoint.py."
         )
-    if checkpoint[KEY].get(HAS_CHECKSUM) and not has_seal:
+    if checkpoint[KEY].get(HAS_CHECKSUM) and not checksum_verified:
         raise checksum_error(path)
     return checkpoint
 
@@ -194,30 +188,30 @@ def is_training_checkpoint(content: Any) -> bool:
 
 
 def weight_sets(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
-    """Return the weights in a training checkpoint: "online"; "ema", the first average; "ema_RATE" for each other."""
-    state, average = checkpoint["state_dict"], checkpoint.get("callbacks", {}).get(EMA_STATE, {})
+    """Return the weights in a training checkpoint: label ("online", "ema", "ema_RATE") -> weights."""
+    state, ema = checkpoint["state_dict"], checkpoint.get("callbacks", {}).get(EMA_STATE, {})
     online = {k.removeprefix(NETWORK_PREFIX): v for k, v in state.items() if k.startswith(NETWORK_PREFIX)}
-    shadows = {"ema": average["shadow"]} if average.get("shadow") else {}
-    shadows |= {f"ema_{rate}": shadow for rate, shadow in average.get("others", {}).items()}
-    # The average covers parameters; a network's buffers, if it has any, are taken as they are.
+    shadows = {"ema": ema["shadow"]} if ema.get("shadow") else {}
+    shadows |= {f"ema_{rate}": shadow for rate, shadow in ema.get("others", {}).items()}
+    # The EMA covers parameters only; buffers, if the network has any, are those of the online network.
     return {"online": online} | {label: online | shadow for label, shadow in shadows.items()}
 
 
 def weights_hash(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names and values, in the order of the names; 64 hexadecimal digits."""
+    """Return the SHA-256 of names, types, shapes and values, sorted by name; 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)}:".encode())
         flat = value.reshape(-1)
-        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)  # of a single number
+        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)  # one element
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _read_model_file(path: Path, weights: str) -> StoredModel:
     state, metadata = read_safetensors(path)
-    spec, facts = read_header(metadata, path)
-    if facts["weights"] not in (weights, UNLABELLED):
-        raise UserError(f"{path} holds {facts['weights']} weights only; choose weights={facts['weights']}.")
-    return StoredModel(spec, state, **facts)
+    stored = decode_metadata(metadata, state, path)
+    if stored.weights not in (weights, UNLABELLED):
+        raise UserError(f"{path} holds {stored.weights} weights only; choose weights={stored.weights}.")
+    return stored

@@ -1,4 +1,4 @@
-"""What travels with the weights: the description of a model in plain values."""
+"""The description of a model that is stored with its weights, in plain values."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from ddim.errors import UserError
 from ddim.networks import NETWORKS
 
 FORMAT = 1
-KEY = "ddim"  # the entry of a file that holds this description
+KEY = "ddim"  # the entry of a checkpoint that holds the description
 
 
 @dataclass(frozen=True, eq=False)
 class ModelSpec:
-    """Everything about a model but its weights.
+    """Everything about a model except its weights.
+
+    Images are float tensors (C, H, W) in [-1, 1]; networks take the times 0..T-1.
 
     Attributes:
         network: a key of NETWORKS.
         network_spec: the spec of that network.
-        schedule: the noise levels it is trained with.
-        prediction: what it predicts, a key of PREDICTIONS.
-        data: the name of the training set, for people to read.
-
-    Images are float tensors (C, H, W) in [-1, 1]; networks take the times 0..T-1.
+        schedule: the noise levels of the training.
+        prediction: what the network predicts, a key of PREDICTIONS.
+        data: name of the training set, for people to read.
     """
 
     network: str
@@ -46,7 +46,7 @@ class ModelSpec:
         return (self.network_spec.channels, *self.network_spec.image_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values and one tensor, as stored in a checkpoint."""
+        """Return plain values and one tensor (alpha_bar), as stored in a checkpoint."""
         network_spec = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self.network_spec).items()
@@ -62,10 +62,10 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelSpec":
-        """Read what `to_dict` wrote.
+        """Undo `to_dict`.
 
         Raises:
-            UserError: another format, or an entry that is missing or not understood.
+            UserError: another format version, or an entry that is missing or invalid.
         """
         if values.get("format") != FORMAT:
             raise UserError(f"the checkpoint has format {values.get('format')!r}; this version reads format {FORMAT}.")
@@ -88,19 +88,19 @@ class ModelSpec:
             raise UserError(f"the checkpoint's description of its model is not understood: {reason}.") from error
 
     def differences(self, other: "ModelSpec") -> list[str]:
-        """Return one phrase for each thing that makes weights of one model useless for the other; [] when none does."""
+        """Return one phrase for each reason why the weights of one model cannot be used in the other; [] if none."""
         mine, theirs = self.to_dict(), other.to_dict()
-        found = [
+        reasons = [
             f"network.{key}: {mine['network'].get(key)} and {theirs['network'].get(key)}"
             for key in {**mine["network"], **theirs["network"]}
-            # These two change how a network is trained, not what its weights mean.
+            # Dropout and initialization affect the training, not the meaning of the weights.
             if key not in ("dropout", "init") and mine["network"].get(key) != theirs["network"].get(key)
         ]
         if not torch.equal(self.schedule.alpha_bar, other.schedule.alpha_bar):
-            found.append(
+            reasons.append(
                 f"schedule: {self.schedule.name} with T={self.schedule.T} and "
                 f"{other.schedule.name} with T={other.schedule.T}"
             )
         if self.prediction != other.prediction:
-            found.append(f"prediction: {self.prediction} and {other.prediction}")
-        return found
+            reasons.append(f"prediction: {self.prediction} and {other.prediction}")
+        return reasons

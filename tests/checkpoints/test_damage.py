@@ -1,4 +1,4 @@
-"""Files that are cut short, damaged, foreign or hostile: one sentence, and nothing in them is ever executed."""
+"""Training checkpoints that are truncated, damaged, foreign or hostile: refused in one sentence, never executed."""
 
 import pickle
 import random
@@ -59,7 +59,7 @@ def test_no_truncated_file_loads(content, tmp_path):
         assert "cannot be read as a checkpoint: it is cut short, damaged" in refusal(path)
 
 
-def test_a_flipped_bit_is_refused_in_one_sentence_or_harmless_to_the_reader(content, tmp_path):
+def test_a_flipped_bit_is_refused_or_harmless(content, tmp_path):
     """Most of a file is weights, in which a flip makes another number; names and structure are at both ends."""
     path, generator, messages = tmp_path / "flipped.ckpt", random.Random(0), []
     ends = [*range(20_000), *range(len(content) - 10_000, len(content))]
@@ -76,7 +76,7 @@ def test_a_flipped_bit_is_refused_in_one_sentence_or_harmless_to_the_reader(cont
 
 
 @pytest.mark.parametrize("missing", ["ddim", "state_dict", "global_step"])
-def test_a_file_without_one_of_our_entries_is_foreign(checkpoint, tmp_path, missing):
+def test_a_file_without_a_required_entry_is_foreign(checkpoint, tmp_path, missing):
     path = tmp_path / "foreign.ckpt"
     torch.save({k: v for k, v in checkpoint.items() if k != missing}, path)
     assert "is not a checkpoint of this project" in refusal(path)
@@ -99,7 +99,7 @@ def test_a_foreign_file_is_refused(tmp_path, kind):
         assert "cannot be read as a checkpoint" in (message := refusal(path, read)) or "not a checkpoint" in message
 
 
-def test_what_is_not_a_file_is_no_checkpoint(tmp_path):
+def test_a_path_that_is_no_file_is_no_checkpoint(tmp_path):
     for path in (tmp_path, tmp_path / "none.ckpt"):
         assert "there is no checkpoint" in refusal(path)
         assert "scripts/train.py" in refusal(path)

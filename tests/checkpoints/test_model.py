@@ -1,4 +1,4 @@
-"""What travels with the weights, and that it is enough."""
+"""The description that is stored with the weights suffices to load them."""
 
 import dataclasses
 import re
@@ -56,7 +56,7 @@ def two():
     return UNet(NETWORK), UNet(NETWORK)
 
 
-def test_the_description_survives_a_file_and_holds_plain_values(spec, tmp_path):
+def test_the_description_is_plain_and_survives_a_file(spec, tmp_path):
     torch.save(spec.to_dict(), tmp_path / "spec.pt")
     stored = torch.load(tmp_path / "spec.pt", weights_only=True)
 
@@ -87,7 +87,7 @@ OTHER = {
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(UNetSpec)])
-def test_every_field_of_a_network_that_changes_it_is_a_difference(spec, field):
+def test_every_network_field_of_the_weights_is_a_difference(spec, field):
     if field in ("dropout", "init"):  # of the training, not of the weights
         other = replace(spec, network_spec=replace(NETWORK, dropout=0.1, init="ddpm"), data="others")
         assert spec.differences(other) == []
@@ -148,14 +148,14 @@ def test_a_damaged_description_is_one_sentence(spec, change):
 
 
 @pytest.mark.parametrize("entry", ["network", "schedule", "prediction", "data"])
-def test_an_incomplete_description_names_what_is_missing(spec, entry):
+def test_an_incomplete_description_names_the_missing_entry(spec, entry):
     values = spec.to_dict()
     del values[entry]
     with pytest.raises(UserError, match=rf"description of its model lacks '{entry}'\."):
         ModelSpec.from_dict(values)
 
 
-def test_load_model_needs_the_file_alone(write, spec, two):
+def test_load_model_needs_only_the_file(write, spec, two):
     online, average = two
     path = write(online.state_dict(), average.state_dict())
     x, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 7, 20])
@@ -171,7 +171,7 @@ def test_load_model_needs_the_file_alone(write, spec, two):
 
 
 @pytest.mark.parametrize("callbacks", [{}, {"EMA": {"decay": 0.9, "updates": 0, "shadow": {}}}, {"EMA": {}}])
-def test_a_file_without_averaged_weights(write, two, callbacks):
+def test_a_file_without_ema_weights(write, two, callbacks):
     path = write(two[0].state_dict(), None, callbacks=callbacks)
     with pytest.raises(UserError, match=r"holds no EMA weights .*; choose weights=online"):
         load_model(path)
@@ -219,7 +219,7 @@ def changed(name, index):
     ],
     ids=["order", "gradient", "strides", "channels_last", "view"],
 )
-def test_the_hash_of_weights_is_that_of_their_names_and_values(same):
+def test_the_hash_depends_only_on_names_and_values(same):
     digest = weights_hash(same)
     assert digest == weights_hash(VALUES)
     assert len(digest) == 64
@@ -242,5 +242,5 @@ def test_the_hash_of_weights_is_that_of_their_names_and_values(same):
     ],
     ids=["first", "last", "name", "missing", "empty", "shape", "transposed", "wider", "bits", "bfloat16"],
 )
-def test_the_hash_of_weights_tells_others_apart(other):
+def test_the_hash_differs_for_other_weights(other):
     assert weights_hash(other) != weights_hash(VALUES)

@@ -1,4 +1,4 @@
-"""What several tests of the exchange with diffusers use."""
+"""Models and specs for the tests of exports and of diffusers."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -61,10 +61,6 @@ def weights(seed=0, spec=SMALL):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {name: torch.randn_like(value) for name, value in UNet(spec).state_dict().items()}
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[name], value) for name, value in other.items())
 
 
 def tree(folder):

@@ -1,4 +1,4 @@
-"""Checkpoints as other code bases write them, and importing them in one call."""
+"""Checkpoints as other code bases write them; one call that imports them."""
 
 import json
 import struct
@@ -87,8 +87,8 @@ MODELS = {
     ),
 }
 UNLABELLED = (
-    "the file does not say whether its weights are averaged (ema) or online, and every result will say unlabelled; "
-    "weights=ema or weights=online says it"
+    "the file does not state whether its weights are EMA or online, so every result will be labelled unlabelled; "
+    "state it with weights=ema or weights=online"
 )
 NO_AVERAGE = "it holds no EMA weights: the online ones were taken, whose samples are worse"
 
@@ -103,24 +103,10 @@ def weights(network, seed=0):
     return state
 
 
-def bits(state):
-    """Return names, shapes and bits of weights; -0.0 is not 0.0."""
-    assert {value.dtype for value in state.values()} == {torch.float32}
-    return [(name, tuple(state[name].shape), state[name].contiguous().view(torch.int32)) for name in sorted(state)]
-
-
-def same(state, other):
-    """Whether two sets of weights have the same names, shapes and bits."""
-    mine, theirs = bits(state), bits(other)
-    return [m[:2] for m in mine] == [t[:2] for t in theirs] and all(
-        torch.equal(m[2], t[2]) for m, t in zip(mine, theirs, strict=True)
-    )
-
-
 def bring(source, **options):
-    """Import into a file beside the source."""
+    """Import next to the source, or as the model file `out`."""
     out = options.pop("out", source.parent / "imported" / f"{source.name[:99]}.safetensors")
-    spec = ImportSpec("never used", "never used", source=str(source), out=str(out), **options)
+    spec = ImportSpec(str(out.parent), "never used", checkpoint=str(source), name=out.stem, **options)
     return import_checkpoint(spec)
 
 
@@ -129,7 +115,7 @@ def tree(folder):
 
 
 def refusal(source, **options):
-    """Return the one sentence with which an import is refused; nothing is left behind by it."""
+    """Return the one sentence with which an import is refused; it leaves no files."""
     before = tree(source.parent)
     with pytest.raises(UserError) as caught:
         bring(source, **options)
@@ -167,24 +153,24 @@ def write_lightning(model, path, online=None):
 
 
 def export(model, folder, layout, name):
-    """Write with the command's own function what is to be read back."""
+    """Export a model with the command's own function; return the path of the folder or file."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, folder / "x.safetensors")
-    chosen = "online" if model.weights == "online" else "ema"
-    export_checkpoint(ExportSpec(str(folder / "x.safetensors"), str(folder / name), layout, chosen))
+    label = "online" if model.weights == "online" else "ema"
+    paths, _ = export_checkpoint(ExportSpec(str(folder / "x.safetensors"), str(folder / name), layout, label))
     (folder / "x.safetensors").unlink()
-    return folder / name
+    return folder / name if layout == "diffusers" else paths[0]
 
 
 def put(model, folder, layout, options):
     """Write `model` in a layout; return its path, and the options that say what this layout does not."""
     if layout == "flat":
-        return export(model, folder, "flat", "model.ckpt"), options | {"weights": "ema"}
+        return export(model, folder, "flat", "exported"), options | {"weights": "ema"}
     if layout == "official":
         return write_official(model, folder / "model.pth"), options
     if layout == "lightning":
         return write_lightning(model, folder / "last.ckpt"), {}
-    return export(model, folder, layout, "folder" if layout == "diffusers" else "model.safetensors"), {}
+    return export(model, folder, layout, "folder"), {}
 
 
 def foreign_folder(state, place):
@@ -211,7 +197,7 @@ def at_root(folder):
 
 
 def attempt(path, **options):
-    """Import what is damaged; return what came of it, or None and the reason. Any other exception is a defect."""
+    """Import a damaged file; return the result, or None and the reason. Any other exception fails the test."""
     try:
         return bring(path, **options), ""
     except UserError as error:
@@ -219,7 +205,7 @@ def attempt(path, **options):
 
 
 def survives(path, **options):
-    """Import what is damaged; return whether it was refused, in one sentence; what was made of it is whole."""
+    """Import a damaged file; return whether it was refused, in one sentence; a model file that was written loads."""
     made = path.parent / "imported" / "x.safetensors"
     try:
         done, reason = attempt(path, out=made, **options)

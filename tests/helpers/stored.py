@@ -1,10 +1,14 @@
-"""A small model, and when two sets of weights are the same."""
+"""A small model; comparison of weights; the message of a file that is refused."""
 
 import math
+import re
 
+import pytest
 import torch
 
 from ddim import cosine_schedule, from_betas, linear_schedule
+from ddim.checkpoints import load_model
+from ddim.errors import UserError
 from ddim.networks import UNet, UNetSpec
 
 NETWORK = UNetSpec(
@@ -42,3 +46,12 @@ def same(mine, theirs):
         and torch.equal(bits(mine[name]), bits(theirs[name]))
         for name in mine
     )
+
+
+def refusal(path, weights="ema"):
+    """Return the one sentence with which a file is refused."""
+    with pytest.raises(UserError) as caught:
+        load_model(path, weights)
+    message = str(caught.value)
+    assert re.fullmatch(r"[^\n]*[^.\s]\.", message)
+    return message

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ddim.checkpoints.convert.download import fetch
-from ddim.checkpoints.convert.model_zoo import Published
+from ddim.checkpoints.convert.model_zoo import PublishedFile
 from ddim.errors import UserError
 
 CONTENT = random.Random(0).randbytes(700_001)  # more than two of the blocks that are read at once
@@ -54,7 +54,7 @@ class Site:
         return [wanted for _, wanted in self.requests]
 
     def published(self, checksum=MD5):
-        return Published("toy", "ema", "digits", 7, checksum, self.url)
+        return PublishedFile("toy", "ema", "digits", 7, checksum, self.url)
 
     def send(self, handler, piece):
         self.sent += len(piece)  # before: the client may be done with it before this thread goes on
@@ -96,7 +96,7 @@ def stalled(stop):
     return ranged(stop=stop, then=lambda site: site.released.wait(20))
 
 
-def whole(content=CONTENT, stop=None):
+def complete(content=CONTENT, stop=None):
     """A server that knows no ranges: everything again, whatever was asked for."""
 
     def answer(handler, site):
@@ -154,7 +154,7 @@ def refusal(published, folder):
     return message
 
 
-def says_how_to_fetch_by_hand(message, url, folder):
-    assert message.startswith("toy cannot be fetched (")
-    assert f"by hand from {url}, name it toy.ckpt, put it into {folder.resolve()} and" in message
+def explains_manual_download(message, url, folder):
+    assert message.startswith("toy cannot be downloaded (")
+    assert f"or download {url} by hand, name it toy.ckpt, put it into {folder.resolve()} and" in message
     return True

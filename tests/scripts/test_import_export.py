@@ -1,4 +1,4 @@
-"""Checkpoints in and out, as commands: import, sample, evaluate, export; and what an import costs."""
+"""Import and export as commands, with sampling and evaluation in between; memory and time of an import."""
 
 import json
 import os
@@ -37,10 +37,9 @@ def names(folder: Path) -> set[str]:
     return {path.as_posix() for path in paths if "hydra" not in path.parts}
 
 
-def test_import_and_export_as_processes_write_their_output_and_nothing_else(
-    process: Run, flat: Path, tmp_path: Path
-) -> None:
-    outcome = process("import_checkpoint", "source=flat.ckpt", "out=model.safetensors", *NETWORK, cwd=tmp_path)
+@pytest.mark.integration
+def test_import_and_export_write_only_their_output(process: Run, flat: Path, tmp_path: Path) -> None:
+    outcome = process("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=model", *NETWORK, cwd=tmp_path)
     assert outcome.code == 0, outcome.err
     state = weights(SPEC)
     count = sum(value.numel() for value in state.values())
@@ -52,14 +51,14 @@ def test_import_and_export_as_processes_write_their_output_and_nothing_else(
         "sample from it: python scripts/sample.py checkpoint=model.safetensors",
     ]
     assert outcome.err == (
-        "warning: the file does not say whether its weights are averaged (ema) or online, and every result will say "
-        "unlabelled; weights=ema or weights=online says it.\n"
+        "warning: the file does not state whether its weights are EMA or online, so every result will be labelled "
+        "unlabelled; state it with weights=ema or weights=online.\n"
     )
     assert {path.name for path in tmp_path.iterdir()} == {"flat.ckpt", "model.safetensors"}
     loaded = load_model(tmp_path / "model.safetensors").network.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
-    outcome = process("export_checkpoint", "checkpoint=model.safetensors", "out=folder", cwd=tmp_path)
+    outcome = process("export_checkpoint", "checkpoint=model.safetensors", "output_dir=folder", cwd=tmp_path)
     files = [
         "unet/diffusion_pytorch_model.safetensors",
         "unet/config.json",
@@ -74,9 +73,9 @@ def test_import_and_export_as_processes_write_their_output_and_nothing_else(
     }
 
 
-def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, tmp_path: Path) -> None:
+def test_a_foreign_file_becomes_a_model_card_with_results(run: Run, flat: Path, tmp_path: Path) -> None:
     """Import, sample, evaluate, export, and in again: the same images, and the number of the record in the card."""
-    assert run("import_checkpoint", "source=flat.ckpt", "out=model.safetensors", *NETWORK).code == 0
+    assert run("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=model", *NETWORK).code == 0
     sample = ("n=4", "sampler.S=2", "compute.device=cpu")
     assert run("sample", "checkpoint=model.safetensors", "output_dir=one", *sample).code == 0
     outcome = run("evaluate", "checkpoint=model.safetensors", *EVALUATE)
@@ -88,7 +87,7 @@ def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, 
     value = record["metrics"]["fd_digits_classifier_20"]
     before = names(tmp_path)
 
-    outcome = run("export_checkpoint", "checkpoint=model.safetensors", "out=folder", "records=out/records.jsonl")
+    outcome = run("export_checkpoint", "checkpoint=model.safetensors", "output_dir=folder", "records=out/records.jsonl")
     assert (outcome.code, outcome.err) == (0, "")
     card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
     [row] = [line for line in card.splitlines() if line.startswith("| fd_digits_classifier_20 |")]
@@ -100,15 +99,15 @@ def test_from_a_foreign_file_to_a_model_card_with_numbers(run: Run, flat: Path, 
     assert {name.split("/")[0] for name in names(tmp_path) - before} == {"folder"}
 
     before = names(tmp_path)
-    assert run("import_checkpoint", "source=folder", "out=again.safetensors", "weights=ema").code == 0
+    assert run("import_checkpoint", "checkpoint=folder", "output_dir=.", "name=again", "weights=ema").code == 0
     assert names(tmp_path) - before == {"again.safetensors"}
     assert run("sample", "checkpoint=again.safetensors", "output_dir=two", *sample).code == 0
     assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
 
 
 @pytest.mark.parametrize("label", ["ema", "online"])
-def test_what_is_said_of_the_weights_is_in_every_record(run: Run, flat: Path, tmp_path: Path, label: str) -> None:
-    outcome = run("import_checkpoint", "source=flat.ckpt", *NETWORK, f"weights={label}")
+def test_the_stated_label_is_in_every_record(run: Run, flat: Path, tmp_path: Path, label: str) -> None:
+    outcome = run("import_checkpoint", "checkpoint=flat.ckpt", *NETWORK, f"weights={label}")
     assert (outcome.code, outcome.err) == (0, "")
     made = "outputs/imported/flat.safetensors"
     [line] = [line for line in outcome.out.splitlines() if line.startswith("sample from it: ")]
@@ -119,36 +118,39 @@ def test_what_is_said_of_the_weights_is_in_every_record(run: Run, flat: Path, tm
     assert (tmp_path / "pictures" / "grid.png").is_file()
     assert run("evaluate", *command, *EVALUATE).code == 0
     [record] = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
-    assert record["model"]["weights"] == label
+    assert record["model"]["weights"] == {"ema": "ema", "online": "raw"}[label]  # the old word, in old records too
 
 
-def test_a_schedule_of_the_configurations_travels_with_the_model(run: Run, flat: Path) -> None:
+def test_a_configured_schedule_is_stored_in_the_model(run: Run, flat: Path) -> None:
     options = ("schedule=cosine", "schedule.T=30", "prediction=v", "trained_on=cats")
-    outcome = run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, *options)
+    outcome = run("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=m", *NETWORK, *options)
     assert "schedule: cosine, T=30; prediction: v" in outcome.out.splitlines()
     spec = load_model("m.safetensors").spec
     assert (spec.schedule.name, spec.schedule.T, spec.prediction, spec.data) == ("cosine", 30, "v", "cats")
 
 
-def test_exporting_flat_says_what_a_flat_file_cannot(run: Run, flat: Path, tmp_path: Path) -> None:
-    assert run("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", *NETWORK, "weights=online").code == 0
-    outcome = run("export_checkpoint", "checkpoint=m.safetensors", "out=back.ckpt", "layout=flat", "weights=online")
-    assert (outcome.code, outcome.out) == (0, "back.ckpt\n")
+def test_flat_export_warns_about_what_it_does_not_store(run: Run, flat: Path, tmp_path: Path) -> None:
+    assert (
+        run("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=m", *NETWORK, "weights=online").code == 0
+    )
+    outcome = run("export_checkpoint", "checkpoint=m.safetensors", "output_dir=back", "layout=flat", "weights=online")
+    assert (outcome.code, outcome.out) == (0, "back/model.pt\n")
     [line] = outcome.err.splitlines()
-    assert line.startswith("warning: a flat state dict cannot say weights=online, the network, ")
-    back = torch.load(tmp_path / "back.ckpt", weights_only=True)
+    assert line.startswith("warning: a flat state dict does not store weights=online, the network, ")
+    back = torch.load(tmp_path / "back" / "model.pt", weights_only=True)
     state = weights(SPEC)
     assert set(back) == set(state)
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
-def test_a_training_run_of_ours_is_imported_and_exported(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    outcome = run("import_checkpoint", f"source={checkpoint}", "out=m.safetensors")
+@pytest.mark.integration
+def test_our_training_checkpoint_is_imported_and_exported(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    outcome = run("import_checkpoint", f"checkpoint={checkpoint}", "output_dir=.", "name=m")
     assert (outcome.code, outcome.err) == (0, "")
     assert "weights: ema at step 4, hash " in outcome.out
     assert load_model("m.safetensors").weights_hash == load_model(checkpoint).weights_hash
-    assert run("export_checkpoint", f"checkpoint={checkpoint}", "out=folder").code == 0
-    assert run("import_checkpoint", "source=folder", "out=n.safetensors").code == 0
+    assert run("export_checkpoint", f"checkpoint={checkpoint}", "output_dir=folder").code == 0
+    assert run("import_checkpoint", "checkpoint=folder", "output_dir=.", "name=n").code == 0
     assert load_model("n.safetensors").weights_hash == load_model(checkpoint).weights_hash
     assert load_model("n.safetensors").step == 4
 
@@ -161,7 +163,7 @@ import resource, sys, time
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
 
 before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-import_checkpoint(ImportSpec("o", "d", source=sys.argv[1], out="model.safetensors"))
+import_checkpoint(ImportSpec(".", "d", checkpoint=sys.argv[1], name="model"))
 seconds, after = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(seconds, (after - before) * (1 if sys.platform == "darwin" else 1024))
 """
@@ -179,9 +181,10 @@ def write_full(path: Path, layout: str) -> int:
     return sum(value.numel() for value in state.values()) * 4
 
 
+@pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "legacy", "official"])
-def test_an_import_takes_little_more_memory_than_the_weights_and_seconds(tmp_path: Path, layout: str) -> None:
+def test_import_takes_seconds_and_little_memory(tmp_path: Path, layout: str) -> None:
     size = write_full(tmp_path / "x.ckpt", layout)
     assert size == 4 * 35_746_307
     done = subprocess.run(
@@ -199,10 +202,13 @@ def test_an_import_takes_little_more_memory_than_the_weights_and_seconds(tmp_pat
     assert seconds < 5  # of this process, whatever else runs on the machine
 
 
+@pytest.mark.integration
 @pytest.mark.slow
-def test_one_command_leads_from_an_imported_file_to_table_1(process: Run, tmp_path: Path) -> None:
+def test_one_command_evaluates_an_imported_file_for_table_1(process: Run, tmp_path: Path) -> None:
     write_full(tmp_path / "flat.ckpt", "flat")
-    outcome = process("import_checkpoint", "source=flat.ckpt", "out=m.safetensors", "weights=ema", cwd=tmp_path)
+    outcome = process(
+        "import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=m", "weights=ema", cwd=tmp_path
+    )
     assert outcome.code == 0, outcome.err
     (tmp_path / "flat.ckpt").unlink()
     [line] = [line for line in outcome.out.splitlines() if line.startswith("evaluate it: ")]
@@ -223,8 +229,8 @@ def test_one_command_leads_from_an_imported_file_to_table_1(process: Run, tmp_pa
     assert (outcome.code, outcome.err) == (0, "")
     rows = [line.split("|") for line in (tmp_path / "t" / "table.md").read_text().splitlines() if line.startswith("|")]
     assert [row[1].strip() for row in rows] == ["S", "---", "η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂"]
-    assert [cell.strip() for cell in rows[0][2:4]] == ["1", "2"]
-    assert all(float(cell) > 0 for row in rows[2:] for cell in row[2:4])
+    assert [entry.strip() for entry in rows[0][2:4]] == ["1", "2"]
+    assert all(float(entry) > 0 for row in rows[2:] for entry in row[2:4])
     records = [json.loads(text) for text in (tmp_path / "t" / "records.jsonl").read_text().splitlines()]
     assert len(records) == 10
     assert {record["model"]["weights"] for record in records} == {"ema"}

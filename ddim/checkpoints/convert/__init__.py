@@ -1,1 +1,1 @@
-"""The checkpoints of other code bases, in and out."""
+"""Conversion of checkpoints from and to other code bases."""

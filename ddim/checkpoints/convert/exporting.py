@@ -1,4 +1,4 @@
-"""Our weights out: a folder of diffusers, a model file, or the flat state dict of the original DDPM files."""
+"""Export of our weights: a diffusers folder, a model file, or the flat state dict of the original DDPM files."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,10 +11,23 @@ import torch
 from ddim.checkpoints.convert import diffusers
 from ddim.checkpoints.convert.model_card import Result, model_card
 from ddim.checkpoints.convert.model_zoo import PRESETS
-from ddim.checkpoints.convert.parameter_names import Parameters
-from ddim.checkpoints.model import UNLABELLED, StoredModel, header, read_model, save_model, weights_hash
+from ddim.checkpoints.convert.parameter_names import ParameterNames
+from ddim.checkpoints.model import UNLABELLED, StoredModel, encode_metadata, read_model, save_model, weights_hash
 from ddim.diffusion.schedule import linear_schedule
-from ddim.io import atomic_write, check_target, explain_write_errors, write_safetensors
+from ddim.io import atomic_write, check_can_write, explain_write_errors, write_safetensors
+
+# Layout -> the files that are written into the folder, in this order.
+FILES = {
+    "diffusers": (
+        f"unet/{diffusers.WEIGHTS_FILES[0]}",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "README.md",
+        "model_index.json",  # last: it turns a folder into a pipeline
+    ),
+    "safetensors": ("model.safetensors",),
+    "flat": ("model.pt",),
+}
 
 
 @dataclass(frozen=True)
@@ -23,19 +36,19 @@ class ExportSpec:
 
     Attributes:
         checkpoint: path of the model.
-        out: path of the folder (diffusers) or file (safetensors, flat) to write.
+        output_dir: folder to write to; for the names of the files see FILES.
         layout: diffusers, safetensors or flat.
-        weights: ema, online, or ema_RATE for another average of the training.
-        records: path of a file of records; those of these weights go into the model card. For diffusers only.
-        license: of the weights, for the model card, for example mit or cc-by-nc-4.0; null says nothing.
-        overwrite: replace files that are there.
+        weights: ema, online, or ema_RATE for an additional EMA.
+        records: path of a records file; the records of these weights go into the model card. For diffusers only.
+        license: of the weights, for the model card, for example mit or cc-by-nc-4.0; null: not stated.
+        overwrite: replace existing files.
 
     Raises:
         ValueError: records or a license for a layout without a model card.
     """
 
     checkpoint: str
-    out: str
+    output_dir: str
     layout: Literal["diffusers", "safetensors", "flat"] = "diffusers"
     weights: str = "ema"
     records: str | None = None
@@ -54,7 +67,7 @@ def export_checkpoint(
 
     Args:
         spec: what to write, and where.
-        results: SHA-256 of the weights -> what was measured with them, for the model card.
+        results: SHA-256 of the weights -> their measured results, for the model card.
 
     Returns:
         The files, in the order in which they were written, and warnings.
@@ -63,41 +76,25 @@ def export_checkpoint(
         UserError: bad input, or files that would be overwritten; before anything is written.
     """
     model = read_model(Path(spec.checkpoint).expanduser(), spec.weights)
-    out = Path(spec.out).expanduser()
-    names = FOLDER if spec.layout == "diffusers" else ("",)
-    paths = [out / name for name in names]
+    folder = Path(spec.output_dir).expanduser()
+    paths = [folder / name for name in FILES[spec.layout]]
     for path in paths:
-        check_target(path, spec.overwrite)
-    with explain_write_errors(out):
-        return paths, _write(model, spec, out, results)
-
-
-def _write(model: StoredModel, spec: ExportSpec, out: Path, results: Callable[[str], Sequence[Result]]) -> list[str]:
-    """Write, and return warnings."""
-    if spec.layout == "diffusers":
-        write_diffusers(model, out, results(weights_hash(model.state)), spec.license)
-        return []
-    if spec.layout == "safetensors":
-        save_model(model, out)
-        return []
-    with atomic_write(out) as partial, partial.open("wb") as file:
-        torch.save({name: value.contiguous() for name, value in model.state.items()}, file)
-    return _unsaid_by_flat(model)
-
-
-FOLDER = (
-    f"unet/{diffusers.WEIGHTS_FILES[0]}",
-    "unet/config.json",
-    "scheduler/scheduler_config.json",
-    "README.md",
-    "model_index.json",  # the last: it makes a folder a pipeline
-)
+        check_can_write(path, spec.overwrite)
+    with explain_write_errors(folder if spec.layout == "diffusers" else paths[0]):
+        if spec.layout == "diffusers":
+            write_diffusers(model, folder, results(weights_hash(model.state)), spec.license)
+        elif spec.layout == "safetensors":
+            save_model(model, paths[0])
+        else:
+            with atomic_write(paths[0]) as partial, partial.open("wb") as file:
+                torch.save({name: value.contiguous() for name, value in model.state.items()}, file)
+    return paths, _lost_in_flat(model) if spec.layout == "flat" else []
 
 
 def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result], license: str | None) -> None:
     """Write what `DDIMPipeline.from_pretrained` and `DDPMPipeline.from_pretrained` load, and a model card.
 
-    The header of the weights keeps our own description, so that importing the folder gives the same model.
+    The header of the weights keeps our own description, so that importing the folder restores the same model.
     """
     network = model.spec.network_spec
     index = {
@@ -112,9 +109,11 @@ def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result],
         model_card(folder.resolve().name, model, results, license),
         _json(index),
     )
-    (folder / FOLDER[-1]).unlink(missing_ok=True)  # of an earlier export: until everything is new, it is no pipeline
-    write_safetensors(folder / FOLDER[0], Parameters(network, as_diffusers=True).to_file(model.state), header(model))
-    for name, text in zip(FOLDER[1:], texts, strict=True):
+    weights_file, *text_files = FILES["diffusers"]
+    (folder / text_files[-1]).unlink(missing_ok=True)  # the folder is no pipeline until all its files are new
+    state = ParameterNames(network, diffusers=True).to_file(model.state)
+    write_safetensors(folder / weights_file, state, encode_metadata(model))
+    for name, text in zip(text_files, texts, strict=True):
         with atomic_write(folder / name) as partial:
             partial.write_text(text, encoding="utf-8")
 
@@ -123,14 +122,14 @@ def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _unsaid_by_flat(model: StoredModel) -> list[str]:
-    """Return what a reader of a flat state dict has to know besides, because it cannot be written there."""
-    unsaid = [] if model.weights == UNLABELLED else [f"weights={model.weights}"]
+def _lost_in_flat(model: StoredModel) -> list[str]:
+    """Return a warning about what a flat state dict cannot express and importing does not assume."""
+    lost = [] if model.weights == UNLABELLED else [f"weights={model.weights}"]
     spec, network = model.spec, model.spec.network_spec
     if network not in [replace(p, dropout=network.dropout, init=network.init) for p in PRESETS.values()]:
-        unsaid.append("the network, which is none of the presets (network=...)")
+        lost.append("the network, which is none of the presets (network=...)")
     if diffusers.scheduler_config(spec.schedule, "eps") != diffusers.scheduler_config(linear_schedule(), "eps"):
-        unsaid.append(f"the schedule, {spec.schedule.name} with T={spec.schedule.T} (schedule=...)")
+        lost.append(f"the schedule, {spec.schedule.name} with T={spec.schedule.T} (schedule=...)")
     if spec.prediction != "eps":
-        unsaid.append(f"prediction={spec.prediction}")
-    return [f"a flat state dict cannot say {', '.join(unsaid)}; give it when importing"] if unsaid else []
+        lost.append(f"prediction={spec.prediction}")
+    return [f"a flat state dict does not store {', '.join(lost)}; state it when importing"] if lost else []

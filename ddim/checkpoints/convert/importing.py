@@ -1,4 +1,4 @@
-"""Any published DDPM or DDIM checkpoint in: recognised, checked key by key, written as a model file."""
+"""Import of published DDPM and DDIM checkpoints: recognised, checked parameter by parameter, written as model file."""
 
 import re
 from dataclasses import dataclass, replace
@@ -8,25 +8,32 @@ from typing import Any, Literal
 import torch
 
 from ddim.checkpoints.convert.download import fetch
-from ddim.checkpoints.convert.model_zoo import BY_HAND, DOWNLOADS, HUB_ONLINE_CIFAR10, PRESETS, Published, checksums
-from ddim.checkpoints.convert.parameter_names import Parameters, in_words
+from ddim.checkpoints.convert.model_zoo import (
+    DOWNLOADS,
+    HUB_ONLINE_CIFAR10,
+    MANUAL_DOWNLOADS,
+    PRESETS,
+    PublishedFile,
+    file_checksums,
+)
+from ddim.checkpoints.convert.parameter_names import ParameterNames, describe_mismatches
 from ddim.checkpoints.convert.readers import Source, read_source
 from ddim.checkpoints.model import OLD_LABELS, UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
 from ddim.checkpoints.spec import ModelSpec
 from ddim.config import build, choose
 from ddim.diffusion.schedule import ScheduleSpec, linear_schedule
 from ddim.errors import UserError
-from ddim.io import Tensors, check_target, explain_read_errors, explain_write_errors
+from ddim.io import Tensors, check_can_write, explain_read_errors, explain_write_errors
 from ddim.networks import NETWORKS, UNetSpec
 
 _ONLINE_ONLY = "it holds no EMA weights: the online ones were taken, whose samples are worse"
-_KNOWN_RAW = (
+_KNOWN_ONLINE = (
     "{} is known to hold online, not EMA weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; for the "
-    "paper's numbers take the averaged ones (download=ema_cifar10 and so on)"
+    "paper's numbers take the EMA weights (download=ema_cifar10 and so on)"
 )
 _UNLABELLED = (
-    "the file does not say whether its weights are averaged (ema) or online, and every result will say unlabelled; "
-    "weights=ema or weights=online says it"
+    "the file does not state whether its weights are EMA or online, so every result will be labelled unlabelled; "
+    "state it with weights=ema or weights=online"
 )
 
 
@@ -35,30 +42,30 @@ class ImportSpec:
     """See configs/import_checkpoint.yaml.
 
     Attributes:
-        source: path of a file, or of a folder of diffusers.
-        download: or the name of a published file, a key of DOWNLOADS, to fetch first.
-        out: path of the model file to write; null: in output_dir, under the source's name.
-        output_dir: see out.
-        download_dir: where downloads are kept.
-        layout: what the source is expected to be; auto: whatever it is found to be.
-        weights: which set to take; auto: the averaged one where there are two. For a source that does not say what it
-            holds, this says it.
-        preset: architecture of a source that does not describe itself, a key of PRESETS; null: the one that fits.
+        output_dir: folder of the model file.
+        download_dir: folder of downloads.
+        checkpoint: path of a file, or of a diffusers folder.
+        download: or the name of a published file, a key of DOWNLOADS, to download first.
+        name: of the model file, without .safetensors; null: that of the checkpoint.
+        layout: the expected layout; auto accepts all.
+        weights: which weights to take; auto: EMA if there are any. For a file that does not state which it holds, this
+            states it.
+        preset: network of a checkpoint that does not describe its own, a key of PRESETS; null: the one that fits.
         network: instead of a preset, a network as in configs/network.
-        schedule: of a source that does not describe its own; null: linear, T=1000, as in every published file.
+        schedule: of a checkpoint that does not describe its own; null: linear, T=1000, as in all published files.
         prediction: likewise; null: eps.
-        trained_on: name of the training set, for people to read; null: the published file's, else none.
-        overwrite: replace `out`.
+        trained_on: name of the training set, for people to read; null: that of the published file, if known.
+        overwrite: replace an existing model file.
 
     Raises:
-        ValueError: both source and download, neither, or both preset and network.
+        ValueError: both checkpoint and download, neither, both preset and network, or an unknown name.
     """
 
     output_dir: str
     download_dir: str
-    source: str | None = None
+    checkpoint: str | None = None
     download: str | None = None
-    out: str | None = None
+    name: str | None = None
     layout: Literal["auto", "flat", "official", "diffusers", "lightning", "safetensors"] = "auto"
     weights: str = "auto"
     preset: str | None = None
@@ -69,16 +76,17 @@ class ImportSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if (self.source is None) == (self.download is None):
-            names = ", ".join(DOWNLOADS)
-            raise ValueError(f"give either source=PATH or download=NAME, one of {names}.")
+        if (self.checkpoint is None) == (self.download is None):
+            raise ValueError(f"give either checkpoint=PATH or download=NAME, one of {', '.join(DOWNLOADS)}.")
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
+            raise ValueError(f"name={self.name!r} must be a file name without a folder; choose that by output_dir=...")
         object.__setattr__(self, "weights", OLD_LABELS.get(self.weights, self.weights))
         if not re.fullmatch(rf"auto|{WEIGHTS}", self.weights):
             raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, online, ema_RATE.")
-        if self.download in BY_HAND:
+        if self.download in MANUAL_DOWNLOADS:
             raise ValueError(
-                f"{self.download} can only be fetched by hand, in a browser: {BY_HAND[self.download]}; then give its "
-                f"path, source=PATH trained_on={self.download}."
+                f"{self.download} can only be downloaded by hand, in a browser: {MANUAL_DOWNLOADS[self.download]}; "
+                f"then give its path, checkpoint=PATH trained_on={self.download}."
             )
         if self.download is not None:
             choose("download", self.download, DOWNLOADS)
@@ -90,14 +98,14 @@ class ImportSpec:
 
 @dataclass(frozen=True, eq=False)
 class Imported:
-    """What an import did.
+    """The result of an import.
 
     Attributes:
         path: of the model file.
-        model: what it holds.
-        weights_hash: of its weights.
-        lines: what was found and taken, for people to read.
-        warnings: what they should know before they use it.
+        model: its content.
+        weights_hash: SHA-256 of its weights.
+        lines: a summary, for people to read.
+        warnings: what users should know before they use it.
     """
 
     path: Path
@@ -108,35 +116,42 @@ class Imported:
 
 
 def import_checkpoint(spec: ImportSpec) -> Imported:
-    """Read a checkpoint of any layout, check every name and shape, and write it as a model file.
+    """Read a checkpoint of any supported layout, check every parameter's name and shape, and write a model file.
 
     Raises:
-        UserError: bad input, or a source that is damaged, unsafe, not understood, or does not fit its architecture.
+        UserError: bad input; or a source that is damaged, unsafe, unsupported, or does not fit its network.
     """
-    path = Path(spec.source or str(spec.download)).expanduser()
-    with explain_read_errors(path):
-        name = path.stem if path.is_file() or spec.download else path.resolve().name
-    out = Path(spec.out).expanduser() if spec.out else Path(spec.output_dir) / f"{name}.safetensors"
-    check_target(out, spec.overwrite)
+    path = Path(spec.checkpoint or str(spec.download)).expanduser()
+    output = _output_path(spec, path)
+    check_can_write(output, spec.overwrite)
     if spec.download:
         path = fetch(DOWNLOADS[spec.download], Path(spec.download_dir))
     with explain_read_errors(path):
-        done = _read(spec, path, out)
-    with explain_write_errors(out):
-        save_model(done.model, out)
-    return done
+        source = read_source(path)
+        if spec.layout not in ("auto", source.layout):
+            raise UserError(f"{path} has the layout {source.layout}, not {spec.layout}; leave layout=auto.")
+        imported = _convert(spec, source, output)
+    with explain_write_errors(output):
+        save_model(imported.model, output)
+    return imported
 
 
-def _read(spec: ImportSpec, path: Path, out: Path) -> Imported:
-    source = read_source(path)
-    if spec.layout not in ("auto", source.layout):
-        raise UserError(f"{path} has the layout {source.layout}, not {spec.layout}; leave layout=auto.")
-    sums = checksums(source.file)
+def _output_path(spec: ImportSpec, path: Path) -> Path:
+    with explain_read_errors(path):
+        own_name = path.stem if path.is_file() or spec.download else path.resolve().name
+    return Path(spec.output_dir).expanduser() / f"{spec.name or own_name}.safetensors"
+
+
+def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
+    """Choose the weights, match them with a network, and describe the model."""
+    sums = file_checksums(source.file)
     known = sums.published
     label, warnings = _choose_weights(spec, source, known)
     state = source.sets[label if label in source.sets else UNLABELLED]
-    model_spec, where = _describe(spec, source, known, state)
-    state, remark = _convert(state, model_spec.network_spec, source)
+    network, network_from = _choose_network(spec, source, state)
+    model_spec = _describe(spec, source, known, network)
+    state, remark = _our_weights(state, network, source)
+
     origin = {"file": source.file.name, "layout": source.layout, "sha256": sums.sha256}
     if known:
         origin["published"] = known.name
@@ -145,15 +160,15 @@ def _read(spec: ImportSpec, path: Path, out: Path) -> Imported:
     lines = [
         f"source: {source.file} (layout {source.layout}, SHA-256 {sums.sha256[:16]}...)",
         f"known file: {known.name}, checksum {known.checksum}" if known else "known file: none that is published",
-        f"network: {where}, {sum(v.numel() for v in state.values()):,} parameters, every name and shape checked",
+        f"network: {network_from}, {sum(v.numel() for v in state.values()):,} parameters, every name and shape checked",
         f"schedule: {model_spec.schedule.name}, T={model_spec.schedule.T}; prediction: {model_spec.prediction}",
         f"weights: {label}{'' if step is None else f' at step {step:,}'}, hash {digest[:16]}{remark}",
     ]
     model = StoredModel(model_spec, state, label, step, origin)
-    return Imported(out, model, digest, lines, [*source.notes, *warnings])
+    return Imported(output, model, digest, lines, [*source.notes, *warnings])
 
 
-def _choose_weights(spec: ImportSpec, source: Source, known: Published | None) -> tuple[str, list[str]]:
+def _choose_weights(spec: ImportSpec, source: Source, known: PublishedFile | None) -> tuple[str, list[str]]:
     """Return the label of the weights to take, and warnings."""
     if UNLABELLED not in source.sets:
         label = spec.weights if spec.weights != "auto" else "ema" if "ema" in source.sets else "online"
@@ -162,41 +177,35 @@ def _choose_weights(spec: ImportSpec, source: Source, known: Published | None) -
         return label, [_ONLINE_ONLY] if label == "online" != spec.weights else []
     # Copies of this upload, in the hub's cache or a clone, whatever their exact bytes.
     named_online = {HUB_ONLINE_CIFAR10, f"models--google--{HUB_ONLINE_CIFAR10}"} & set(source.file.absolute().parts)
-    found = known.weights if known else "online" if named_online and spec.weights != "ema" else None
-    if found and spec.weights not in ("auto", found):
-        raise UserError(f"{source.file} is known to hold {found} weights, not {spec.weights}; leave weights=auto.")
-    if found == "online":
-        return found, [_KNOWN_RAW.format(known.name if known else HUB_ONLINE_CIFAR10)]
-    if spec.weights == "auto" and not found:
+    label = known.weights if known else "online" if named_online and spec.weights != "ema" else ""
+    if label and spec.weights not in ("auto", label):
+        raise UserError(f"{source.file} is known to hold {label} weights, not {spec.weights}; leave weights=auto.")
+    if label == "online":
+        return label, [_KNOWN_ONLINE.format(known.name if known else HUB_ONLINE_CIFAR10)]
+    if spec.weights == "auto" and not label:
         return UNLABELLED, [_UNLABELLED]
-    return found or spec.weights, []
+    return label or spec.weights, []
 
 
-def _describe(spec: ImportSpec, source: Source, known: Published | None, state: Tensors) -> tuple[ModelSpec, str]:
-    """Return the description of the model, from the source or else from the user, and where its network is from."""
-    schedule = spec.schedule.build() if spec.schedule else None
-    given = _given_network(spec)
+def _choose_network(spec: ImportSpec, source: Source, state: Tensors) -> tuple[UNetSpec, str]:
+    """Return the network of the weights, and where it is from: the file, the command, or the preset that fits."""
     if source.network is not None:
-        network, where = source.network, "described by the file"
+        return source.network, "described by the file"
+    given = _given_network(spec)
+    if given is None:
+        candidates = {f"preset {name}": network for name, network in PRESETS.items()}
     else:
-        network, where = _fitting_network(given, spec.preset, source, state)
-    found = ModelSpec(
-        network="unet",
-        network_spec=network,
-        schedule=source.schedule or schedule or linear_schedule(),
-        prediction=source.prediction or spec.prediction or "eps",
-        data=spec.trained_on or source.data or (known.data if known else ""),
-    )
-    asked = replace(
-        found,
-        network_spec=given or network,
-        schedule=schedule or found.schedule,
-        prediction=spec.prediction or found.prediction,
-    )
-    if differences := found.differences(asked):
-        listed = "; ".join(differences)
-        raise UserError(f"{source.file} describes another model than the command ({listed}); leave these options out.")
-    return found, where
+        candidates = {f"preset {spec.preset}" if spec.preset else "the given network": given}
+    mismatches = {
+        name: ParameterNames(network, source.diffusers_names).mismatches(state) for name, network in candidates.items()
+    }
+    name = min(mismatches, key=lambda name: sum(map(len, mismatches[name].values())))
+    if mismatches[name]:
+        nearest = "" if given else "the nearest, "
+        advice = "" if given else " If it is another network, describe it with network=..., as in configs/network."
+        reasons = describe_mismatches(mismatches[name])
+        raise UserError(f"the weights in {source.file} do not fit {nearest}{name}: {reasons}.{advice}")
+    return candidates[name], name
 
 
 def _given_network(spec: ImportSpec) -> UNetSpec | None:
@@ -208,36 +217,41 @@ def _given_network(spec: ImportSpec) -> UNetSpec | None:
     return build(choose("network", fields.pop("name", "unet"), NETWORKS)[0], fields, "network")
 
 
-def _fitting_network(
-    given: UNetSpec | None, preset: str | None, source: Source, state: Tensors
-) -> tuple[UNetSpec, str]:
-    """Return the network that the user gave, or else the preset that fits the weights, and what it is."""
-    candidates = (
-        {f"preset {preset}" if preset else "the given network": given}
-        if given
-        else {f"preset {name}": network for name, network in PRESETS.items()}
+def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, network: UNetSpec) -> ModelSpec:
+    """Return the description of the model: what the source states, completed by the command, which must agree."""
+    schedule = spec.schedule.build() if spec.schedule else None
+    described = ModelSpec(
+        network="unet",
+        network_spec=network,
+        schedule=source.schedule or schedule or linear_schedule(),
+        prediction=source.prediction or spec.prediction or "eps",
+        data=spec.trained_on or source.data or (known.data if known else ""),
     )
-    problems = {name: Parameters(network, source.as_diffusers).problems(state) for name, network in candidates.items()}
-    name = min(problems, key=lambda name: sum(map(len, problems[name].values())))
-    if problems[name]:
-        advice = "" if given else " If it is another network, describe it with network=..., as in configs/network."
-        nearest = "" if given else "the nearest, "
-        raise UserError(f"the weights in {source.file} do not fit {nearest}{name}: {in_words(problems[name])}.{advice}")
-    return candidates[name], name
+    requested = replace(
+        described,
+        network_spec=_given_network(spec) or network,
+        schedule=schedule or described.schedule,
+        prediction=spec.prediction or described.prediction,
+    )
+    if differences := described.differences(requested):
+        listed = "; ".join(differences)
+        raise UserError(f"{source.file} describes another model than the command ({listed}); leave these options out.")
+    return described
 
 
-def _convert(state: Tensors, network: UNetSpec, source: Source) -> tuple[Tensors, str]:
-    """Return the weights under our names as float32, and a remark if they were something else."""
-    parameters = Parameters(network, source.as_diffusers)
-    if problems := parameters.problems(state):
-        raise UserError(f"the weights in {source.file} do not fit the network that it describes: {in_words(problems)}.")
-    unfit, ours = [name for name, value in state.items() if not value.is_floating_point()], {}
-    if not unfit:
-        ours = {name: value.to(torch.float32) for name, value in parameters.to_ours(state).items()}
-        unfit = [name for name, value in ours.items() if not value.isfinite().all()]
-    if unfit:
+def _our_weights(state: Tensors, network: UNetSpec, source: Source) -> tuple[Tensors, str]:
+    """Return the weights under our names as float32, and a remark if they had another type."""
+    names = ParameterNames(network, source.diffusers_names)
+    if mismatches := names.mismatches(state):
+        reasons = describe_mismatches(mismatches)
+        raise UserError(f"the weights in {source.file} do not fit the network that it describes: {reasons}.")
+    invalid, ours = [name for name, value in state.items() if not value.is_floating_point()], {}
+    if not invalid:
+        ours = {name: value.to(torch.float32) for name, value in names.from_file(state).items()}
+        invalid = [name for name, value in ours.items() if not value.isfinite().all()]
+    if invalid:
         raise UserError(
-            f"{source.file}: {unfit[0]} holds values that are not finite real numbers; the file is damaged, or its "
+            f"{source.file}: {invalid[0]} holds values that are not finite real numbers; the file is damaged, or its "
             "training diverged."
         )
     others = {str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}

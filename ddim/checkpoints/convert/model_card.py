@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what is in it, what was measured with it, how to sample from it."""
+"""The model card (README.md) of an exported folder: the model, its measured results, how to sample from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class Result:
     """One measured number.
 
     Attributes:
-        metric: its name with the number of images, for example fid_50k.
-        reference: the data set that it is measured against.
-        sampler: how the images were made, in words.
+        metric: name with the number of images, for example fid_50k.
+        reference: the data set it is measured against.
+        sampler: for people to read, for example "η=0.0 S=50".
         value: the number.
-        protocol: one line with everything that it depends on.
+        protocol: one line with everything the number depends on.
     """
 
     metric: str
@@ -28,13 +28,11 @@ class Result:
 
 
 def model_card(name: str, model: StoredModel, results: Sequence[Result], license: str | None) -> str:
-    """Return the README.md of a model: YAML front matter as the hub reads it, and Markdown for people."""
+    """Return the README.md of a model: YAML front matter for the Hugging Face hub, and Markdown."""
     spec = model.spec
     height, width = spec.network_spec.image_size
     step = "" if model.step is None else f" at step {model.step:,}"
-    averaged = {"ema": "averaged (EMA)", "online": "online, not averaged,"}.get(
-        model.weights, "whether averaged is not known,"
-    )
+    label = {"ema": "EMA,", "online": "online (no EMA),"}.get(model.weights, "EMA or online is not known,")
     source = f", imported from `{model.origin['file']}`" if "file" in model.origin else ""
     data = f" trained on {spec.data}" if spec.data else ""
     parameters = sum(value.numel() for value in model.state.values())
@@ -45,7 +43,7 @@ def model_card(name: str, model: StoredModel, results: Sequence[Result], license
 
 DDPM's U-Net{data}: {spec.network_spec.channels}x{height}x{width} images in [-1, 1],
 {parameters:,} parameters, {noise}, prediction {spec.prediction}.
-Weights: {averaged} SHA-256 `{weights_hash(model.state)[:16]}`{step}{source}.
+Weights: {label} SHA-256 `{weights_hash(model.state)[:16]}`{step}{source}.
 
 ```python
 from diffusers import DDIMPipeline
@@ -54,9 +52,9 @@ pipeline = DDIMPipeline.from_pretrained("PATH")     # this folder
 images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images
 ```
 
-The scheduler neither clips nor thresholds, and ends at alpha_bar = 1, as the DDIM paper does. Its times are every
-(T // steps)-th one from 0 on: the `uniform` rule of the official implementation where the number of steps divides T.
-The rule `quad`, which the paper's CIFAR-10 numbers were made with, does not exist in diffusers.
+The scheduler neither clips nor thresholds, and ends at alpha_bar = 1, as in the DDIM paper. It uses every
+(T // steps)-th time, starting at 0: the official implementation's `uniform` rule if the number of steps divides T.
+The rule `quad`, used for the paper's CIFAR-10 numbers, does not exist in diffusers.
 
 ## Results
 
@@ -102,7 +100,7 @@ def _front_matter(name: str, model: StoredModel, results: Sequence[Result], lice
 
 def _results(results: Sequence[Result]) -> str:
     if not results:
-        return "None were recorded for these weights."
+        return "No results were recorded for these weights."
     lines = ["| metric | sampler | value | protocol |", "|---|---|---|---|"]
     lines += [f"| {r.metric} | {r.sampler} | {r.value:.4g} | {r.protocol} |" for r in results]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What is published: the architectures of the paper, and the files of weights with their sizes and checksums.
+"""Published models: the architectures of the papers, and the files of weights with their checksums.
 
 Sources: Ho et al. 2020, appendix B, and the configurations and download table of the official implementation, whose
 CIFAR-10 and LSUN weights are Ho et al.'s, converted to PyTorch by P. Esser.
@@ -11,7 +11,7 @@ from typing import Literal
 
 from ddim.networks import UNetSpec
 
-# The same as configs/network/unet_*.yaml at the sizes of configs/data; a test holds the two together.
+# The same as configs/network/unet_*.yaml at the sizes of configs/data; a test compares them.
 PRESETS: dict[str, UNetSpec] = {
     "cifar10": UNetSpec((32, 32), ch_mult=(1, 2, 2, 2), dropout=0.1),
     "celeba": UNetSpec((64, 64), ch_mult=(1, 2, 2, 2, 4), dropout=0.1),
@@ -20,16 +20,16 @@ PRESETS: dict[str, UNetSpec] = {
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedFile:
     """A published file of weights.
 
     Attributes:
-        name: what it is called here.
-        weights: what it holds, "ema" or "online".
+        name: its name in this project.
+        weights: which weights it holds, "ema" or "online".
         data: the training set.
-        step: optimiser steps behind it; None where that is not known.
-        checksum: of the file: MD5, 32 hexadecimal digits, or SHA-256, 64.
-        url: where it can be fetched without asking anyone; "" for a file that `download` does not offer.
+        step: number of optimiser steps; None if unknown.
+        checksum: of the file: MD5 (32 hexadecimal digits) or SHA-256 (64).
+        url: for a direct download; "" if there is none.
     """
 
     name: str
@@ -41,16 +41,16 @@ class Published:
 
     @property
     def file_name(self) -> str:
-        """How `download` calls the file."""
+        """The name of the downloaded file."""
         return f"{self.name}.ckpt"
 
 
-def _heibox(name: str, data: str, step: int, md5: str, share: str) -> Published:
+def _heibox(name: str, data: str, step: int, md5: str, share: str) -> PublishedFile:
     weights: Literal["ema", "online"] = "ema" if name.startswith("ema_") else "online"
-    return Published(name, weights, data, step, md5, f"https://heibox.uni-heidelberg.de/f/{share}/?dl=1")
+    return PublishedFile(name, weights, data, step, md5, f"https://heibox.uni-heidelberg.de/f/{share}/?dl=1")
 
 
-DOWNLOADS: dict[str, Published] = {
+DOWNLOADS: dict[str, PublishedFile] = {
     file.name: file
     for file in (
         _heibox("ema_cifar10", "cifar10", 790_000, "1fa350b952534ae442b1d5235cce5cd3", "2e4f01e2d9ee49bab1d5"),
@@ -68,15 +68,15 @@ DOWNLOADS: dict[str, Published] = {
     )
 }
 
-# The training list of the official implementation for CelebA. Its host asks for a confirmation; no checksum is
-# published.
-BY_HAND = {"celeba": "https://drive.google.com/file/d/1R_H-fJYXSH79wfSKs9D-fuKQVan5L-GR/view"}
+# The official implementation's training checkpoint for CelebA. Its host asks for a confirmation in the browser; no
+# checksum is published.
+MANUAL_DOWNLOADS = {"celeba": "https://drive.google.com/file/d/1R_H-fJYXSH79wfSKs9D-fuKQVan5L-GR/view"}
 
-# One upload in two formats, by the SHA-256 that the hub shows. They are online weights: people who evaluated them
-# measured an FID of 12.4, near the 12.1 of the online file above, where the EMA one gives 3.2.
+# One upload in two formats, with the SHA-256 that the hub shows. These are online weights: evaluations report an FID
+# of 12.4, close to the 12.1 of the online file above; the EMA weights give 3.2.
 HUB_ONLINE_CIFAR10 = "ddpm-cifar10-32"
 _HUB_FILES = [
-    Published(f"google/{HUB_ONLINE_CIFAR10} ({suffix})", "online", "cifar10", None, sha256)
+    PublishedFile(f"google/{HUB_ONLINE_CIFAR10} ({suffix})", "online", "cifar10", None, sha256)
     for suffix, sha256 in (
         ("safetensors", "1558dbe3fb093b0857d473e376b711eeda1b186c557be5e85b3a56300cd49f0f"),
         ("bin", "ac3416a548879738893e935b42cab9119f51745b62bec4b6d8375e4d86e98ea4"),
@@ -87,19 +87,19 @@ _BY_CHECKSUM = {file.checksum: file for file in (*DOWNLOADS.values(), *_HUB_FILE
 
 @dataclass(frozen=True)
 class Checksums:
-    """Of one file, in hexadecimal digits."""
+    """The checksums of a file, in hexadecimal digits."""
 
     md5: str
     sha256: str
 
     @property
-    def published(self) -> Published | None:
+    def published(self) -> PublishedFile | None:
         """The published file with one of these checksums, or None."""
         return _BY_CHECKSUM.get(self.md5) or _BY_CHECKSUM.get(self.sha256)
 
 
-def checksums(path: Path) -> Checksums:
-    """Return both checksums of a file, read once."""
+def file_checksums(path: Path) -> Checksums:
+    """Return both checksums of a file, which is read once."""
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -1,5 +1,9 @@
-"""The parameters of a network by the names of either code base: which there must be, their shapes, and the way over."""
+"""Names and shapes of the U-Net's parameters, here and in files of diffusers; conversion between them.
 
+The names here are those of the original DDPM files. The mapping needs no diffusers.
+"""
+
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,25 +11,44 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ddim.checkpoints.convert import diffusers
-from ddim.io import Tensors, shown
+from ddim.io import Tensors, printable
 from ddim.networks import UNetSpec, build_network
+
+_MODULES = {
+    "temb.dense.0": "time_embedding.linear_1",
+    "temb.dense.1": "time_embedding.linear_2",
+    "norm_out": "conv_norm_out",
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "mid.attn_1": "mid_block.attentions.0",
+}
+_LAYERS = {
+    "temb_proj": "time_emb_proj",
+    "nin_shortcut": "conv_shortcut",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
+_BLOCKS = {"block": "resnets", "attn": "attentions"}
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """What a U-Net's parameters are called in a file.
+class ParameterNames:
+    """Names and shapes of a U-Net's parameters in a file.
 
     Attributes:
         network: the U-Net.
-        as_diffusers: under diffusers' names, else under those of the original DDPM files, which are ours.
+        diffusers: the file uses diffusers' names and shapes; otherwise the original DDPM ones, as here.
     """
 
     network: UNetSpec
-    as_diffusers: bool
+    diffusers: bool
 
     @cached_property
-    def shapes_here(self) -> dict[str, tuple[int, ...]]:
+    def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name -> our shape."""
         with torch.device("meta"):
             return {name: tuple(v.shape) for name, v in build_network("unet", self.network).state_dict().items()}
@@ -34,43 +57,69 @@ class Parameters:
     def names(self) -> dict[str, str]:
         """Our name -> name in the file."""
         levels = len(self.network.ch_mult)
-        return {name: diffusers.name_there(name, levels) if self.as_diffusers else name for name in self.shapes_here}
+        return {name: to_diffusers(name, levels) if self.diffusers else name for name in self.our_shapes}
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name in the file -> shape in the file."""
-        return {there: self.shapes_here[name][: 2 if self._linear(there) else 4] for name, there in self.names.items()}
+    def file_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the file -> shape in the file. Attention's 1x1 convolutions are linear layers in diffusers."""
+        linear = {name for name in self.names.values() if self.diffusers and _is_linear(name)}
+        return {other: self.our_shapes[name][: 2 if other in linear else 4] for name, other in self.names.items()}
 
-    def problems(self, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-        """Return what keeps a state dict in the file's names from fitting: kind of problem -> names."""
-        found = {
-            "missing": [name for name in self.shapes if name not in state],
-            "unexpected": [name for name in state if name not in self.shapes],
+    def mismatches(self, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+        """Return why a state dict (names of the file) does not fit: kind of mismatch -> parameters; {} if it fits."""
+        shapes = self.file_shapes
+        wrong = {
+            "missing": [name for name in shapes if name not in state],
+            "unexpected": [name for name in state if name not in shapes],
             "of the wrong shape": [
                 f"{name} {tuple(state[name].shape)} instead of {shape}"
-                for name, shape in self.shapes.items()
+                for name, shape in shapes.items()
                 if name in state and tuple(state[name].shape) != shape
             ],
         }
-        return {kind: names for kind, names in found.items() if names}
+        return {kind: names for kind, names in wrong.items() if names}
 
-    def to_ours(self, state: Mapping[str, Tensor]) -> Tensors:
-        """Return the weights under our names and in our shapes."""
-        return {name: state[there].reshape(self.shapes_here[name]) for name, there in self.names.items()}
+    def from_file(self, state: Mapping[str, Tensor]) -> Tensors:
+        """Return the weights of a file under our names, in our shapes."""
+        return {name: state[other].reshape(self.our_shapes[name]) for name, other in self.names.items()}
 
     def to_file(self, state: Mapping[str, Tensor]) -> Tensors:
-        """Return weights of ours under the names and in the shapes of the file; undoes `to_ours`."""
-        return {there: state[name].reshape(self.shapes[there]) for name, there in self.names.items()}
-
-    def _linear(self, there: str) -> bool:
-        """Whether a weight is a 1x1 convolution here and a linear layer there."""
-        return self.as_diffusers and diffusers.is_linear(there)
+        """Undo `from_file`."""
+        return {other: state[name].reshape(self.file_shapes[other]) for name, other in self.names.items()}
 
 
-def in_words(problems: Mapping[str, list[str]]) -> str:
-    """Return problems as one phrase that names the first five of each kind."""
+def describe_mismatches(mismatches: Mapping[str, list[str]]) -> str:
+    """Return mismatches as one phrase that names the first five parameters of each kind."""
     phrases = []
-    for kind, found in problems.items():
-        names = [shown(name) for name in found]
+    for kind, parameters in mismatches.items():
+        names = [printable(name) for name in parameters]
         phrases.append(f"{len(names)} {kind} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})")
     return "; ".join(phrases)
+
+
+def to_diffusers(name: str, levels: int) -> str:
+    """Return diffusers' name of one of our parameters. Its `up_blocks` are numbered in the order in which they run."""
+    module, kind = name.rsplit(".", 1)
+    if module in _MODULES:
+        return f"{_MODULES[module]}.{kind}"
+    if match := re.fullmatch(r"(mid\.\w+)\.(\w+)", module):
+        return f"{_MODULES[match[1]]}.{_LAYERS.get(match[2], match[2])}.{kind}"
+    if match := re.fullmatch(r"(down|up)\.(\d+)\.(\w+)\.(.+)", module):
+        side, level, block, rest = match[1], int(match[2]), match[3], match[4]
+        prefix = f"{side}_blocks.{level if side == 'down' else levels - 1 - level}"
+        if block in ("downsample", "upsample"):
+            return f"{prefix}.{block}rs.0.{rest}.{kind}"
+        number, _, layer = rest.partition(".")
+        return f"{prefix}.{_BLOCKS[block]}.{number}.{_LAYERS.get(layer, layer)}.{kind}"
+    return name
+
+
+def update_attention_names(state: Tensors) -> Tensors:
+    """Rename the attention layers of diffusers' files from before 2023 to the current names."""
+    pattern = re.compile(rf"(attentions\.\d+)\.({'|'.join(_OLD_ATTENTION)})\.")
+    return {pattern.sub(lambda m: f"{m[1]}.{_OLD_ATTENTION[m[2]]}.", name): value for name, value in state.items()}
+
+
+def _is_linear(name: str) -> bool:
+    """Whether a parameter is the weight of a linear layer in diffusers, where ours is a 1x1 convolution."""
+    return re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", name) is not None

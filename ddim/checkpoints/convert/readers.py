@@ -1,4 +1,4 @@
-"""What a file of weights is: which code base wrote it, what it holds, and what it says about itself."""
+"""Readers of foreign checkpoints: recognise the layout of a file or folder; return its weights and description."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from ddim.checkpoints.convert import diffusers
-from ddim.checkpoints.model import UNLABELLED, is_training_checkpoint, read_header, weight_sets
+from ddim.checkpoints.convert.parameter_names import update_attention_names
+from ddim.checkpoints.model import UNLABELLED, decode_metadata, is_training_checkpoint, weight_sets
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
-from ddim.io import Tensors, explain_read_errors, is_safetensors, read_safetensors, read_torch, shown
+from ddim.io import Tensors, explain_read_errors, is_safetensors, printable, read_safetensors, read_torch
 from ddim.networks import UNetSpec
 
-# Each layout in a few words.
 LAYOUTS = {
     "flat": "a state dict of the original DDPM names (temb.dense.0.weight, ...)",
     "official": "a training list of the official implementation: model, optimiser, epoch, step, average",
@@ -23,21 +23,21 @@ LAYOUTS = {
     "lightning": "a training checkpoint of this project",
     "safetensors": "a model file of this project",
 }
-UNDERSTOOD = "; ".join(f"{name}: {text}" for name, text in LAYOUTS.items())
+_SUPPORTED = "; ".join(f"{name}: {text}" for name, text in LAYOUTS.items())
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What was found in a file.
+    """A checkpoint as it was read, before its weights are matched with a network.
 
     Attributes:
         layout: a key of LAYOUTS.
-        file: that holds the weights.
-        sets: "ema", "online" or "unlabelled" -> those weights, without the prefixes of wrappers.
-        step: optimiser steps behind them; None when it does not say.
-        network, schedule, prediction, data: what it says about the model; None for what it does not say.
-        as_diffusers: whether diffusers' names are those of the parameters.
-        notes: for the user.
+        file: the file of weights.
+        sets: label ("ema", "online" or "unlabelled") -> weights, without the prefixes of wrappers.
+        step: number of optimiser steps; None if not stated.
+        network, schedule, prediction, data: description of the model; None for what the source does not state.
+        diffusers_names: the weights have diffusers' parameter names.
+        notes: warnings for the user.
     """
 
     layout: str
@@ -48,103 +48,106 @@ class Source:
     schedule: NoiseSchedule | None = None
     prediction: str | None = None
     data: str | None = None
-    as_diffusers: bool = False
+    diffusers_names: bool = False
     notes: tuple[str, ...] = ()
+
+    def described_by(self, spec: ModelSpec) -> "Source":
+        """Return this source with the description `spec`."""
+        return replace(
+            self,
+            network=spec.network_spec,
+            schedule=spec.schedule,
+            prediction=spec.prediction,
+            data=spec.data,
+        )
 
 
 def read_source(path: Path) -> Source:
-    """Recognise a file or folder and read it.
+    """Recognise and read a file or folder.
 
     Raises:
-        UserError: it is not there, damaged, needs code to load, or of no layout that is understood.
+        UserError: it does not exist, is damaged, needs code to load, or has no supported layout.
     """
     with explain_read_errors(path):
-        return _read_source(path)
+        if path.is_dir():
+            return read_source(_weights_file(path))
+        return _read_safetensors(path) if is_safetensors(path) else _read_torch(path)
 
 
-def _read_source(path: Path) -> Source:
-    if path.is_dir():
-        return _read_diffusers_folder(path)
-    if is_safetensors(path):
-        state, metadata = read_safetensors(path)
-        if KEY in metadata and not _has_diffusers_names(state):
-            spec, facts = read_header(metadata, path)
-            sets = {facts["weights"]: _bare(state, path)}
-            return _described(Source("safetensors", path, sets, facts["step"]), spec)
-        return _read_state(path, state, metadata)
-    content = read_torch(path, on_disk=True)
+def _weights_file(folder: Path) -> Path:
+    """Return the file of weights in a diffusers folder."""
+    root = folder / "unet" if (folder / "unet").is_dir() else folder
+    for name in diffusers.WEIGHTS_FILES:
+        if (root / name).is_file():
+            if not (root / "config.json").is_file():
+                raise UserError(
+                    f"{root} has no config.json, which describes the network; copy it from the source of {name}."
+                )
+            return root / name
+    content = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
+    expected = " or ".join(diffusers.WEIGHTS_FILES)
+    raise UserError(f"{root} holds {content}; a diffusers folder has {expected}, in unet/ or at the top.")
+
+
+def _read_safetensors(path: Path) -> Source:
+    state, metadata = read_safetensors(path)
+    if KEY not in metadata or _has_diffusers_names(state):
+        return _read_state_dict(path, state, metadata)
+    model = decode_metadata(metadata, _strip_prefixes(state, path), path)
+    return Source("safetensors", path, {model.weights: model.state}, model.step).described_by(model.spec)
+
+
+def _read_torch(path: Path) -> Source:
+    content = read_torch(path, mmap=True)
     if is_training_checkpoint(content):
         return _read_lightning(path, content)
     if isinstance(content, list | tuple):
         return _read_official(path, content)
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
-        return _read_state(path, dict(content), {})
-    entries = f"the entries {', '.join(map(shown, content))[:200]}" if isinstance(content, Mapping) else type(content)
-    raise UserError(f"{path} holds {entries}; understood are {UNDERSTOOD}.")
-
-
-def _described(source: Source, spec: ModelSpec) -> Source:
-    return replace(
-        source,
-        network=spec.network_spec,
-        schedule=spec.schedule,
-        prediction=spec.prediction,
-        data=spec.data,
-    )
+        return _read_state_dict(path, dict(content), {})
+    if isinstance(content, Mapping):
+        raise UserError(
+            f"{path} holds the entries {', '.join(map(printable, content))[:200]}; supported are {_SUPPORTED}."
+        )
+    raise UserError(f"{path} holds {type(content)}; supported are {_SUPPORTED}.")
 
 
 def _read_lightning(path: Path, content: Mapping[str, Any]) -> Source:
-    sets = {label: _bare(state, path) for label, state in weight_sets(content).items()}
-    return _described(Source("lightning", path, sets, content["global_step"]), ModelSpec.from_dict(content[KEY]))
+    sets = {label: _strip_prefixes(state, path) for label, state in weight_sets(content).items()}
+    return Source("lightning", path, sets, content["global_step"]).described_by(ModelSpec.from_dict(content[KEY]))
 
 
 def _read_official(path: Path, content: Any) -> Source:
-    model_and_average = [content[i] for i in (0, 4) if i < len(content)]
-    if not 4 <= len(content) <= 5 or not all(isinstance(part, Mapping) for part in model_and_average):
-        kinds = ", ".join(type(part).__name__ for part in content[:8])
+    online_and_ema = [content[i] for i in (0, 4) if i < len(content)]
+    if not 4 <= len(content) <= 5 or not all(isinstance(state, Mapping) for state in online_and_ema):
+        types = ", ".join(type(entry).__name__ for entry in content[:8])
         raise UserError(
-            f"{path} holds a list of {len(content)} entries ({kinds}), not the official implementation's model, "
+            f"{path} holds a list of {len(content)} entries ({types}), not the official implementation's model, "
             "optimiser, epoch, step and average."
         )
     step = content[3] if isinstance(content[3], int) else None
-    sets = dict(zip(("online", "ema"), (_bare(part, path) for part in model_and_average), strict=False))
+    sets = dict(zip(("online", "ema"), (_strip_prefixes(state, path) for state in online_and_ema), strict=False))
     return Source("official", path, sets, step)
 
 
-def _read_diffusers_folder(folder: Path) -> Source:
-    root = folder / "unet" if (folder / "unet").is_dir() else folder
-    for name in diffusers.WEIGHTS_FILES:
-        if (root / name).is_file():
-            if not (root / "config.json").is_file():
-                raise UserError(f"{root} has no config.json, which describes the network; get it from where {name} is.")
-            return read_source(root / name)
-    found = ", ".join(sorted(p.name for p in root.iterdir())[:10]) or "nothing"
-    wanted = " or ".join(diffusers.WEIGHTS_FILES)
-    raise UserError(f"{root} holds {found}; a folder of diffusers has {wanted}, in unet/ or by itself.")
-
-
-def _read_state(path: Path, state: Tensors, metadata: Mapping[str, str]) -> Source:
-    """Read a plain state dict; with diffusers' names, also the configurations that lie around it."""
-    state = _bare(state, path)
+def _read_state_dict(path: Path, state: Tensors, metadata: Mapping[str, str]) -> Source:
+    """Read a plain state dict; with diffusers' names, also the configurations next to it."""
+    state = _strip_prefixes(state, path)
     if not _has_diffusers_names(state):
         return Source("flat", path, {UNLABELLED: state})
+    state = update_attention_names(state)
+    source = Source("diffusers", path, {UNLABELLED: state}, diffusers_names=True)
     config = path.parent / "config.json"
-    sets = {UNLABELLED: diffusers.modern_names(state)}
-    source = Source("diffusers", path, sets, as_diffusers=True)
     if not config.is_file():
         return source
-    source = replace(source, network=diffusers.unet_spec(diffusers.read_json(config), config))
-    return _read_header_there(source, metadata) if KEY in metadata else _read_scheduler(source)
-
-
-def _read_header_there(source: Source, metadata: Mapping[str, str]) -> Source:
-    """Read the description that an export of ours leaves in the header of the weights."""
-    spec, facts = read_header(metadata, source.file)
-    assert source.network is not None
-    if diffusers.unet_config(source.network) != diffusers.unet_config(spec.network_spec):
-        raise UserError(f"the config.json beside {source.file} is not the one that it was exported with; restore it.")
-    sets = {facts["weights"]: source.sets[UNLABELLED]}
-    return _described(replace(source, sets=sets, step=facts["step"]), spec)
+    network = diffusers.unet_spec(diffusers.read_json(config), config)
+    if KEY not in metadata:
+        return _read_scheduler(replace(source, network=network))
+    # A file that this project exported: its metadata states everything.
+    model = decode_metadata(metadata, state, path)
+    if diffusers.unet_config(network) != diffusers.unet_config(model.spec.network_spec):
+        raise UserError(f"the config.json next to {path} is not the one that it was exported with; restore it.")
+    return replace(source, sets={model.weights: state}, step=model.step).described_by(model.spec)
 
 
 def _read_scheduler(source: Source) -> Source:
@@ -156,7 +159,7 @@ def _read_scheduler(source: Source) -> Source:
         return replace(source, notes=(note,))
     config = diffusers.read_json(path)
     schedule, prediction = diffusers.read_scheduler(config, path)
-    clips = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does as it does"
+    clips = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does the same"
     notes = (clips,) if config.get("clip_sample", True) else ()
     return replace(source, schedule=schedule, prediction=prediction, notes=notes)
 
@@ -165,10 +168,9 @@ def _has_diffusers_names(state: Mapping[str, Tensor]) -> bool:
     return any("time_embedding." in name for name in state)
 
 
-def _bare(state: Mapping[str, Tensor], path: Path) -> Tensors:
-    """Take the names of wrappers (DataParallel's `module.`, compile's `_orig_mod.`) out of the names of parameters."""
-    wrong = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if wrong:
+def _strip_prefixes(state: Mapping[str, Tensor], path: Path) -> Tensors:
+    """Remove the prefixes of wrappers (DataParallel's `module.`, torch.compile's `_orig_mod.`) from parameter names."""
+    if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{path}: the entry {wrong[0]!r} is not a tensor, so this is not a state dict.")
     bare = {".".join(p for p in str(k).split(".") if p not in ("module", "_orig_mod")): v for k, v in state.items()}
     if len(bare) < len(state):

@@ -52,7 +52,7 @@ def test_a_published_config_is_the_preset_without_its_dropout(config, preset):
     assert spec == replace(PRESETS[preset], dropout=0.0)
 
 
-def test_a_published_config_is_understood_word_for_word():
+def test_a_published_config_gives_these_fields():
     assert unet_spec(CIFAR10, HERE) == UNetSpec(
         image_size=(32, 32),
         channels=3,
@@ -65,7 +65,7 @@ def test_a_published_config_is_understood_word_for_word():
     )
 
 
-def test_the_config_that_is_written_says_everything_and_means_the_published_one():
+def test_our_config_states_every_option_as_published():
     config = unet_config(replace(PRESETS["cifar10"], dropout=0.25))
     assert config.pop("_diffusers_version")
     published = {key: value for key, value in CIFAR10.items() if key != "_diffusers_version"}
@@ -133,7 +133,7 @@ def refusal(config):
 
 
 @pytest.mark.parametrize(("key", "value"), OTHERWISE.items(), ids=OTHERWISE)
-def test_a_network_that_computes_otherwise_is_refused(key, value):
+def test_a_network_with_another_option_is_refused(key, value):
     assert f"another network than DDPM's U-Net: {key}={value!r} (needed: " in refusal(CIFAR10 | {key: value})
 
 
@@ -163,7 +163,7 @@ def test_every_difference_is_listed():
         ({"_class_name": None}, "a UNet2DModel but None"),
     ],
 )
-def test_blocks_and_widths_that_our_network_cannot_have_are_refused(change, words):
+def test_unsupported_blocks_and_widths_are_refused(change, words):
     assert words in refusal(CIFAR10 | change)
 
 
@@ -172,14 +172,14 @@ def test_a_config_without_a_required_key_is_refused(key):
     assert f" without {key}." in refusal({k: v for k, v in CIFAR10.items() if k != key})
 
 
-def test_an_empty_config_names_all_that_it_lacks():
+def test_an_empty_config_names_all_missing_keys():
     assert "None without sample_size, block_out_channels, down_block_types, up_block_types." in refusal({})
 
 
 @pytest.mark.parametrize(
     "key", ["freq_shift", "flip_sin_to_cos", "downsample_padding", "attention_head_dim", "norm_eps"]
 )
-def test_where_the_defaults_of_diffusers_are_another_network_silence_is_refused(key):
+def test_a_missing_option_with_another_default_is_refused(key):
     assert f": {key}=" in refusal({k: v for k, v in CIFAR10.items() if k != key})
 
 
@@ -187,7 +187,7 @@ DERIVED = {"layers_per_block": 2, "norm_num_groups": 32, "dropout": 0.0, "in_cha
 
 
 @pytest.mark.parametrize("key", [*OTHERWISE, *DERIVED])
-def test_what_a_config_does_not_say_is_what_unet2dmodel_assumes(hf, key):
+def test_missing_options_have_the_defaults_of_unet2dmodel(hf, key):
     """The published files leave out every key that is younger than they are."""
     assumed = inspect.signature(hf.UNet2DModel.__init__).parameters[key].default
     full = unet_config(UNetSpec((32, 32), dropout=0.0))
@@ -199,7 +199,7 @@ def test_what_a_config_does_not_say_is_what_unet2dmodel_assumes(hf, key):
 
 
 @pytest.mark.parametrize(("key", "assumed"), DERIVED.items())
-def test_the_numbers_that_a_config_does_not_say_are_the_published_ones(key, assumed):
+def test_missing_numbers_have_the_published_defaults(key, assumed):
     other = CIFAR10 | {"layers_per_block": 3, "norm_num_groups": 16, "dropout": 0.5}
     fields = {"layers_per_block": "num_res_blocks", "norm_num_groups": "num_groups", "in_channels": "channels"}
     spec = unet_spec({k: v for k, v in other.items() if k != key}, HERE)
@@ -227,11 +227,11 @@ def test_no_option_of_unet2dmodel_is_overlooked(hf):
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense_is_refused_in_one_sentence(change):
+def test_an_invalid_config_is_refused_in_one_sentence(change):
     refusal(CIFAR10 | change)
 
 
-def test_what_is_not_a_json_object_is_no_config(tmp_path):
+def test_a_config_must_be_a_json_object(tmp_path):
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
         read_json(path)

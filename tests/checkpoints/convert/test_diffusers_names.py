@@ -6,13 +6,14 @@ import pytest
 import torch
 from exported import SMALL, SPECS, randomised
 
-from ddim.checkpoints.convert.diffusers import (
-    modern_names,
-    name_there,
-    unet_config,
-)
+from ddim.checkpoints.convert.diffusers import unet_config
 from ddim.checkpoints.convert.model_zoo import PRESETS
-from ddim.checkpoints.convert.parameter_names import Parameters, in_words
+from ddim.checkpoints.convert.parameter_names import (
+    ParameterNames,
+    describe_mismatches,
+    to_diffusers,
+    update_attention_names,
+)
 from ddim.networks import UNet
 
 
@@ -42,13 +43,13 @@ from ddim.networks import UNet
         ("conv_out.bias", "conv_out.bias"),
     ],
 )
-def test_a_parameter_of_the_cifar10_network_has_the_published_name(ours, theirs):
-    assert Parameters(PRESETS["cifar10"], as_diffusers=True).names[ours] == theirs
-    assert name_there(ours, 4) == theirs
+def test_cifar10_parameters_have_the_published_names(ours, theirs):
+    assert ParameterNames(PRESETS["cifar10"], diffusers=True).names[ours] == theirs
+    assert to_diffusers(ours, 4) == theirs
 
 
-def test_the_way_up_counts_from_the_lowest_of_however_many_levels():
-    names = Parameters(PRESETS["lsun"], as_diffusers=True).names
+def test_up_blocks_are_numbered_from_the_lowest_level():
+    names = ParameterNames(PRESETS["lsun"], diffusers=True).names
     assert names["up.4.attn.0.k.weight"] == "up_blocks.1.attentions.0.to_k.weight"
     assert names["up.5.upsample.conv.bias"] == "up_blocks.0.upsamplers.0.conv.bias"
     assert names["up.0.block.0.conv1.weight"] == "up_blocks.5.resnets.0.conv1.weight"
@@ -69,16 +70,16 @@ def test_the_way_up_counts_from_the_lowest_of_however_many_levels():
     ],
 )
 def test_only_attention_changes_its_shape(name, here, there):
-    parameters = Parameters(PRESETS["cifar10"], as_diffusers=True)
+    parameters = ParameterNames(PRESETS["cifar10"], diffusers=True)
     ours = {theirs: name for name, theirs in parameters.names.items()}
-    assert parameters.shapes[name] == there
-    assert parameters.shapes_here[ours[name]] == here
+    assert parameters.file_shapes[name] == there
+    assert parameters.our_shapes[ours[name]] == here
 
 
 def test_the_original_names_and_shapes_are_ours():
-    parameters = Parameters(SMALL, as_diffusers=False)
+    parameters = ParameterNames(SMALL, diffusers=False)
     state = {name: tuple(value.shape) for name, value in UNet(SMALL).state_dict().items()}
-    assert parameters.shapes == parameters.shapes_here == state
+    assert parameters.file_shapes == parameters.our_shapes == state
     assert all(name == theirs for name, theirs in parameters.names.items())
 
 
@@ -87,15 +88,15 @@ def test_names_and_shapes_are_those_of_unet2dmodel(hf, spec):
     with torch.device("meta"):
         theirs = hf.UNet2DModel.from_config(json.loads(json.dumps(unet_config(spec))))
     expected = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
-    assert Parameters(spec, as_diffusers=True).shapes == expected
+    assert ParameterNames(spec, diffusers=True).file_shapes == expected
 
 
 @pytest.mark.parametrize("as_diffusers", [False, True])
-def test_weights_survive_the_way_there_and_back(as_diffusers):
-    parameters, state = Parameters(SPECS["oblong"], as_diffusers), randomised(SPECS["oblong"]).state_dict()
+def test_conversion_of_weights_is_invertible(as_diffusers):
+    parameters, state = ParameterNames(SPECS["oblong"], as_diffusers), randomised(SPECS["oblong"]).state_dict()
     there = parameters.to_file(state)
-    assert {name: tuple(value.shape) for name, value in there.items()} == parameters.shapes
-    back = parameters.to_ours(there)
+    assert {name: tuple(value.shape) for name, value in there.items()} == parameters.file_shapes
+    back = parameters.from_file(there)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], value) for name, value in state.items())
     if as_diffusers:
@@ -103,31 +104,31 @@ def test_weights_survive_the_way_there_and_back(as_diffusers):
         assert torch.equal(there["mid_block.attentions.0.to_q.weight"], q[:, :, 0, 0])
 
 
-def test_every_way_in_which_weights_do_not_fit_is_named():
-    parameters = Parameters(SMALL, as_diffusers=True)
+def test_every_kind_of_mismatch_is_named():
+    parameters = ParameterNames(SMALL, diffusers=True)
     state = parameters.to_file(UNet(SMALL).state_dict())
-    assert parameters.problems(state) == {}
+    assert parameters.mismatches(state) == {}
     weight = state.pop("conv_norm_out.weight")
     state["stray"] = weight
     state["mid_block.attentions.0.to_q.weight"] = state["mid_block.attentions.0.to_q.weight"][:, :, None, None]
-    problems = parameters.problems(state)
+    problems = parameters.mismatches(state)
     assert problems == {
         "missing": ["conv_norm_out.weight"],
         "unexpected": ["stray"],
         "of the wrong shape": ["mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16)"],
     }
-    assert in_words(problems) == (
+    assert describe_mismatches(problems) == (
         "1 missing (conv_norm_out.weight); 1 unexpected (stray); "
         "1 of the wrong shape (mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16))"
     )
 
 
-def test_of_many_names_five_are_given():
-    assert in_words({"missing": list("abcde")}) == "5 missing (a, b, c, d, e)"
-    assert in_words({"missing": list("abcdef")}) == "6 missing (a, b, c, d, e, ...)"
+def test_mismatches_name_at_most_five_parameters():
+    assert describe_mismatches({"missing": list("abcde")}) == "5 missing (a, b, c, d, e)"
+    assert describe_mismatches({"missing": list("abcdef")}) == "6 missing (a, b, c, d, e, ...)"
 
 
-def test_attention_of_older_files_gets_its_present_names():
+def test_old_attention_names_are_updated():
     old = {
         "mid_block.attentions.0.query.weight": 0,
         "mid_block.attentions.0.key.bias": 1,
@@ -138,7 +139,7 @@ def test_attention_of_older_files_gets_its_present_names():
         "time_embedding.linear_1.weight": 6,
         "conv_out.bias": 7,
     }
-    assert modern_names(old) == {
+    assert update_attention_names(old) == {
         "mid_block.attentions.0.to_q.weight": 0,
         "mid_block.attentions.0.to_k.bias": 1,
         "down_blocks.1.attentions.1.to_v.weight": 2,

@@ -52,33 +52,33 @@ def test_a_schedule_survives_its_config_bitwise(name):
     assert back.name == (schedule.name if config["trained_betas"] is None else "custom")
 
 
-def test_betas_of_one_half_and_more_survive_to_the_last_digits():
+def test_betas_above_one_half_survive_to_the_last_digits():
     schedule = from_betas(torch.rand(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     back, _ = read_scheduler(scheduler_config(schedule, "eps"), HERE)
     torch.testing.assert_close(back.alpha_bar, schedule.alpha_bar, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize(("name", "words"), NAMED.items(), ids=NAMED)
-def test_a_schedule_that_diffusers_knows_is_written_by_name(name, words):
+def test_a_schedule_known_to_diffusers_is_written_by_name(name, words):
     config = scheduler_config(SCHEDULES[name], "eps")
     keys = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "trained_betas")
     assert tuple(config[key] for key in keys) == (*words, None)
 
 
-def test_the_cosine_schedule_is_written_by_name_and_others_as_their_betas():
+def test_cosine_is_written_by_name_and_custom_as_betas():
     assert scheduler_config(cosine_schedule(), "eps")["beta_schedule"] == "squaredcos_cap_v2"
     assert scheduler_config(cosine_schedule(), "eps")["trained_betas"] is None
     assert scheduler_config(from_betas(SOME_BETAS), "eps")["trained_betas"] == pytest.approx(SOME_BETAS, abs=1e-15)
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("eps", "epsilon"), ("x0", "sample"), ("v", "v_prediction")])
-def test_what_a_network_predicts_has_its_name_there(ours, theirs):
+def test_prediction_types_have_diffusers_names(ours, theirs):
     config = scheduler_config(linear_schedule(), ours)
     assert config["prediction_type"] == theirs
     assert read_scheduler(config, HERE)[1] == ours
 
 
-def test_the_scheduler_does_what_the_paper_does():
+def test_the_scheduler_config_samples_as_the_paper_does():
     config = scheduler_config(linear_schedule(), "eps")
     wanted = {
         "_class_name": "DDIMScheduler",
@@ -124,7 +124,7 @@ def test_a_published_scheduler_config_is_read():
         ({"beta_end": 3}, "must lie strictly between 0 and 1"),
     ],
 )
-def test_a_scheduler_that_is_not_understood_is_refused(config, words):
+def test_unsupported_schedulers_are_refused(config, words):
     with pytest.raises(UserError) as caught:
         read_scheduler(config, HERE)
     assert str(HERE) in str(caught.value)
@@ -134,7 +134,7 @@ def test_a_scheduler_that_is_not_understood_is_refused(config, words):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_scheduler_there_has_our_noise_levels(hf, name):
+def test_diffusers_scheduler_has_our_noise_levels(hf, name):
     schedule = SCHEDULES[name]
     theirs = hf.DDIMScheduler.from_config(json.loads(json.dumps(scheduler_config(schedule, "eps"))))
     assert theirs.config.num_train_timesteps == schedule.T

@@ -1,9 +1,22 @@
-"""Fetching a published file: whole, resumed, checked, whatever the server can do."""
+"""Download of a published file: complete, resumed, verified, from any kind of server."""
 
 import hashlib
 
 import pytest
-from web import CONTENT, FOREIGN, MD5, SHA256, chunked, head, ranged, redirect, refusal, visible, whole, without_length
+from web import (
+    CONTENT,
+    FOREIGN,
+    MD5,
+    SHA256,
+    chunked,
+    complete,
+    head,
+    ranged,
+    redirect,
+    refusal,
+    visible,
+    without_length,
+)
 
 from ddim.checkpoints.convert import download
 from ddim.checkpoints.convert.download import fetch
@@ -33,8 +46,8 @@ def bars(monkeypatch):
 
 
 @pytest.mark.parametrize("checksum", [MD5, SHA256], ids=["MD5", "SHA-256"])
-@pytest.mark.parametrize("answer", [ranged(), whole(), without_length, chunked()])
-def test_a_file_is_fetched_whole_into_a_folder_that_is_made(site, tmp_path, checksum, answer):
+@pytest.mark.parametrize("answer", [ranged(), complete(), without_length, chunked()])
+def test_a_file_is_downloaded_into_a_new_folder(site, tmp_path, checksum, answer):
     site.answers = [answer]
     folder = tmp_path / "a" / "b"
     path = fetch(site.published(checksum), folder)
@@ -44,7 +57,7 @@ def test_a_file_is_fetched_whole_into_a_folder_that_is_made(site, tmp_path, chec
     assert visible(folder) == ["toy.ckpt"]
 
 
-def test_progress_goes_to_the_end_from_where_it_stopped(site, tmp_path, bars):
+def test_progress_resumes_where_the_download_stopped(site, tmp_path, bars):
     site.answers = [ranged(stop=300_000), ranged()]
     refusal(site.published(), tmp_path)
     fetch(site.published(), tmp_path)
@@ -60,7 +73,7 @@ def test_progress_goes_to_the_end_from_where_it_stopped(site, tmp_path, bars):
     assert resumed.closed
 
 
-def test_progress_of_an_unknown_length_has_no_total_and_starts_anew_with_the_file(site, tmp_path, bars):
+def test_progress_without_a_content_length_has_no_total(site, tmp_path, bars):
     (tmp_path / "toy.ckpt.part").write_bytes(CONTENT[:300_000])
     site.answers = [without_length]
     fetch(site.published(), tmp_path)
@@ -68,7 +81,7 @@ def test_progress_of_an_unknown_length_has_no_total_and_starts_anew_with_the_fil
 
 
 @pytest.mark.parametrize("stop", [1, 262_144, 300_000, 700_000])
-def test_a_download_that_broke_off_goes_on_at_that_byte(site, tmp_path, stop):
+def test_a_broken_download_resumes_at_that_byte(site, tmp_path, stop):
     site.answers = [ranged(stop=stop), ranged()]
     message = refusal(site.published(), tmp_path)
     assert f"broke off after {stop:,} of 700,001 bytes" in message
@@ -80,7 +93,7 @@ def test_a_download_that_broke_off_goes_on_at_that_byte(site, tmp_path, stop):
     assert visible(tmp_path) == ["toy.ckpt"]
 
 
-def test_a_download_that_breaks_off_again_and_again_gets_there(site, tmp_path):
+def test_a_repeatedly_broken_download_completes(site, tmp_path):
     site.answers = [ranged(stop=0), ranged(stop=1000), ranged(stop=1000), ranged(stop=500_000), ranged()]
     for _ in range(4):
         refusal(site.published(), tmp_path)
@@ -89,8 +102,8 @@ def test_a_download_that_breaks_off_again_and_again_gets_there(site, tmp_path):
     assert site.sent == 700_001
 
 
-def test_a_download_of_unknown_length_that_broke_off_is_noticed(site, tmp_path):
-    site.answers = [chunked(stop=300_000), whole()]
+def test_a_broken_download_of_unknown_length_is_detected(site, tmp_path):
+    site.answers = [chunked(stop=300_000), complete()]
     message = refusal(site.published(), tmp_path)
     assert site.url in message
     assert CONTENT.startswith((tmp_path / "toy.ckpt.part").read_bytes())
@@ -100,23 +113,23 @@ def test_a_download_of_unknown_length_that_broke_off_is_noticed(site, tmp_path):
 @pytest.mark.parametrize(
     "part", [CONTENT[:300_000], FOREIGN[:300_000], FOREIGN + FOREIGN], ids=["ours", "foreign", "long"]
 )
-def test_a_server_without_ranges_sends_everything_again(site, tmp_path, part):
-    site.answers = [whole()]
+def test_a_server_without_ranges_sends_the_file_again(site, tmp_path, part):
+    site.answers = [complete()]
     (tmp_path / "toy.ckpt.part").write_bytes(part)
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
     assert site.ranges == [f"bytes={len(part)}-"]
     assert visible(tmp_path) == ["toy.ckpt"]
 
 
-def test_a_server_without_ranges_that_breaks_off_leaves_what_it_sent_last(site, tmp_path):
-    site.answers = [whole(stop=1000), ranged()]
+def test_broken_download_without_ranges_keeps_its_last_bytes(site, tmp_path):
+    site.answers = [complete(stop=1000), ranged()]
     (tmp_path / "toy.ckpt.part").write_bytes(FOREIGN[:300_000])
     refusal(site.published(), tmp_path)
     assert (tmp_path / "toy.ckpt.part").read_bytes() == CONTENT[:1000]
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
 
 
-def test_a_part_that_is_complete_becomes_the_file(site, tmp_path):
+def test_a_complete_partial_file_is_renamed(site, tmp_path):
     (tmp_path / "toy.ckpt.part").write_bytes(CONTENT)
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
     assert site.ranges == ["bytes=700001-"]
@@ -129,7 +142,7 @@ def test_a_part_that_is_complete_becomes_the_file(site, tmp_path):
     [CONTENT + b"more", FOREIGN + FOREIGN, FOREIGN, FOREIGN[:300_000], b"\0" + CONTENT[1:300_000]],
     ids=["longer", "long and foreign", "foreign", "foreign beginning", "one wrong byte"],
 )
-def test_a_wrong_part_is_removed_so_that_the_next_run_starts_afresh(site, tmp_path, part):
+def test_a_partial_file_with_wrong_bytes_is_removed(site, tmp_path, part):
     (tmp_path / "toy.ckpt.part").write_bytes(part)
     assert f"that of the published file {MD5}" in refusal(site.published(), tmp_path)
     assert visible(tmp_path) == []
@@ -144,7 +157,7 @@ def test_a_wrong_part_is_removed_so_that_the_next_run_starts_afresh(site, tmp_pa
         ("SHA-256", "0" * 64, hashlib.sha256(FOREIGN).hexdigest()),
     ],
 )
-def test_another_file_than_the_published_one_is_refused_and_removed(site, tmp_path, kind, checksum, found):
+def test_a_download_with_a_wrong_checksum_is_removed(site, tmp_path, kind, checksum, found):
     site.answers = [ranged(FOREIGN)]
     message = refusal(site.published(checksum), tmp_path)
     assert f"not the published toy: its {kind} is {found}, that of the published file {checksum};" in message
@@ -152,19 +165,19 @@ def test_another_file_than_the_published_one_is_refused_and_removed(site, tmp_pa
     assert visible(tmp_path) == []
 
 
-def test_the_file_has_its_name_only_when_it_is_complete_and_checked(site, tmp_path, monkeypatch):
+def test_the_file_is_renamed_after_verification(site, tmp_path, monkeypatch):
     seen = []
     site.answers = [ranged(stop=300_000), ranged(stop=699_999, then=lambda site: seen.append(visible(tmp_path)))]
     for _ in range(2):
         refusal(site.published(), tmp_path)
 
-    def checksums(path):
+    def file_checksums(path):
         seen.append(visible(tmp_path))
         assert path.read_bytes() == CONTENT
         return original(path)
 
-    original = download.checksums
-    monkeypatch.setattr(download, "checksums", checksums)
+    original = download.file_checksums
+    monkeypatch.setattr(download, "file_checksums", file_checksums)
     site.answers = [ranged()]
     fetch(site.published(), tmp_path)
     assert seen == [["toy.ckpt.part"]] * 2
@@ -172,7 +185,7 @@ def test_the_file_has_its_name_only_when_it_is_complete_and_checked(site, tmp_pa
 
 
 @pytest.mark.parametrize("checksum", [MD5, SHA256], ids=["MD5", "SHA-256"])
-def test_a_file_that_is_there_needs_no_network_and_no_writing(site, tmp_path, checksum):
+def test_an_existing_file_needs_no_network_and_no_lock(site, tmp_path, checksum):
     path = tmp_path / "toy.ckpt"
     path.write_bytes(CONTENT)
     before = path.stat()
@@ -183,7 +196,7 @@ def test_a_file_that_is_there_needs_no_network_and_no_writing(site, tmp_path, ch
 
 
 @pytest.mark.parametrize("present", [b"", CONTENT[:-1], CONTENT + b"\n", FOREIGN])
-def test_another_file_under_its_name_is_refused_and_left_alone(site, tmp_path, present):
+def test_an_existing_file_with_a_wrong_checksum_is_kept(site, tmp_path, present):
     (tmp_path / "toy.ckpt").write_bytes(present)
     message = refusal(site.published(), tmp_path)
     assert f"{tmp_path / 'toy.ckpt'} is not the published toy" in message
@@ -192,7 +205,7 @@ def test_another_file_under_its_name_is_refused_and_left_alone(site, tmp_path, p
     assert site.requests == []
 
 
-def test_a_length_that_is_no_number_is_no_length(site, tmp_path):
+def test_an_invalid_content_length_is_ignored(site, tmp_path):
     def answer(handler, site):
         head(handler, 200, "long")
         site.send(handler, CONTENT)
@@ -201,7 +214,7 @@ def test_a_length_that_is_no_number_is_no_length(site, tmp_path):
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
 
 
-def test_a_redirect_is_followed_and_what_is_there_not_fetched_again(site, tmp_path):
+def test_a_download_is_resumed_through_a_redirect(site, tmp_path):
     site.answers = [redirect, ranged(stop=300_000), redirect, ranged()]
     refusal(site.published(), tmp_path)
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
@@ -209,7 +222,7 @@ def test_a_redirect_is_followed_and_what_is_there_not_fetched_again(site, tmp_pa
     assert site.requests == [*first, *((path, second) for path, _ in first)]
 
 
-def test_an_interrupted_download_goes_on_later(site, tmp_path, monkeypatch, bars):
+def test_an_interrupted_download_is_resumed(site, tmp_path, monkeypatch, bars):
     def interrupt(bar, n):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Several who fetch the same file at the same time."""
+"""Processes that download the same file at the same time."""
 
 import signal
 import subprocess
@@ -13,7 +13,7 @@ from web import CONTENT, MD5, ranged, refusal, stalled, visible
 from ddim.checkpoints.convert.download import fetch
 
 
-def test_one_that_waits_goes_on_where_the_other_broke_off(site, tmp_path):
+def test_a_waiting_process_resumes_a_broken_download(site, tmp_path):
     begun = threading.Event()
 
     def breaks_off(site):
@@ -35,9 +35,9 @@ CHILD = """
 import sys
 from pathlib import Path
 from ddim.checkpoints.convert.download import fetch
-from ddim.checkpoints.convert.model_zoo import Published
+from ddim.checkpoints.convert.model_zoo import PublishedFile
 url, checksum, folder = sys.argv[1:]
-print(fetch(Published("toy", "ema", "digits", 7, checksum, url), Path(folder)))
+print(fetch(PublishedFile("toy", "ema", "digits", 7, checksum, url), Path(folder)))
 """
 
 
@@ -58,7 +58,8 @@ def wait_for(condition):
         time.sleep(0.01)
 
 
-def test_of_two_processes_one_fetches_the_file_and_both_get_it(site, tmp_path, another):
+@pytest.mark.integration
+def test_of_two_processes_one_downloads_and_both_get_the_file(site, tmp_path, another):
     """Were they to append to one file together, it would hold bytes twice, or change after it was checked."""
 
     def slowly(handler, site):
@@ -74,6 +75,7 @@ def test_of_two_processes_one_fetches_the_file_and_both_get_it(site, tmp_path, a
     assert visible(tmp_path) == ["toy.ckpt"]
 
 
+@pytest.mark.integration
 def test_a_killed_download_leaves_no_lock_behind(site, tmp_path, another):
     site.answers = [stalled(300_000), ranged()]
     part = tmp_path / "toy.ckpt.part"
@@ -85,7 +87,7 @@ def test_a_killed_download_leaves_no_lock_behind(site, tmp_path, another):
     assert site.ranges == [None, f"bytes={kept}-"]
 
 
-def test_the_lock_is_of_one_file(site, tmp_path):
+def test_other_files_download_at_the_same_time(site, tmp_path):
     """Another file may be fetched into the same folder meanwhile."""
     begun = threading.Event()
 

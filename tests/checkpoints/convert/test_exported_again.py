@@ -4,8 +4,9 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from exported import FILES, MODEL, SMALL, same, weights
+from exported import FILES, MODEL, SMALL, weights
 from safetensors import safe_open
+from stored import same
 
 from ddim.checkpoints import ModelSpec, load_model, read_model, weights_hash
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
@@ -16,18 +17,13 @@ from ddim.networks import UNet, UNetSpec
 
 
 def test_a_flat_file_is_the_bare_state_dict(model_file, tmp_path):
-    paths, _ = export_checkpoint(ExportSpec(model_file(), str(tmp_path / "flat.ckpt"), layout="flat"))
-    assert paths == [tmp_path / "flat.ckpt"]
+    paths, _ = export_checkpoint(ExportSpec(model_file(), str(tmp_path / "flat"), layout="flat"))
+    assert paths == [tmp_path / "flat" / "model.pt"]
     content = torch.load(paths[0], weights_only=True)
     assert type(content) is dict
     network = UNet(SMALL)
     network.load_state_dict(content)
     assert same(network.state_dict(), weights())
-
-
-def test_a_flat_file_needs_no_suffix(model_file, tmp_path):
-    export_checkpoint(ExportSpec(model_file(), str(tmp_path / "flat"), layout="flat"))
-    assert same(torch.load(tmp_path / "flat", weights_only=True), weights())
 
 
 @pytest.mark.parametrize(
@@ -57,34 +53,32 @@ def test_a_flat_file_needs_no_suffix(model_file, tmp_path):
         ),
     ],
 )
-def test_what_a_flat_file_cannot_say_is_said(model_file, tmp_path, monkeypatch, label, changes, unsaid):
+def test_a_flat_export_warns_about_what_it_does_not_store(model_file, tmp_path, monkeypatch, label, changes, unsaid):
     monkeypatch.setitem(PRESETS, "small", SMALL)  # the others are too large to write
     source = model_file(label, replace(MODEL, **changes))
-    spec = ExportSpec(
-        source, str(tmp_path / "flat.pt"), layout="flat", weights="online" if label == "online" else "ema"
-    )
-    sentence = f"a flat state dict cannot say {', '.join(unsaid)}; give it when importing"
+    spec = ExportSpec(source, str(tmp_path / "flat"), layout="flat", weights="online" if label == "online" else "ema")
+    sentence = f"a flat state dict does not store {', '.join(unsaid)}; state it when importing"
     assert export_checkpoint(spec)[1] == ([sentence] if unsaid else [])
 
 
 @pytest.mark.parametrize("changes", [{"num_groups": 2}, {"image_size": (16, 16), "attn_resolutions": (8,)}], ids=str)
-def test_a_network_that_is_a_preset_by_its_shapes_alone_is_said(model_file, tmp_path, monkeypatch, changes):
+def test_a_network_with_the_shapes_of_a_preset_is_no_preset(model_file, tmp_path, monkeypatch, changes):
     """Importing would take the preset, whose images are others."""
     monkeypatch.setitem(PRESETS, "small", SMALL)
     source = model_file("unlabelled", replace(MODEL, network_spec=replace(SMALL, **changes)))
-    _, warnings = export_checkpoint(ExportSpec(source, str(tmp_path / "flat.pt"), layout="flat"))
+    _, warnings = export_checkpoint(ExportSpec(source, str(tmp_path / "flat"), layout="flat"))
     assert len(warnings) == 1
     assert "network=..." in warnings[0]
 
 
-def test_a_flat_file_with_what_it_cannot_say_is_the_same_model(model_file, tmp_path):
+def test_a_flat_file_with_its_options_is_the_same_model(model_file, tmp_path):
     spec = replace(MODEL, schedule=linear_schedule(20, 0.001, 0.3), prediction="v")
-    export_checkpoint(ExportSpec(model_file(spec=spec), str(tmp_path / "flat.pt"), layout="flat"))
+    export_checkpoint(ExportSpec(model_file(spec=spec), str(tmp_path / "flat"), layout="flat"))
     back = import_checkpoint(
         ImportSpec(
             str(tmp_path / "in"),
             "",
-            str(tmp_path / "flat.pt"),
+            str(tmp_path / "flat" / "model.pt"),
             weights="ema",
             network={"name": "unet", **asdict(SMALL)},
             schedule=ScheduleSpec("linear", T=20, beta_start=0.001, beta_end=0.3),
@@ -111,11 +105,12 @@ SPECS = {
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("label", ["ema", "online", "unlabelled"])
 @pytest.mark.parametrize("layout", ["safetensors", "diffusers"])
-def test_an_export_comes_back_as_the_same_model(model_file, tmp_path, spec, label, layout):
+def test_an_export_imports_as_the_same_model(model_file, tmp_path, spec, label, layout):
     out = tmp_path / "out"
     option = "online" if label == "online" else "ema"
-    export_checkpoint(ExportSpec(model_file(label, spec), str(out), layout=layout, weights=option))
-    back = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(out))).model
+    paths, _ = export_checkpoint(ExportSpec(model_file(label, spec), str(out), layout=layout, weights=option))
+    exported = out if layout == "diffusers" else paths[0]
+    back = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(exported))).model
     assert same(back.state, weights(spec=spec.network_spec))
     assert (back.weights, back.step) == (label, 790_000)
     assert back.spec.network_spec == spec.network_spec
@@ -130,7 +125,7 @@ def test_an_export_comes_back_as_the_same_model(model_file, tmp_path, spec, labe
 def test_a_model_file_is_exported_as_it_is(model_file, tmp_path):
     origin = {"file": "diffusion.ckpt", "layout": "flat"}
     export_checkpoint(ExportSpec(model_file(origin=origin), str(tmp_path / "out"), layout="safetensors"))
-    back = read_model(tmp_path / "out")
+    back = read_model(tmp_path / "out" / "model.safetensors")
     assert same(back.state, weights())
     assert (back.weights, back.step, back.origin) == ("ema", 790_000, origin)
     assert back.spec.to_dict() | {"schedule": None} == MODEL.to_dict() | {"schedule": None}
@@ -138,7 +133,7 @@ def test_a_model_file_is_exported_as_it_is(model_file, tmp_path):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
-def test_what_diffusers_saves_of_an_export_comes_back_as_the_same_model(hf, model_file, tmp_path, spec, safe):
+def test_export_resaved_by_diffusers_imports_as_the_same_model(hf, model_file, tmp_path, spec, safe):
     export_checkpoint(ExportSpec(model_file(spec=spec), str(tmp_path / "ours")))
     pipeline = hf.DDIMPipeline.from_pretrained(tmp_path / "ours", local_files_only=True, low_cpu_mem_usage=False)
     theirs = tmp_path / "theirs"

@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from exported import FILES, SMALL, same, tree, weights
+from exported import FILES, SMALL, tree, weights
 from safetensors import safe_open
+from stored import same
 
 from ddim.checkpoints import weights_hash
+from ddim.checkpoints.convert.exporting import FILES as LAYOUT_FILES
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
 from ddim.errors import UserError
 
 
-def test_a_folder_of_diffusers_holds_these_files_in_this_order(model_file, tmp_path):
+def test_diffusers_files_are_written_in_this_order(model_file, tmp_path):
     out = tmp_path / "model"
     paths, unsaid = export_checkpoint(ExportSpec(model_file(), str(out)))
     assert paths == [out / name for name in FILES]
@@ -35,7 +37,7 @@ def test_a_folder_of_diffusers_holds_these_files_in_this_order(model_file, tmp_p
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_file_that_is_there_is_kept_unless_told(model_file, tmp_path, name, overwrite):
+def test_existing_files_are_kept_unless_overwrite(model_file, tmp_path, name, overwrite):
     out = tmp_path / "model"
     (out / name).parent.mkdir(parents=True)
     (out / name).write_text("mine")
@@ -53,7 +55,7 @@ def test_a_file_that_is_there_is_kept_unless_told(model_file, tmp_path, name, ov
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_in_the_way_is_refused_before_anything_is_written(model_file, tmp_path, name, overwrite):
+def test_a_folder_in_place_of_a_file_is_refused_first(model_file, tmp_path, name, overwrite):
     out = tmp_path / "model"
     (out / name).mkdir(parents=True)
     with pytest.raises(UserError, match=re.escape(str(out / name))):
@@ -62,7 +64,7 @@ def test_a_folder_in_the_way_is_refused_before_anything_is_written(model_file, t
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_folder_becomes_a_pipeline_when_everything_else_is_there(model_file, tmp_path, monkeypatch, name):
+def test_model_index_is_written_last(model_file, tmp_path, monkeypatch, name):
     source, out, replace_file = model_file(), tmp_path / "model", Path.replace
 
     def full_disk(path, target):
@@ -77,8 +79,8 @@ def test_a_folder_becomes_a_pipeline_when_everything_else_is_there(model_file, t
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "safetensors", "flat"])
-def test_replacing_leaves_nothing_of_what_was_there(model_file, tmp_path, layout):
-    once, twice = tmp_path / "once.ckpt", tmp_path / "twice.ckpt"
+def test_overwrite_replaces_everything(model_file, tmp_path, layout):
+    once, twice = tmp_path / "once", tmp_path / "twice"
     export_checkpoint(ExportSpec(model_file(seed=1), str(twice), layout=layout))
     source = model_file(seed=2)
     with pytest.raises(UserError, match="exists already"):
@@ -89,8 +91,8 @@ def test_replacing_leaves_nothing_of_what_was_there(model_file, tmp_path, layout
         spec = ImportSpec(
             str(tmp_path),
             "",
-            str(imported),
-            out=str(tmp_path / f"{imported.name}.out"),
+            str(imported if layout == "diffusers" else imported / LAYOUT_FILES[layout][0]),
+            name=f"{imported.name}.out",
             network=None if layout != "flat" else {"name": "unet", **asdict(SMALL)},
         )
         assert same(import_checkpoint(spec).model.state, weights(2))
@@ -103,7 +105,7 @@ def test_a_single_file_has_no_model_card(layout, option):
         ExportSpec("a", "b", layout=layout, **option)
 
 
-def test_only_a_model_card_asks_for_results(model_file, tmp_path):
+def test_only_a_model_card_requests_results(model_file, tmp_path):
     source, asked = model_file(), []
 
     def results(of):
@@ -116,30 +118,30 @@ def test_only_a_model_card_asks_for_results(model_file, tmp_path):
     assert asked == [weights_hash(weights())]
 
 
-def test_the_home_folder_can_be_given_short(model_file, tmp_path, monkeypatch):
+def test_a_tilde_is_the_home_folder(model_file, tmp_path, monkeypatch):
     model_file()
     monkeypatch.setenv("HOME", str(tmp_path))
-    paths, _ = export_checkpoint(ExportSpec("~/model.safetensors", "~/out/flat.pt", layout="flat"))
-    assert paths == [tmp_path / "out" / "flat.pt"]
+    paths, _ = export_checkpoint(ExportSpec("~/model.safetensors", "~/out", layout="flat"))
+    assert paths == [tmp_path / "out" / "model.pt"]
     assert paths[0].is_file()
 
 
 @pytest.mark.parametrize(("label", "seed"), [("online", 1), ("ema", 2)])
-def test_a_training_checkpoint_gives_the_weights_that_were_asked_for(training_file, tmp_path, label, seed):
+def test_a_training_checkpoint_exports_the_chosen_weights(training_file, tmp_path, label, seed):
     for layout in ("safetensors", "flat", "diffusers"):
         asked = []
         spec = ExportSpec(training_file, str(tmp_path / f"out.{layout}"), layout=layout, weights=label)
         export_checkpoint(spec, lambda of, asked=asked: asked.append(of) or ())
         assert asked == ([weights_hash(weights(seed))] if layout == "diffusers" else [])
-    assert same(torch.load(tmp_path / "out.flat", weights_only=True), weights(seed))
-    for layout in ("safetensors", "diffusers"):
-        found = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(tmp_path / f"out.{layout}"), overwrite=True))
+    assert same(torch.load(tmp_path / "out.flat" / "model.pt", weights_only=True), weights(seed))
+    for exported in ("out.safetensors/model.safetensors", "out.diffusers"):
+        found = import_checkpoint(ImportSpec(str(tmp_path / "in"), "", str(tmp_path / exported), overwrite=True))
         assert (found.model.weights, found.model.step) == (label, 7)
         assert same(found.model.state, weights(seed))
     assert ExportSpec(training_file, "out").weights == "ema"
 
 
-def test_weights_that_a_file_does_not_have_are_not_exported(model_file, tmp_path):
+def test_missing_weights_are_not_exported(model_file, tmp_path):
     with pytest.raises(UserError, match="holds online weights only; choose weights=online"):
         export_checkpoint(ExportSpec(model_file("online"), str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

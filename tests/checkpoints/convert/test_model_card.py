@@ -15,12 +15,12 @@ from ddim.diffusion.schedule import cosine_schedule
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("ema", "Weights: averaged (EMA) SHA-256"),
-        ("online", "Weights: online, not averaged, SHA-256"),
-        ("unlabelled", "Weights: whether averaged is not known, SHA-256"),
+        ("ema", "Weights: EMA, SHA-256"),
+        ("online", "Weights: online (no EMA), SHA-256"),
+        ("unlabelled", "Weights: EMA or online is not known, SHA-256"),
     ],
 )
-def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
+def test_the_card_states_the_label_of_the_weights(model_file, tmp_path, label, words):
     source = model_file(label, origin={"file": "diffusion.ckpt", "layout": "flat"})
     out = tmp_path / "my digits"
     export_checkpoint(ExportSpec(source, str(out), weights="ema" if label == "ema" else "online"))
@@ -31,11 +31,11 @@ def test_the_card_says_what_the_weights_are(model_file, tmp_path, label, words):
     assert "DDPM's U-Net trained on digits: 1x8x8 images in [-1, 1]," in text
     count = sum(value.numel() for value in weights().values())
     assert f"\n{count:,} parameters, noise schedule linear with T=1000, prediction eps.\n" in text
-    averaged, online, unknown = "averaged (EMA)" in text, "online, not averaged" in text, "is not known" in text
-    assert [averaged, online, unknown] == [label == "ema", label == "online", label == "unlabelled"]
+    ema, online, unknown = "Weights: EMA, " in text, "Weights: online " in text, "is not known" in text
+    assert [ema, online, unknown] == [label == "ema", label == "online", label == "unlabelled"]
 
 
-def test_the_card_says_nothing_that_is_not_known(model_file, tmp_path):
+def test_the_card_omits_what_is_not_known(model_file, tmp_path):
     oblong = replace(SMALL, image_size=(8, 12), channels=2)
     spec = ModelSpec("unet", oblong, cosine_schedule(20), "v")
     export_checkpoint(ExportSpec(model_file(spec=spec, step=None), str(tmp_path / "out")))
@@ -48,12 +48,12 @@ def test_the_card_says_nothing_that_is_not_known(model_file, tmp_path):
     assert "DDPM's U-Net: 2x8x12 images" in text
     assert "noise schedule cosine with T=20, prediction v." in text
     digest = weights_hash(weights(spec=oblong))[:16]
-    assert f"Weights: averaged (EMA) SHA-256 `{digest}`.\n" in text
-    assert "None were recorded for these weights." in text
+    assert f"Weights: EMA, SHA-256 `{digest}`.\n" in text
+    assert "No results were recorded for these weights." in text
     assert "| metric |" not in text
 
 
-def test_the_front_matter_holds_the_results_as_the_hub_reads_them(model_file, tmp_path):
+def test_the_front_matter_has_the_results_in_hub_format(model_file, tmp_path):
     out = tmp_path / 'the "best": 1'
     export_checkpoint(ExportSpec(model_file(), str(out), license="cc-by-nc-4.0"), lambda of: RESULTS)
     front, text = card_of(out)
@@ -84,7 +84,7 @@ def test_the_front_matter_holds_the_results_as_the_hub_reads_them(model_file, tm
     }
     assert "| fid_50k | ddim eta=0 S=50 | 4.671 | fid_50k: 50,000 images, tau quad, seed 0 |\n" in text
     assert "| fid_50k | σ̂ S=1000 | 3 | fid_50k: 50,000 images, tau full, seed 0 |\n" in text
-    assert "None were recorded" not in text
+    assert "No results were recorded" not in text
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_result_of_any_size_stays_a_number(model_file, tmp_path, value):
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == value
 
 
-def test_a_card_has_the_name_of_the_folder_however_it_is_given(model_file, tmp_path, monkeypatch):
+def test_a_card_has_the_name_of_the_folder(model_file, tmp_path, monkeypatch):
     source = model_file()
     (tmp_path / "digits").mkdir()
     monkeypatch.chdir(tmp_path / "digits")

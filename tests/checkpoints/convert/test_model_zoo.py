@@ -1,4 +1,4 @@
-"""What is model_zoo, against tables written down independently."""
+"""The published files and architectures, compared with independently written tables."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from ddim.checkpoints.convert import model_zoo
-from ddim.checkpoints.convert.model_zoo import DOWNLOADS, PRESETS, Checksums, Published, checksums
+from ddim.checkpoints.convert.model_zoo import DOWNLOADS, PRESETS, Checksums, PublishedFile, file_checksums
 from ddim.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -34,7 +34,7 @@ CONFIGURED = [  # preset, network, data set
 ]
 
 
-def test_there_are_these_presets_and_downloads():
+def test_the_presets_and_downloads():
     assert set(PRESETS) == {"cifar10", "celeba", "lsun"}
     assert set(DOWNLOADS) == set(TABLE)
 
@@ -44,7 +44,7 @@ def configuration(group, name):
 
 
 @pytest.mark.parametrize(("preset", "network", "data"), CONFIGURED)
-def test_a_preset_is_the_configured_network_at_the_size_of_its_data(preset, network, data):
+def test_a_preset_is_the_configured_network(preset, network, data):
     values, images = configuration("network", network), configuration("data", data)
     assert values.pop("name") == "unet"
     references = {"${data.size}": images["size"], "${data.channels}": images["channels"]}
@@ -97,7 +97,7 @@ def test_a_published_file_is_known_by_its_checksum(name):
     assert found.name == name
 
 
-def test_the_files_of_the_hub_are_known_by_theirs_and_are_raw():
+def test_hub_files_are_known_by_checksum_and_are_online():
     sha256 = [file.checksum for file in model_zoo._HUB_FILES]
     assert [len(checksum) for checksum in sha256] == [64, 64]
     for checksum in sha256:
@@ -114,10 +114,10 @@ def test_any_other_file_is_not_known():
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 2**20 - 1, 2**20, 2**20 + 1, 2_500_000])
-def test_checksums_are_those_of_the_whole_file(tmp_path, size):
+def test_checksums_cover_the_complete_file(tmp_path, size):
     content = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(content)
-    sums = checksums(tmp_path / "file")
+    sums = file_checksums(tmp_path / "file")
     assert sums.md5 == hashlib.md5(content, usedforsecurity=False).hexdigest()
     assert sums.sha256 == hashlib.sha256(content).hexdigest()
     assert sums.published is None
@@ -126,12 +126,12 @@ def test_checksums_are_those_of_the_whole_file(tmp_path, size):
 def test_a_file_is_recognised_by_its_content(tmp_path, monkeypatch):
     (tmp_path / "renamed.bin").write_bytes(b"weights")
     for digest in (hashlib.md5(b"weights", usedforsecurity=False), hashlib.sha256(b"weights")):
-        file = Published("toy", "ema", "digits", 7, digest.hexdigest())
+        file = PublishedFile("toy", "ema", "digits", 7, digest.hexdigest())
         monkeypatch.setattr(model_zoo, "_BY_CHECKSUM", {file.checksum: file})
-        assert checksums(tmp_path / "renamed.bin").published is file
+        assert file_checksums(tmp_path / "renamed.bin").published is file
 
 
-def test_the_configuration_names_the_downloads_and_presets():
+def test_the_config_names_the_downloads_and_presets():
     text = (ROOT / "configs" / "import_checkpoint.yaml").read_text()
     comment = re.search(r"^download: null #(.*)$", text, re.MULTILINE)[1]
     assert set(re.findall(r"\w*(?:cifar|lsun)\w+", comment)) == {name for name in TABLE if name.startswith("ema_")}
@@ -140,7 +140,7 @@ def test_the_configuration_names_the_downloads_and_presets():
 
 
 @pytest.mark.parametrize(("option", "names"), [("download", set(TABLE)), ("preset", {"cifar10", "celeba", "lsun"})])
-def test_whatever_is_said_to_be_given_exists(option, names):
+def test_documented_options_exist(option, names):
     files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     files += [path for name in ("configs", "scripts", "ddim") for path in (ROOT / name).rglob("*.*")]
     written = {

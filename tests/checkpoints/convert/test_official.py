@@ -61,9 +61,9 @@ def both(request, tmp_path_factory):
     average = {k: v.clone() for k, v in theirs.state_dict().items()}
     online = {f"module.{k}": torch.zeros_like(v) for k, v in average.items()}
     torch.save([online, {"state": {}, "param_groups": []}, 3, 700, average], folder / "ckpt.pth")
-    done = import_checkpoint(ImportSpec(str(folder), str(folder), str(folder / "ckpt.pth"), out=str(folder / "ours")))
+    done = import_checkpoint(ImportSpec(str(folder), "", str(folder / "ckpt.pth"), name="ours"))
     assert (done.model.weights, done.model.step) == ("ema", 700)
-    return theirs, load_model(folder / "ours"), folder
+    return theirs, load_model(done.path), folder
 
 
 def test_their_model_and_ours_predict_the_same_noise(both):
@@ -78,8 +78,8 @@ def test_their_model_and_ours_predict_the_same_noise(both):
 
 def test_their_model_loads_our_flat_export(both):
     theirs, ours, folder = both
-    export_checkpoint(ExportSpec(str(folder / "ours"), str(folder / "flat.pt"), layout="flat", overwrite=True))
-    state = torch.load(folder / "flat.pt")
+    export_checkpoint(ExportSpec(str(folder / "ours.safetensors"), str(folder), layout="flat", overwrite=True))
+    state = torch.load(folder / "model.pt")
     assert list(theirs.load_state_dict(state).missing_keys) == []
     assert all(torch.equal(value, state[name]) for name, value in theirs.state_dict().items())
     assert all(torch.equal(value, state[name]) for name, value in ours.network.state_dict().items())

@@ -1,8 +1,7 @@
-"""The model file: one set of weights with everything that is needed to sample from it, readable by anyone."""
+"""Model files: one set of weights with everything needed to sample from it, readable with safetensors alone."""
 
 import json
 import math
-import re
 import struct
 from dataclasses import replace
 
@@ -10,22 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from stored import NETWORK, ORIGIN, SCHEDULES, same, state_of
+from stored import NETWORK, ORIGIN, SCHEDULES, refusal, same, state_of
 
 from ddim import DDIM, initial_noise, io, quadratic_tau, sample
 from ddim.checkpoints import load_model, read_model, save_model, weights_hash
-from ddim.checkpoints.model import header, read_header
-from ddim.errors import UserError
+from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
+from ddim.checkpoints.model import decode_metadata, encode_metadata
 from ddim.networks import UNet
-
-
-def refusal(path, weights="ema"):
-    """Return the one sentence with which a file is refused."""
-    with pytest.raises(UserError) as caught:
-        load_model(path, weights)
-    message = str(caught.value)
-    assert re.fullmatch(r"[^\n]*[^.\s]\.", message)
-    return message
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -66,7 +56,7 @@ def test_every_float_survives(model, path, value):
     assert same(read_model(path).state, state)
 
 
-def test_a_stranger_reads_everything_with_safetensors_alone(model, path):
+def test_safetensors_alone_reads_everything(model, path):
     save_model(model, path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -120,7 +110,7 @@ def test_the_header_is_json_at_the_start_of_the_file(model, path):
     assert start["conv_in.weight"]["shape"] == [8, 1, 3, 3]
 
 
-def test_saving_makes_folders_and_replaces_only_by_a_whole_file(model, tmp_path, monkeypatch):
+def test_saving_makes_folders_and_is_atomic(model, tmp_path, monkeypatch):
     def breaks_off(tensors, path, metadata):
         path.write_bytes(before[:1000])
         raise OSError("no space left")
@@ -138,7 +128,7 @@ def test_saving_makes_folders_and_replaces_only_by_a_whole_file(model, tmp_path,
     assert load_model(path).step == 3
 
 
-def test_a_model_that_was_read_from_a_file_may_replace_it(model, path):
+def test_a_model_may_replace_the_file_it_was_read_from(model, path):
     """Its tensors may lie on the disk still."""
     save_model(model, path)
     stored = read_model(path)
@@ -156,19 +146,19 @@ def test_other_weights_than_those_in_the_file_are_refused(model, path, held, ask
 
 
 @pytest.mark.parametrize("asked", ["ema", "online"])
-def test_unlabelled_weights_load_as_either_and_are_never_called_so(model, path, asked):
+def test_unlabelled_weights_load_as_either_and_stay_unlabelled(model, path, asked):
     save_model(replace(model, weights="unlabelled"), path)
     assert load_model(path, asked).weights == read_model(path, asked).weights == "unlabelled"
 
 
 @pytest.mark.parametrize("asked", ["unlabelled", "averaged", ""])
-def test_weights_that_nobody_can_ask_for_are_refused(model, path, asked):
+def test_unknown_labels_are_refused(model, path, asked):
     save_model(replace(model, weights="unlabelled"), path)
     assert "allowed: ema, online" in refusal(path, asked)
 
 
 @pytest.mark.parametrize("weights", ["ema", "online"])
-def test_a_model_file_samples_as_the_training_checkpoint_that_it_was_made_of(model, path, tmp_path, weights):
+def test_a_model_file_samples_as_its_training_checkpoint(model, path, tmp_path, weights):
     checkpoint = {
         "ddim": model.spec.to_dict(),
         "state_dict": {f"network.{name}": value for name, value in state_of(2).items()},
@@ -191,13 +181,33 @@ def test_a_model_file_samples_as_the_training_checkpoint_that_it_was_made_of(mod
     assert not torch.equal(images[0], noise)
 
 
-def test_a_file_of_nothing_but_safetensors_may_have_any_name(model, tmp_path):
+def test_a_model_file_may_have_any_name(model, tmp_path):
     path = tmp_path / "model.ckpt"
     save_model(model, path)
     assert load_model(path).step == 790_000
 
 
-def test_the_description_and_its_facts_are_read_from_metadata_alone(model, path):
-    spec, facts = read_header({"format": "pt", **header(model)}, path)
-    assert spec.differences(model.spec) == []
-    assert facts == {"weights": "ema", "step": 790_000, "origin": ORIGIN}
+def test_metadata_describes_everything_but_the_weights(model, path):
+    back = decode_metadata({"format": "pt", **encode_metadata(model)}, {}, path)
+    assert back.spec.differences(model.spec) == []
+    assert (back.state, back.weights, back.step, back.origin) == ({}, "ema", 790_000, ORIGIN)
+
+
+def test_the_old_label_raw_still_means_online(model, path, tmp_path):
+    """In the headers of model files, in load_model, and in the command of an import."""
+    save_model(replace(model, weights="raw"), path)
+    for asked in ("raw", "online"):
+        assert load_model(path, asked).weights == read_model(path, asked).weights == "online"
+    assert "holds online weights only; choose weights=online." in refusal(path, "ema")
+    for asked in ("raw", "online", "auto"):
+        spec = ImportSpec(str(tmp_path / asked), "d", checkpoint=str(path), weights=asked)
+        assert spec.weights == ("auto" if asked == "auto" else "online")
+        assert load_model(import_checkpoint(spec).path, "raw").weights == "online"
+
+
+@pytest.mark.parametrize("weights", ["raw", "online"])
+def test_the_old_label_raw_loads_a_training_checkpoint(make_checkpoint, tmp_path, weights):
+    path = make_checkpoint(tmp_path / "last.ckpt")
+    assert load_model(path, weights).weights_hash == load_model(path, "online").weights_hash
+    assert load_model(path, weights).weights == "online"
+    assert load_model(path, weights).weights_hash != load_model(path, "ema").weights_hash

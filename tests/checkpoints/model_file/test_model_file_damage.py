@@ -1,17 +1,17 @@
-"""Model files that are damaged, foreign or contradict themselves: one sentence for each."""
+"""Model files that are damaged, foreign or inconsistent are refused in one sentence."""
 
 import json
 import math
 import random
-import re
 import struct
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from stored import refusal
 
 from ddim.checkpoints import load_model, save_model
-from ddim.checkpoints.model import header
+from ddim.checkpoints.model import encode_metadata
 from ddim.errors import UserError
 
 
@@ -30,16 +30,7 @@ def write(model, path):
 @pytest.fixture
 def described(model):
     """A right description, as plain values."""
-    return json.loads(header(model)["ddim"])
-
-
-def refusal(path, weights="ema"):
-    """Return the one sentence with which a file is refused."""
-    with pytest.raises(UserError) as caught:
-        load_model(path, weights)
-    message = str(caught.value)
-    assert re.fullmatch(r"[^\n]*[^.\s]\.", message)
-    return message
+    return json.loads(encode_metadata(model)["ddim"])
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pt", "DDIM": "{}"}])
@@ -96,10 +87,15 @@ WRONG = {
         {"alpha_bar": [1.0, 0.5]},
         *({"name": "linear", "alpha_bar": values} for values in (None, "abc", ["a"], {}, [], [1], [[1.0, 0.5]])),
         *({"name": "linear", "alpha_bar": values} for values in ([[1], [0.5, 0.2]], [1, 0.5, 0.5], [1, 2], [0.9, 0.5])),
-        *({"name": "linear", "alpha_bar": [1, value]} for value in (0, -0.5, math.nan, math.inf, None)),
+        *({"name": "linear", "alpha_bar": [1, value]} for value in (0, -0.5, math.nan, math.inf, None, 10**400)),
+        {"name": 3, "alpha_bar": [1.0, 0.5]},
     ],
     "prediction": [None, "", "epsilon", [], 3],
     "weights": [None, "", "averaged", ["ema"], 1],
+    "step": ["7", 1.5, -1, True],
+    "origin": [None, "published.ckpt", [1], {"file": 1}],
+    "data": [3, None],
+    "image": [{"shape": [1, 8, 8], "range": [0.0, 1.0]}, {"shape": [3, 8, 8], "range": [-1.0, 1.0]}],
 }
 
 
@@ -108,36 +104,13 @@ def test_a_wrong_entry_is_refused(write, described, entry, value):
     refusal(write(described | {entry: value}))
 
 
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        ("step", "7"),
-        ("step", 1.5),
-        ("step", -1),
-        ("step", True),
-        ("origin", None),
-        ("origin", "published.ckpt"),
-        ("origin", [1]),
-        ("origin", {"file": 1}),
-        ("data", 3),
-        ("data", None),
-        ("image", {"shape": [1, 8, 8], "range": [0.0, 1.0]}),
-        ("image", {"shape": [3, 8, 8], "range": [-1.0, 1.0]}),
-        ("schedule", {"name": 3, "alpha_bar": [1.0, 0.5]}),
-        ("schedule", {"name": "linear", "alpha_bar": [1, 10**400]}),
-    ],
-)
-def test_a_wrong_fact_is_refused(write, described, entry, value):
-    refusal(write(described | {entry: value}))
-
-
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
-def test_a_description_without_end_is_refused(write, text):
+def test_a_deeply_nested_description_is_refused(write, text):
     refusal(write(text))
 
 
 @pytest.mark.parametrize("label", ["averaged", None, ["ema"]])
-def test_a_label_that_does_not_exist_is_not_given_as_advice(write, described, label):
+def test_an_unknown_label_is_not_given_as_advice(write, described, label):
     assert f"choose weights={label}" not in refusal(write(described | {"weights": label}))
 
 
@@ -164,7 +137,7 @@ def test_a_file_that_is_cut_short_is_refused(model, path, size):
     assert f"{path} cannot be read as a checkpoint: it is cut short, damaged" in refusal(path)
 
 
-def test_a_flipped_bit_in_the_header_is_refused_in_one_sentence_or_harmless(model, path):
+def test_a_flipped_bit_in_the_header_is_refused_or_harmless(model, path):
     save_model(model, path)
     content = path.read_bytes()
     end, generator, messages = 8 + struct.unpack("<Q", content[:8])[0], random.Random(0), []

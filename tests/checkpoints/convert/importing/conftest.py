@@ -1,4 +1,4 @@
-"""Weights in files of other code bases, and small networks in place of the published ones."""
+"""Weights in files of other code bases; small networks in place of the published ones."""
 
 from dataclasses import replace
 
@@ -6,12 +6,19 @@ import pytest
 import torch
 from foreign import NETWORK, SMALLEST, foreign_folder, weights
 
+from ddim import linear_schedule
+from ddim.checkpoints import ModelSpec, StoredModel
 from ddim.checkpoints.convert.model_zoo import PRESETS
 
 
 @pytest.fixture(scope="module")
 def state():
     return weights(SMALLEST)
+
+
+@pytest.fixture(scope="module")
+def model(state):
+    return StoredModel(ModelSpec("unet", SMALLEST, linear_schedule(10)), state, "ema", 3)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Files to import that are cut short, damaged, packed anew or no checkpoints at all: one sentence, or no harm done."""
+"""Files to import that are truncated, damaged, repacked or no checkpoints: refused in one sentence, or harmless."""
 
 import json
 import os
@@ -8,18 +8,12 @@ import zipfile
 
 import pytest
 import torch
-from foreign import SMALLEST, SMALLEST_GIVEN, attempt, raw_safetensors, refusal, survives
+from foreign import SMALLEST_GIVEN, attempt, raw_safetensors, refusal, survives
 from safetensors.torch import save_file
 
-from ddim import linear_schedule
-from ddim.checkpoints import ModelSpec, StoredModel, save_model
+from ddim.checkpoints import save_model
 from ddim.errors import UserError
 from ddim.io import is_safetensors
-
-
-@pytest.fixture(scope="module")
-def model(state):
-    return StoredModel(ModelSpec("unet", SMALLEST, linear_schedule(10)), state, "ema", 3)
 
 
 def entry(start, stop, shape=(1,), dtype="F32"):
@@ -126,7 +120,7 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path, state, model, kind, suff
 
 
 @pytest.mark.parametrize("tensor", ["conv_in.bias", "conv_out.bias", "norm_out.weight"])
-def test_an_archive_that_was_packed_again_is_read_right_or_refused(tmp_path, state, tensor):
+def test_a_repacked_archive_is_read_correctly_or_refused(tmp_path, state, tensor):
     """Tools compress what they pack; the numbers in the file are then not where their names say."""
     torch.save(state, tmp_path / "stored.ckpt")
     keys = list(state)
@@ -146,7 +140,7 @@ def test_an_archive_that_was_packed_again_is_read_right_or_refused(tmp_path, sta
     "content",
     [b"", b"\n", b"{", b"\0" * 7, b"\0" * 9, b"a text file\nof two lines\n", b"{}", b"\x80", b"\x80\x02.", b"PK\3\4"],
 )
-def test_what_is_no_checkpoint_is_one_sentence(tmp_path, content, suffix):
+def test_other_content_is_one_sentence(tmp_path, content, suffix):
     path = tmp_path / f"x{suffix}"
     path.write_bytes(content)
     assert refusal(path).startswith(
@@ -157,19 +151,19 @@ def test_what_is_no_checkpoint_is_one_sentence(tmp_path, content, suffix):
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "diffusion_pytorch_model.bin"])
 def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path, name):
     (tmp_path / name).mkdir()
-    assert "holds nothing; a folder of diffusers has" in refusal(tmp_path / name)
-    assert "a folder of diffusers has" in refusal(tmp_path)
+    assert "holds nothing; a diffusers folder has" in refusal(tmp_path / name)
+    assert "a diffusers folder has" in refusal(tmp_path)
     with pytest.raises(UserError, match="there is no checkpoint"):
         is_safetensors(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.ckpt", "a/b/c.safetensors", "x" * 300, "file/below"])
-def test_what_is_not_there_is_one_sentence(tmp_path, name):
+def test_a_missing_path_is_one_sentence(tmp_path, name):
     (tmp_path / "file").touch()
     assert name in refusal(tmp_path / name)
 
 
-def test_what_is_neither_a_file_nor_a_folder_is_one_sentence(tmp_path):
+def test_pipes_and_broken_links_are_one_sentence(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")

@@ -1,4 +1,4 @@
-"""Files that want to run code: one sentence that names what they want, and nothing is executed."""
+"""Files that need code to load: one sentence that names the code; nothing is executed."""
 
 import copyreg
 import os
@@ -14,15 +14,9 @@ import pytest
 import torch
 from foreign import SMALLEST, SMALLEST_GIVEN, refusal
 
-from ddim import linear_schedule
-from ddim.checkpoints import ModelSpec, StoredModel, save_model
+from ddim.checkpoints import save_model
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
 from ddim.networks import UNet
-
-
-@pytest.fixture(scope="module")
-def model(state):
-    return StoredModel(ModelSpec("unet", SMALLEST, linear_schedule(10)), state, "ema", 3)
 
 
 class Calls:
@@ -108,7 +102,7 @@ def positions(evil, state, model):
 
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_code_in_a_file_is_not_run_and_named(tmp_path, state, model, payload, saver):
+def test_code_in_a_file_is_named_and_not_run(tmp_path, state, model, payload, saver):
     victim = tmp_path / "executed"
     make, needs = PAYLOADS[payload]
     evil = make(victim)
@@ -125,7 +119,7 @@ def test_code_in_a_file_is_not_run_and_named(tmp_path, state, model, payload, sa
         named = message.partition("it needs code to load (")[2].partition(")")[0]
         assert named in needs | (TENSORS if saver == "pickle" else set()), place
         assert message.endswith(
-            "code in a file can do anything; nothing was run. Ask for a file of tensors alone, such as safetensors."
+            "code in a file can do anything; nothing was run. Ask for a file of tensors only, such as safetensors."
         )
     pickle.loads(pickle.dumps(evil))
     assert victim.exists()  # the trap itself works
@@ -133,7 +127,7 @@ def test_code_in_a_file_is_not_run_and_named(tmp_path, state, model, payload, sa
 
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("name", ["x.ckpt", "x.pth", "x.pt", "x.bin", "x.safetensors", "x.tar", "x"])
-def test_code_is_refused_whatever_the_file_is_called(tmp_path, state, name, saver):
+def test_code_is_refused_under_any_file_name(tmp_path, state, name, saver):
     victim = tmp_path / "executed"
     for evil in (make(victim) for make, _ in PAYLOADS.values()):
         SAVERS[saver](state | {"extra": evil}, tmp_path / name)
@@ -167,7 +161,7 @@ def test_code_in_a_folder_of_diffusers_is_refused(tmp_path, model, at, file, sav
 
 
 @pytest.mark.parametrize("saver", SAVERS)
-def test_a_whole_network_is_code(tmp_path, saver):
+def test_a_pickled_network_is_code(tmp_path, saver):
     for content in (UNet(SMALLEST), {"model": UNet(SMALLEST)}, [UNet(SMALLEST), {}, 0, 1]):
         SAVERS[saver](content, tmp_path / "x.ckpt")
         with warnings.catch_warnings():
@@ -200,7 +194,7 @@ def assembled(victim):
 
 
 @pytest.mark.parametrize("name", assembled(""))
-def test_pickles_by_hand_are_not_run(tmp_path, name):
+def test_handwritten_pickles_are_not_run(tmp_path, name):
     victim = tmp_path / "executed"
     content = assembled(victim)[name]
     path = tmp_path / "x.ckpt"

@@ -1,4 +1,4 @@
-"""Import: in whatever layout weights lie, the same model comes out, bit for bit, and says where it is from."""
+"""Import: every layout gives the same model bit for bit, with its origin."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ from foreign import (
     export,
     put,
     refusal,
-    same,
     weights,
     write_lightning,
 )
 from safetensors import safe_open
+from stored import same
 
 from ddim.checkpoints import StoredModel, load_model, read_model, weights_hash
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
-from ddim.checkpoints.convert.model_zoo import _BY_CHECKSUM, Published
+from ddim.checkpoints.convert.model_zoo import _BY_CHECKSUM, PublishedFile
 from ddim.networks import UNet
 
 
@@ -75,7 +75,7 @@ def test_a_chain_through_every_layout_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("label", ["ema", "online", "unlabelled"])
 @pytest.mark.parametrize("layout", ["diffusers", "safetensors"])
-def test_the_label_of_the_weights_survives_where_it_can_be_written(tmp_path, layout, label):
+def test_the_label_survives_in_formats_that_store_it(tmp_path, layout, label):
     model = StoredModel(MODELS["cosine"][0], weights(MODELS["cosine"][0].network_spec), label, 7)
     path, _ = put(model, tmp_path, layout, {})
     done = bring(path)
@@ -99,7 +99,7 @@ def state():
 
 @pytest.mark.parametrize("name", ["cifar10", "celeba", "lsun"])
 @pytest.mark.parametrize("asked", [False, True])
-def test_the_preset_that_fits_is_found(tmp_path, presets, name, asked):
+def test_the_fitting_preset_is_chosen(tmp_path, presets, name, asked):
     mine = weights(presets[name])
     torch.save(mine, tmp_path / "flat.ckpt")
     done = bring(tmp_path / "flat.ckpt", preset=name if asked else None)
@@ -113,7 +113,7 @@ def test_the_preset_that_fits_is_found(tmp_path, presets, name, asked):
         assert f"do not fit preset {other}: " in refusal(tmp_path / "flat.ckpt", preset=other, overwrite=True)
 
 
-def test_nothing_is_assumed_but_what_every_published_file_shares(flat):
+def test_a_flat_file_gets_the_published_defaults(flat):
     done = bring(flat, network=GIVEN)
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     assert torch.equal(done.model.spec.schedule.alpha_bar[1:], alpha_bar)
@@ -125,7 +125,7 @@ def test_nothing_is_assumed_but_what_every_published_file_shares(flat):
         assert (done.model.weights, done.warnings) == (label, [])
 
 
-def test_the_lines_say_what_was_found_and_the_header_where_it_is_from(flat):
+def test_the_summary_and_the_origin_are_complete(flat):
     done = bring(flat, network=GIVEN, trained_on="cats", weights="ema")
     sha256 = hashlib.sha256(flat.read_bytes()).hexdigest()
     count = sum(parameter.numel() for parameter in UNet(NETWORK).parameters())
@@ -144,7 +144,7 @@ def test_the_lines_say_what_was_found_and_the_header_where_it_is_from(flat):
     assert (description["weights"], description["step"], description["data"]) == ("ema", None, "cats")
 
 
-def test_the_lines_of_a_source_that_describes_itself(tmp_path, state):
+def test_the_summary_of_a_described_source(tmp_path, state):
     model = StoredModel(MODELS["plain"][0], state, "ema", 790_000)
     done = bring(write_lightning(model, tmp_path / "last.ckpt"))
     assert ": described by the file, " in done.lines[2]
@@ -153,7 +153,7 @@ def test_the_lines_of_a_source_that_describes_itself(tmp_path, state):
     assert renamed.model.spec.data == "dogs"
 
 
-def test_the_file_can_be_read_by_whom_other_files_can_be_read(flat, tmp_path):
+def test_the_model_file_has_default_permissions(flat, tmp_path):
     (tmp_path / "plain").touch()
     assert bring(flat, network=GIVEN).path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
@@ -161,24 +161,24 @@ def test_the_file_can_be_read_by_whom_other_files_can_be_read(flat, tmp_path):
 def test_the_file_is_named_after_its_source(tmp_path, flat, folder, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for source, name in (("flat.ckpt", "flat"), ("folder", "folder"), ("folder/unet", "unet")):
-        done = import_checkpoint(ImportSpec("out", "downloads", source=source, network=GIVEN))
+        done = import_checkpoint(ImportSpec("out", "downloads", checkpoint=source, network=GIVEN))
         assert done.path == Path("out") / f"{name}.safetensors"
         assert done.path.is_file()
     (tmp_path / "v1.5").mkdir()
     folder.rename(tmp_path / "v1.5" / "net-2.0")
-    done = import_checkpoint(ImportSpec("out", "downloads", source="v1.5/net-2.0"))
+    done = import_checkpoint(ImportSpec("out", "downloads", checkpoint="v1.5/net-2.0"))
     assert done.path == Path("out") / "net-2.0.safetensors"
     assert not (tmp_path / "downloads").exists()
 
 
-def test_the_folder_one_stands_in_has_a_name(folder, monkeypatch, tmp_path):
+def test_the_current_folder_has_a_name(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(folder)
-    assert import_checkpoint(ImportSpec(str(tmp_path / "out"), "d", source=".")).path.name == "folder.safetensors"
+    assert import_checkpoint(ImportSpec(str(tmp_path / "out"), "d", checkpoint=".")).path.name == "folder.safetensors"
 
 
 def test_a_tilde_is_the_home_of_the_user(flat, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    spec = ImportSpec("o", "d", source="~/flat.ckpt", out="~/new/out.safetensors", network=GIVEN)
+    spec = ImportSpec("~/new", "d", checkpoint="~/flat.ckpt", name="out", network=GIVEN)
     assert import_checkpoint(spec).path == tmp_path / "new" / "out.safetensors"
 
 
@@ -190,7 +190,7 @@ def known(monkeypatch, path, label, algorithm):
     """Within: a file is a published one."""
     checksum = hashlib.new(algorithm, path.read_bytes()).hexdigest()
     with monkeypatch.context() as patch:
-        patch.setitem(_BY_CHECKSUM, checksum, Published("the_file", label, "cats", 123_000, checksum))
+        patch.setitem(_BY_CHECKSUM, checksum, PublishedFile("the_file", label, "cats", 123_000, checksum))
         yield checksum
 
 
@@ -200,7 +200,7 @@ def test_a_published_file_is_known_by_its_checksum(flat, monkeypatch, label, alg
     other = {"ema": "online", "online": "ema"}[label]
     warning = (
         "the_file is known to hold online, not EMA weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; "
-        "for the paper's numbers take the averaged ones (download=ema_cifar10 and so on)"
+        "for the paper's numbers take the EMA weights (download=ema_cifar10 and so on)"
     )
     with known(monkeypatch, flat, label, algorithm) as checksum:
         for asked in ("auto", label):
@@ -219,7 +219,7 @@ def test_a_published_file_is_known_by_its_checksum(flat, monkeypatch, label, alg
 
 
 @pytest.mark.parametrize("name", ["ddpm-cifar10-32", "models--google--ddpm-cifar10-32"])
-def test_a_copy_of_the_raw_upload_is_known_by_its_folder(folder, name, monkeypatch):
+def test_a_copy_of_the_online_upload_is_known_by_its_folder(folder, name, monkeypatch):
     at_root(folder)
     place = folder.parent / name
     if name.startswith("models--"):  # the hub's cache: snapshots of links to blobs
@@ -246,13 +246,13 @@ def test_a_copy_of_the_raw_upload_is_known_by_its_folder(folder, name, monkeypat
     assert warning.startswith("ddpm-cifar10-32 is known")
 
 
-def test_a_folder_of_ours_is_what_its_header_says_whatever_it_is_called(tmp_path, state):
+def test_the_header_of_our_export_beats_the_folder_name(tmp_path, state):
     model = StoredModel(MODELS["plain"][0], state, "ema", 1)
     path = export(model, tmp_path, "diffusers", "ddpm-cifar10-32")
     done = bring(path)
     assert (done.model.weights, done.warnings) == ("ema", [])
 
 
-def test_a_similar_name_is_not_the_raw_upload(folder):
+def test_a_similar_name_is_not_the_online_upload(folder):
     path = folder.rename(folder.parent / "ddpm-cifar10-32-mine")
     assert bring(path).warnings == [UNLABELLED]

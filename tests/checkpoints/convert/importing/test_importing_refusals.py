@@ -1,4 +1,4 @@
-"""Import: what does not fit, contradicts itself or cannot be written is one sentence, and leaves nothing behind."""
+"""Import: mismatches, contradictions and unwritable outputs are one sentence, and leave no files."""
 
 import re
 from dataclasses import replace
@@ -23,7 +23,7 @@ def state():
     return weights(NETWORK)
 
 
-def test_every_parameter_that_does_not_fit_is_named_with_its_shape(tmp_path, state):
+def test_mismatched_parameters_are_named_with_their_shapes(tmp_path, state):
     damaged = {name: value for name, value in state.items() if name != "mid.attn_1.q.weight"}
     damaged |= {
         "stray.weight": torch.zeros(2),
@@ -38,7 +38,7 @@ def test_every_parameter_that_does_not_fit_is_named_with_its_shape(tmp_path, sta
     )
 
 
-def test_many_problems_are_counted_and_five_are_named(tmp_path, state):
+def test_mismatches_are_counted_and_five_are_named(tmp_path, state):
     names = list(state)
     torch.save({name: value for name, value in state.items() if name not in names[:6]}, tmp_path / "flat.ckpt")
     message = refusal(tmp_path / "flat.ckpt", network=GIVEN)
@@ -70,7 +70,7 @@ def test_every_layout_is_checked_name_by_name(tmp_path, state, layout):
     assert re.search(r"do not fit the (given network|network that it describes): 1 missing \(conv_out\.bias\)", message)
 
 
-def test_the_nearest_preset_is_named_with_what_to_do(tmp_path, presets):
+def test_the_nearest_preset_is_named_with_advice(tmp_path, presets):
     nearly = weights(presets["celeba"])
     del nearly["conv_in.bias"]
     torch.save(nearly, tmp_path / "flat.ckpt")
@@ -106,21 +106,21 @@ def test_a_command_that_contradicts_the_file_is_refused(tmp_path, state, layout,
 
 
 @pytest.mark.parametrize("layout", ["diffusers", "lightning", "safetensors"])
-def test_a_command_that_repeats_the_file_is_not_a_contradiction(tmp_path, state, layout):
+def test_a_command_may_repeat_the_description_of_the_file(tmp_path, state, layout):
     path, _ = put(StoredModel(MODELS["plain"][0], state, "ema", 1), tmp_path, layout, {})
     # Dropout is a matter of training; what the file says stays.
     said = {"network": GIVEN | {"dropout": 0.0}, "schedule": ScheduleSpec("linear", T=1000), "prediction": "eps"}
     assert bring(path, **said).model.spec.network_spec.dropout == 0.3
 
 
-def test_a_foreign_folder_that_contradicts_the_command_is_refused(folder):
+def test_a_scheduler_that_contradicts_the_command_is_refused(folder):
     edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=10)
     message = refusal(folder, schedule=ScheduleSpec("linear", T=1000))
     assert "schedule: linear with T=10 and linear with T=1000" in message
 
 
 @pytest.mark.parametrize("found", ["flat", "official", "diffusers", "lightning", "safetensors"])
-def test_a_layout_that_was_not_expected_is_refused(tmp_path, state, found):
+def test_an_unexpected_layout_is_refused(tmp_path, state, found):
     path, options = put(StoredModel(MODELS["plain"][0], state, "ema", 1), tmp_path, found, MODELS["plain"][1])
     for expected in {"flat", "official", "diffusers", "lightning", "safetensors"} - {found}:
         message = refusal(path, layout=expected, **options)
@@ -149,38 +149,38 @@ def test_weights_that_are_not_finite_real_numbers_are_refused(tmp_path, state, k
     assert f"{name} holds values that are not finite real numbers" in message
 
 
-def test_what_is_understood_is_listed_for_a_dict_of_something_else(tmp_path):
+def test_supported_layouts_are_listed_for_other_content(tmp_path):
     for content in ({"model_state": {}, "epoch": 3}, {"a": torch.zeros(1), "b": 1}, {}, torch.zeros(3), "text", 7):
         torch.save(content, tmp_path / "other.ckpt")
         message = refusal(tmp_path / "other.ckpt")
         for layout in ("flat", "official", "diffusers", "lightning", "safetensors"):
-            assert re.search(rf"understood are .*\b{layout}: ", message)
+            assert re.search(rf"supported are .*\b{layout}: ", message)
         if isinstance(content, dict) and content:
-            assert f"holds the entries {', '.join(content)}; understood are" in message
+            assert f"holds the entries {', '.join(content)}; supported are" in message
 
 
-def test_a_state_dict_with_something_else_in_it_is_not_one(tmp_path, state):
+def test_a_state_dict_holds_only_tensors(tmp_path, state):
     torch.save([state | {"epoch": 3}, {}, 0, 1], tmp_path / "official.ckpt")
     message = refusal(tmp_path / "official.ckpt", network=GIVEN)
     assert message.endswith("the entry 'epoch' is not a tensor, so this is not a state dict.")
 
 
-def test_a_folder_without_what_it_needs_is_refused(tmp_path, folder):
+def test_an_incomplete_diffusers_folder_is_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
-    wanted = "diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin, in unet/ or by itself"
-    assert refusal(tmp_path / "empty").endswith(f"empty holds nothing; a folder of diffusers has {wanted}.")
+    wanted = "diffusion_pytorch_model.safetensors or diffusion_pytorch_model.bin, in unet/ or at the top"
+    assert refusal(tmp_path / "empty").endswith(f"empty holds nothing; a diffusers folder has {wanted}.")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.txt").touch()
-    assert "other holds a.txt; a folder of diffusers has" in refusal(tmp_path / "other")
+    assert "other holds a.txt; a diffusers folder has" in refusal(tmp_path / "other")
     (folder / "unet" / "config.json").unlink()
     assert "unet has no config.json, which describes the network" in refusal(folder)
     (folder / "unet" / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(folder)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "unet holds config.json; a folder of diffusers has" in refusal(folder)
+    assert "unet holds config.json; a diffusers folder has" in refusal(folder)
 
 
-def test_an_exported_folder_whose_configuration_was_changed_is_refused(tmp_path, state):
+def test_an_export_with_a_changed_config_is_refused(tmp_path, state):
     path, _ = put(StoredModel(MODELS["plain"][0], state, "ema", 1), tmp_path, "diffusers", {})
     edit(path / "unet" / "config.json", norm_num_groups=2)
     message = refusal(path)
@@ -189,23 +189,23 @@ def test_an_exported_folder_whose_configuration_was_changed_is_refused(tmp_path,
     assert bring(path).model.weights == "ema"
 
 
-def test_a_file_that_is_there_is_not_replaced_and_the_source_not_even_read(tmp_path, flat):
+def test_an_existing_file_is_refused_before_reading_the_source(tmp_path, flat):
     out = tmp_path / "here.safetensors"
     out.write_text("precious")
     for source in (flat, tmp_path / "nowhere.ckpt"):
         message = refusal(source, out=out, network=GIVEN)
-        assert message == f"{out} exists already; choose another out=..., or overwrite=true to replace it."
+        assert message == f"{out} exists already; choose another output_dir=..., or overwrite=true to replace it."
     assert out.read_text() == "precious"
     bring(flat, out=out, network=GIVEN, overwrite=True)
     assert read_model(out).weights == "unlabelled"
 
 
-def test_a_source_that_is_not_there_is_one_sentence(tmp_path):
+def test_a_missing_source_is_one_sentence(tmp_path):
     assert "nowhere.ckpt" in refusal(tmp_path / "nowhere.ckpt")
     assert "nowhere.ckpt" in refusal(tmp_path / "nowhere.ckpt", overwrite=True)
 
 
-def test_a_refused_import_does_not_harm_the_file_that_it_would_replace(tmp_path, flat, state):
+def test_a_refused_import_keeps_the_existing_file(tmp_path, flat, state):
     done = bring(flat, network=GIVEN)
     before = done.path.read_bytes()
     torch.save(with_value(state, float("nan")), flat)
@@ -225,29 +225,37 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, flat, monkeypatch):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path, flat, overwrite):
+def test_an_unwritable_output_is_one_sentence(tmp_path, flat, overwrite):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    assert "folder" in refusal(flat, network=GIVEN, out=tmp_path / "folder", overwrite=overwrite)
-    assert "file" in refusal(flat, network=GIVEN, out=tmp_path / "file" / "out.safetensors", overwrite=overwrite)
+    (tmp_path / "folder" / "out.safetensors").mkdir()
+    for out in (tmp_path / "folder" / "out.safetensors", tmp_path / "file" / "out.safetensors"):
+        assert str(out) in refusal(flat, network=GIVEN, out=out, overwrite=overwrite)
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "give either source=PATH or download=NAME, one of ema_cifar10, cifar10, "),
-        ({"source": "a", "download": "cifar10"}, "give either source=PATH or download=NAME, one of "),
+        ({}, "give either checkpoint=PATH or download=NAME, one of ema_cifar10, cifar10, "),
+        ({"checkpoint": "a", "download": "cifar10"}, "give either checkpoint=PATH or download=NAME, one of "),
         ({"download": "ema_cifar"}, "unknown download 'ema_cifar' (did you mean ema_cifar10?); allowed: ema_cifar10, "),
-        ({"source": "a", "preset": "cifar"}, "unknown preset 'cifar' (did you mean cifar10?); allowed: cifar10, "),
-        ({"source": "a", "preset": "lsun", "network": GIVEN}, "give either preset or network, not both."),
-        ({"source": "a", "layout": "offical"}, "layout='offical' is not known (did you mean official?); allowed: auto"),
+        *(
+            ({"checkpoint": "a", "name": name}, f"name={name!r} must be a file name without a folder; choose that by ")
+            for name in ("a/b", "/a", "..", "a/")
+        ),
+        ({"checkpoint": "a", "preset": "cifar"}, "unknown preset 'cifar' (did you mean cifar10?); allowed: cifar10, "),
+        ({"checkpoint": "a", "preset": "lsun", "network": GIVEN}, "give either preset or network, not both."),
         (
-            {"source": "a", "weights": "average"},
+            {"checkpoint": "a", "layout": "offical"},
+            "layout='offical' is not known (did you mean official?); allowed: auto",
+        ),
+        (
+            {"checkpoint": "a", "weights": "average"},
             "weights='average' is not known; allowed: auto, ema, online",
         ),
     ],
 )
-def test_a_command_that_makes_no_sense_is_refused_at_once(options, said):
+def test_invalid_commands_are_refused(options, said):
     with pytest.raises(UserError) as caught:
         build(ImportSpec, {"output_dir": "o", "download_dir": "d"} | options, "")
     assert str(caught.value).startswith(said)

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from foreign import bring, put, refusal, same, weights
+from foreign import bring, put, refusal, weights
+from stored import same
 
 from ddim.checkpoints import ModelSpec, StoredModel, read_model
 from ddim.checkpoints.convert.model_zoo import PRESETS

@@ -1,4 +1,4 @@
-"""Import: how the files of one layout vary, and what of that matters."""
+"""Import: variants of the files of one layout."""
 
 import re
 import shutil
@@ -16,15 +16,14 @@ from foreign import (
     bring,
     edit,
     refusal,
-    same,
     weights,
     write_lightning,
     write_official,
 )
 from safetensors.torch import load_file, save_file
+from stored import same
 
 from ddim.checkpoints import StoredModel, read_model, save_model
-from ddim.checkpoints.convert.parameter_names import Parameters, in_words
 from ddim.diffusion.schedule import ScheduleSpec, cosine_schedule, scaled_linear_schedule
 
 
@@ -49,7 +48,7 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_the_prefixes_of_wrappers_are_taken_off(tmp_path, state, folder, prefix):
+def test_wrapper_prefixes_are_removed(tmp_path, state, folder, prefix):
     wrap = PREFIXES[prefix]
     renamed = {wrap(name): value for name, value in state.items()}
     assert sum(name != wrap(name) for name in state) >= 20
@@ -61,7 +60,7 @@ def test_the_prefixes_of_wrappers_are_taken_off(tmp_path, state, folder, prefix)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_the_prefixes_of_wrappers_are_taken_off_other_layouts(tmp_path, state, folder, prefix):
+def test_wrapper_prefixes_are_removed_in_other_layouts(tmp_path, state, folder, prefix):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({f"{prefix}{name}": value for name, value in load_file(file).items()}, file)
     assert same(bring(folder).model.state, state)
@@ -75,7 +74,7 @@ def test_the_prefixes_of_wrappers_are_taken_off_other_layouts(tmp_path, state, f
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 @pytest.mark.parametrize("layout", ["flat", "safetensors without a header", "official", "average"])
-def test_a_parameter_that_is_there_twice_is_refused(tmp_path, state, layout, prefix):
+def test_a_duplicate_parameter_is_refused(tmp_path, state, layout, prefix):
     twice = state | {f"{prefix}conv_in.bias": state["conv_in.bias"] + 1}
     path = tmp_path / "twice.ckpt"
     if layout == "safetensors without a header":
@@ -87,7 +86,7 @@ def test_a_parameter_that_is_there_twice_is_refused(tmp_path, state, layout, pre
     )
 
 
-def test_the_average_of_an_official_list_is_taken_unless_raw_is_asked_for(tmp_path, state):
+def test_official_ema_is_taken_unless_online_is_chosen(tmp_path, state):
     online = weights(NETWORK, 5)
     model = StoredModel(MODELS["plain"][0], state, "ema", 790_000)
     path = write_official(model, tmp_path / "official.pth", online)
@@ -98,7 +97,7 @@ def test_the_average_of_an_official_list_is_taken_unless_raw_is_asked_for(tmp_pa
         assert (done.model.weights, done.model.step, done.warnings) == (label, 790_000, [])
 
 
-def test_an_official_list_without_an_average_gives_the_raw_weights_and_warns(tmp_path, state):
+def test_official_list_without_ema_gives_online_and_warns(tmp_path, state):
     online = weights(NETWORK, 5)
     path = write_official(StoredModel(MODELS["plain"][0], state, "ema", 11), tmp_path / "four.pth", online, entries=4)
     done = bring(path, network=GIVEN)
@@ -110,7 +109,7 @@ def test_an_official_list_without_an_average_gives_the_raw_weights_and_warns(tmp
 
 
 @pytest.mark.parametrize("content", [(), (1,), (1, {}, 0, 1), ({}, {}, 0), ({}, {}, 0, 1, 2), ({}, {}, 0, 1, {}, 6)])
-def test_a_list_that_is_not_the_official_one_is_refused(tmp_path, content):
+def test_other_lists_than_the_official_one_are_refused(tmp_path, content):
     torch.save(list(content), tmp_path / "list.pth")
     message = refusal(tmp_path / "list.pth", network=GIVEN)
     kinds = ", ".join(type(part).__name__ for part in content)
@@ -120,7 +119,7 @@ def test_a_list_that_is_not_the_official_one_is_refused(tmp_path, content):
     )
 
 
-def test_the_average_of_a_training_checkpoint_is_taken_unless_raw_is_asked_for(tmp_path, state):
+def test_our_ema_is_taken_unless_online_is_chosen(tmp_path, state):
     online = weights(NETWORK, 5)
     model = StoredModel(MODELS["plain"][0], state, "ema", 44)
     path = write_lightning(model, tmp_path / "last.ckpt", online)
@@ -145,7 +144,7 @@ def test_files_of_before_torch_1_6_are_read(tmp_path, state):
     assert (done.model.weights, done.model.step) == ("ema", 9)
 
 
-def test_a_safetensors_file_with_the_flat_names_and_no_header_of_ours_is_flat(tmp_path, state):
+def test_safetensors_with_flat_names_are_flat(tmp_path, state):
     save_file(state, tmp_path / "flat.safetensors", {"format": "pt"})
     done = bring(tmp_path / "flat.safetensors", network=GIVEN, layout="flat")
     assert same(done.model.state, state)
@@ -153,7 +152,7 @@ def test_a_safetensors_file_with_the_flat_names_and_no_header_of_ours_is_flat(tm
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".pt", ".bin", ".tar", ""])
-def test_the_suffix_of_a_file_decides_nothing(tmp_path, state, suffix):
+def test_the_suffix_of_a_file_does_not_matter(tmp_path, state, suffix):
     path = tmp_path / f"flat{suffix}"
     torch.save(state, path)
     assert same(bring(path, network=GIVEN).model.state, state)
@@ -168,7 +167,7 @@ def as_bin(folder, rename=lambda name: name):
     file.unlink()
 
 
-def test_a_folder_with_the_attention_names_of_before_2023_is_read(folder, state):
+def test_a_folder_with_old_attention_names_is_read(folder, state):
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
     renamed = set()
 
@@ -216,7 +215,7 @@ def test_the_schedule_of_a_folder_is_that_of_its_scheduler(folder):
     assert torch.equal(done.model.spec.schedule.alpha_bar, scaled_linear_schedule(30, 0.001, 0.01).alpha_bar)
 
 
-def test_weights_of_diffusers_by_themselves_need_a_network(folder, state, tmp_path):
+def test_diffusers_weights_without_config_need_a_network(folder, state, tmp_path):
     shutil.copy(folder / "unet" / "diffusion_pytorch_model.safetensors", tmp_path / "alone.safetensors")
     done = bring(tmp_path / "alone.safetensors", network=GIVEN, layout="diffusers")
     assert same(done.model.state, state)
@@ -227,7 +226,7 @@ def test_weights_of_diffusers_by_themselves_need_a_network(folder, state, tmp_pa
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("write", [torch.save, save_file])
-def test_weights_of_another_precision_become_float32_and_this_is_said(tmp_path, state, dtype, write):
+def test_other_precisions_become_float32_and_are_reported(tmp_path, state, dtype, write):
     name = str(dtype).removeprefix("torch.")
     small = {key: value.clamp(-9, 9) for key, value in state.items()}
     write({key: value.to(dtype) for key, value in small.items()}, tmp_path / "flat.ckpt")
@@ -236,7 +235,7 @@ def test_weights_of_another_precision_become_float32_and_this_is_said(tmp_path, 
     assert done.lines[-1].endswith(f"(stored as {name}, written as float32)")
 
 
-def test_mixed_precisions_are_all_named_and_float32_is_not_worth_a_word(tmp_path, state, flat):
+def test_mixed_precisions_are_reported_float32_is_not(tmp_path, state, flat):
     mixed = state | {"conv_in.bias": state["conv_in.bias"].half(), "conv_out.bias": state["conv_out.bias"].double()}
     torch.save(mixed, tmp_path / "mixed.ckpt")
     done = bring(tmp_path / "mixed.ckpt", network=GIVEN)
@@ -245,7 +244,7 @@ def test_mixed_precisions_are_all_named_and_float32_is_not_worth_a_word(tmp_path
 
 
 @pytest.mark.parametrize("kind", ["parameters", "strides", "views of one buffer", "views of more", "other order"])
-def test_how_tensors_lie_in_memory_is_of_no_matter(tmp_path, state, kind):
+def test_the_memory_layout_of_tensors_does_not_matter(tmp_path, state, kind):
     def changed(value):
         if kind == "parameters":
             return torch.nn.Parameter(value)
@@ -272,13 +271,13 @@ def test_one_tensor_under_two_names_is_two_parameters(tmp_path, state):
 
 
 @pytest.mark.parametrize("clip", [True, None, False])
-def test_a_scheduler_that_clips_is_worth_a_note(folder, clip):
+def test_a_clipping_scheduler_is_noted(folder, clip):
     edit(folder / "scheduler" / "scheduler_config.json", clip_sample=clip)  # without the entry it does, too
-    note = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does as it does"
+    note = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does the same"
     assert bring(folder, weights="ema").warnings == ([] if clip is False else [note])
 
 
-def test_a_folder_without_a_scheduler_is_worth_a_note(folder):
+def test_a_missing_scheduler_is_noted(folder):
     shutil.rmtree(folder / "scheduler")
     done = bring(folder, weights="ema")
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -292,41 +291,8 @@ def test_a_folder_without_a_scheduler_is_worth_a_note(folder):
     )
 
 
-def test_what_a_folder_without_a_scheduler_lacks_can_be_given(folder):
+def test_the_command_replaces_a_missing_scheduler(folder):
     shutil.rmtree(folder / "scheduler")
     done = bring(folder, schedule=ScheduleSpec("cosine", T=20), prediction="x0")
     assert torch.equal(done.model.spec.schedule.alpha_bar, cosine_schedule(20).alpha_bar)
     assert done.model.spec.prediction == "x0"
-
-
-# Names and shapes, which the two directions share.
-
-
-def test_the_way_over_and_back_is_the_identity_and_touches_every_parameter(state):
-    for as_diffusers in (False, True):
-        parameters = Parameters(NETWORK, as_diffusers)
-        there = parameters.to_file(state)
-        assert len(there) == len(state)
-        assert parameters.problems(there) == {}
-        assert same(parameters.to_ours(there), state)
-    # By hand: levels on the way up count in the order in which they run; 1x1 convolutions are linear layers.
-    expected = {
-        "temb.dense.1.bias": "time_embedding.linear_2.bias",
-        "up.1.block.0.conv1.weight": "up_blocks.0.resnets.0.conv1.weight",
-        "up.0.block.1.nin_shortcut.weight": "up_blocks.1.resnets.1.conv_shortcut.weight",
-        "up.1.upsample.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
-        "down.0.downsample.conv.bias": "down_blocks.0.downsamplers.0.conv.bias",
-        "down.1.attn.0.proj_out.weight": "down_blocks.1.attentions.0.to_out.0.weight",
-        "mid.attn_1.norm.weight": "mid_block.attentions.0.group_norm.weight",
-        "mid.block_2.temb_proj.bias": "mid_block.resnets.1.time_emb_proj.bias",
-    }
-    for name, other in expected.items():
-        assert torch.equal(there[other].view(-1), state[name].view(-1))
-    assert there["down_blocks.1.attentions.0.to_q.weight"].shape == (16, 16)
-    assert there["down_blocks.1.attentions.0.to_out.0.weight"].shape == (16, 16)
-
-
-def test_problems_in_words():
-    many = [f"p{i}" for i in range(7)]
-    assert in_words({"missing": many, "unexpected": ["a"]}) == "7 missing (p0, p1, p2, p3, p4, ...); 1 unexpected (a)"
-    assert in_words({}) == ""
