@@ -142,4 +142,3 @@ def pick_device(values: Any, key: str) -> None:
 
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         values[key] = "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
-

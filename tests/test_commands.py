@@ -133,7 +133,7 @@ def test_every_experiment_is_headed_by_its_command(name: str) -> None:
         "python scripts/sample.py checkpoint=PATH sampler.eta=0.0,1.0",
         "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,20 sampler=ddim,ddmp",
         "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,twenty",
-        "python scripts/evaluate.py -m experiment=digits_sweep sampler.steps=STEPS",
+        "python scripts/evaluate.py -m experiment=table_digits sampler.steps=STEPS",
         "python scripts/make_digits_classifier.py --output FILE",
     ],
 )
@@ -146,7 +146,7 @@ def test_a_wrong_command_is_noticed(command: str) -> None:
 
 def test_right_commands_pass() -> None:
     text = """
-    `python scripts/evaluate.py -m experiment=digits_sweep sampler.S=N` and `python scripts/train.py --help`.
+    `python scripts/evaluate.py -m experiment=table_digits sampler.S=N` and `python scripts/train.py --help`.
 
     python scripts/train.py experiment=digits \\
         trainer.max_steps=STEPS name=NAME     a remark

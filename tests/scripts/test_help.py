@@ -38,7 +38,7 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
         assert f"{group}: {', '.join(options)}\n" in text
     assert f"python scripts/{script}.py" in text
     keys = {
-        "train": ["ckpt_path", "max_steps"],
+        "train": ["checkpoint", "max_steps"],
         "sample": ["format", "eta"],
         "evaluate": ["weights", "eta"],
         "figures": ["figure", "eta"],

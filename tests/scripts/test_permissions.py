@@ -70,5 +70,5 @@ def test_a_folder_that_loses_its_permission_while_a_run_is_in_it_keeps_what_was_
     assert "cannot be written (Permission denied); the checkpoints before are intact. Make the folder writable" in line
     steps = [read_checkpoint(path)["global_step"] for path in sorted(folder.glob("step_*"))]
     assert steps[-1] >= read_checkpoint(folder / "last.ckpt")["global_step"] >= 5
-    line = error(start("output_dir=run", "ckpt_path=last"))
+    line = error(start("output_dir=run", "checkpoint=last"))
     assert line == "error: cannot write to run/checkpoints (Permission denied); choose another output_dir."

@@ -35,7 +35,7 @@ def test_a_training_takes_nodes_and_tasks_from_slurm_and_goes_on_from_the_last_c
     status, calls, _ = submit("train.sbatch", "experiment=celeba", "name=a b")
     assert (status, len(calls)) == (0, 1)
     assert calls[0].startswith("srun python scripts/train.py trainer=ddp trainer.num_nodes=2 trainer.devices=8 ")
-    assert calls[0].endswith(" ckpt_path=last experiment=celeba name=a b")
+    assert calls[0].endswith(" checkpoint=last experiment=celeba name=a b")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ OPTIONS = [
     "trainer.batch_size=32",
     "trainer.log_every=10",
     "grid.every=0",
-    "ckpt_path=last",
+    "checkpoint=last",
 ]
 ONE = ["trainer.accumulate=2"]  # the same two parts of a batch, one after the other
 TWO = ["trainer.strategy=ddp", "trainer.devices=2"]
@@ -84,7 +84,7 @@ def test_two_processes_that_are_told_to_stop_save_the_same_step(train_one, tmp_p
     assert process.wait(60) != 0
     step = read_checkpoint(last)["global_step"]
     log = (tmp_path / "stopped.log").read_text()
-    assert f"stopped at step {step} of 100000 and saved it; go on with ckpt_path=last." in log
+    assert f"stopped at step {step} of 100000 and saved it; go on with checkpoint=last." in log
     train_one(folder, f"trainer.max_steps={step + 5}")
     train_one(whole, f"trainer.max_steps={step + 5}")
     assert difference(folder, whole) <= 1e-6
