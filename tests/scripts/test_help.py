@@ -21,6 +21,8 @@ loaded = [name for name in heavy if name in sys.modules]
 print("loaded:", *loaded)
 """
 
+pytestmark = pytest.mark.integration
+
 
 def show_help(script: str) -> str:
     command = [sys.executable, "-c", PROGRAM, str(ROOT / "scripts" / f"{script}.py"), *HEAVY]

@@ -1,4 +1,4 @@
-"""Folders without the permission to write, as a person meets them: one line, exit status 2, nothing lost."""
+"""Folders without the permission to write, one line, exit status 2, nothing lost."""
 
 import os
 import shutil
@@ -21,6 +21,8 @@ SMALL = [
     "trainer.max_steps=100000",
     "grid.every=0",
 ]
+
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
@@ -58,7 +60,7 @@ def test_a_folder_without_permission_is_one_line(start, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_folder_that_loses_its_permission_while_a_run_is_in_it_keeps_what_was_there(start, tmp_path):
+def test_a_folder_that_becomes_read_only_keeps_checkpoints(start, tmp_path):
     process, folder = start("output_dir=run"), tmp_path / "run" / "checkpoints"
     end = time.monotonic() + 120
     while not (folder / "last.ckpt").exists() and process.poll() is None and time.monotonic() < end:

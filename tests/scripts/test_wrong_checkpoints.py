@@ -76,43 +76,55 @@ MISTAKES = {
     "empty folder": Mistake(
         "import_checkpoint", "checkpoint=empty", ("empty holds nothing", "diffusion_pytorch_model")
     ),
-    "there already": Mistake("import_checkpoint", f"{FLAT} out=text", ("text exists already", "overwrite=true")),
-    "below a file": Mistake("import_checkpoint", f"{FLAT} out=text/m.safetensors", ("text",)),
-    "a folder in its place": Mistake("import_checkpoint", f"{FLAT} out=empty overwrite=true", ("empty",)),
-    "nothing to export": Mistake("export_checkpoint", "out=x", ("checkpoint is required",)),
-    "nowhere to export to": Mistake("export_checkpoint", "checkpoint=m.safetensors", ("out is required",)),
+    "there already": Mistake(
+        "import_checkpoint", f"{FLAT} output_dir=. name=m", ("m.safetensors exists already", "overwrite=true")
+    ),
+    "below a file": Mistake("import_checkpoint", f"{FLAT} output_dir=text", ("text",)),
+    "a folder in its place": Mistake(
+        "import_checkpoint", f"{FLAT} output_dir=. name=dir overwrite=true", ("dir.safetensors",)
+    ),
+    "nothing to export": Mistake("export_checkpoint", "output_dir=x", ("checkpoint is required",)),
+    "nowhere to export to": Mistake("export_checkpoint", "checkpoint=m.safetensors", ("output_dir is required",)),
     "no such checkpoint": Mistake(
-        "export_checkpoint", "checkpoint=nowhere.ckpt out=x", ("there is no checkpoint nowhere.ckpt",)
+        "export_checkpoint", "checkpoint=nowhere.ckpt output_dir=x", ("there is no checkpoint nowhere.ckpt",)
     ),
     "foreign checkpoint": Mistake(
-        "export_checkpoint", "checkpoint=flat.ckpt out=x", ("flat.ckpt is not a checkpoint", "import_checkpoint.py")
+        "export_checkpoint",
+        "checkpoint=flat.ckpt output_dir=x",
+        ("flat.ckpt is not a checkpoint", "import_checkpoint.py"),
     ),
     "export layout": Mistake(
-        "export_checkpoint", "checkpoint=m.safetensors out=x layout=flatt", ("layout='flatt'", "did you mean flat?")
+        "export_checkpoint",
+        "checkpoint=m.safetensors output_dir=x layout=flatt",
+        ("layout='flatt'", "did you mean flat?"),
     ),
     "records of a flat file": Mistake(
         "export_checkpoint",
-        "checkpoint=m.safetensors out=x layout=flat records=text",
+        "checkpoint=m.safetensors output_dir=x layout=flat records=text",
         ("layout=flat has no model card",),
     ),
     "no records": Mistake(
-        "export_checkpoint", "checkpoint=m.safetensors out=x records=nowhere.jsonl", ("no file of records nowhere",)
+        "export_checkpoint",
+        "checkpoint=m.safetensors output_dir=x records=nowhere.jsonl",
+        ("no file of records nowhere",),
     ),
     "no records of these": Mistake(
         "export_checkpoint",
-        "checkpoint=m.safetensors out=x records=none.jsonl",
+        "checkpoint=m.safetensors output_dir=x records=none.jsonl",
         ("none.jsonl has no record of these weights", "evaluate them first"),
     ),
     "damaged records": Mistake(
-        "export_checkpoint", "checkpoint=m.safetensors out=x records=text", ("text, line 1, is damaged",)
+        "export_checkpoint", "checkpoint=m.safetensors output_dir=x records=text", ("text, line 1, is damaged",)
     ),
     "weights that are not there": Mistake(
-        "export_checkpoint", "checkpoint=m.safetensors out=x weights=online", ("holds ema weights only",)
+        "export_checkpoint", "checkpoint=m.safetensors output_dir=x weights=online", ("holds ema weights only",)
     ),
     "export over a file": Mistake(
-        "export_checkpoint", "checkpoint=m.safetensors out=text layout=flat", ("text exists already", "overwrite=true")
+        "export_checkpoint",
+        "checkpoint=m.safetensors output_dir=. layout=flat",
+        ("model.pt exists already", "overwrite=true"),
     ),
-    "export below a file": Mistake("export_checkpoint", "checkpoint=m.safetensors out=text", ("text",)),
+    "export below a file": Mistake("export_checkpoint", "checkpoint=m.safetensors output_dir=text", ("text",)),
 }
 
 
@@ -132,7 +144,9 @@ def folder(tmp_path: Path) -> Path:
     save_model(model, tmp_path / "m.safetensors")
     (tmp_path / "text").write_text("no checkpoint\n")
     (tmp_path / "none.jsonl").touch()
+    (tmp_path / "model.pt").touch()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "dir.safetensors").mkdir()
     torch.save({"a": Evil(tmp_path / "executed")}, tmp_path / "evil.ckpt")
     return tmp_path
 
@@ -149,11 +163,12 @@ def test_a_mistake_is_one_clear_line(name: str, run: Run, folder: Path) -> None:
     assert "weights_only" not in line  # torch advises to turn the safe loader off
     assert outcome.out == ""
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"empty"}
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"empty", "dir.safetensors"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["no such source", "code of a newer protocol"])
-def test_a_mistake_as_a_process_is_one_line_and_leaves_nothing(name: str, process: Run, tmp_path: Path) -> None:
+def test_a_process_prints_one_line_and_leaves_no_file(name: str, process: Run, tmp_path: Path) -> None:
     (tmp_path / "evil.ckpt").write_bytes(pickle.dumps({"a": Evil(tmp_path / "executed")}, 4))
     source = "nowhere.ckpt" if name == "no such source" else "evil.ckpt"
     outcome = process("import_checkpoint", f"checkpoint={source}", cwd=tmp_path)
