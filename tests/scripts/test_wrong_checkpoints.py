@@ -106,7 +106,7 @@ MISTAKES = {
     "no records": Mistake(
         "export_checkpoint",
         "checkpoint=m.safetensors output_dir=x records=nowhere.jsonl",
-        ("no file of records nowhere",),
+        ("nowhere.jsonl",),
     ),
     "no records of these": Mistake(
         "export_checkpoint",
