@@ -26,7 +26,7 @@ def sweep_jobs(config_name: str, words: list[str]) -> Jobs | None:
     parse = OverridesParser.create().parse_overrides
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         overrides = parse([word for word in words if word not in SWEEP_FLAGS])
-        fixed = [override.input_line for override in overrides if not override.is_sweep_override()]
+        fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
         settings = compose(config_name, fixed, return_hydra_config=True).hydra
         if not settings.sweeper._target_.endswith("BasicSweeper"):  # another sweeper chooses its jobs as it runs
             return None
