@@ -52,7 +52,7 @@ def commands(text: str) -> list[tuple[str, ...]]:
     return [tuple(shlex.split(re.split(r"\s#|\s{3,}|[;,.)]*(?:\s[&|>]|$)", line)[0])) for line in lines]
 
 
-def one_by_one(overrides: tuple[str, ...]) -> list[list[str]]:
+def without_sweeps(overrides: tuple[str, ...]) -> list[list[str]]:
     """Return overrides without sweeps, in which every value of every sweep occurs."""
     axes = []
     for override in OverridesParser.create().parse_overrides(list(overrides)):
@@ -85,13 +85,13 @@ def problems(words: tuple[str, ...]) -> list[str]:
     overrides = tuple(NUMBERS.sub("1", argument) for argument in arguments if argument not in flags)
     try:
         if {"-m", "--multirun"} & set(flags):
-            params = composed(script, *one_by_one(overrides)[0]).hydra.sweeper.get("params") or {}
+            params = composed(script, *without_sweeps(overrides)[0]).hydra.sweeper.get("params") or {}
             given = {override.partition("=")[0] for override in overrides}
             overrides = (*(f"{key}={value}" for key, value in params.items() if key not in given), *overrides)
-        elif len(one_by_one(overrides)) > 1:
+        elif len(without_sweeps(overrides)) > 1:
             return [f"{' '.join(words)}: a list of values needs -m"]
-        for cell in one_by_one(overrides):
-            config = composed(script, *cell)
+        for job in without_sweeps(overrides):
+            config = composed(script, *job)
             ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             if "--help" not in flags:
                 values: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
@@ -133,7 +133,7 @@ def test_every_experiment_is_headed_by_its_command(name: str) -> None:
         "python scripts/sample.py checkpoint=PATH sampler.eta=0.0,1.0",
         "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,20 sampler=ddim,ddmp",
         "python scripts/evaluate.py -m checkpoint=PATH sampler.S=10,twenty",
-        "python scripts/evaluate.py -m experiment=digits_sweep sampler.steps=STEPS",
+        "python scripts/evaluate.py -m experiment=table_digits sampler.steps=STEPS",
         "python scripts/tools/make_digits_classifier.py --output FILE",
     ],
 )
@@ -146,7 +146,7 @@ def test_a_wrong_command_is_noticed(command: str) -> None:
 
 def test_right_commands_pass() -> None:
     text = """
-    `python scripts/evaluate.py -m experiment=digits_sweep sampler.S=N` and `python scripts/train.py --help`.
+    `python scripts/evaluate.py -m experiment=table_digits sampler.S=N` and `python scripts/train.py --help`.
 
     python scripts/train.py experiment=digits \\
         trainer.max_steps=STEPS name=NAME     a remark

@@ -42,7 +42,7 @@ class TrainerSpec:
     batch_size: int = 128
     accumulate: int = 1
     accelerator: str = "auto"
-    devices: int | str = "auto"
+    devices: int | str = 1
     num_nodes: int = 1
     strategy: str = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"

@@ -1,5 +1,6 @@
-"""The scripts as commands: in this process where that is honest, as real processes where it matters."""
+"""The scripts as commands: in this process, or as processes where that makes a difference."""
 
+import json
 import logging
 import os
 import runpy
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from filelock import FileLock
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -72,10 +74,18 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 @pytest.fixture(scope="session")
 def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     """A real training run of four steps: how it ended, and its folder."""
-    folder = tmp_path_factory.mktemp("training")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, result = shared / "training", shared / "training.json"
     small = ("network.ch=16", "network.num_groups=4", "trainer.max_steps=4", "trainer.batch_size=16")
     settings = ("experiment=digits", "output_dir=run", "trainer.log_every=2", "grid.every=2", "grid.n=4")
-    return run_process("train", *settings, *small, "grid.sampler.S=2", cwd=folder), folder / "run"
+    with FileLock(shared / "training.lock"):  # all test processes share one run
+        if not result.exists():
+            folder.mkdir()
+            outcome = run_process("train", *settings, *small, "grid.sampler.S=2", cwd=folder)
+            result.write_text(json.dumps(outcome))
+    return Outcome(*json.loads(result.read_text())), folder / "run"
 
 
 @pytest.fixture(scope="session")

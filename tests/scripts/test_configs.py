@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import hydra
 import pytest
@@ -15,8 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from ddim.config import build
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.labels import row_label
-from ddim.diffusion.spec import SamplerSpec
-from ddim.diffusion.timesteps import reference_quad_tau
+from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
+from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
+from ddim.diffusion.schedule import ScheduleSpec
+from ddim.diffusion.spec import RULES, SamplerSpec
+from ddim.diffusion.timesteps import SPACINGS, reference_quad_tau
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import MetricSpec
@@ -24,7 +27,7 @@ from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.sample_files import SampleSpec
-from ddim.networks import build_network
+from ddim.networks import UNetSpec, build_network
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
 from ddim.training.loggers import LoggerSpec
@@ -77,8 +80,8 @@ def spec_of(main: str, *overrides: str) -> Any:
 def group_of(main: str) -> list[str]:
     """The groups in the defaults list of a main config, except the experiments."""
     defaults = OmegaConf.load(CONFIGS / f"{main}.yaml").defaults
-    names = [next(iter(entry)) for entry in defaults if entry != "_self_"]
-    return [name for name in names if "/" not in name and "@" not in name and name != "experiment"]
+    names = [next(iter(entry)) for entry in defaults if OmegaConf.is_dict(entry)]
+    return [name for name in names if "@" not in name and name not in ("experiment", "debug")]
 
 
 def options(group: str) -> list[str]:
@@ -102,8 +105,8 @@ EXPERIMENTS = {
 }
 
 
-def test_there_is_a_choice_to_test_in_every_group() -> None:
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"experiment"}
+def test_every_group_has_options() -> None:
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"experiment", "debug", "hydra"}
     assert {choice.partition("=")[0] for _, choice in CHOICES} == groups
 
 
@@ -118,7 +121,7 @@ def test_every_option_of_every_group_makes_a_spec(main: str, choice: str) -> Non
 
 
 @pytest.mark.parametrize(("main", "choice"), sorted(REFUSED))
-def test_options_that_make_no_sense_are_refused(main: str, choice: str) -> None:
+def test_options_that_do_not_apply_are_refused(main: str, choice: str) -> None:
     with pytest.raises(UserError):
         spec_of(main, choice)
 
@@ -128,7 +131,7 @@ def test_every_experiment_makes_a_spec(name: str) -> None:
     assert EXPERIMENTS[name], "an experiment is headed by its command"
     [main] = set(EXPERIMENTS[name]) - ({"evaluate"} if "train" in EXPERIMENTS[name] else set())
     spec = spec_of(main, f"experiment={name}")
-    shared = {"digits_sweep": "digits", "table1_cifar10_sigma_hat": "table1_cifar10"}
+    shared = {"table_digits": "digits", "table1_cifar10_sigma_hat": "table1_cifar10"}
     assert spec.name == shared.get(name, name)
     assert spec.output_dir == f"outputs/{main}/{spec.name}"
     if main == "train":
@@ -143,25 +146,128 @@ def keys(path: str) -> set[str]:
     return set(OmegaConf.load(CONFIGS / f"{path}.yaml")) - {"defaults", "hydra"}
 
 
+def group_values(group: str, option: str) -> dict[str, Any]:
+    """The values of an option, those of the options that it starts from included."""
+    own = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
+    assert isinstance(own, dict)
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        values |= group_values(group, base)
+    return values | own
+
+
 def fields(spec_type: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(spec_type)}
 
 
-@pytest.mark.parametrize(
-    ("group", "spec_type"),
-    [
-        ("compute", ComputeSpec),
-        ("logger", LoggerSpec),
-        ("metric", MetricSpec),
-        ("objective", ObjectiveSpec),
-        ("optim", OptimSpec),
-        ("sampler", SamplerSpec),
-        ("trainer", TrainerSpec),
-    ],
-)
-def test_help_shows_every_key_of_a_group(group: str, spec_type: Any) -> None:
-    for option in options(group):
-        assert keys(f"{group}/{option}") == fields(spec_type), option
+DEFAULTS = {
+    "compute": ("default", ComputeSpec("auto")),
+    "logger": ("csv", LoggerSpec()),
+    "metric": ("inception", MetricSpec("inception")),
+    "network": ("unet_cifar10", UNetSpec((32, 32))),
+    "objective": ("ddpm", ObjectiveSpec()),
+    "optim": ("ddpm", OptimSpec()),
+    "sampler": ("ddim", SamplerSpec()),
+    "trainer": ("default", TrainerSpec()),
+}
+
+
+@pytest.mark.parametrize("group", DEFAULTS)
+def test_defaults_of_yaml_equal_those_of_the_spec(group: str) -> None:
+    option, spec = DEFAULTS[group]
+    values = group_values(group, option)
+    if group == "network":
+        values |= {"image_size": [32, 32], "channels": 3}
+        values.pop("name")
+    assert build(type(spec), values, group) == spec
+    for other in options(group):  # --help shows every key
+        assert set(group_values(group, other)) - {"name"} == fields(type(spec)), other
+
+
+@pytest.mark.parametrize("group", DEFAULTS)
+def test_a_preset_states_only_what_differs(group: str) -> None:
+    for path in (CONFIGS / group).glob("*.yaml"):
+        own = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(own, dict)
+        bases = own.pop("defaults", [])
+        assert bool(bases) == (path.stem != DEFAULTS[group][0]), path
+        for base in bases:
+            inherited = group_values(group, base)
+            assert [key for key, value in own.items() if inherited[key] == value] == [], path
+
+
+@pytest.mark.parametrize("main", SPECS)
+def test_top_level_defaults_equal_those_of_the_spec(main: str) -> None:
+    spec = spec_of(main)
+    required = {
+        f.name: getattr(spec, f.name)
+        for f in dataclasses.fields(spec)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if main == "train":
+        required |= {"trainer": TrainerSpec(), "schedule": spec.schedule}
+        assert torch.equal(spec.schedule.build().alpha_bar, ScheduleSpec().build().alpha_bar)
+    assert SPECS[main](**required) == spec
+
+
+ALLOWED: dict[tuple[str, str], Any] = {
+    ("figures", "figure"): FigureSpec,
+    ("metric/inception", "extractor"): MetricSpec,
+    ("metric/inception", "metrics"): MetricSpec,
+    ("metric/inception", "reference_split"): MetricSpec,
+    ("network/unet_cifar10", "init"): UNetSpec,
+    ("objective/ddpm", "prediction"): PREDICTIONS,
+    ("objective/ddpm", "reduction"): REDUCTIONS,
+    ("objective/ddpm", "times"): TIME_SAMPLERS,
+    ("reconstruct", "split"): ReconstructSpec,
+    ("sample", "format"): SampleSpec,
+    ("sampler/ddim", "clip"): CLIP_POLICIES,
+    ("sampler/ddim", "rule"): RULES,
+    ("sampler/ddim", "spacing"): (*SPACINGS, "explicit"),
+    ("trainer/default", "precision"): TrainerSpec,
+}
+
+
+def literals(hint: Any) -> tuple[str, ...]:
+    """The strings that a type hint such as tuple[Literal["a", "b"], ...] allows."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(value for inner in get_args(hint) for value in literals(inner))
+
+
+def listed_values() -> dict[tuple[str, str], list[str]]:
+    """The values that the comments of configs/ list, by file and key."""
+    pattern = re.compile(r"^ *(\w+):.*# (?:one|any) of: ([\w, -]+)", re.MULTILINE)
+    return {
+        (str(path.relative_to(CONFIGS).with_suffix("")), key): values.rstrip().split(", ")
+        for path in CONFIGS.rglob("*.yaml")
+        for key, values in pattern.findall(path.read_text())
+        if path.stem not in ("import_checkpoint", "export_checkpoint")
+    }
+
+
+def test_comments_list_the_allowed_values() -> None:
+    listed = listed_values()
+    assert set(listed) == set(ALLOWED)
+    for (path, key), allowed in ALLOWED.items():
+        values = literals(get_type_hints(allowed)[key]) if dataclasses.is_dataclass(allowed) else allowed
+        assert listed[path, key] == list(values), (path, key)
+
+
+def test_experiments_named_table_are_measured_and_others_trained() -> None:
+    for name, scripts in EXPERIMENTS.items():
+        expected = "reconstruct" if name.startswith("table2_") else "evaluate" if name.startswith("table") else "train"
+        assert scripts[0] == expected, name
+
+
+@pytest.mark.parametrize("option", options("debug"))
+def test_debug_options_shorten_every_training(option: str) -> None:
+    for name, (script, *_) in EXPERIMENTS.items():
+        if script == "train":
+            spec = spec_of("train", f"experiment={name}", f"debug={option}")
+            spec.model_spec()
+            assert spec.trainer.max_steps <= 100
+            assert spec.output_dir.startswith(f"outputs/debug/{name}/")
 
 
 @pytest.mark.parametrize("main", SPECS)
@@ -184,9 +290,10 @@ def test_help_shows_every_key_below_the_top_of_training() -> None:
         ("celeba", 78_700_803),
         ("bedroom", 113_673_219),
         ("church", 113_673_219),
+        ("cifar10_small", 2_245_763),
     ],
 )
-def test_the_networks_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+def test_networks_have_the_stated_number_of_parameters(name: str, parameters: int) -> None:
     model = spec_of("train", f"experiment={name}").model_spec()
     with torch.device("meta"):
         network = build_network(model.network, model.network_spec)
@@ -243,7 +350,7 @@ TABLE1 = ["η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂"]
         ("table3_bedroom", "lsun", "linear", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
         ("table3_church", "lsun", "linear", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
         ("table1_celeba", "celeba", "linear", [10, 20, 50, 100, 1000], TABLE1),
-        ("digits_sweep", "digits", "uniform", [5, 10, 20, 50], ["η=0.0", "η=0.5", "η=1.0", "σ̂"]),
+        ("table_digits", "digits", "uniform", [5, 10, 20, 50], ["η=0.0", "η=0.5", "η=1.0", "σ̂"]),
     ],
 )
 def test_the_sweeps_cover_their_tables(name: str, data: str, spacing: str, steps: list[int], rows: list[str]) -> None:
@@ -256,13 +363,13 @@ def test_the_sweeps_cover_their_tables(name: str, data: str, spacing: str, steps
         for count in S:
             assert len(dataclasses.replace(sampler, S=count).tau(1000)) == count
     assert (spec.weights, spec.seed, spec.compute.bf16) == ("ema", 0, False)
-    if name.startswith("table"):
+    if name != "table_digits":
         assert spec.paper == name
         assert (spec.n, spec.metric) == (50_000, MetricSpec("inception"))
         assert spec.metric.reference_split == "train"
 
 
-def test_table_1_of_cifar10_has_the_released_times_and_at_last_the_full_chain() -> None:
+def test_table1_cifar10_has_quad_times_and_the_full_chain() -> None:
     _, samplers, _ = sweep("table1_cifar10")
     for sampler in samplers.values():
         at = {S: dataclasses.replace(sampler, S=S).tau(1000) for S in (10, 20, 50, 100, 1000)}
@@ -270,7 +377,7 @@ def test_table_1_of_cifar10_has_the_released_times_and_at_last_the_full_chain() 
         assert at == {S: reference_quad_tau(1000, S) for S in at}
 
 
-def test_one_command_has_the_four_readings_of_sigma_hat_in_the_same_table() -> None:
+def test_one_sweep_has_the_four_variants_of_sigma_hat() -> None:
     (table, _, _), (spec, samplers, S) = sweep("table1_cifar10"), sweep("table1_cifar10_sigma_hat")
     assert dataclasses.replace(spec, sampler=table.sampler) == table
     assert ([row_label(sampler) for sampler in samplers.values()], S) == (
@@ -281,7 +388,7 @@ def test_one_command_has_the_four_readings_of_sigma_hat_in_the_same_table() -> N
     assert params["sampler.spacing"] == "quad,uniform"
 
 
-def test_table_2_encodes_the_test_set_over_times_that_reach_T() -> None:
+def test_table2_encodes_the_test_set_up_to_time_T() -> None:
     name = "experiment=table2_reconstruction"
     spec = spec_of("reconstruct", name)
     assert (spec.data.name, spec.split, spec.n, spec.weights) == ("cifar10", "test", None, "ema")
@@ -293,8 +400,8 @@ def test_table_2_encodes_the_test_set_over_times_that_reach_T() -> None:
 
 
 def test_the_digits_experiments_fit_together() -> None:
-    training, (sweeping, _, _) = spec_of("train", "experiment=digits"), sweep("digits_sweep")
-    named = OmegaConf.load(CONFIGS / "experiment" / "digits_sweep.yaml").checkpoint
+    training, (sweeping, _, _) = spec_of("train", "experiment=digits"), sweep("table_digits")
+    named = OmegaConf.load(CONFIGS / "experiment" / "table_digits.yaml").checkpoint
     assert named == f"{training.output_dir}/checkpoints/last.ckpt"
     assert sweeping.data == training.data
     assert sweeping.metric.extractor == "digits_classifier"
@@ -304,8 +411,3 @@ def test_the_defaults_are_those_of_cifar10() -> None:
     assert spec_of("train") == spec_of("train", "experiment=cifar10")
     assert spec_of("train").data == DataSpec("cifar10", (32, 32), 3)
     assert spec_of("evaluate").sampler == spec_of("sample").sampler == SamplerSpec()
-
-
-def test_the_figures_are_those_of_the_spec() -> None:
-    compute = spec_of("figures").compute
-    assert spec_of("figures") == FigureSpec("all", "a.ckpt", "model", "outputs/figures/model", compute)

@@ -21,6 +21,8 @@ loaded = [name for name in heavy if name in sys.modules]
 print("loaded:", *loaded)
 """
 
+pytestmark = pytest.mark.integration
+
 
 def show_help(script: str) -> str:
     command = [sys.executable, "-c", PROGRAM, str(ROOT / "scripts" / f"{script}.py"), *HEAVY]
@@ -38,7 +40,7 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
         assert f"{group}: {', '.join(options)}\n" in text
     assert f"python scripts/{script}.py" in text
     keys = {
-        "train": ["ckpt_path", "max_steps"],
+        "train": ["checkpoint", "max_steps"],
         "sample": ["format", "eta"],
         "evaluate": ["weights", "eta"],
         "figures": ["figure", "eta"],

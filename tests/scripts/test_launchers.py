@@ -12,6 +12,8 @@ from ddim.checkpoints.model import read_checkpoint
 ROOT = Path(__file__).parents[2]
 SMALL = ["experiment=digits", "trainer.max_steps=2", "trainer.log_every=1", "grid.every=0", "name=lr${optim.lr}"]
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ finally:
     print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
+pytestmark = pytest.mark.integration
+
 
 def peak(checkpoint: Path, folder: Path, n: int, S: int) -> int:
     """Return the largest memory of an evaluation, in KiB."""

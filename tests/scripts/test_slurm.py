@@ -1,4 +1,4 @@
-"""The batch files, with stand-ins for SLURM's commands: what they run, and when the job goes back into the queue."""
+"""The batch files, with stand-ins for SLURM's commands: what they run, and when the job is requeued."""
 
 import os
 import subprocess
@@ -31,23 +31,23 @@ def submit(tmp_path):
     return submit
 
 
-def test_a_training_takes_nodes_and_tasks_from_slurm_and_goes_on_from_the_last_checkpoint(submit):
+def test_training_uses_the_nodes_of_slurm_and_resumes(submit):
     status, calls, _ = submit("train.sbatch", "experiment=celeba", "name=a b")
     assert (status, len(calls)) == (0, 1)
     assert calls[0].startswith("srun python scripts/train.py trainer=ddp trainer.num_nodes=2 trainer.devices=8 ")
-    assert calls[0].endswith(" ckpt_path=last experiment=celeba name=a b")
+    assert calls[0].endswith(" checkpoint=last experiment=celeba name=a b")
 
 
 @pytest.mark.parametrize(
     ("status", "expected", "requeued"), [(0, 0, False), (75, 0, True), (2, 2, False), (1, 1, False)]
 )
-def test_only_a_run_that_was_told_to_stop_goes_back_into_the_queue(submit, status, expected, requeued):
+def test_only_a_stopped_run_is_requeued(submit, status, expected, requeued):
     ended, calls, _ = submit("train.sbatch", "experiment=celeba", status=status)
     assert ended == expected
     assert calls[1:] == (["scontrol requeue 77"] if requeued else [])
 
 
-def test_every_cell_of_a_table_is_in_one_job_of_the_array(submit):
+def test_each_evaluation_is_one_job_of_the_array(submit):
     cells = set()
     for job in range(20):
         status, calls, _ = submit(
@@ -62,13 +62,13 @@ def test_every_cell_of_a_table_is_in_one_job_of_the_array(submit):
     assert cells == {(f"sampler={a}", f"sampler.S={S}") for a in samplers for S in (10, 20, 50, 100)}
 
 
-def test_other_cells_can_be_chosen_and_an_array_that_is_too_long_is_refused(submit):
+def test_other_samplers_and_a_too_long_array(submit):
     chosen = {"SAMPLERS": "ddim ddpm", "STEPS": "10 20"}
     _, calls, _ = submit("sweep.sbatch", "checkpoint=x", SLURM_ARRAY_TASK_ID="3", **chosen)
     assert calls[0].split()[3:5] == ["sampler=ddpm", "sampler.S=20"]
     status, calls, output = submit("sweep.sbatch", "checkpoint=x", SLURM_ARRAY_TASK_ID="4", **chosen)
     assert (status, calls) == (2, [])
-    assert "there are 4 cells, so the array is 0-3" in output
+    assert "there are 4 evaluations, so the array is 0-3" in output
 
 
 def test_the_signal_leaves_time_to_save_and_reaches_python():

@@ -20,11 +20,11 @@ OPTIONS = [
     "trainer.batch_size=32",
     "trainer.log_every=10",
     "grid.every=0",
-    "ckpt_path=last",
+    "checkpoint=last",
 ]
 ONE = ["trainer.accumulate=2"]  # the same two parts of a batch, one after the other
 TWO = ["trainer.strategy=ddp", "trainer.devices=2"]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def start_two(folder, *options):
@@ -60,7 +60,7 @@ def difference(one, other):
     return max(float((sets[0][s][k] - sets[1][s][k]).abs().max()) for s in ("online", "ema") for k in sets[0][s])
 
 
-def test_two_processes_train_as_one_and_each_goes_on_from_the_other(train_one, tmp_path):
+def test_two_processes_train_as_one_and_resume_each_other(train_one, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train_one(one, "trainer.max_steps=20")
     assert start_two(two, "trainer.max_steps=20").wait(240) == 0
@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_and_each_goes_on_from_the_other(train_one, t
     assert steps == [24, 24]
 
 
-def test_two_processes_that_are_told_to_stop_save_the_same_step(train_one, tmp_path):
+def test_two_processes_stop_at_the_same_step(train_one, tmp_path):
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
     process = start_two(folder, "trainer.max_steps=100000", "trainer.checkpoint_every=10")
     last = folder / "checkpoints" / "last.ckpt"
@@ -84,7 +84,7 @@ def test_two_processes_that_are_told_to_stop_save_the_same_step(train_one, tmp_p
     assert process.wait(60) != 0
     step = read_checkpoint(last)["global_step"]
     log = (tmp_path / "stopped.log").read_text()
-    assert f"stopped at step {step} of 100000 and saved it; go on with ckpt_path=last." in log
+    assert f"stopped at step {step} of 100000 and saved it; go on with checkpoint=last." in log
     train_one(folder, f"trainer.max_steps={step + 5}")
     train_one(whole, f"trainer.max_steps={step + 5}")
     assert difference(folder, whole) <= 1e-6

@@ -21,6 +21,8 @@ from ddim.inference.generate import generate
 Run = Callable[..., Any]
 SWEEP = ("-m", "data=digits", "metric=digits_classifier", "n=20", "compute.device=cpu", "output_dir=out")
 
+pytestmark = pytest.mark.integration
+
 
 def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any, Path]) -> None:
     outcome, folder = training
@@ -86,7 +88,7 @@ def test_a_second_run_computes_only_what_is_missing(
     assert (folder / "records.jsonl").read_bytes() == before
 
 
-def test_a_cell_that_fails_does_not_take_the_others_down(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_failed_evaluation_does_not_stop_the_others(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     outcome = run("evaluate", *SWEEP, f"checkpoint={checkpoint}", "sampler=ddim,ddpm", "sampler.S=2000,2")
     assert outcome.code == 2
     reason = "sampler: S=2000 steps cannot be chosen from T=1000 times; S must lie in 1..1000."
@@ -98,7 +100,7 @@ def test_a_cell_that_fails_does_not_take_the_others_down(run: Run, checkpoint: P
     assert len(table["rows"]) == 2
 
 
-def test_a_defect_of_ours_keeps_its_traceback(
+def test_a_defect_keeps_its_traceback(
     run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(fidelity, "generate_batch", no_images)
@@ -143,7 +145,7 @@ def test_device_auto_is_one_that_works(run: Run, checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("there", "device"), [("xpu", "xpu"), ("mps", "cpu"), (None, "cpu")])
-def test_device_auto_is_the_accelerator_where_there_is_one_with_float64(
+def test_device_auto_is_an_accelerator_with_float64(
     run: Run, monkeypatch: pytest.MonkeyPatch, there: str | None, device: str
 ) -> None:
     from _cli import pick_device  # on the path by the fixture

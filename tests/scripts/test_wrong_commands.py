@@ -1,4 +1,4 @@
-"""Twenty-odd command lines with a mistake: one line says what was wrong and what is allowed, and nothing was made."""
+"""Command lines with a mistake: one line states what was wrong and what is allowed, and no file is written."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +111,7 @@ MISTAKES = {
     ),
     "resume from another model": Mistake(
         "train",
-        f"{TRAIN} data=digits ckpt_path=CHECKPOINT",
+        f"{TRAIN} data=digits checkpoint=CHECKPOINT",
         ("another model", "network.ch: 16 and 32", "cannot resume", "choose another name"),
     ),
     "eta for sigma_hat": Mistake(
@@ -123,6 +123,13 @@ MISTAKES = {
     "no such device": Mistake("sample", f"{SAMPLE} compute.device=abacus", ("device=abacus", "cpu always can")),
     "sweep without -m": Mistake("sample", f"{SAMPLE} sampler.S=5,6", ("sampler.S=5,6", "--multirun")),
     "no equals sign": Mistake("sample", f"{SAMPLE} seed", ("the argument 'seed' cannot be read", "write key=value")),
+    "ckpt_path": Mistake(
+        "train", f"{TRAIN} data=digits ckpt_path=last", ("ckpt_path is called checkpoint now; write",)
+    ),
+    "source": Mistake("import_checkpoint", "source=PATH", ("source is called checkpoint now; write checkpoint=...",)),
+    "out of an import": Mistake("import_checkpoint", "checkpoint=PATH out=x", ("out is called output_dir now",)),
+    "out of an export": Mistake("export_checkpoint", "checkpoint=PATH out=x", ("out is called output_dir now",)),
+    "digits_sweep": Mistake("evaluate", "-m experiment=digits_sweep", ("experiment=table_digits now",)),
     "open bracket": Mistake("train", f"{TRAIN} data.size=[8", ("the argument 'data.size=[8' cannot be read",)),
 }
 
@@ -159,7 +166,7 @@ def test_a_mistake_is_one_clear_line(name: str, run: Run, folder: Path, checkpoi
     assert [path for path in made if "hydra" not in path.parts] == []
 
 
-def test_two_different_mistakes_of_a_sweep_are_a_line_each(run: Run, folder: Path, checkpoint: Path) -> None:
+def test_each_mistake_of_a_sweep_is_one_line(run: Run, folder: Path, checkpoint: Path) -> None:
     arguments = f"-m {EVALUATE} sampler.S=0,2000".replace("CHECKPOINT", str(checkpoint)).split()
     outcome = run("evaluate", *arguments)
     assert outcome.code == 2
@@ -169,7 +176,8 @@ def test_two_different_mistakes_of_a_sweep_are_a_line_each(run: Run, folder: Pat
     ]
 
 
-def test_a_real_process_says_the_same(process: Run, folder: Path, checkpoint: Path) -> None:
+@pytest.mark.integration
+def test_a_process_prints_the_same(process: Run, folder: Path, checkpoint: Path) -> None:
     outcome = process("sample", f"checkpoint={checkpoint}", "sampler.S=2000", "output_dir=out", cwd=folder)
     expected = "error: sampler: S=2000 steps cannot be chosen from T=1000 times; S must lie in 1..1000.\n"
     assert outcome == (2, "", expected)

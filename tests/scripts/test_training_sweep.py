@@ -16,6 +16,8 @@ SMALL = (
 )
 SWEEP = (*SMALL, "optim.lr=0.001,0.002", "name=lr${optim.lr}")
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def wandb_runs(monkeypatch):
@@ -35,7 +37,7 @@ def wandb_runs(monkeypatch):
         (("experiment=digits", "logger.group=mine"), "mine"),
     ],
 )
-def test_a_sweep_is_one_group_of_runs_each_with_its_settings(run, wandb_runs, tmp_path, arguments, group):
+def test_a_sweep_is_one_wandb_group_with_settings(run, wandb_runs, tmp_path, arguments, group):
     outcome = run("train", "-m", *arguments, *SWEEP, "logger=wandb_offline")
     assert (outcome.code, outcome.err) == (0, "")
     one, two = wandb_runs

@@ -26,6 +26,8 @@ CSV = "table.csv"
 TABLES = ("table.md", CSV, "table.json", "table.tex")
 OPTIONS = ("data=digits", "metric=digits_classifier", "compute.device=cpu", "n=120", "compute.batch_size=7", "grid=9")
 
+pytestmark = pytest.mark.integration
+
 
 def command(checkpoint: Path, folder: Path, *more: str, processes: int = 1) -> list[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
@@ -67,7 +69,7 @@ def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, finish(command(checkpoint, folder), folder)
 
 
-def test_the_plan_says_what_is_going_to_be_done(whole: tuple[Path, str], checkpoint: Path) -> None:
+def test_the_plan_lists_the_work(whole: tuple[Path, str], checkpoint: Path) -> None:
     folder, out = whole
     lines = [line for line in out.splitlines() if line.startswith("plan: ")]
     assert out.splitlines()[: len(lines)] == lines
@@ -141,9 +143,7 @@ def test_jobs_of_another_launcher_end_in_one_table(whole: tuple[Path, str], chec
     assert tables(folder) == tables(whole[0])
 
 
-def test_cells_that_cannot_be_computed_are_named_at_the_start_and_at_the_end(
-    run: Run, checkpoint: Path, tmp_path: Path
-) -> None:
+def test_impossible_evaluations_are_named_first_and_last(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2000,2", "output_dir=out")
     outcome = run("evaluate", *arguments)
     assert outcome.code == 2
@@ -156,7 +156,21 @@ def test_cells_that_cannot_be_computed_are_named_at_the_start_and_at_the_end(
     assert [cell["state"] for cell in cells] == ["failed", "done", "done"]
 
 
-def test_a_sweep_that_only_its_running_jobs_can_read_has_no_plan(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_sweep_runs_without_a_plan_if_hydra_changes(
+    run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hydra.core.override_parser.overrides_parser", None)
+    outcome = run("evaluate", "-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2", "output_dir=out")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "plan: " not in outcome.out
+    assert (tmp_path / "out" / "table.md").exists()
+
+
+def test_scripts_use_no_private_module_of_hydra() -> None:
+    assert [path.name for path in SCRIPTS.rglob("*.py") if "hydra._internal" in path.read_text()] == []
+
+
+def test_a_sweep_that_only_its_jobs_can_resolve_has_no_plan(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     arguments = (
         "-m",
         *OPTIONS,
@@ -172,7 +186,7 @@ def test_a_sweep_that_only_its_running_jobs_can_read_has_no_plan(run: Run, check
     assert [json.loads(line)["config"]["name"] for line in lines] == ["job0", "job1"]
 
 
-def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
+def test_a_full_disk_is_one_line_and_keeps_finished_shards(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ddim.evaluation import shards as module
@@ -199,7 +213,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_done_stays(
     assert "failed" not in again.out
 
 
-def test_ctrl_c_is_one_word_and_the_same_command_goes_on(
+def test_ctrl_c_prints_one_word_and_the_command_resumes(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from ddim.evaluation import shards as module

@@ -1,0 +1,55 @@
+"""The jobs of a sweep, known before the first of them runs."""
+
+import itertools
+from typing import Any
+
+from _messages import CONFIGS
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError
+
+SWEEP_FLAGS = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
+Jobs = tuple[list[dict[str, Any]], bool]
+
+
+def sweep_jobs(config_name: str, words: list[str]) -> Jobs | None:
+    """Return the configuration of each job that the words of a command ask for, and whether they run in this process.
+
+    None if it is no sweep, or if the jobs cannot be known before they run.
+    """
+    if not SWEEP_FLAGS & set(words) or any(word.startswith("-") and word not in SWEEP_FLAGS for word in words):
+        return None
+    try:
+        from hydra.core.override_parser.overrides_parser import OverridesParser  # made for plugins, and may move
+    except ImportError:
+        return None
+    parse = OverridesParser.create().parse_overrides
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        overrides = parse([word for word in words if word not in SWEEP_FLAGS])
+        fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+        settings = compose(config_name, fixed, return_hydra_config=True).hydra
+        if not settings.sweeper._target_.endswith("BasicSweeper"):  # another sweeper chooses its jobs as it runs
+            return None
+        params = parse([f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()])
+        choices = {}
+        for override in params + overrides:  # the command line replaces the parameters of an experiment
+            swept = override.is_sweep_override()
+            values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+            choices[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
+        configs = [compose(config_name, list(job)) for job in itertools.product(*choices.values())]
+        if any("${now:" in OmegaConf.to_yaml(config) for config in configs):  # the jobs start later
+            return None
+        try:
+            plain = [to_plain(config) for config in configs]
+        except InterpolationResolutionError:  # only a running job knows values such as ${hydra:job.num}
+            return None
+    return plain, settings.launcher._target_.endswith("BasicLauncher")
+
+
+def to_plain(config: DictConfig) -> dict[str, Any]:
+    """Return a configuration as plain values.
+
+    Raises:
+        OmegaConfBaseException: a value is missing or cannot be resolved.
+    """
+    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
