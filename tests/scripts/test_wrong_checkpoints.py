@@ -106,7 +106,7 @@ MISTAKES = {
     "no records": Mistake(
         "export_checkpoint",
         "checkpoint=m.safetensors output_dir=x records=nowhere.jsonl",
-        ("nowhere.jsonl",),
+        ("there is no records file nowhere.jsonl",),
     ),
     "no records of these": Mistake(
         "export_checkpoint",
