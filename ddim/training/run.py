@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import read_checkpoint
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
+from ddim.data.images import MemoryImages
 from ddim.errors import Interrupted, UserError
 from ddim.networks import accelerate
 from ddim.training.callbacks import DivergenceGuard, LossByTime, Progress, SampleGrid
@@ -74,6 +76,8 @@ def build_data(spec: TrainSpec) -> ImageDataModule:
         UserError: see `load_images` and `ImageDataModule`.
     """
     t, images = spec.trainer, load_images(spec.data, "train")
+    if t.overfit:
+        images = MemoryImages(images.name, images.batch(torch.arange(min(t.batch_size, len(images)))))
     return ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
 
 
@@ -132,6 +136,7 @@ def build_trainer(
             enable_model_summary=False,
             enable_progress_bar=os.isatty(2) and max_steps is None,  # a bar for terminals, lines for log files
             default_root_dir=folder,
+            profiler=PROFILERS[t.profiler](dirpath=folder, filename="profile") if t.profiler else None,
         )
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
@@ -144,3 +149,6 @@ def _make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another output_dir.") from error
+
+
+PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}

@@ -33,6 +33,8 @@ class TrainerSpec:
         keep_last: how many of the newest checkpoints are kept.
         keep_every: checkpoints whose step is a multiple of it are kept for good; 0 for none.
         max_skipped: steps in a row that may be skipped because their gradient is not finite.
+        overfit: train on the first `batch_size` images only, which a working training learns by heart.
+        profiler: Lightning's simple (by hook) or advanced (by function) profiler, which writes into the folder of the run; null for none.
 
     Raises:
         ValueError: a number that must be positive is not, or bf16 with winograd, which is for float32.
@@ -55,6 +57,8 @@ class TrainerSpec:
     keep_last: int = 2
     keep_every: int = 0
     max_skipped: int = 100
+    overfit: bool = False
+    profiler: Literal["simple", "advanced"] | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -127,6 +131,8 @@ class TrainSpec:
         groups = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
         groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
         groups["trainer"] = {"batch_size": self.trainer.batch_size}
+        if self.trainer.overfit:
+            groups["trainer"]["overfit"] = True
         values = {f"{group}.{key}": value for group, fields in groups.items() for key, value in fields.items()}
         return {"seed": self.seed} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 

@@ -266,7 +266,7 @@ def test_debug_options_shorten_every_training(option: str) -> None:
         if script == "train":
             spec = spec_of("train", f"experiment={name}", f"debug={option}")
             spec.model_spec()
-            assert spec.trainer.max_steps <= 100
+            assert spec.trainer.max_steps <= {"overfit": 500}.get(option, 100)
             assert spec.output_dir.startswith(f"outputs/debug/{name}/")
 
 
