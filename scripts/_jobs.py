@@ -5,6 +5,7 @@ from typing import Any
 
 from _messages import CONFIGS
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -20,11 +21,16 @@ def sweep_jobs(config_name: str, words: list[str]) -> Jobs | None:
     if not SWEEP_FLAGS & set(words) or any(word.startswith("-") and word not in SWEEP_FLAGS for word in words):
         return None
     try:
-        from hydra.core.override_parser.overrides_parser import OverridesParser  # made for plugins, and may move
-    except ImportError:
+        return _compose_jobs(config_name, words)
+    except (ImportError, AttributeError, TypeError):  # Hydra's parser is made for plugins, and may change
         return None
-    parse = OverridesParser.create().parse_overrides
+
+
+def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        parse = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides
         overrides = parse([word for word in words if word not in SWEEP_FLAGS])
         fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
         settings = compose(config_name, fixed, return_hydra_config=True).hydra

@@ -4,14 +4,19 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
+from _jobs import SWEEP_FLAGS
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
     from ddim.results.wandb import SweepLogger
+
+
+_sessions: "list[Session]" = []  # of this process: none or one
 
 
 class Sweep:
@@ -24,16 +29,6 @@ class Sweep:
     def __init__(self, module: str, spec_name: str) -> None:
         self.module, self.spec_name = module, spec_name
         self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
-        self._session: Session | None = None
-
-    @property
-    def session(self) -> "Session":
-        """What the evaluations share; the processes join at the first call."""
-        from ddim.distributed import join_process_group
-        from ddim.evaluation.session import Session
-
-        self._session = self._session or Session(join_process_group())
-        return self._session
 
     def build(self, config: dict[str, Any]) -> Any:
         """Return the specification of an evaluation."""
@@ -60,10 +55,10 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
-        estimate = forecast(specs, self.session) if here else outline(specs)
+        estimate = forecast(specs, current_session()) if here else outline(specs)
         if not estimate:  # each job is going to report why
             return
-        if self.session.processes.is_main:
+        if current_session().processes.is_main:
             for folder in {self.logger(spec).folder for spec in specs}:
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in estimate + lines), flush=True)
@@ -72,10 +67,12 @@ class Sweep:
         """Compute one evaluation and print its numbers."""
         from ddim.evaluation.sweep import Manifest
 
-        processes = self.session.processes
+        session = current_session()
+        processes = session.processes
         spec = self.build(config)
         logger = self.logger(spec)
-        manifest = Manifest(logger.folder)
+        # A sweep without a plan keeps a manifest too.
+        note = partial(Manifest(logger.folder).note, create=bool(SWEEP_FLAGS & set(sys.argv)))
         evaluate = importlib.import_module(self.module).evaluate
         metrics: dict[str, float] = {}
 
@@ -86,16 +83,16 @@ class Sweep:
 
         try:
             on_main(logger.check)
-            on_main(manifest.note, spec, "running")
+            on_main(note, spec, "running")
             for repetition in spec.repetitions:
-                record, new = evaluate(repetition, self.session)
+                record, new = evaluate(repetition, session)
                 metrics = record["metrics"]
                 on_main(print_metrics, repetition.title, record, new)
                 on_main(logger.log_evaluation, record, repetition.title)
-            on_main(manifest.note, spec, "done")
+            on_main(note, spec, "done")
         except Exception as error:
             if processes.is_main:
-                manifest.note(spec, "failed", reason(error))
+                note(spec, "failed", reason(error))
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics
@@ -106,7 +103,7 @@ class Sweep:
         from ddim.results.records import RECORDS, RecordFile
         from ddim.results.report import write_report
 
-        if not self.session.processes.is_main:
+        if not current_session().processes.is_main:
             return
         for folder, logger in sorted(self.loggers.items()):
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
@@ -120,6 +117,21 @@ class Sweep:
                 logger.log_report(paths)
             for title, why in failures:
                 print(f"failed: {title}: {why}")
+
+
+def current_session() -> "Session":
+    """Return what the evaluations of this process share.
+
+    It belongs to the process, not to `Sweep`, which launchers copy to the processes of their jobs: those join whom they
+    were started with, and load a model once for all their jobs.
+    """
+    from ddim.distributed import join_process_group
+    from ddim.evaluation.session import Session
+
+    processes = join_process_group()
+    if not _sessions or _sessions[-1].processes != processes:
+        _sessions[:] = [Session(processes)]
+    return _sessions[-1]
 
 
 def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:

@@ -93,8 +93,10 @@ class FeatureExtractor:
         if count == 0:
             raise UserError("there are no images to extract features from; generate or load at least one.")
         batches = split(range(count), self.batch_size)
-        features = [features for _, features in map_batches(batches, lambda batch: self._extract_batch(images, batch))]
-        return {layer: torch.cat([batch[layer] for batch in features]) for layer in features[0]}
+        done = list(map_batches(batches, lambda batch: self._extract_batch(images, batch)))
+        if len(done) > len(batches):  # some did not fit into memory; the following calls start with what fits
+            self.batch_size = max(len(batch) for batch, _ in done)
+        return {layer: torch.cat([features[layer] for _, features in done]) for layer in done[0][1]}
 
     def _extract_batch(self, images: Tensor | Dataset[Tensor], batch: range) -> Features:
         pixels = _stack(images, batch)

@@ -44,8 +44,9 @@ class LossByTime(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the sums over all processes, on one of them."""
-        if counts := checkpoint.get(COUNTS):  # older checkpoints have none
-            self.sums = counts["losses"] * trainer.is_global_zero
+        losses = checkpoint.get(COUNTS, {}).get("losses")
+        if losses is not None:  # older checkpoints have none
+            self.sums = losses * trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the sums to the device."""

@@ -262,3 +262,18 @@ def test_description_is_json_and_tells_extractors_apart() -> None:
     assert facts["pixels"]["weights_hash"] != facts["digits_classifier"]["weights_hash"]
     assert facts["digits_classifier"]["feature_layer"] == "64"
     assert facts["digits_classifier"]["torch_fidelity"].startswith("0.4.")
+
+
+def test_extractor_remembers_the_batch_size_that_fits() -> None:
+    extractor, sizes = MetricSpec("pixels", batch_size=64).build_extractor("cpu"), []
+
+    def small_device(network: torch.nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        sizes.append(len(inputs[0]))
+        if sizes[-1] > 16:
+            raise torch.OutOfMemoryError
+
+    images = torch.arange(3 * 64, dtype=torch.uint8)[:, None, None, None]
+    extractor.network.register_forward_pre_hook(small_device)
+    for part in images.split(64):
+        assert torch.equal(extractor.extract(part)["pixels"][:, 0] * 255, part.flatten().float())
+    assert sizes == [64, 32, *[16] * 12]
