@@ -23,10 +23,9 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm
 import torch
-from baselines import BASELINES
-from ours import Baseline, output_difference, random_weights
+from baselines import BASELINES, Baseline, random_weights
 from tables import report
-from timing import Build, autocast, flops, interleave, machine, matmul, repeated, resolve, this_device, words
+from timing import Build, Variant, autocast, flops, interleave, machine, matmul, repeated, resolve, this_device, words
 from torch.profiler import profile
 
 from ddim.checkpoints.convert.model_zoo import PRESETS
@@ -34,9 +33,10 @@ from ddim.config import choose
 from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.diffusion.prediction import x0_and_eps
 from ddim.diffusion.sampling import DDIM, step
+from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation.features import FeatureExtractor
-from ddim.inference.generate import to_pixels
+from ddim.inference.generate import generate, to_pixels
 from ddim.networks import UNetSpec
 from ddim.results.records import RecordFile
 
@@ -73,6 +73,25 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
+def output_difference(name: str, code: Baseline) -> float | None:
+    """Return the largest difference of its output to ours on the same weights, relative to our largest value.
+
+    None for a code base with another network.
+
+    Raises:
+        UserError: a difference above 1e-4.
+    """
+    if not code.same_network:
+        return None
+    x, t = torch.randn(2, *code.image_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10, 900])
+    with torch.no_grad():
+        ours, output = (network.eval()(x, t) for network in (Baseline.network(code), code.network()))
+    difference = float((output - ours).abs().max() / ours.abs().max())
+    if not difference <= 1e-4:  # nor NaN
+        raise UserError(f"{name} has another output than ours on the same weights ({difference:.1e} of its range).")
+    return difference
+
+
 class Benchmark:
     """One run of the benchmark: `run`, and a method for each of PARTS, which take minutes."""
 
@@ -86,10 +105,11 @@ class Benchmark:
         end = time.monotonic() + 60 * self.options.minutes
         for setting in set(self.options.settings) - {"best"}:
             words(setting)
-        weights = random_weights(NETWORKS[self.options.network])
-        for name in self.options.baselines:
-            code = choose("baseline", name, BASELINES)(NETWORKS[self.options.network], weights, self.options.official)
-            self.compare(name, code)
+        codes = {name: choose("baseline", name, BASELINES) for name in self.options.baselines}
+        network = NETWORKS[self.options.network]
+        weights = random_weights(network)
+        for name, code in codes.items():
+            self.compare(name, code(network, weights, self.options.official))
         self.measure_ceiling()
         for i, part in enumerate(self.options.parts):
             minutes = (end - time.monotonic()) / 60 * PARTS[part] / sum(PARTS[p] for p in self.options.parts[i:])
@@ -144,11 +164,8 @@ class Benchmark:
         """Return our code, its last setting, and the first batch size of sampling."""
         if "ours" not in self.baselines:
             raise UserError("scaling, steps and profile measure ours; add it to --baselines.")
-        return (
-            self.baselines["ours"],
-            resolve(self.options.settings[-1], True, self.bf16_is_faster),
-            self.options.batch[0],
-        )
+        setting = resolve(self.options.settings[-1], True, self.bf16_is_faster)
+        return self.baselines["ours"], setting, self.options.batch[0]
 
     def variants(self, build: Any) -> Mapping[str, Build]:
         """Return a variant for each setting of each code base: build(code, setting, device)."""
@@ -174,20 +191,21 @@ class Benchmark:
     def scaling(self, minutes: float) -> None:
         """Time our sampling over the number of steps, and over the number of images at one batch size."""
         ours, setting, batch = self.ours()
-        points = [(1, 1), (1, 2), (1, 5), (1, 10), (2, 2), (3, 2), (4, 2)]
-        build = partial(ours.sampler, setting, self.device, batch)
-        variants = {f"n={n * batch},S={S} {setting}": partial(build, S=S, batches=n) for n, S in points}
+        model, compute = ours.loaded(setting, self.device, batch)
+
+        def build(n: int, S: int) -> Variant:
+            sampler = SamplerSpec(S=S, spacing="uniform")
+            return repeated(lambda: generate(model, sampler, range(n), 0, compute))
+
+        points = [(batch, S) for S in (1, 2, 5, 10)] + [(batches * batch, 2) for batches in (2, 3, 4)]
+        variants = {f"n={n},S={S} {setting}": partial(build, n, S) for n, S in points}
         self.time("scaling", variants, minutes, batch=batch)
 
     def steps(self, minutes: float) -> None:
         """Time the pieces of one stochastic step, the copy of pixels to the host, and their features."""
         (ours, setting, batch), device = self.ours(), self.device
         x, indices = initial_noise(range(batch), ours.image_shape, 0, device=device), torch.arange(batch, device=device)
-        model, t, pixels = (
-            ours.loaded(setting, device, batch)[0],
-            torch.full((batch,), 500, device=device),
-            to_pixels(x),
-        )
+        model, t = ours.loaded(setting, device, batch)[0], torch.full((batch,), 500, device=device)
         calls: dict[str, Any] = {
             "network": torch.inference_mode()(autocast(setting, device)(lambda: model(x, t))),
             "arithmetic": lambda: step(DDIM(1.0), *x0_and_eps("eps", "none", x, x, 0.08), 0.08, 0.19, x),
@@ -196,7 +214,7 @@ class Benchmark:
         }
         variants: dict[str, Build] = {f"{name} {setting}": partial(repeated, call) for name, call in calls.items()}
         variants[f"features {setting}"] = lambda: repeated(
-            partial(FeatureExtractor("efficientnet", device, batch_size=batch).extract, pixels)
+            partial(FeatureExtractor("efficientnet", device, batch_size=batch).extract, to_pixels(x))
         )
         self.time("step", variants, minutes, batch=batch)
 

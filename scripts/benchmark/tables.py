@@ -101,7 +101,7 @@ def report(records: list[Record]) -> str:
         for kind in dict.fromkeys((r["what"], r.get("batch")) for r in run):
             group = [r for r in run if (r["what"], r.get("batch")) == kind]
             base = next((r for r in group if r["peer"] == "official"), group[0])
-            columns = ["peer", *(key for key in base if key not in (*COMMON, "peer"))]
+            columns = ["peer", *sorted({*base} - {*COMMON, "peer"})]
             header, rows = [*columns], [[_entry(r[key]) for key in columns] for r in group]
             if kind[0] in ("sampling", "training", "scaling", "step"):
                 header.append(

@@ -110,7 +110,8 @@ def test_settings_are_resolved_for_ours_and_for_others():
 
 
 def test_a_baseline_with_another_output_is_refused():
-    from ours import Ours, output_difference, random_weights
+    from baselines import Ours, random_weights
+    from speed import output_difference
 
     class Other(Ours):
         def network(self):
