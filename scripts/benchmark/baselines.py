@@ -1,13 +1,10 @@
-"""Our code and three others behind one interface, each used as its users do.
+"""Our code and three others behind one interface, each used as its users do."""
 
-All have DDPM's U-Net with the same weights; denoising-diffusion-pytorch has its own, at the nearest size. Training
-steps start from a batch in the host's memory, samples end as pixels there. Nothing is written to disk.
-"""
-
-import importlib.util
-import math
+import importlib
+import logging
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,16 +13,126 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from ours import Baseline, Ours, State, T, Training
-from timing import apply
+from timing import Variant, autocast, repeated, words
 from torch import Tensor, nn
 
-from ddim.checkpoints import ModelSpec, StoredModel
+from ddim.checkpoints import LoadedModel, ModelSpec, StoredModel
+from ddim.checkpoints.convert.exporting import write_diffusers
+from ddim.data.datamodule import ImageDataModule
+from ddim.data.datasets import DataSpec
+from ddim.data.images import MemoryImages
 from ddim.diffusion.schedule import linear_schedule
+from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.networks import UNetSpec, build_network
+from ddim.inference.compute import ComputeSpec, prepare_model
+from ddim.inference.generate import generate
+from ddim.networks import UNetSpec, accelerate, build_network
+from ddim.training.dry_run import Stopwatch
+from ddim.training.ema import EMA, EMASpec
+from ddim.training.run import build_module, build_trainer
+from ddim.training.spec import TrainerSpec, TrainSpec
 
-RATE, LEARNING_RATE = 0.9999, 2e-4
+T, EMA_RATE, LEARNING_RATE = 1000, 0.9999, 2e-4
+Call = Callable[[], Any]
+# Of a training step: the module, the loss of images (B, C, H, W) in [0, 1], the optimiser, the update of the average.
+Training = tuple[nn.Module, Callable[[Tensor], Tensor], Any, Call]
+
+
+class Baseline:
+    """A code base. Settings are words such as bf16+compile (`timing.words`).
+
+    Attributes:
+        about: what to know of its numbers.
+        same_network: it can have our weights, and then must return our output.
+    """
+
+    about, same_network = "", True
+
+    def __init__(self, spec: UNetSpec, weights: dict[str, Tensor], checkout: str | None) -> None:
+        self.spec, self.weights, self.checkout = spec, weights, checkout
+        self.image_shape = (spec.channels, *spec.image_size)
+        self.model_spec = ModelSpec("unet", spec, linear_schedule(T))
+
+    def network(self) -> nn.Module:
+        """Return a new network on the CPU, called with (x, zero-based times), with our weights if it can have them."""
+        network = build_network("unet", self.spec)
+        network.load_state_dict(self.weights)
+        return network
+
+    @staticmethod
+    def prepare(setting: str, network: nn.Module, device: torch.device) -> nn.Module:
+        """Move a network to the device and accelerate it, in place; bf16 is the matter of `autocast`."""
+        accelerate(network.to(device), device, **{word: True for word in words(setting) if word != "bf16"})
+        return network
+
+    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
+        """Return what makes `batch` images in S deterministic steps, and ends with pixels on the CPU."""
+        raise NotImplementedError
+
+    def _training(self, setting: str, device: torch.device, batch: int) -> Training:
+        raise NotImplementedError
+
+    def sampler(self, setting: str, device: torch.device, batch: int, S: int) -> Variant:
+        """Return the timing of a batch of samples."""
+        return repeated(autocast(setting, device)(self._sampling(setting, device, batch, S)))
+
+    def trainer(self, setting: str, device: torch.device, batch: int) -> Variant:
+        """Return the timing of a training step from images on the CPU: loss, gradient, clipping, Adam, average."""
+        model, loss_of, adam, update_ema = self._training(setting, device, batch)
+        images = torch.rand(batch, *self.image_shape)
+
+        def step() -> None:
+            with autocast(setting, device):
+                loss = loss_of(images.to(device))
+            adam.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            adam.step()
+            update_ema()
+            loss.item()  # for a log
+
+        return repeated(step)
+
+
+class Ours(Baseline):
+    """This code base: `generate`, and training through Lightning."""
+
+    about = "pixels as bytes; training through Lightning, with data, noise and averages as in scripts/train.py"
+
+    def loaded(self, setting: str, device: torch.device, batch: int) -> tuple[LoadedModel, ComputeSpec]:
+        """Return the model on the device, as for sampling, and how it is computed."""
+        model = LoadedModel(self.model_spec, self.network().eval().requires_grad_(False), "online", "", None)
+        compute = ComputeSpec(str(device), batch, **words(setting))
+        return prepare_model(model, compute), compute
+
+    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
+        (model, compute), sampler = self.loaded(setting, device, batch), SamplerSpec(S=S, spacing="uniform")
+        return lambda: generate(model, sampler, range(batch), 0, compute)
+
+    def trainer(self, setting: str, device: torch.device, batch: int) -> Variant:
+        """Return the timing of the steps of a short training, without the first."""
+        warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        if "graphs" in setting:
+            raise UserError("our training has no CUDA graphs")
+        options: Any = words(setting)
+        precision: Any = "bf16-mixed" if options.pop("bf16", False) else "32-true"
+        steps = 3 if device.type == "cpu" else 25
+        trainer = TrainerSpec(steps, batch, accelerator=device.type, precision=precision, **options)
+        data = DataSpec(name="cifar10", size=self.spec.image_size, channels=self.spec.channels)
+        network = {"name": "unet", **vars(self.spec), "init": "torch"}
+        spec = TrainSpec("benchmark", tempfile.gettempdir(), data, network, trainer=trainer)
+        module = build_module(spec, spec.model_spec())
+        images = MemoryImages("random", torch.randint(256, (max(batch, 512), *self.image_shape), dtype=torch.uint8))
+
+        def run() -> float:
+            stopwatch = Stopwatch(1)
+            callbacks = [EMA(EMASpec(EMA_RATE)), stopwatch]
+            lightning = build_trainer(spec, Path(spec.output_dir), callbacks, [], max_steps=steps)
+            lightning.fit(module, ImageDataModule(images, batch, spec.seed, steps, flip=True))
+            return stopwatch.seconds_per_step
+
+        return run
 
 
 class Official(Baseline):
@@ -35,14 +142,11 @@ class Official(Baseline):
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64).float()
 
     def load(self, module: str) -> Any:
-        """Import one file of the checkout."""
-        path = self.checkout / f"{module}.py"
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; --official takes the folder of a checkout of ermongroup/ddim.")
-        spec: Any = importlib.util.spec_from_file_location(f"official_{module.replace('/', '_')}", path)
-        sys.modules[spec.name] = loaded = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(loaded)
-        return loaded
+        """Import a module of the checkout."""
+        if not Path(str(self.checkout), "models", "diffusion.py").is_file():
+            raise UserError(f"{self.checkout}: --official takes the folder of a checkout of ermongroup/ddim.")
+        with mock.patch.object(sys, "path", [str(self.checkout), *sys.path]):
+            return importlib.import_module(module)
 
     @property
     def config(self) -> SimpleNamespace:
@@ -60,32 +164,31 @@ class Official(Baseline):
 
     def network(self) -> nn.Module:
         """See `Baseline`."""
-        network = self.load("models/diffusion").Model(self.config)
-        network.load_state_dict(self.state)
+        network = self.load("models.diffusion").Model(self.config)
+        network.load_state_dict(self.weights)
         return network
 
-    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Callable[[], Any]:
-        steps, move = self.load("functions/denoising").generalized_steps, Tensor.to
-        model = nn.DataParallel(apply(setting, self.network().eval(), device))
+    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
+        steps, move = self.load("functions.denoising").generalized_steps, Tensor.to
+        model = nn.DataParallel(self.prepare(setting, self.network().eval(), device))
         betas, times = self.betas.to(device), range(0, T, T // S)
 
-        def to(x: Tensor, *args: Any, **options: Any) -> Tensor:  # its sampler says .to("cuda")
+        def to(x: Tensor, *args: Any, **options: Any) -> Tensor:  # its sampler calls .to("cuda")
             return x if args == ("cuda",) and device.type != "cuda" else move(x, *args, **options)
 
         def sample() -> Tensor:
             with mock.patch.object(Tensor, "to", to):
-                x = torch.randn(batch, *self.image_shape, device=device)
-                images, _ = steps(x, times, model, betas, eta=0.0)
+                images, _ = steps(torch.randn(batch, *self.image_shape, device=device), times, model, betas, eta=0.0)
             return ((images[-1] + 1) / 2).clamp(0, 1)
 
         return sample
 
     def _training(self, setting: str, device: torch.device, batch: int) -> Training:
-        noise_estimation_loss = self.load("functions/losses").noise_estimation_loss
-        model = nn.DataParallel(apply(setting, self.network().train(), device))
-        average = self.load("models/ema").EMAHelper(mu=RATE)
+        noise_estimation_loss = self.load("functions.losses").noise_estimation_loss
+        model = nn.DataParallel(self.prepare(setting, self.network().train(), device))
+        average = self.load("models.ema").EMAHelper(mu=EMA_RATE)
         average.register(model)
-        adam = self.load("functions/__init__").get_optimizer(self.config, model.parameters())
+        adam = self.load("functions").get_optimizer(self.config, model.parameters())
         betas = self.betas.to(device)
 
         def loss(images: Tensor) -> Tensor:
@@ -94,7 +197,7 @@ class Official(Baseline):
             t = torch.cat([t, T - t - 1], dim=0)[:batch]
             return noise_estimation_loss(model, x, t, torch.randn_like(x), betas)
 
-        return Training(model, loss, adam, lambda: average.update(model))
+        return (model, loss, adam, lambda: average.update(model))
 
 
 class Diffusers(Baseline):
@@ -102,44 +205,32 @@ class Diffusers(Baseline):
 
     about = "pixels as float32 arrays"
 
+    def pipeline(self) -> Any:
+        """Return its pipeline with our weights."""
+        from diffusers import DDIMPipeline
+
+        with tempfile.TemporaryDirectory() as folder:
+            write_diffusers(StoredModel(self.model_spec, self.weights, "online", None), Path(folder), [], None)
+            return DDIMPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+
     def network(self) -> nn.Module:
         """See `Baseline`."""
-        unet = self.unet()
+        unet = self.pipeline().unet
         unet.register_forward_hook(lambda module, inputs, output: output.sample)
         return unet
 
-    def unet(self) -> nn.Module:
-        """Return its network, whose output has a field `sample`."""
-        from diffusers import UNet2DModel
-
-        from ddim.checkpoints.convert.exporting import write_diffusers
-
-        stored = StoredModel(ModelSpec("unet", self.spec, linear_schedule(T)), self.state, "online", None)
-        with tempfile.TemporaryDirectory() as folder:
-            write_diffusers(stored, Path(folder), [], None)
-            return UNet2DModel.from_pretrained(folder, subfolder="unet", low_cpu_mem_usage=False)
-
-    def scheduler(self) -> Any:
-        """Return its noise schedule."""
-        from diffusers import DDIMScheduler
-
-        from ddim.checkpoints.convert.diffusers import scheduler_config
-
-        return DDIMScheduler.from_config(scheduler_config(linear_schedule(T), "eps"))
-
-    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Callable[[], Any]:
-        from diffusers import DDIMPipeline
-
-        pipeline: Any = DDIMPipeline(apply(setting, self.unet().eval(), device), self.scheduler())
-        pipeline.to(device)
+    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
+        pipeline = self.pipeline().to(device)
+        self.prepare(setting, pipeline.unet.eval(), device)
         pipeline.set_progress_bar_config(disable=True)
         return lambda: pipeline(batch, num_inference_steps=S, output_type="np").images
 
     def _training(self, setting: str, device: torch.device, batch: int) -> Training:
         from diffusers.training_utils import EMAModel
 
-        unet, scheduler = apply(setting, self.unet().train(), device), self.scheduler()
-        average = EMAModel(unet.parameters(), decay=RATE)
+        pipeline = self.pipeline()
+        unet, scheduler = self.prepare(setting, pipeline.unet.train(), device), pipeline.scheduler
+        average = EMAModel(unet.parameters(), decay=EMA_RATE)
         average.to(device)
 
         def loss(images: Tensor) -> Tensor:
@@ -148,14 +239,13 @@ class Diffusers(Baseline):
             return F.mse_loss(unet(scheduler.add_noise(x, noise, t), t).sample.float(), noise)
 
         adam = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE)
-        return Training(unet, loss, adam, lambda: average.step(unet.parameters()), log_first=False)
+        return (unet, loss, adam, lambda: average.step(unet.parameters()))
 
 
 class DenoisingDiffusionPytorch(Baseline):
     """denoising-diffusion-pytorch with its own U-Net: linear attention, RMS norms, 7x7 first convolution."""
 
-    same_network = False
-    about = "another U-Net: compare images/s together with its operations"
+    about, same_network = "another U-Net: compare images/s together with its operations", False
 
     def network(self) -> nn.Module:
         """See `Baseline`."""
@@ -170,24 +260,23 @@ class DenoisingDiffusionPytorch(Baseline):
         from denoising_diffusion_pytorch import GaussianDiffusion
 
         options = {"objective": "pred_noise", "beta_schedule": "linear", "sampling_timesteps": S, "timesteps": T}
-        network = apply(setting, self.network(), device)
+        network = self.prepare(setting, self.network(), device)
         return GaussianDiffusion(network, image_size=self.spec.image_size, **options).to(device)
 
-    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Callable[[], Any]:
+    def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
         diffusion = self.diffusion(setting, device, S).eval()
         return lambda: diffusion.sample(batch_size=batch).cpu()
 
     def _training(self, setting: str, device: torch.device, batch: int) -> Training:
-        from ema_pytorch import EMA as Average
+        from ema_pytorch import EMA
 
-        diffusion = self.diffusion(setting, device).train()
-        plain = self.diffusion("default", device)  # a compiled module cannot be copied
-        average = Average(diffusion, ema_model=plain, beta=RATE, update_every=10).to(device)
+        diffusion, plain = self.diffusion(setting, device).train(), self.diffusion("default", device)
+        average = EMA(diffusion, ema_model=plain, beta=EMA_RATE, update_every=10).to(device)  # compiled is not copied
         adam = torch.optim.Adam(diffusion.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99))
-        return Training(diffusion, diffusion, adam, average.update)
+        return (diffusion, diffusion, adam, average.update)
 
 
-def random_weights(spec: UNetSpec) -> State:
+def random_weights(spec: UNetSpec) -> dict[str, Tensor]:
     """Return weights that give outputs of order 1, unlike a freshly initialised network."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -195,42 +284,6 @@ def random_weights(spec: UNetSpec) -> State:
         return {name: value + 0.05 * torch.randn_like(value) for name, value in network.state_dict().items()}
 
 
-def build_baselines(
-    names: list[str], spec: UNetSpec, official: str | None
-) -> tuple[dict[str, Baseline], dict[str, str]]:
-    """Return the code bases that are installed, and the reasons for those that are missing."""
-    state, built, missing = random_weights(spec), {}, {}
-    for name in names:
-        if name == "official" and official is None:
-            missing[name] = "give --official PATH of a checkout of ermongroup/ddim"
-        elif name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
-            missing[name] = f"the package {PACKAGES[name]} is not installed; --path FOLDER adds a folder that holds it"
-        else:
-            built[name] = BASELINES[name](spec, state, Path(official or ""))
-    return built, missing
-
-
-def output_differences(baselines: dict[str, Baseline]) -> dict[str, float]:
-    """Return the largest difference of each output to ours on the same weights, relative to our largest value.
-
-    Raises:
-        UserError: a difference above 1e-4.
-    """
-    outputs = {}
-    for name, baseline in baselines.items():
-        if baseline.same_network:
-            x = torch.randn(2, *baseline.image_shape, generator=torch.Generator().manual_seed(0))
-            with torch.no_grad():
-                outputs[name] = baseline.network().eval()(x, torch.tensor([10, 900]))
-    ours = outputs.pop("ours", next(iter(outputs.values()), torch.ones(1)))
-    differences = {name: float((output - ours).abs().max() / ours.abs().max()) for name, output in outputs.items()}
-    for name, difference in differences.items():
-        if not math.isfinite(difference) or difference > 1e-4:
-            raise UserError(f"{name} has another output than ours on the same weights ({difference:.1e} of its range).")
-    return differences
-
-
-PACKAGES = {"diffusers": "diffusers", "ddpm_pytorch": "denoising_diffusion_pytorch"}
 BASELINES: dict[str, type[Baseline]] = {
     "ours": Ours,
     "official": Official,

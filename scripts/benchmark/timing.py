@@ -1,6 +1,5 @@
-"""Timing for the benchmarks: settings, interleaved rounds, peak memory, operations, the machine."""
+"""Timing for the benchmarks: settings, interleaved rounds, operations, the machine."""
 
-import ctypes
 import math
 import platform
 import re
@@ -8,39 +7,36 @@ import time
 import timeit
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.config import choose
-from ddim.networks import accelerate
-from ddim.networks.acceleration import M_MMAP_MAX, M_TRIM_THRESHOLD, keep_freed_memory
 from ddim.results.records import provenance
 
 Variant = Callable[[], float]  # runs a unit of work and returns its seconds
-AT_LEAST = 0.3  # seconds of one measurement on an accelerator, where the clock is imprecise below
+Build = Callable[[], Variant]
+AT_LEAST = 0.3  # seconds of one measurement; below, clocks are imprecise
 WORDS = ("bf16", "channels_last", "compile", "graphs", "winograd")  # of a setting, joined by +
-N = TypeVar("N", bound=nn.Module)
 
 
-def words(setting: str) -> set[str]:
-    """Return the words of a setting such as bf16+channels_last; `default` has none.
-
-    Raises:
-        UserError: an unknown word.
-    """
-    found = set() if setting == "default" else set(setting.split("+"))
-    for word in found:
-        choose("word of a setting", word, dict.fromkeys(WORDS))
-    return found
+def words(setting: str) -> dict[str, bool]:
+    """Return a setting such as bf16+channels_last as options, none for `default`; a UserError names unknown words."""
+    names = [] if setting == "default" else setting.split("+")
+    for name in names:
+        choose("word of a setting", name, dict.fromkeys(WORDS))
+    return dict.fromkeys(names, True)
 
 
-def apply(setting: str, network: N, device: torch.device) -> N:
-    """Move a network to the device and accelerate it, in place."""
-    accelerate(network.to(device), device, **dict.fromkeys(words(setting) - {"bf16"}, True))
-    return network
+def resolve(name: str, ours: bool, bf16_is_faster: bool) -> str:
+    """Return the setting by this name, for ours or for another code base, which has no winograd."""
+    if name == "best" and bf16_is_faster:
+        return "bf16+channels_last+compile"
+    if name == "best":
+        return "channels_last+winograd" if ours else "channels_last+compile"
+    return name if ours else "+".join(word for word in name.split("+") if word != "winograd") or "default"
 
 
 def autocast(setting: str, device: torch.device) -> torch.autocast:
@@ -61,49 +57,22 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def repeated(call: Callable[[], Any], device: torch.device, at_least: float | None = None) -> Variant:
-    """Return a variant that runs `call` once at first, then as often as fills `at_least` seconds."""
-    least = (AT_LEAST if device.type != "cpu" else 0.0) if at_least is None else at_least
+def repeated(call: Callable[[], Any]) -> Variant:
+    """Return a variant that runs `call` once at first, then as often as fills AT_LEAST seconds."""
     number = 1
 
     def run() -> float:
         nonlocal number
         seconds = timeit.Timer(call, timer=clock).timeit(number) / number
-        number = max(1, math.ceil(least / seconds))
+        number = max(1, math.ceil(AT_LEAST / seconds))
         return seconds
 
     return run
 
 
-def with_memory(variant: Variant, keep: bool) -> Variant:
-    """Let a variant run with freed memory kept, as our code does on CPUs, or with glibc's thresholds as for others."""
-
-    def run() -> float:
-        if keep_freed_memory() and not keep:
-            mmap_threshold = -3  # of glibc's malloc.h
-            values = {M_MMAP_MAX: 65536, mmap_threshold: 32 << 20, M_TRIM_THRESHOLD: 64 << 20}
-            for parameter, value in values.items():
-                ctypes.CDLL(None).mallopt(parameter, value)
-        return variant()
-
-    return run
-
-
-class Timing(NamedTuple):
-    """Seconds to build a variant and run it once; bytes that its second run takes; seconds of each round."""
-
-    first: float
-    peak: int | None
-    seconds: list[float]
-
-
 def interleave(
-    variants: Mapping[str, Callable[[], Variant]],
-    rounds: int,
-    device: torch.device,
-    minutes: float = math.inf,
-    log: Callable[[str], None] = print,
-) -> tuple[dict[str, Timing], dict[str, str]]:
+    variants: Mapping[str, Build], rounds: int, minutes: float = math.inf
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Time every variant once in each round, so that a machine that becomes slower slows all of them down.
 
     Args:
@@ -112,10 +81,11 @@ def interleave(
         minutes: for everything. Variants not built after two thirds of it are left out.
 
     Returns:
-        The timings, and the reason for each variant that is missing: it raised, or there was no time.
+        For each variant `seconds` of its rounds, and `first` to build and run it; the reasons why others are missing.
     """
-    start, timings, missing = time.monotonic(), {}, {}
+    timings: dict[str, dict[str, Any]] = {}
     built: dict[str, Variant] = {}
+    start, missing = time.monotonic(), {}
     for name, build in variants.items():
         if time.monotonic() - start > minutes * 40:
             missing[name] = f"no time left of {minutes:.1f} minutes"
@@ -125,47 +95,20 @@ def interleave(
             variant = build()
             variant()
             first = time.perf_counter() - before
-            timings[name] = Timing(first, peak_memory(variant, device), [])
-            built[name] = variant
-            log(f"{name}: ready after {first:.1f} s")
+            variant()
+            built[name], timings[name] = variant, {"first": first, "seconds": []}
+            print(f"{name}: ready after {first:.1f} s", flush=True)
         except Exception as error:  # one that fails must not end the measurement of the others
-            missing[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-            log(f"{name}: {missing[name]}")
+            missing[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
     ready = time.monotonic()
     for number in range(rounds):
         now = time.monotonic()
         if number and now + (now - ready) / number > start + minutes * 60:
             break  # another round would not fit
         for name, variant in built.items():
-            timings[name].seconds.append(variant())
-        log(f"round {number + 1} of {rounds} done after {time.monotonic() - start:.0f} s")
+            timings[name]["seconds"].append(variant())
+        print(f"round {number + 1} of {rounds} done after {time.monotonic() - start:.0f} s", flush=True)
     return timings, missing
-
-
-def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Return the bytes that a call takes in addition: of torch's allocator, on CPUs of the process (Linux only)."""
-    if device.type != "cpu":
-        memory: Any = torch.get_device_module(device)
-        memory.reset_peak_memory_stats(device)
-        allocated = memory.memory_allocated(device)
-        call()
-        memory.synchronize(device)
-        return int(memory.max_memory_allocated(device) - allocated)
-
-    def kilobytes(name: str) -> int:
-        match = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())
-        return int(match[1]) if match else 0
-
-    try:
-        if keep_freed_memory():
-            ctypes.CDLL(None).malloc_trim(0)  # kept memory would not be counted
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except OSError:
-        call()
-        return None
-    resident = kilobytes("VmRSS")
-    call()
-    return max(0, kilobytes("VmHWM") - resident) * 1024
 
 
 def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
@@ -180,15 +123,16 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Variant:
     """Return a variant that multiplies square matrices; its seconds are those of one floating-point operation."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
-    run = repeated(lambda: a @ b, device, 0.2)
+    run = repeated(lambda: a @ b)
     return lambda: run() / (2 * size**3)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what decides a time besides the code measured."""
+    """Return what decides a time besides the code measured, and the name of a run that starts now."""
     path = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
     return {
+        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": model[1] if model else platform.processor(),
         "threads": torch.get_num_threads(),
