@@ -34,8 +34,8 @@ class TrainerSpec:
         keep_every: checkpoints whose step is a multiple of it are kept for good; 0 for none.
         max_skipped: steps in a row that may be skipped because their gradient is not finite.
         overfit: train on the first `batch_size` images only, which a working training learns by heart.
-        profiler: Lightning's simple (by hook) or advanced (by function) profiler, which writes into the folder
-            of the run; null for none.
+        profiler: Lightning's simple (by hook) or advanced (by function) profiler, which writes into the folder of the
+            run; null for none.
 
     Raises:
         ValueError: a number that must be positive is not, or bf16 with winograd, which is for float32.

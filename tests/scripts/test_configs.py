@@ -225,7 +225,6 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("sampler/ddim", "rule"): RULES,
     ("sampler/ddim", "spacing"): (*SPACINGS, "explicit"),
     ("trainer/default", "precision"): TrainerSpec,
-    ("trainer/default", "profiler"): TrainerSpec,
 }
 
 
