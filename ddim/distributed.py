@@ -40,7 +40,7 @@ class Processes:
         return self.rank == 0
 
     def broadcast(self, value: T) -> T:
-        """Return the value that the first process has."""
+        """Return the value that rank 0 has."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -56,7 +56,7 @@ class Processes:
         return values
 
     def run_on_main(self, call: Callable[[], T]) -> T:
-        """Return what `call` returns in the first process, the only one that calls it.
+        """Return what `call` returns on rank 0, the only one that calls it.
 
         Raises:
             UserError: it failed there, and this is another process.

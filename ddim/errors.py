@@ -1,13 +1,13 @@
-"""The exception types whose messages are meant for the person at the keyboard."""
+"""The exception types whose messages are meant for the user."""
 
 
 class UserError(ValueError):
     """Bad input that the user can put right.
 
     The message is one clear sentence: what was wrong, what is allowed, what to do. The scripts print it without a
-    traceback and exit with status 2; every other exception is a defect of ours and keeps its traceback.
+    traceback and exit with status 2; every other exception is a bug and keeps its traceback.
     """
 
 
 class Interrupted(Exception):
-    """The run was told to stop and saved its state; it can go on. The scripts exit with status 75, "try again"."""
+    """The run received a signal to stop and saved its state; it can be resumed. The scripts exit with status 75."""

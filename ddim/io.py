@@ -50,7 +50,7 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about files that it then refuses
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_uncompressed_zip(path))
-    except Exception as error:  # a damaged or foreign file can make the reader raise anything
+    except Exception as error:  # a damaged or unknown file can make the reader raise anything
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{path} cannot be read as a checkpoint: it needs code to load ({code[1]}), and code in a file can do "
@@ -66,7 +66,7 @@ def printable(name: object) -> str:
 
 @contextmanager
 def explain_read_errors(path: str | Path) -> Iterator[None]:
-    """Turn any exception that the content of a foreign file causes in the block into a UserError of one sentence."""
+    """Turn any exception that the content of an unknown file causes in the block into a UserError of one sentence."""
     try:
         yield
     except UserError:

@@ -1,7 +1,8 @@
-"""Randomness that is addressed, not consumed.
+"""Counter-based random numbers (Philox): functions of (seed, stream, step, index).
 
-Every random number of this project is a pure function of (seed, stream, step, index, position): the noise of image `i`
-at step `k` never depends on the batch it was drawn in, on the number of processes, or on what was drawn before.
+Every random number here is a pure function of (seed, stream, step, index, position): the noise of image `i` at step `k`
+never depends on the batch it was drawn in, on the number of processes, or on what was drawn before. torch's dropout and
+initial weights use torch's generator, seeded from here.
 
 The integers come from Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), written
 in tensor operations so that it runs where the images are. The normals come from Box-Muller with logarithm, sine and

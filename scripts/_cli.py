@@ -1,6 +1,6 @@
-"""The entry point that all scripts share: Hydra composes the configuration, and mistakes become exit codes.
+"""The entry point that all scripts share: Hydra composes the configuration, and errors become exit codes.
 
-Together with _jobs.py, _messages.py and the scripts themselves this is the only file that knows Hydra.
+Only this file, _jobs.py, _messages.py and train.py import Hydra.
 """
 
 import importlib.util
@@ -15,6 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_spec(name) is None), None):
+    sys.exit(
+        f"error: the package {missing} is not installed for this Python; activate the environment (source "
+        ".venv/bin/activate; bash scripts/quickstart.sh creates it), or install with pip install -e ."
+    )
+
 import hydra
 from _jobs import sweep_jobs, to_plain
 from _messages import CONFIGS, explain, explain_any, explain_hydra
@@ -28,7 +34,7 @@ def _rank() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-# Used in configs/hydra: only the first of several processes keeps Hydra's files.
+# Used in configs/hydra: only rank 0 keeps Hydra's files.
 OmegaConf.register_new_resolver("if_main", lambda here, other: other if _rank() else here, replace=True)
 
 
@@ -40,8 +46,8 @@ def entry(
 ) -> None:
     """Run `task` on the composed configuration as plain values.
 
-    The exit status is 2 for a mistake of the user, 1 for a defect in our code, 75 for a run that was told to stop and
-    can go on, 130 after Ctrl-C. Each reason is printed once, at the end. A job of a sweep that fails does not stop the
+    The exit status is 2 for a user error, 1 for a bug, 75 for a run that received a signal to stop and can be resumed,
+    130 after Ctrl-C. Each reason is printed once, at the end. A job of a sweep that fails does not stop the
     others.
 
     Args:
@@ -51,8 +57,6 @@ def entry(
         plan: called before the first job of a sweep, with the configuration of each and whether they run in this
             process.
     """
-    if importlib.util.find_spec("ddim") is None:
-        sys.exit("error: the package ddim is not installed; run bash scripts/quickstart.sh, or pip install -e .")
     failures = Failures(wants_traceback=os.environ.get("HYDRA_FULL_ERROR") == "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its exceptions instead of printing a summary of them
     # The processes of the submitit launcher import this file by its module name before they read any configuration.
@@ -79,7 +83,7 @@ class Failures:
     """What went wrong in the jobs of a command: each reason, and how often.
 
     Args:
-        wants_traceback: print one also for mistakes of the user.
+        wants_traceback: print one also for user errors.
     """
 
     def __init__(self, wants_traceback: bool) -> None:
@@ -89,7 +93,7 @@ class Failures:
         self.process = os.getpid()
 
     def guard(self, call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
-        """Return the result of `call`; count an exception, which is a defect if `explain` returns None."""
+        """Return the result of `call`; count an exception, which is a bug if `explain` returns None."""
         from_launcher = os.getpid() != self.process  # whose process reports exceptions; counts would be lost
         try:
             return call()
@@ -126,7 +130,7 @@ class Failures:
 
 
 def silence() -> None:
-    """Hide third-party noise at every start: a deprecation of torch inside Lightning, and Lightning's tips."""
+    """Hide unneeded log messages of Lightning: a deprecation of torch inside it, and its tips."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""One clear sentence for each mistake of the user."""
+"""One clear sentence for each user error."""
 
 import difflib
 import errno
@@ -22,7 +22,7 @@ CANNOT_WRITE = {
 
 
 def explain(error: Exception) -> str | None:
-    """Return one line for an error of a job that the user can fix, None for a defect in our code."""
+    """Return one line for an error of a job that the user can fix, None for a bug."""
     from ddim.errors import UserError
 
     if isinstance(error, MissingMandatoryValue):

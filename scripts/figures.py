@@ -2,7 +2,7 @@
 
 python scripts/figures.py figure=samples checkpoint=PATH
 python scripts/figures.py figure=consistency checkpoint=PATH
-python scripts/figures.py figure=interpolation checkpoint=PATH indices=[3,17,8,42]
+python scripts/figures.py figure=interpolation checkpoint=PATH 'indices=[3,17,8,42]'
 python scripts/figures.py figure=all checkpoint=PATH name=NAME
 python scripts/figures.py --help
 """

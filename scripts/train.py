@@ -1,7 +1,7 @@
 """Train a network.
 
 python scripts/train.py experiment=cifar10          # any file of configs/experiment, or groups and keys one by one
-python scripts/train.py experiment=cifar10 checkpoint=last       # go on where it stopped
+python scripts/train.py experiment=cifar10 checkpoint=last       # resume
 python scripts/train.py --help
 """
 

@@ -44,7 +44,7 @@ class StoredModel:
         state: parameter name -> weights.
         weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
         step: number of optimiser steps; None if unknown.
-        origin: where imported weights come from, for people to read; {} for weights trained here.
+        origin: where imported weights come from, human-readable; {} for weights trained here.
     """
 
     spec: ModelSpec
@@ -86,7 +86,7 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
             additional EMA.
 
     Raises:
-        UserError: the file does not exist, is damaged or foreign, lacks these weights, or its weights do not fit its
+        UserError: the file does not exist, is damaged or unknown, lacks these weights, or its weights do not fit its
             description.
     """
     stored = read_model(path, weights)

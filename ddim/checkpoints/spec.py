@@ -28,7 +28,7 @@ class ModelSpec:
         network_spec: the spec of that network.
         schedule: the noise levels of the training.
         prediction: what the network predicts, a key of PREDICTIONS.
-        data: name of the training set, for people to read.
+        data: name of the training set, human-readable.
     """
 
     network: str

@@ -112,7 +112,7 @@ class ResumableSampler(Sampler[int]):
 
 
 def flips(seed: int, step: int, positions: Tensor) -> Tensor:
-    """Return which samples of a step are mirrored: bool (b,), fair coins addressed by (seed, step, position)."""
+    """Return which samples of a step are mirrored: bool (b,), fair coins that depend on (seed, step, position)."""
     return random_words(seed, FLIP, step, positions)[:, 0] >= 1 << 31
 
 

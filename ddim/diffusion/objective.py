@@ -42,8 +42,8 @@ def per_sample_loss(
         t: times in 1..T, int64 (B,).
         eps: standard normal, (B, C, H, W).
         prediction: a key of PREDICTIONS.
-        reduction: over the C H W dimensions of an image, a key of REDUCTIONS: `mean` (Ho et al.) or `sum` (the released
-            DDIM code).
+        reduction: over the C H W dimensions of an image, a key of REDUCTIONS: `mean` (Ho et al.) or `sum` (the official
+            implementation).
     """
     a_t = alpha_bar[t].reshape(-1, *[1] * (x0.ndim - 1))
     x_t = q_sample(x0, eps, a_t)

@@ -46,7 +46,7 @@ def x0_and_eps(prediction: str, clip: str, output: Tensor, x_t: Tensor, a_t: flo
         prediction: a key of PREDICTIONS.
         clip: one of CLIP_POLICIES. `none`: the formulas of the paper, and the official implementation. `x0`: x̂0 is
             clipped to [-1, 1], ε̂ stays the network's (diffusers' default). `x0_and_eps`: x̂0 is clipped and ε̂ is
-            derived again from it (OpenAI's code; the released σ̂ code, written there as a posterior mean).
+            derived again from it (OpenAI's code; the official σ̂ code, written there as a posterior mean).
         output, x_t: (B, C, H, W).
         a_t: alpha_bar at the time of x_t, in (0, 1].
     """

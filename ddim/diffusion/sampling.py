@@ -150,7 +150,7 @@ def trajectory(
         rule: DDIM(eta=0) by default.
         prediction: what the model returns, a key of PREDICTIONS.
         clip: one of CLIP_POLICIES.
-        seed, indices: address of the noise: image `indices[i]` gets the noise (seed, indices[i], k) at step k.
+        seed, indices: decide the noise: image `indices[i]` gets the noise (seed, indices[i], k) at step k.
             The indices default to 0..B-1, as in `initial_noise(range(B), ...)`.
 
     Raises:

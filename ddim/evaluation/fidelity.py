@@ -23,7 +23,8 @@ from ddim.io import Tensors
 from ddim.random import check_seed
 from ddim.results.records import Record
 
-SECONDS, SHOWN = "seconds", "shown"  # in a shard, with the features: of sampling and extracting; images of the grid
+# Entries of a shard besides features: seconds (sampling, extraction), and the images of the grid.
+SECONDS, SHOWN = "seconds", "shown"
 
 
 @dataclass(frozen=True, kw_only=True)

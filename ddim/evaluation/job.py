@@ -40,7 +40,7 @@ class JobSpec(ABC):
         output_dir: its folder: records.jsonl, the tables, pictures.
         data: the real images.
         sampler, compute: how to sample, how to compute.
-        weights: ema, online, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for an additional EMA.
         grid: images shown in the grid; 0 for none.
         paper: the table of the paper that the numbers are compared with.
         logger: W&B, if at all.

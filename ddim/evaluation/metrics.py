@@ -175,7 +175,10 @@ def compute_metrics(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
 
 
 def frechet_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
-    """Return |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½) of the feature means and covariances (Heusel et al., 2017)."""
+    """Return |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½) of the feature means and covariances (Heusel et al., 2017).
+
+    The matrix square root is inside torch-fidelity's fid_statistics_to_metric.
+    """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     sides = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (generated, reference)]

@@ -1,6 +1,6 @@
 """A sweep over evaluations: the forecast of its cost, and a manifest of the state of each job.
 
-The manifest informs people and the report. Whether a job is computed again is decided by its record and its shards.
+The manifest informs users and the report. Whether a job is computed again is decided by its record and its shards.
 """
 
 import dataclasses
@@ -100,7 +100,7 @@ class _Remaining(NamedTuple):
 
 
 def forecast(specs: Sequence[JobSpec], session: Session) -> list[str]:
-    """Return the size of a sweep and the time it is expected to take, from a short timing, in lines for people.
+    """Return the size of a sweep and the time it is expected to take, from a short timing, as human-readable lines.
 
     Jobs that cannot be computed are named here, and fail when their turn comes; there are no lines if none can.
     """

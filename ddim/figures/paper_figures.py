@@ -39,7 +39,7 @@ class FigureSpec:
         columns: number of times in x0_strip.
         frames: number of predictions in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
-        weights: ema, online, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for an additional EMA.
         overwrite: replace files of an earlier call.
 
     Raises:

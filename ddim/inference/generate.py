@@ -89,7 +89,7 @@ def sample_steps(
 ) -> Iterator[State]:
     """Yield the state after each step of the sampler from given x_T, (B, C, H, W) on the device of the model.
 
-    The noise of the steps is addressed by `seed` and the image numbers `indices`, (B,).
+    The noise of the steps depends on `seed` and the image numbers `indices`, (B,).
     """
     spec = model.spec
     return sampler.trajectory(model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices)

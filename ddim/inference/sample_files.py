@@ -28,7 +28,7 @@ class SampleSpec:
         n: images, exactly.
         first: number of the first image; image i of a seed is the same in every call.
         seed: of the noise, 0 .. 2**64 - 1.
-        weights: ema, online, or ema_RATE for another average of the training.
+        weights: ema, online, or ema_RATE for an additional EMA.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
         overwrite: replace files of an earlier call.
 

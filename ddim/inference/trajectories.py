@@ -56,7 +56,7 @@ def record_steps(
         context: model, seed and batch size.
         sampler: how to sample.
         x_T: (N, C, H, W), on the CPU.
-        indices: (N,) image numbers, which address the noise of the steps.
+        indices: (N,) image numbers, which the noise of the steps depends on.
         steps: which steps, increasing, of 1..len(tau).
         record: called as record(x_t, state) with x_t before the step and the state after it; returns (B, ...).
         advance: called with the number of images after each step.

@@ -1,1 +1,1 @@
-"""Records of measurements, and the tables, plots and reports made from them; no torch here."""
+"""Records of measurements, and the tables, plots and reports made from them; does not use torch itself."""

@@ -8,7 +8,7 @@ from ddim.results.records import Record
 DEFAULTS = {"kind": "fidelity", "first": 0, "paper": None, "seed": None, "bf16": False, "pixels": None}
 SHARED = ("kind", "paper", "model", "n", "seed", "bf16", "pixels", "reference", "metric")
 FULL = "full"  # the spacing of the chain 1..T
-LABELS = {"raw": "online"}  # how records name weights -> how people do
+LABELS = {"raw": "online"}  # how records name weights -> how tables do
 SHORT = 12  # hexadecimal digits of a shortened hash
 
 

@@ -192,5 +192,5 @@ def rounded(value: float, digits: int = DIGITS) -> float:
 
 
 def number_text(value: float, like: float | None = None) -> str:
-    """Return a number for people: two decimals, or three significant digits if it, or `like`, is below 0.1."""
+    """Return a human-readable number: two decimals, or three significant digits if it, or `like`, is below 0.1."""
     return f"{value:.2f}" if abs(value if like is None else like) >= 0.1 else f"{value:#.3g}"

@@ -71,7 +71,7 @@ class SweepLogger:
         """Check that W&B can be used, before there is something to log.
 
         Raises:
-            UserError: W&B is wanted online, and nobody is logged in.
+            UserError: W&B is wanted online, and the user is not logged in.
         """
         if not self.spec.wandb or self.spec.offline:
             return
@@ -79,7 +79,7 @@ class SweepLogger:
 
         with explain_wandb_errors():
             if not wandb.login():
-                raise wandb.errors.UsageError("nobody is logged in")
+                raise wandb.errors.UsageError("not logged in")
 
     def log_evaluation(self, record: Record, title: str) -> None:
         """Log the numbers and the grid of an evaluation as a run, with its protocol as the run's configuration.

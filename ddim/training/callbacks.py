@@ -187,7 +187,7 @@ class SampleGrid(Callback):
     Args:
         spec: what to sample and when.
         folder: gets step_00001000.png and so on.
-        ema: the average, or None to sample with the online weights.
+        ema: the EMA, or None to sample with the online weights.
         batch_size: the global batch of training; no more images are sampled at once than a device trains on at once.
     """
 
@@ -195,7 +195,7 @@ class SampleGrid(Callback):
         self.spec, self.folder, self.ema, self.batch_size = spec, folder, ema, batch_size
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Sample after every `every`-th optimiser step, on the first process only (nothing is collective)."""
+        """Sample after every `every`-th optimiser step, on rank 0 only (nothing is collective)."""
         every, step = self.spec.every, trainer.global_step
         if not every or not trainer.is_global_zero or not step_ended(trainer, batch_idx, every):
             return

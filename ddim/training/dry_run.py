@@ -17,7 +17,7 @@ from ddim.training.spec import TrainSpec
 
 
 def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
-    """Run `steps` training steps, save nothing, and return what the run will be, in lines for people.
+    """Run `steps` training steps, save nothing, and return what the run will be, as human-readable lines.
 
     Raises:
         UserError: bad input, as from `train`.
@@ -35,7 +35,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     images = len(data.images)
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in module.network.parameters())
-    copies = 3 + (len(spec.ema.rates) if spec.ema else 0)  # the weights, Adam's two moments, the averages
+    copies = 3 + (len(spec.ema.rates) if spec.ema else 0)  # the weights, Adam's two moments, the EMAs
     size = 4 * parameters * copies  # of a checkpoint, in bytes
     kept = t.keep_last + (t.max_steps // t.keep_every if t.keep_every else 0) + 1  # one more while it is written
     left = t.max_steps - done

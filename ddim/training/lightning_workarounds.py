@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def disable_sigterm_broadcast(trainer: Trainer) -> None:
-    """Stop Lightning from asking the first process at every batch whether it received SIGTERM.
+    """Stop Lightning from asking rank 0 at every batch whether it received SIGTERM.
 
     With several processes that is a broadcast, and a wait for the device, per batch. `Checkpoints` asks all of them,
     every few steps.
@@ -24,7 +24,7 @@ def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
     """Rewrite the batch counters of a checkpoint as complete optimiser steps of `accumulate` micro-batches each.
 
     Lightning counts in micro-batches of the run that wrote the checkpoint, whose accumulation may differ, and resumes
-    in the middle of a step when they do not divide. Batches here are addressed by the step, so that is wrong.
+    in the middle of a step when they do not divide. Batches here depend on the step, so that is wrong.
     """
     processed = checkpoint["global_step"] * accumulate
     loop = checkpoint["loops"]["fit_loop"]
@@ -35,7 +35,7 @@ def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
 
 
 def keep_buffers_local(module: LightningModule, names: Iterable[str]) -> None:
-    """Stop DDP from sending these buffers of the first process to all others at every step.
+    """Stop DDP from sending these buffers of rank 0 to all others at every step.
 
     DDP's own argument for it (`broadcast_buffers=False`) is about all buffers, and not Lightning's to set by name.
     """

@@ -32,7 +32,7 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str
 
 def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) -> WandbLogger:
     folder.mkdir(parents=True, exist_ok=True)
-    # The id is stored with the run, so that a resumed training continues the same W&B run. Only the first process logs.
+    # The id is stored with the run, so that a resumed training continues the same W&B run. Only rank 0 logs.
     id_file = folder / "wandb_id.txt"
     if rank_zero_only.rank == 0 and not id_file.exists():  # type: ignore[attr-defined]
         id_file.write_text(os.urandom(4).hex())
@@ -56,7 +56,7 @@ def finish_wandb(spec: LoggerSpec) -> Iterator[None]:
     """End the W&B run, if there is one, after the block: the next training in this process is another run.
 
     Raises:
-        UserError: W&B is wanted online, and nobody is logged in.
+        UserError: W&B is wanted online, and the user is not logged in.
     """
     if not spec.wandb:
         yield

@@ -80,7 +80,9 @@ class OptimSpec:
 
 
 class DiffusionModule(LightningModule):
-    """Trains a network towards the objective; all randomness is addressed by (seed, step, position).
+    """Trains a network on the objective.
+
+    Times and noise are functions of (seed, step, position); dropout of (seed, step, micro-batch, process).
 
     Args:
         spec: the model; stored in every checkpoint.
@@ -107,7 +109,7 @@ class DiffusionModule(LightningModule):
         with _seeded(int(random_words(seed, WEIGHTS, 0, [0]))):
             self.network = build_network(spec.network, spec.network_spec)
         self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
-        # Steps without a finite gradient: all so far, and those in a row up to now.
+        # Steps whose gradient was NaN or infinite: all so far, and those in a row up to now.
         self.register_buffer("skipped", torch.zeros(2, dtype=torch.int64), persistent=False)
         keep_buffers_local(self, ["alpha_bar", "skipped"])
 

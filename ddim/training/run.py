@@ -60,8 +60,8 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     with explain_disk_errors(spec.folder), finish_wandb(spec.logger):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
-    # The process that called `fit` need not be one that trained (ddp_spawn); one that did may get here before the first
-    # process has renamed its last checkpoint, and those of other nodes may not see the file.
+    # The process that called `fit` need not be one that trained (ddp_spawn); one that did may get here before rank 0
+    # has renamed its last checkpoint, and those of other nodes may not see the file.
     step = max(trainer.global_step, read_checkpoint(last)["global_step"] if last.exists() else 0)
     if step < steps:
         raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with checkpoint=last.")
@@ -82,7 +82,7 @@ def build_data(spec: TrainSpec) -> ImageDataModule:
 
 
 def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
-    """Return the module of a run, its network tuned as `spec.trainer` asks for."""
+    """Return the module of a run, its network accelerated as `spec.trainer` asks for."""
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
     here = next(module.network.parameters()).device

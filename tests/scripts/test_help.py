@@ -55,3 +55,12 @@ def test_the_digits_classifier_script_says_what_it_makes() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "ddim/evaluation/assets/digits_classifier.npz" in done.stdout
     assert "--out" in done.stdout
+
+
+def test_a_script_outside_the_environment_says_what_to_do() -> None:
+    command = [sys.executable, "-S", str(ROOT / "scripts" / "train.py")]  # -S: without installed packages
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the package ")
+    assert "source .venv/bin/activate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -54,7 +54,7 @@ class ImportSpec:
         network: instead of a preset, a network as in configs/network.
         schedule: of a checkpoint that does not describe its own; null: linear, T=1000, as in all published files.
         prediction: likewise; null: eps.
-        trained_on: name of the training set, for people to read; null: that of the published file, if known.
+        trained_on: name of the training set, human-readable; null: that of the published file, if known.
         overwrite: replace an existing model file.
 
     Raises:
@@ -104,7 +104,7 @@ class Imported:
         path: of the model file.
         model: its content.
         weights_hash: SHA-256 of its weights.
-        lines: a summary, for people to read.
+        lines: a human-readable summary.
         warnings: what users should know before they use it.
     """
 

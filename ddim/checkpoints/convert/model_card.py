@@ -15,7 +15,7 @@ class Result:
     Attributes:
         metric: name with the number of images, for example fid_50k.
         reference: the data set it is measured against.
-        sampler: for people to read, for example "η=0.0 S=50".
+        sampler: human-readable, for example "η=0.0 S=50".
         value: the number.
         protocol: one line with everything the number depends on.
     """

@@ -1,4 +1,4 @@
-"""Readers of foreign checkpoints: recognise the layout of a file or folder; return its weights and description."""
+"""Readers of checkpoints of other code bases: recognise the layout; return the weights and their description."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
