@@ -13,8 +13,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-# Keys and options of earlier versions.
-RENAMED = {"ckpt_path": "checkpoint", "source": "checkpoint", "out": "output_dir", "digits_sweep": "table_digits"}
+# Names of earlier versions: keys by script, and options.
+RENAMED_KEYS = {
+    "train": {"ckpt_path": "checkpoint"},
+    "import_checkpoint": {"source": "checkpoint", "out": "output_dir"},
+    "export_checkpoint": {"out": "output_dir"},
+}
+RENAMED_OPTIONS = {"digits_sweep": "table_digits"}
 CANNOT_WRITE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     errno.EROFS: "choose another folder",
@@ -45,8 +50,8 @@ def explain_hydra(error: Exception, config_name: str) -> str:
     message = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
-        if option in RENAMED:
-            return f"{group}={option} is called {group}={RENAMED[option]} now."
+        if option in RENAMED_OPTIONS:
+            return f"{group}={option} is called {group}={RENAMED_OPTIONS[option]} now."
         return f"unknown option {group}={option}{suggest(option, error.options)}; allowed: {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
         reason = message.partition(" See https")[0]
@@ -72,8 +77,8 @@ def _unknown_key(key: str, config_name: str) -> str:
     given = [argument.split(",")[0] for argument in sys.argv[1:] if (CONFIGS / argument.split("=")[0]).is_dir()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config: Any = OmegaConf.to_container(compose(config_name, given))
-    if RENAMED.get(key) in config:
-        return f"{key} is called {RENAMED[key]} now; write {RENAMED[key]}=..."
+    if new := RENAMED_KEYS.get(config_name, {}).get(key):
+        return f"{key} is called {new} now; write {new}=...{' with a folder' * (key == 'out')}"
     node, path = config, ""
     for part in key.split("."):
         if not isinstance(node.get(part), dict):
