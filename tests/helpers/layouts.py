@@ -163,7 +163,7 @@ def survives(path, **options):
 def lightning(model, online=None, average=True):
     """Return the content of a training checkpoint, as Lightning writes it."""
     state = {f"network.{name}": value for name, value in (online or model.state).items()}
-    ema = {"EMA": {"shadow": dict(model.state), "decay": 0.9, "updates": 7}, "ModelCheckpoint{}": {"best": None}}
+    ema = {"EMA": {"shadow": model.state, "decay": 0.9, "updates": 7}, "ModelCheckpoint{}": {"best": None}}
     return {
         "pytorch-lightning_version": "2.6.0",
         "ddim": model.spec.to_dict(),

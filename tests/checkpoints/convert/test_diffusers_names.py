@@ -8,7 +8,7 @@ from layouts import NETWORK, NETWORKS, randomised
 
 from ddim.checkpoints.convert.diffusers import unet_config
 from ddim.checkpoints.convert.model_zoo import PRESETS
-from ddim.checkpoints.convert.parameter_names import ParameterNames, describe_mismatches, to_diffusers
+from ddim.checkpoints.convert.parameter_names import ParameterNames, to_diffusers
 from ddim.networks import UNet
 
 
@@ -97,22 +97,3 @@ def test_conversion_of_weights_is_invertible(as_diffusers):
     if as_diffusers:
         q = state["mid.attn_1.q.weight"]
         assert torch.equal(there["mid_block.attentions.0.to_q.weight"], q[:, :, 0, 0])
-
-
-def test_every_kind_of_mismatch_is_named():
-    parameters = ParameterNames(NETWORK, diffusers=True)
-    state = parameters.to_file(UNet(NETWORK).state_dict())
-    assert parameters.mismatches(state) == {}
-    weight = state.pop("conv_norm_out.weight")
-    state["stray"] = weight
-    state["mid_block.attentions.0.to_q.weight"] = state["mid_block.attentions.0.to_q.weight"][:, :, None, None]
-    problems = parameters.mismatches(state)
-    assert problems == {
-        "missing": ["conv_norm_out.weight"],
-        "unexpected": ["stray"],
-        "of the wrong shape": ["mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16)"],
-    }
-    assert describe_mismatches(problems) == (
-        "1 missing (conv_norm_out.weight); 1 unexpected (stray); "
-        "1 of the wrong shape (mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16))"
-    )

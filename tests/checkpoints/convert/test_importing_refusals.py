@@ -175,7 +175,7 @@ def test_a_command_may_repeat_the_description_of_the_file(tmp_path, model, layou
     assert bring(path, **options).model.spec.network_spec.dropout == 0.3
 
 
-def test_a_scheduler_that_contradicts_the_command_is_refused(folder):
+def test_a_command_that_contradicts_the_scheduler_is_refused(folder):
     edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=10)
     message = import_refusal(folder, schedule=ScheduleSpec("linear", T=1000))
     assert "schedule: linear with T=10 and linear with T=1000" in message

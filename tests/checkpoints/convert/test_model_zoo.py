@@ -34,7 +34,10 @@ CONFIGURED = [  # preset, network, data set, image shape, published number of pa
 
 
 def configuration(group, name):
-    return yaml.safe_load((ROOT / "configs" / group / f"{name}.yaml").read_text())
+    """Return the values of a configuration, on top of those that it starts from."""
+    values = yaml.safe_load((ROOT / "configs" / group / f"{name}.yaml").read_text())
+    bases = [configuration(group, base) for base in values.pop("defaults", [])]
+    return {key: value for layer in (*bases, values) for key, value in layer.items()}
 
 
 @pytest.mark.parametrize(("preset", "network", "data", "shape", "count"), CONFIGURED)
