@@ -109,12 +109,14 @@ def test_code_in_a_file_is_named_and_not_run(tmp_path, smallest, payload, saver)
     victim = tmp_path / "executed"
     make, needs = PAYLOADS[payload]
     evil = make(victim)
-    suffixes = (".ckpt", ".pth", ".pt", ".bin", ".safetensors", ".tar", "")
+    suffixes, other = (".ckpt", ".pth", ".pt", ".bin", ".tar", ""), tmp_path / "x.safetensors"
     for i, (place, content) in enumerate(positions(evil, smallest).items()):
-        path = tmp_path / f"{i}{suffixes[i % 7]}"
+        path = tmp_path / f"{i}{suffixes[i % 6]}"
         SAVERS[saver](content, path)
         for read in (read_checkpoint, load_model):
             assert f"{path} cannot be read as a checkpoint: " in refusal(read, path), place
+        SAVERS[saver](content, other)
+        assert import_refusal(other, network=SMALLEST_GIVEN).startswith(f"{other} cannot be read as a checkpoint: ")
         message = import_refusal(path, network=SMALLEST_GIVEN)
         assert not victim.exists(), place
         assert message.startswith(f"{path} cannot be read as a checkpoint: "), place
