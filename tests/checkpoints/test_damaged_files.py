@@ -246,7 +246,8 @@ def test_a_path_without_a_file_is_one_sentence(tmp_path, name):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
-    assert name in import_refusal(tmp_path / name)
+    for overwrite in (False, True):
+        assert name in import_refusal(tmp_path / name, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "diffusion_pytorch_model.bin"])

@@ -162,12 +162,12 @@ def survives(path, **options):
 
 def lightning(model, online=None, average=True):
     """Return the content of a training checkpoint, as Lightning writes it."""
-    state = {f"network.{name}": value for name, value in (online or model.state).items()}
+    online = model.state if online is None else online
     ema = {"EMA": {"shadow": model.state, "decay": 0.9, "updates": 7}, "ModelCheckpoint{}": {"best": None}}
     return {
         "pytorch-lightning_version": "2.6.0",
         "ddim": model.spec.to_dict(),
-        "state_dict": state,
+        "state_dict": {f"network.{name}": value for name, value in online.items()},
         "callbacks": ema if average else {},
         "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2)}}}],
         "global_step": model.step,
