@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from stored import same
+from layouts import same
 
 from ddim.io import atomic_write, read_safetensors, write_safetensors
 

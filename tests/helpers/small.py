@@ -1,10 +1,9 @@
 """A small network as a command names it, and weights for it."""
 
-import torch
+from layouts import gaussian_weights
 
-from ddim.networks import UNet, UNetSpec
+from ddim.networks import UNetSpec
 
-State = dict[str, torch.Tensor]
 # What is typed for a network that is none of the presets, and what it means.
 NETWORK = (
     "network=unet_digits",
@@ -16,8 +15,5 @@ NETWORK = (
 SPEC = UNetSpec((8, 8), 1, 16, (1, 1), 1, (4,), 0.0, 4)
 
 
-def weights(spec: UNetSpec, seed: int = 0) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in UNet(spec).state_dict().items()}
-    return {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+def weights(spec: UNetSpec, seed: int = 0):
+    return gaussian_weights(spec, seed, 0.05)

@@ -7,11 +7,10 @@ import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
+import layouts
 
 from ddim.checkpoints.convert.download import fetch
 from ddim.checkpoints.convert.model_zoo import PublishedFile
-from ddim.errors import UserError
 
 CONTENT = random.Random(0).randbytes(700_001)  # more than two of the blocks that are read at once
 MD5 = hashlib.md5(CONTENT, usedforsecurity=False).hexdigest()
@@ -112,7 +111,7 @@ def without_length(handler, site):
 
 
 def chunked(stop=None):
-    """A server that does not know how long the file is, and says when it is over."""
+    """A server that does not know how long the file is, and reports when it is over."""
 
     def answer(handler, site):
         handler.protocol_version = "HTTP/1.1"
@@ -146,10 +145,7 @@ def visible(folder):
 
 def refusal(published, folder):
     """Return the one sentence with which fetching fails."""
-    with pytest.raises(UserError) as caught:
-        fetch(published, folder)
-    message = str(caught.value)
-    assert re.fullmatch(r"[^\n]*[^.\s]\.", message)
+    message = layouts.refusal(fetch, published, folder)
     assert ". " not in message
     return message
 

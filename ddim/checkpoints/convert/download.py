@@ -16,7 +16,7 @@ from ddim.checkpoints.convert.model_zoo import PublishedFile, file_checksums
 from ddim.errors import UserError
 
 _BLOCK = 1 << 18  # bytes
-_TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 30  # seconds without a byte
 
 
 def fetch(published: PublishedFile, folder: Path) -> Path:
@@ -67,7 +67,7 @@ def _download(url: str, part: Path) -> None:
     present = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={present}-"} if present else {})
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
         if not (present and error.code == 416):  # range not satisfiable: all bytes are there already
             raise

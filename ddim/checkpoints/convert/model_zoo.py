@@ -75,14 +75,14 @@ MANUAL_DOWNLOADS = {"celeba": "https://drive.google.com/file/d/1R_H-fJYXSH79wfSK
 # One upload in two formats, with the SHA-256 that the hub shows. These are online weights: evaluations report an FID
 # of 12.4, close to the 12.1 of the online file above; the EMA weights give 3.2.
 HUB_ONLINE_CIFAR10 = "ddpm-cifar10-32"
-_HUB_FILES = [
+HUB_FILES = [
     PublishedFile(f"google/{HUB_ONLINE_CIFAR10} ({suffix})", "online", "cifar10", None, sha256)
     for suffix, sha256 in (
         ("safetensors", "1558dbe3fb093b0857d473e376b711eeda1b186c557be5e85b3a56300cd49f0f"),
         ("bin", "ac3416a548879738893e935b42cab9119f51745b62bec4b6d8375e4d86e98ea4"),
     )
 ]
-_BY_CHECKSUM = {file.checksum: file for file in (*DOWNLOADS.values(), *_HUB_FILES)}
+KNOWN_FILES = {file.checksum: file for file in (*DOWNLOADS.values(), *HUB_FILES)}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Checksums:
     @property
     def published(self) -> PublishedFile | None:
         """The published file with one of these checksums, or None."""
-        return _BY_CHECKSUM.get(self.md5) or _BY_CHECKSUM.get(self.sha256)
+        return KNOWN_FILES.get(self.md5) or KNOWN_FILES.get(self.sha256)
 
 
 def file_checksums(path: Path) -> Checksums:

@@ -4,16 +4,11 @@ import json
 
 import pytest
 import torch
-from exported import SMALL, SPECS, randomised
+from layouts import NETWORK, NETWORKS, randomised
 
 from ddim.checkpoints.convert.diffusers import unet_config
 from ddim.checkpoints.convert.model_zoo import PRESETS
-from ddim.checkpoints.convert.parameter_names import (
-    ParameterNames,
-    describe_mismatches,
-    to_diffusers,
-    update_attention_names,
-)
+from ddim.checkpoints.convert.parameter_names import ParameterNames, to_diffusers
 from ddim.networks import UNet
 
 
@@ -77,13 +72,13 @@ def test_only_attention_changes_its_shape(name, here, there):
 
 
 def test_the_original_names_and_shapes_are_ours():
-    parameters = ParameterNames(SMALL, diffusers=False)
-    state = {name: tuple(value.shape) for name, value in UNet(SMALL).state_dict().items()}
+    parameters = ParameterNames(NETWORK, diffusers=False)
+    state = {name: tuple(value.shape) for name, value in UNet(NETWORK).state_dict().items()}
     assert parameters.file_shapes == parameters.our_shapes == state
     assert all(name == theirs for name, theirs in parameters.names.items())
 
 
-@pytest.mark.parametrize("spec", [*SPECS.values(), *PRESETS.values()], ids=[*SPECS, *PRESETS])
+@pytest.mark.parametrize("spec", [*NETWORKS.values(), *PRESETS.values()], ids=[*NETWORKS, *PRESETS])
 def test_names_and_shapes_are_those_of_unet2dmodel(hf, spec):
     with torch.device("meta"):
         theirs = hf.UNet2DModel.from_config(json.loads(json.dumps(unet_config(spec))))
@@ -93,7 +88,7 @@ def test_names_and_shapes_are_those_of_unet2dmodel(hf, spec):
 
 @pytest.mark.parametrize("as_diffusers", [False, True])
 def test_conversion_of_weights_is_invertible(as_diffusers):
-    parameters, state = ParameterNames(SPECS["oblong"], as_diffusers), randomised(SPECS["oblong"]).state_dict()
+    parameters, state = ParameterNames(NETWORKS["oblong"], as_diffusers), randomised(NETWORKS["oblong"]).state_dict()
     there = parameters.to_file(state)
     assert {name: tuple(value.shape) for name, value in there.items()} == parameters.file_shapes
     back = parameters.from_file(there)
@@ -102,50 +97,3 @@ def test_conversion_of_weights_is_invertible(as_diffusers):
     if as_diffusers:
         q = state["mid.attn_1.q.weight"]
         assert torch.equal(there["mid_block.attentions.0.to_q.weight"], q[:, :, 0, 0])
-
-
-def test_every_kind_of_mismatch_is_named():
-    parameters = ParameterNames(SMALL, diffusers=True)
-    state = parameters.to_file(UNet(SMALL).state_dict())
-    assert parameters.mismatches(state) == {}
-    weight = state.pop("conv_norm_out.weight")
-    state["stray"] = weight
-    state["mid_block.attentions.0.to_q.weight"] = state["mid_block.attentions.0.to_q.weight"][:, :, None, None]
-    problems = parameters.mismatches(state)
-    assert problems == {
-        "missing": ["conv_norm_out.weight"],
-        "unexpected": ["stray"],
-        "of the wrong shape": ["mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16)"],
-    }
-    assert describe_mismatches(problems) == (
-        "1 missing (conv_norm_out.weight); 1 unexpected (stray); "
-        "1 of the wrong shape (mid_block.attentions.0.to_q.weight (16, 16, 1, 1) instead of (16, 16))"
-    )
-
-
-def test_mismatches_name_at_most_five_parameters():
-    assert describe_mismatches({"missing": list("abcde")}) == "5 missing (a, b, c, d, e)"
-    assert describe_mismatches({"missing": list("abcdef")}) == "6 missing (a, b, c, d, e, ...)"
-
-
-def test_old_attention_names_are_updated():
-    old = {
-        "mid_block.attentions.0.query.weight": 0,
-        "mid_block.attentions.0.key.bias": 1,
-        "down_blocks.1.attentions.1.value.weight": 2,
-        "up_blocks.2.attentions.10.proj_attn.bias": 3,
-        "mid_block.attentions.0.group_norm.weight": 4,
-        "up_blocks.2.attentions.2.to_q.weight": 5,
-        "time_embedding.linear_1.weight": 6,
-        "conv_out.bias": 7,
-    }
-    assert update_attention_names(old) == {
-        "mid_block.attentions.0.to_q.weight": 0,
-        "mid_block.attentions.0.to_k.bias": 1,
-        "down_blocks.1.attentions.1.to_v.weight": 2,
-        "up_blocks.2.attentions.10.to_out.0.bias": 3,
-        "mid_block.attentions.0.group_norm.weight": 4,
-        "up_blocks.2.attentions.2.to_q.weight": 5,
-        "time_embedding.linear_1.weight": 6,
-        "conv_out.bias": 7,
-    }

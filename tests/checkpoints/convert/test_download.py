@@ -45,8 +45,13 @@ def bars(monkeypatch):
     return shown
 
 
+def invalid_length(handler, site):
+    head(handler, 200, "long")
+    site.send(handler, CONTENT)
+
+
 @pytest.mark.parametrize("checksum", [MD5, SHA256], ids=["MD5", "SHA-256"])
-@pytest.mark.parametrize("answer", [ranged(), complete(), without_length, chunked()])
+@pytest.mark.parametrize("answer", [ranged(), complete(), without_length, chunked(), invalid_length])
 def test_a_file_is_downloaded_into_a_new_folder(site, tmp_path, checksum, answer):
     site.answers = [answer]
     folder = tmp_path / "a" / "b"
@@ -61,16 +66,9 @@ def test_progress_resumes_where_the_download_stopped(site, tmp_path, bars):
     site.answers = [ranged(stop=300_000), ranged()]
     refusal(site.published(), tmp_path)
     fetch(site.published(), tmp_path)
-    broken, resumed = bars
-    assert [bar.total for bar in bars] == [700_001] * 2
-    assert [bar.initial for bar in bars] == [0, 300_000]
-    assert [bar.desc for bar in bars] == ["toy.ckpt"] * 2
-    assert [bar.unit for bar in bars] == ["B"] * 2
-    assert sum(broken.steps) == 300_000
-    assert sum(resumed.steps) == 400_001
-    assert len(broken.steps) > 1  # it moves meanwhile
-    assert broken.closed
-    assert resumed.closed
+    assert [(bar.total, bar.unit, bar.desc, bar.closed) for bar in bars] == [(700_001, "B", "toy.ckpt", True)] * 2
+    assert [(bar.initial, sum(bar.steps)) for bar in bars] == [(0, 300_000), (300_000, 400_001)]
+    assert len(bars[0].steps) > 1  # it moves meanwhile
 
 
 def test_progress_without_a_content_length_has_no_total(site, tmp_path, bars):
@@ -80,26 +78,17 @@ def test_progress_without_a_content_length_has_no_total(site, tmp_path, bars):
     assert [(bar.total, bar.initial, sum(bar.steps)) for bar in bars] == [(None, 0, 700_001)]
 
 
-@pytest.mark.parametrize("stop", [1, 262_144, 300_000, 700_000])
-def test_a_broken_download_resumes_at_that_byte(site, tmp_path, stop):
-    site.answers = [ranged(stop=stop), ranged()]
-    message = refusal(site.published(), tmp_path)
-    assert f"broke off after {stop:,} of 700,001 bytes" in message
-    assert visible(tmp_path) == ["toy.ckpt.part"]
-    assert (tmp_path / "toy.ckpt.part").read_bytes() == CONTENT[:stop]
+@pytest.mark.parametrize("stops", [(1,), (262_144,), (300_000,), (700_000,), (0, 1000, 1000, 500_000)])
+def test_a_broken_download_resumes_at_that_byte(site, tmp_path, stops):
+    site.answers = [*(ranged(stop=stop) for stop in stops), ranged()]
+    for stop in stops:
+        assert f"broke off after {stop:,} of 700,001 bytes" in refusal(site.published(), tmp_path)
+        assert visible(tmp_path) == ["toy.ckpt.part"]
+        assert (tmp_path / "toy.ckpt.part").read_bytes() == CONTENT[:stop]
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
-    assert site.ranges == [None, f"bytes={stop}-"]
+    assert site.ranges == [None, *(f"bytes={stop}-" if stop else None for stop in stops)]
     assert site.sent == 700_001  # each byte once
     assert visible(tmp_path) == ["toy.ckpt"]
-
-
-def test_a_repeatedly_broken_download_completes(site, tmp_path):
-    site.answers = [ranged(stop=0), ranged(stop=1000), ranged(stop=1000), ranged(stop=500_000), ranged()]
-    for _ in range(4):
-        refusal(site.published(), tmp_path)
-    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
-    assert site.ranges == [None, None, "bytes=1000-", "bytes=1000-", "bytes=500000-"]
-    assert site.sent == 700_001
 
 
 def test_a_broken_download_of_unknown_length_is_detected(site, tmp_path):
@@ -132,8 +121,7 @@ def test_broken_download_without_ranges_keeps_its_last_bytes(site, tmp_path):
 def test_a_complete_partial_file_is_renamed(site, tmp_path):
     (tmp_path / "toy.ckpt.part").write_bytes(CONTENT)
     assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
-    assert site.ranges == ["bytes=700001-"]
-    assert site.sent == 0
+    assert (site.ranges, site.sent) == (["bytes=700001-"], 0)
     assert visible(tmp_path) == ["toy.ckpt"]
 
 
@@ -150,15 +138,10 @@ def test_a_partial_file_with_wrong_bytes_is_removed(site, tmp_path, part):
     assert site.ranges == [f"bytes={len(part)}-", None]
 
 
-@pytest.mark.parametrize(
-    ("kind", "checksum", "found"),
-    [
-        ("MD5", "0" * 32, hashlib.md5(FOREIGN, usedforsecurity=False).hexdigest()),
-        ("SHA-256", "0" * 64, hashlib.sha256(FOREIGN).hexdigest()),
-    ],
-)
-def test_a_download_with_a_wrong_checksum_is_removed(site, tmp_path, kind, checksum, found):
+@pytest.mark.parametrize(("kind", "checksum"), [("MD5", "0" * 32), ("SHA-256", "0" * 64)])
+def test_a_download_with_a_wrong_checksum_is_removed(site, tmp_path, kind, checksum):
     site.answers = [ranged(FOREIGN)]
+    found = hashlib.new(kind.lower().replace("-", ""), FOREIGN, usedforsecurity=False).hexdigest()
     message = refusal(site.published(checksum), tmp_path)
     assert f"not the published toy: its {kind} is {found}, that of the published file {checksum};" in message
     assert site.url in message
@@ -203,15 +186,6 @@ def test_an_existing_file_with_a_wrong_checksum_is_kept(site, tmp_path, present)
     assert "move it away" in message
     assert (tmp_path / "toy.ckpt").read_bytes() == present
     assert site.requests == []
-
-
-def test_an_invalid_content_length_is_ignored(site, tmp_path):
-    def answer(handler, site):
-        head(handler, 200, "long")
-        site.send(handler, CONTENT)
-
-    site.answers = [answer]
-    assert fetch(site.published(), tmp_path).read_bytes() == CONTENT
 
 
 def test_a_download_is_resumed_through_a_redirect(site, tmp_path):

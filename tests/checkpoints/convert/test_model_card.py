@@ -5,11 +5,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from exported import RESULTS, SMALL, card_of, weights
+import yaml
+from layouts import NETWORK, gaussian_weights
 
 from ddim.checkpoints import ModelSpec, weights_hash
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
+from ddim.checkpoints.convert.model_card import Result
 from ddim.diffusion.schedule import cosine_schedule
+
+RESULTS = (
+    Result("fid_50k", "cifar10/train", "ddim eta=0 S=50", 4.6712345, "fid_50k: 50,000 images, tau quad, seed 0"),
+    Result("fid_50k", "cifar10/train", "σ̂ S=1000", 3.0, "fid_50k: 50,000 images, tau full, seed 0"),
+)
+FRONT = {
+    "library_name": "diffusers",
+    "pipeline_tag": "unconditional-image-generation",
+    "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
+}
+
+
+def card_of(folder):
+    """Return the front matter, read as the hub does, and the text after it."""
+    empty, front, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(front), text
 
 
 @pytest.mark.parametrize(
@@ -25,29 +44,25 @@ def test_the_card_states_the_label_of_the_weights(model_file, tmp_path, label, w
     out = tmp_path / "my digits"
     export_checkpoint(ExportSpec(source, str(out), weights="ema" if label == "ema" else "online"))
     _, text = card_of(out)
-    digest = weights_hash(weights())[:16]
+    digest = weights_hash(gaussian_weights(NETWORK))[:16]
     assert f"{words} `{digest}` at step 790,000, imported from `diffusion.ckpt`.\n" in text
     assert text.startswith("# my digits\n")
     assert "DDPM's U-Net trained on digits: 1x8x8 images in [-1, 1]," in text
-    count = sum(value.numel() for value in weights().values())
+    count = sum(value.numel() for value in gaussian_weights(NETWORK).values())
     assert f"\n{count:,} parameters, noise schedule linear with T=1000, prediction eps.\n" in text
     ema, online, unknown = "Weights: EMA, " in text, "Weights: online " in text, "is not known" in text
     assert [ema, online, unknown] == [label == "ema", label == "online", label == "unlabelled"]
 
 
 def test_the_card_omits_what_is_not_known(model_file, tmp_path):
-    oblong = replace(SMALL, image_size=(8, 12), channels=2)
+    oblong = replace(NETWORK, image_size=(8, 12), channels=2)
     spec = ModelSpec("unet", oblong, cosine_schedule(20), "v")
     export_checkpoint(ExportSpec(model_file(spec=spec, step=None), str(tmp_path / "out")))
     front, text = card_of(tmp_path / "out")
-    assert front == {
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
-    }
+    assert front == FRONT
     assert "DDPM's U-Net: 2x8x12 images" in text
     assert "noise schedule cosine with T=20, prediction v." in text
-    digest = weights_hash(weights(spec=oblong))[:16]
+    digest = weights_hash(gaussian_weights(oblong))[:16]
     assert f"Weights: EMA, SHA-256 `{digest}`.\n" in text
     assert "No results were recorded for these weights." in text
     assert "| metric |" not in text
@@ -57,44 +72,23 @@ def test_the_front_matter_has_the_results_in_hub_format(model_file, tmp_path):
     out = tmp_path / 'the "best": 1'
     export_checkpoint(ExportSpec(model_file(), str(out), license="cc-by-nc-4.0"), lambda of: RESULTS)
     front, text = card_of(out)
-    task, data = {"type": "unconditional-image-generation"}, {"name": "cifar10/train", "type": "cifar10/train"}
-    assert front == {
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
-        "license": "cc-by-nc-4.0",
-        "datasets": ["digits"],
-        "model-index": [
-            {
-                "name": 'the "best": 1',
-                "results": [
-                    {
-                        "task": task,
-                        "dataset": data,
-                        "metrics": [{"type": "fid_50k", "name": "fid_50k, ddim eta=0 S=50", "value": 4.6712345}],
-                    },
-                    {
-                        "task": task,
-                        "dataset": data,
-                        "metrics": [{"type": "fid_50k", "name": "fid_50k, σ̂ S=1000", "value": 3.0}],
-                    },
-                ],
-            }
-        ],
-    }
+    metrics = [("fid_50k, ddim eta=0 S=50", 4.6712345), ("fid_50k, σ̂ S=1000", 3.0)]
+    results = [
+        {
+            "task": {"type": "unconditional-image-generation"},
+            "dataset": {"name": "cifar10/train", "type": "cifar10/train"},
+            "metrics": [{"type": "fid_50k", "name": name, "value": value}],
+        }
+        for name, value in metrics
+    ]
+    index = [{"name": 'the "best": 1', "results": results}]
+    assert front == FRONT | {"license": "cc-by-nc-4.0", "datasets": ["digits"], "model-index": index}
     assert "| fid_50k | ddim eta=0 S=50 | 4.671 | fid_50k: 50,000 images, tau quad, seed 0 |\n" in text
     assert "| fid_50k | σ̂ S=1000 | 3 | fid_50k: 50,000 images, tau full, seed 0 |\n" in text
     assert "No results were recorded" not in text
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        0.5,
-        1234567.0,
-        5e-05,
-    ],
-)
+@pytest.mark.parametrize("value", [0.5, 1234567.0, 5e-05])
 def test_a_result_of_any_size_stays_a_number(model_file, tmp_path, value):
     out = tmp_path / "model"
     export_checkpoint(ExportSpec(model_file(), str(out)), lambda of: [replace(RESULTS[0], value=value)])

@@ -9,8 +9,7 @@ import pytest
 import torch
 import yaml
 
-from ddim.checkpoints.convert import model_zoo
-from ddim.checkpoints.convert.model_zoo import DOWNLOADS, PRESETS, Checksums, PublishedFile, file_checksums
+from ddim.checkpoints.convert.model_zoo import DOWNLOADS, HUB_FILES, KNOWN_FILES, PRESETS, Checksums, file_checksums
 from ddim.networks import build_network
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,25 +25,23 @@ TABLE = {
     "lsun_church": (4432000, "eb619b8a5ab95ef80f94ce8a5488dae3", "2711a6f712e34b06b9d8"),
     "ema_lsun_church": (4432000, "fdc68a23938c2397caba4a260bc2445f", "44ccb50ef3c6436db52e"),
 }
-CONFIGURED = [  # preset, network, data set
-    ("cifar10", "unet_cifar10", "cifar10"),
-    ("celeba", "unet_celeba", "celeba"),
-    ("lsun", "unet_lsun", "lsun_bedroom"),
-    ("lsun", "unet_lsun", "lsun_church"),
+CONFIGURED = [  # preset, network, data set, image shape, published number of parameters
+    ("cifar10", "unet_cifar10", "cifar10", (3, 32, 32), 35_746_307),
+    ("celeba", "unet_celeba", "celeba", (3, 64, 64), 78_700_803),
+    ("lsun", "unet_lsun", "lsun_bedroom", (3, 256, 256), 113_673_219),
+    ("lsun", "unet_lsun", "lsun_church", (3, 256, 256), 113_673_219),
 ]
 
 
-def test_the_presets_and_downloads():
-    assert set(PRESETS) == {"cifar10", "celeba", "lsun"}
-    assert set(DOWNLOADS) == set(TABLE)
-
-
 def configuration(group, name):
-    return yaml.safe_load((ROOT / "configs" / group / f"{name}.yaml").read_text())
+    """Return the values of a configuration, on top of those that it starts from."""
+    values = yaml.safe_load((ROOT / "configs" / group / f"{name}.yaml").read_text())
+    bases = [configuration(group, base) for base in values.pop("defaults", [])]
+    return {key: value for layer in (*bases, values) for key, value in layer.items()}
 
 
-@pytest.mark.parametrize(("preset", "network", "data"), CONFIGURED)
-def test_a_preset_is_the_configured_network(preset, network, data):
+@pytest.mark.parametrize(("preset", "network", "data", "shape", "count"), CONFIGURED)
+def test_a_preset_is_the_configured_network(preset, network, data, shape, count):
     values, images = configuration("network", network), configuration("data", data)
     assert values.pop("name") == "unet"
     references = {"${data.size}": images["size"], "${data.channels}": images["channels"]}
@@ -53,22 +50,10 @@ def test_a_preset_is_the_configured_network(preset, network, data):
     assert found.keys() == vars(spec).keys()
     for key, value in found.items():
         assert getattr(spec, key) == (tuple(value) if isinstance(value, list) else value), key
-
-
-@pytest.mark.parametrize(
-    ("preset", "shape", "count"),
-    [
-        ("cifar10", (3, 32, 32), 35_746_307),
-        ("celeba", (3, 64, 64), 78_700_803),
-        ("lsun", (3, 256, 256), 113_673_219),
-    ],
-)
-def test_a_preset_has_the_published_number_of_parameters(preset, shape, count):
-    spec = PRESETS[preset]
     assert (spec.channels, *spec.image_size) == shape
     with torch.device("meta"):
-        network = build_network("unet", spec)
-    assert sum(value.numel() for value in network.parameters()) == count
+        parameters = build_network("unet", spec).parameters()
+    assert sum(value.numel() for value in parameters) == count
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -82,35 +67,27 @@ def test_a_download_is_that_of_the_table(name):
 
 
 def test_checksums_are_well_formed_and_unique():
-    files = [*DOWNLOADS.values(), *model_zoo._HUB_FILES]
-    assert len(files) == 10
-    assert len({file.checksum for file in files}) == len({file.name for file in files}) == 10
+    assert set(PRESETS) == {"cifar10", "celeba", "lsun"}
+    assert set(DOWNLOADS) == set(TABLE)
+    files = [*DOWNLOADS.values(), *HUB_FILES]
+    assert len(files) == len(KNOWN_FILES) == 10
+    assert len({file.name for file in files}) == 10
     assert all(re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{64}", file.checksum) for file in files)
     urls = [file.url for file in files if file.url]
     assert len(set(urls)) == len(urls) == 8
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_a_published_file_is_known_by_its_checksum(name):
-    found = Checksums(md5=TABLE[name][1], sha256="0" * 64).published
-    assert found is not None
-    assert found.name == name
-
-
-def test_hub_files_are_known_by_checksum_and_are_online():
-    sha256 = [file.checksum for file in model_zoo._HUB_FILES]
-    assert [len(checksum) for checksum in sha256] == [64, 64]
-    for checksum in sha256:
-        found = Checksums(md5="0" * 32, sha256=checksum).published
-        assert found is not None
-        assert found.name.startswith("google/ddpm-cifar10-32")
-        assert (found.weights, found.data, found.step, found.url) == ("online", "cifar10", None, "")
-
-
-def test_any_other_file_is_not_known():
-    assert Checksums(md5="0" * 32, sha256="0" * 64).published is None
-    near = TABLE["cifar10"][1][:-1] + "0"
-    assert Checksums(md5=near, sha256="0" * 64).published is None
+def test_published_files_are_known_by_their_checksum():
+    for name, (_, md5, _) in TABLE.items():
+        assert Checksums(md5=md5, sha256="0" * 64).published == DOWNLOADS[name]
+    assert len(HUB_FILES) == 2
+    for file in HUB_FILES:
+        assert Checksums(md5="0" * 32, sha256=file.checksum).published == file
+        assert len(file.checksum) == 64
+        assert file.name.startswith("google/ddpm-cifar10-32")
+        assert (file.weights, file.data, file.step, file.url) == ("online", "cifar10", None, "")
+    for md5 in ("0" * 32, TABLE["cifar10"][1][:-1] + "0"):
+        assert Checksums(md5=md5, sha256="0" * 64).published is None
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 2**20 - 1, 2**20, 2**20 + 1, 2_500_000])
@@ -121,14 +98,6 @@ def test_checksums_cover_the_complete_file(tmp_path, size):
     assert sums.md5 == hashlib.md5(content, usedforsecurity=False).hexdigest()
     assert sums.sha256 == hashlib.sha256(content).hexdigest()
     assert sums.published is None
-
-
-def test_a_file_is_recognised_by_its_content(tmp_path, monkeypatch):
-    (tmp_path / "renamed.bin").write_bytes(b"weights")
-    for digest in (hashlib.md5(b"weights", usedforsecurity=False), hashlib.sha256(b"weights")):
-        file = PublishedFile("toy", "ema", "digits", 7, digest.hexdigest())
-        monkeypatch.setattr(model_zoo, "_BY_CHECKSUM", {file.checksum: file})
-        assert file_checksums(tmp_path / "renamed.bin").published is file
 
 
 def test_the_config_names_the_downloads_and_presets():

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import SMALLEST, SMALLEST_GIVEN, refusal
+from layouts import SMALLEST, SMALLEST_GIVEN, WEIGHTS_FILE, at_root, export, import_refusal, lightning, refusal
 
-from ddim.checkpoints import save_model
-from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
+from ddim.checkpoints import load_model
+from ddim.checkpoints.model import read_checkpoint
 from ddim.networks import UNet
 
 
@@ -74,17 +74,20 @@ SAVERS = {
 TENSORS = {"torch.storage._load_from_bytes", "torch._utils._rebuild_tensor_v2"}
 
 
-def positions(evil, state, model):
+@pytest.fixture(autouse=True)
+def no_warnings():
+    """torch warns of protocols it does not know, before it refuses them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def positions(evil, model):
     """Return every place of every layout: name -> content of a file."""
-    lightning = {
-        "ddim": model.spec.to_dict(),
-        "state_dict": {f"network.{name}": value for name, value in state.items()},
-        "callbacks": {"EMA": {"shadow": dict(state)}},
-        "global_step": 3,
-    }
+    state, training = model.state, lightning(model)
     return {
         "alone": evil,
-        "flat, beside the weights": state | {"extra": evil},
+        "flat, next to the weights": state | {"extra": evil},
         "flat, first": {"extra": evil} | state,
         "flat, a name": OrderedDict([*state.items(), ((1, evil), torch.zeros(1))]),
         "official, the model": [evil, {}, 0, 1, state],
@@ -93,25 +96,28 @@ def positions(evil, state, model):
         "official, the epoch": [state, {}, evil, 1],
         "official, the step": [state, {}, 0, evil],
         "official, the average": [state, {}, 0, 1, evil],
-        "lightning, in the description": lightning | {"ddim": lightning["ddim"] | {"data": evil}},
-        "lightning, in the weights": lightning | {"state_dict": {"network.a": evil}},
-        "lightning, in the average": lightning | {"callbacks": {"EMA": {"shadow": {"a": evil}}}},
-        "lightning, beside it": lightning | {"hyper_parameters": {"a": [{"b": evil}]}},
+        "lightning, in the description": training | {"ddim": training["ddim"] | {"data": evil}},
+        "lightning, in the weights": training | {"state_dict": {"network.a": evil}},
+        "lightning, in the average": training | {"callbacks": {"EMA": {"shadow": {"a": evil}}}},
+        "lightning, next to it": training | {"hyper_parameters": {"a": [{"b": evil}]}},
     }
 
 
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_code_in_a_file_is_named_and_not_run(tmp_path, state, model, payload, saver):
+def test_code_in_a_file_is_named_and_not_run(tmp_path, smallest, payload, saver):
     victim = tmp_path / "executed"
     make, needs = PAYLOADS[payload]
     evil = make(victim)
-    for i, (place, content) in enumerate(positions(evil, state, model).items()):
-        path = tmp_path / f"{i}{('.ckpt', '.pth', '.pt', '.bin')[i % 4]}"
+    suffixes, other = (".ckpt", ".pth", ".pt", ".bin", ".tar", ""), tmp_path / "x.safetensors"
+    for i, (place, content) in enumerate(positions(evil, smallest).items()):
+        path = tmp_path / f"{i}{suffixes[i % 6]}"
         SAVERS[saver](content, path)
-        with warnings.catch_warnings():  # torch warns of protocols it does not know, before it refuses them
-            warnings.simplefilter("ignore")
-            message = refusal(path, network=SMALLEST_GIVEN)
+        for read in (read_checkpoint, load_model):
+            assert f"{path} cannot be read as a checkpoint: " in refusal(read, path), place
+        SAVERS[saver](content, other)
+        assert import_refusal(other, network=SMALLEST_GIVEN).startswith(f"{other} cannot be read as a checkpoint: ")
+        message = import_refusal(path, network=SMALLEST_GIVEN)
         assert not victim.exists(), place
         assert message.startswith(f"{path} cannot be read as a checkpoint: "), place
         if saver == "newest pickle":  # whose reader stops before it knows any name
@@ -125,36 +131,18 @@ def test_code_in_a_file_is_named_and_not_run(tmp_path, state, model, payload, sa
     assert victim.exists()  # the trap itself works
 
 
-@pytest.mark.parametrize("saver", SAVERS)
-@pytest.mark.parametrize("name", ["x.ckpt", "x.pth", "x.pt", "x.bin", "x.safetensors", "x.tar", "x"])
-def test_code_is_refused_under_any_file_name(tmp_path, state, name, saver):
-    victim = tmp_path / "executed"
-    for evil in (make(victim) for make, _ in PAYLOADS.values()):
-        SAVERS[saver](state | {"extra": evil}, tmp_path / name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            message = refusal(tmp_path / name, network=SMALLEST_GIVEN)
-        assert message.startswith(f"{tmp_path / name} cannot be read as a checkpoint: ")
-    assert not victim.exists()
-
-
 @pytest.mark.parametrize("saver", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("file", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"])
 @pytest.mark.parametrize("at", ["unet", "."])
-def test_code_in_a_folder_of_diffusers_is_refused(tmp_path, model, at, file, saver):
-    victim = tmp_path / "executed"
-    save_model(model, tmp_path / "x.safetensors")
-    export_checkpoint(ExportSpec(str(tmp_path / "x.safetensors"), str(tmp_path / "folder")))
-    folder = tmp_path / "folder" / at
+def test_code_in_a_folder_of_diffusers_is_refused(tmp_path, smallest, at, file, saver):
+    victim, folder = tmp_path / "executed", export(smallest, tmp_path, "diffusers")
     if at == ".":
-        (tmp_path / "folder" / "unet" / "config.json").rename(folder / "config.json")
-        (tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-        (tmp_path / "folder" / "unet").rmdir()
-    for old in folder.glob("diffusion*"):
-        old.unlink()
-    SAVERS[saver]({"conv_in.bias": torch.zeros(4), "x": Calls(os.system, f"touch {victim}")}, folder / file)
-    for source in (tmp_path / "folder", folder / file):
-        message = refusal(source)
+        at_root(folder)
+    (folder / at / Path(WEIGHTS_FILE).name).unlink()
+    path = folder / at / file
+    SAVERS[saver]({"conv_in.bias": torch.zeros(4), "x": Calls(os.system, f"touch {victim}")}, path)
+    for source in (folder, path):
+        message = import_refusal(source)
         if file.endswith(".bin") and saver != "pickle":
             assert f"it needs code to load ({os.name}.system)" in message
     assert not victim.exists()
@@ -164,9 +152,7 @@ def test_code_in_a_folder_of_diffusers_is_refused(tmp_path, model, at, file, sav
 def test_a_pickled_network_is_code(tmp_path, saver):
     for content in (UNet(SMALLEST), {"model": UNet(SMALLEST)}, [UNet(SMALLEST), {}, 0, 1]):
         SAVERS[saver](content, tmp_path / "x.ckpt")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            message = refusal(tmp_path / "x.ckpt", network=SMALLEST_GIVEN)
+        message = import_refusal(tmp_path / "x.ckpt", network=SMALLEST_GIVEN)
         if saver != "newest pickle":
             assert "it needs code to load (ddim.networks.unet.UNet), and code in a file can do anything" in message
 
@@ -206,9 +192,7 @@ def test_handwritten_pickles_are_not_run(tmp_path, name):
                 archive.writestr("archive/byteorder", b"little")
         else:
             path.write_bytes(content)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            message = refusal(path, network=SMALLEST_GIVEN)
+        message = import_refusal(path, network=SMALLEST_GIVEN)
         assert message.startswith(f"{path} cannot be read as a checkpoint: ")
         assert not victim.exists()
         if as_zip and name in ("REDUCE", "twice", "under an ordered dict", "then tensors"):
@@ -223,6 +207,4 @@ def test_an_archive_of_torchscript_is_refused(tmp_path):
         for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
             archive.writestr(f"x/{name}", pickle.dumps({}, 2))
         archive.writestr("x/version", b"3\n")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert "x.pt cannot be read as a checkpoint" in refusal(tmp_path / "x.pt")
+    assert "x.pt cannot be read as a checkpoint" in import_refusal(tmp_path / "x.pt")

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from foreign import (
+from layouts import (
     GIVEN,
+    LAYOUTS,
     MODELS,
     NETWORK,
     NO_AVERAGE,
@@ -17,81 +19,98 @@ from foreign import (
     at_root,
     bring,
     export,
+    import_refusal,
+    lightning,
     put,
-    refusal,
+    same,
+    save,
     weights,
-    write_lightning,
 )
 from safetensors import safe_open
-from stored import same
 
-from ddim.checkpoints import StoredModel, load_model, read_model, weights_hash
+from ddim.checkpoints import ModelSpec, StoredModel, load_model, read_model, weights_hash
 from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
-from ddim.checkpoints.convert.model_zoo import _BY_CHECKSUM, PublishedFile
+from ddim.checkpoints.convert.model_zoo import KNOWN_FILES, PRESETS, PublishedFile
+from ddim.diffusion.schedule import linear_schedule
 from ddim.networks import UNet
 
 
-@pytest.mark.parametrize(
-    ("layout", "which"),
-    [
-        (layout, which)
-        for layout in ("flat", "official", "diffusers", "lightning", "safetensors")
-        for which in MODELS
-        if (layout, which) != ("diffusers", "wide first")
-    ],
-)
-def test_a_round_trip_gives_the_same_model_bit_for_bit(tmp_path, layout, which):
+def assert_same_model(back, spec, state, step):
+    assert same(back.state, state)
+    assert back.spec.differences(spec) == spec.differences(back.spec) == []
+    assert torch.equal(back.spec.schedule.alpha_bar, spec.schedule.alpha_bar)
+    assert back.spec.schedule.name == spec.schedule.name
+    assert (back.spec.network, back.spec.prediction) == ("unet", spec.prediction)
+    assert back.spec.network_spec == spec.network_spec  # the dropout, too
+    assert back.spec.data == spec.data
+    assert back.step == step
+
+
+STATES_LABEL = ("diffusers", "safetensors")
+CASES = [
+    (layout, which, label)
+    for layout in LAYOUTS
+    for which in MODELS
+    for label in (("ema", "online", "unlabelled") if layout in STATES_LABEL else ("ema",))
+    if (layout, which) != ("diffusers", "wide first")
+]
+
+
+@pytest.mark.parametrize(("layout", "which", "label"), CASES)
+def test_a_round_trip_gives_the_same_model_bit_for_bit(tmp_path, layout, which, label):
     spec, options = MODELS[which]
-    model = StoredModel(spec, weights(spec.network_spec), "ema", 1234)
+    model = StoredModel(spec, weights(spec.network_spec), label, 1234)
     path, options = put(model, tmp_path, layout, options)
     done = bring(path, layout=layout, **options)
     # The file, and not only what was returned, is that model.
-    for back in (done.model, read_model(done.path)):
-        assert same(back.state, model.state)
-        assert back.spec.differences(spec) == spec.differences(back.spec) == []
-        assert torch.equal(back.spec.schedule.alpha_bar, spec.schedule.alpha_bar)
-        assert back.spec.schedule.name == spec.schedule.name
-        assert (back.spec.network, back.spec.prediction) == ("unet", spec.prediction)
-        assert back.spec.network_spec == spec.network_spec  # the dropout, too
-        assert back.spec.data == spec.data
-        assert back.weights == "ema"
-        assert back.step == (None if layout == "flat" else 1234)
+    asked = "online" if label == "online" else "ema"
+    for back in (done.model, read_model(done.path, asked)):
+        assert_same_model(back, spec, model.state, None if layout == "flat" else 1234)
+        assert back.weights == label
         assert back.origin["layout"] == layout
-    assert done.weights_hash == weights_hash(model.state) == load_model(done.path).weights_hash
-    assert done.warnings == []
-
-
-def test_a_chain_through_every_layout_changes_nothing(tmp_path):
-    spec, options = MODELS["plain"]
-    model = StoredModel(spec, weights(NETWORK), "ema", None)
-    latest = model
-    for i, layout in enumerate(["diffusers", "flat", "safetensors", "diffusers", "official", "lightning", "flat"]):
-        (tmp_path / str(i)).mkdir()
-        path, needed = put(replace(latest, step=5), tmp_path / str(i), layout, options)
-        latest = bring(path, **needed).model
-    assert same(latest.state, model.state)
-    assert latest.spec.differences(spec) == []
-
-
-@pytest.mark.parametrize("label", ["ema", "online", "unlabelled"])
-@pytest.mark.parametrize("layout", ["diffusers", "safetensors"])
-def test_the_label_survives_in_formats_that_store_it(tmp_path, layout, label):
-    model = StoredModel(MODELS["cosine"][0], weights(MODELS["cosine"][0].network_spec), label, 7)
-    path, _ = put(model, tmp_path, layout, {})
-    done = bring(path)
-    assert (done.model.weights, done.model.step) == (label, 7)
+    assert done.weights_hash == weights_hash(model.state) == load_model(done.path, asked).weights_hash
     assert done.warnings == {"ema": [], "online": [NO_AVERAGE], "unlabelled": [UNLABELLED]}[label]
     if label == "unlabelled":
         assert bring(path, weights="online", overwrite=True).model.weights == "online"
-    else:
-        other = {"ema": "online", "online": "ema"}[label]
-        message = refusal(path, weights=other, overwrite=True)
+    elif layout in STATES_LABEL:
+        message = import_refusal(path, weights={"ema": "online", "online": "ema"}[label], overwrite=True)
         assert message.endswith(f" holds {label} weights only; choose weights=auto.")
 
 
-@pytest.fixture(scope="module")
-def state():
-    return weights(NETWORK)
+FULL = {"cifar10": 35_746_307, "celeba": 78_700_803, "lsun": 113_673_219}
+
+
+@pytest.fixture(scope="module", params=FULL)
+def full(request):
+    """The name of a published network, and weights for it."""
+    return request.param, weights(PRESETS[request.param])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_round_trip_at_the_published_size(tmp_path, full, layout):
+    name, state = full
+    spec = ModelSpec("unet", PRESETS[name], linear_schedule(), data=name)
+    path, options = put(StoredModel(spec, state, "ema", 500_000), tmp_path, layout, {"trained_on": name})
+    done = bring(path, **options)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert f"{FULL[name]:,} parameters" in done.lines[2]
+    if layout in ("flat", "official"):
+        assert f"network: preset {name}, " in done.lines[2]
+    back = read_model(done.path)
+    assert_same_model(back, spec, state, None if layout == "flat" else 500_000)
+    assert (back.weights, done.warnings) == ("ema", [])
+    shutil.rmtree(tmp_path)
+
+
+def test_a_chain_through_every_layout_changes_nothing(tmp_path, model):
+    latest = model
+    for i, layout in enumerate(["diffusers", "flat", "safetensors", "diffusers", "official", "lightning", "flat"]):
+        (tmp_path / str(i)).mkdir()
+        path, needed = put(replace(latest, step=5), tmp_path / str(i), layout, MODELS["plain"][1])
+        latest = bring(path, **needed).model
+    assert same(latest.state, model.state)
+    assert latest.spec.differences(model.spec) == []
 
 
 # What a source is, and what it is called.
@@ -101,16 +120,15 @@ def state():
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_fitting_preset_is_chosen(tmp_path, presets, name, asked):
     mine = weights(presets[name])
-    torch.save(mine, tmp_path / "flat.ckpt")
-    done = bring(tmp_path / "flat.ckpt", preset=name if asked else None)
+    path = save(mine, tmp_path / "flat.ckpt")
+    done = bring(path, preset=name if asked else None)
     assert done.model.spec.network_spec == presets[name]
     assert done.lines[2] == (
         f"network: preset {name}, {sum(v.numel() for v in mine.values()):,} parameters, every name and shape checked"
     )
     assert same(done.model.state, mine)
-    others = [other for other in presets if other != name]
-    for other in others:
-        assert f"do not fit preset {other}: " in refusal(tmp_path / "flat.ckpt", preset=other, overwrite=True)
+    for other in presets.keys() - {name}:
+        assert f"do not fit preset {other}: " in import_refusal(path, preset=other, overwrite=True)
 
 
 def test_a_flat_file_gets_the_published_defaults(flat):
@@ -144,9 +162,8 @@ def test_the_summary_and_the_origin_are_complete(flat):
     assert (description["weights"], description["step"], description["data"]) == ("ema", None, "cats")
 
 
-def test_the_summary_of_a_described_source(tmp_path, state):
-    model = StoredModel(MODELS["plain"][0], state, "ema", 790_000)
-    done = bring(write_lightning(model, tmp_path / "last.ckpt"))
+def test_the_summary_of_a_described_source(tmp_path, model):
+    done = bring(save(lightning(model), tmp_path / "last.ckpt"))
     assert ": described by the file, " in done.lines[2]
     assert done.lines[4].startswith("weights: ema at step 790,000, hash ")
     renamed = bring(tmp_path / "last.ckpt", trained_on="dogs", overwrite=True)
@@ -171,17 +188,6 @@ def test_the_file_is_named_after_its_source(tmp_path, flat, folder, monkeypatch)
     assert not (tmp_path / "downloads").exists()
 
 
-def test_the_current_folder_has_a_name(folder, monkeypatch, tmp_path):
-    monkeypatch.chdir(folder)
-    assert import_checkpoint(ImportSpec(str(tmp_path / "out"), "d", checkpoint=".")).path.name == "folder.safetensors"
-
-
-def test_a_tilde_is_the_home_of_the_user(flat, tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    spec = ImportSpec("~/new", "d", checkpoint="~/flat.ckpt", name="out", network=GIVEN)
-    assert import_checkpoint(spec).path == tmp_path / "new" / "out.safetensors"
-
-
 # Files that are known.
 
 
@@ -190,7 +196,7 @@ def known(monkeypatch, path, label, algorithm):
     """Within: a file is a published one."""
     checksum = hashlib.new(algorithm, path.read_bytes()).hexdigest()
     with monkeypatch.context() as patch:
-        patch.setitem(_BY_CHECKSUM, checksum, PublishedFile("the_file", label, "cats", 123_000, checksum))
+        patch.setitem(KNOWN_FILES, checksum, PublishedFile("the_file", label, "cats", 123_000, checksum))
         yield checksum
 
 
@@ -210,7 +216,7 @@ def test_a_published_file_is_known_by_its_checksum(flat, monkeypatch, label, alg
             assert model.origin["published"] == "the_file"
             assert done.lines[1] == f"known file: the_file, checksum {checksum}"
             assert done.warnings == ([warning] if label == "online" else [])
-        message = refusal(flat, network=GIVEN, weights=other, overwrite=True)
+        message = import_refusal(flat, network=GIVEN, weights=other, overwrite=True)
         assert message == f"{flat} is known to hold {label} weights, not {other}; leave weights=auto."
         assert bring(flat, network=GIVEN, trained_on="dogs", overwrite=True).model.spec.data == "dogs"
     done = bring(flat, network=GIVEN, overwrite=True)
@@ -246,10 +252,8 @@ def test_a_copy_of_the_online_upload_is_known_by_its_folder(folder, name, monkey
     assert warning.startswith("ddpm-cifar10-32 is known")
 
 
-def test_the_header_of_our_export_beats_the_folder_name(tmp_path, state):
-    model = StoredModel(MODELS["plain"][0], state, "ema", 1)
-    path = export(model, tmp_path, "diffusers", "ddpm-cifar10-32")
-    done = bring(path)
+def test_the_header_of_our_export_beats_the_folder_name(tmp_path, model):
+    done = bring(export(model, tmp_path, "diffusers", "ddpm-cifar10-32"))
     assert (done.model.weights, done.warnings) == ("ema", [])
 
 

@@ -1,0 +1,222 @@
+"""Import: variants of the files of one layout."""
+
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from layouts import (
+    GIVEN,
+    NETWORK,
+    NO_AVERAGE,
+    UNLABELLED,
+    WEIGHTS_FILE,
+    at_root,
+    bring,
+    edit,
+    import_refusal,
+    lightning,
+    official,
+    same,
+    save,
+    weights,
+)
+from safetensors.torch import load_file, save_file
+
+from ddim.checkpoints import read_model, save_model
+from ddim.diffusion.schedule import ScheduleSpec, cosine_schedule, scaled_linear_schedule
+
+
+def nested(name):
+    """`torch.compile` of parts of a network leaves its prefix in the middle of a name."""
+    return re.sub(r"^(mid\.\w+|down\.\d+\.block\.\d+)\.", r"\1._orig_mod.", name)
+
+
+PREFIXES = {
+    "module.": "module.{}".format,
+    "_orig_mod.": "_orig_mod.{}".format,
+    "module._orig_mod.": "module._orig_mod.{}".format,
+    "_orig_mod.module.": "_orig_mod.module.{}".format,
+    "nested": nested,
+    "module. and nested": lambda name: f"module.{nested(name)}",
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_wrapper_prefixes_are_removed(tmp_path, model, folder, prefix):
+    state, wrap = model.state, PREFIXES[prefix]
+    renamed = {wrap(name): value for name, value in state.items()}
+    assert sum(name != wrap(name) for name in state) >= 20
+    save_file(renamed, tmp_path / "flat.safetensors")
+    paths = [save(renamed, tmp_path / "flat.ckpt"), tmp_path / "flat.safetensors"]
+    paths.append(save([renamed, {}, 0, 1, renamed], tmp_path / "official.ckpt"))
+    for path in paths:
+        assert same(bring(path, network=GIVEN).model.state, state)
+    if "nested" in prefix:
+        return
+    save_file({f"{prefix}{name}": v for name, v in load_file(folder / WEIGHTS_FILE).items()}, folder / WEIGHTS_FILE)
+    save_model(replace(model, state=renamed, weights="online"), tmp_path / "ours.safetensors")
+    training = save(lightning(replace(model, state=renamed)), tmp_path / "last.ckpt")
+    for path in (folder, tmp_path / "ours.safetensors", training):
+        assert same(bring(path).model.state, state)
+
+
+@pytest.mark.parametrize("layout", ["official", "lightning"])
+def test_ema_is_taken_unless_online_is_chosen(tmp_path, model, layout):
+    online, options = weights(NETWORK, 5), {"network": GIVEN} if layout == "official" else {}
+    content = official(model, online) if layout == "official" else lightning(model, online)
+    path = save(content, tmp_path / "both.ckpt")
+    for asked, label in (("auto", "ema"), ("ema", "ema"), ("online", "online")):
+        done = bring(path, weights=asked, overwrite=True, **options)
+        assert same(done.model.state, {"ema": model.state, "online": online}[label])
+        assert (done.model.weights, done.model.step, done.warnings) == (label, 790_000, [])
+
+
+@pytest.mark.parametrize("layout", ["official", "lightning"])
+def test_a_file_without_ema_gives_online_and_warns(tmp_path, model, layout):
+    online, options = weights(NETWORK, 5), {"network": GIVEN} if layout == "official" else {}
+    content = official(model, online, entries=4) if layout == "official" else lightning(model, online, average=False)
+    path = save(content, tmp_path / "without.ckpt")
+    done = bring(path, **options)
+    assert same(done.model.state, online)
+    assert (done.model.weights, done.model.step, done.warnings) == ("online", 790_000, [NO_AVERAGE])
+    assert bring(path, weights="online", overwrite=True, **options).warnings == []  # was asked for
+    message = import_refusal(path, weights="ema", overwrite=True, **options)
+    assert message == f"{path} holds online weights only; choose weights=auto."
+
+
+def test_files_of_before_torch_1_6_are_read(tmp_path, state):
+    torch.save(state, tmp_path / "flat.ckpt", _use_new_zipfile_serialization=False)
+    assert same(bring(tmp_path / "flat.ckpt", network=GIVEN).model.state, state)
+    torch.save([{}, {}, 0, 9, state], tmp_path / "official.ckpt", _use_new_zipfile_serialization=False)
+    done = bring(tmp_path / "official.ckpt", network=GIVEN)
+    assert same(done.model.state, state)
+    assert (done.model.weights, done.model.step) == ("ema", 9)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".pt", ".bin", ".tar", ".safetensors", ""])
+def test_the_suffix_of_a_file_does_not_matter(tmp_path, state, suffix):
+    path = tmp_path / f"flat{suffix}"
+    # torch.load itself takes the name .safetensors at its word.
+    for write in (save_file,) if suffix == ".safetensors" else (torch.save, save_file):
+        write(state, path)
+        done = bring(path, network=GIVEN, layout="flat", overwrite=True)
+        assert same(done.model.state, state)
+        assert (done.model.weights, done.warnings) == ("unlabelled", [UNLABELLED])
+
+
+def test_a_folder_with_old_attention_names_is_read(folder, state):
+    """The .bin of older versions."""
+    there = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+    content = load_file(folder / WEIGHTS_FILE)
+    for before, now in there.items():
+        assert any(now in name for name in content)
+        content = {name.replace(now, before): value for name, value in content.items()}
+    save(content, (folder / WEIGHTS_FILE).with_suffix(".bin"))
+    (folder / WEIGHTS_FILE).unlink()
+    done = bring(folder)
+    assert same(done.model.state, state)
+    assert done.model.origin["layout"] == "diffusers"
+
+
+def test_safetensors_are_taken_where_a_folder_has_both(folder, state):
+    other = {"conv_in.bias": torch.zeros(8)}
+    torch.save(other, folder / "unet" / "diffusion_pytorch_model.bin")
+    done = bring(folder)
+    assert same(done.model.state, state)
+    assert done.model.origin["file"] == "diffusion_pytorch_model.safetensors"
+
+
+def test_folders_and_the_files_inside_them_are_the_same(folder, state):
+    edit(folder / "scheduler" / "scheduler_config.json", num_train_timesteps=77, prediction_type="v_prediction")
+    for path in (folder, folder / "unet", folder / WEIGHTS_FILE):
+        done = bring(path, layout="diffusers", overwrite=True, out=folder.parent / "out.safetensors")
+        assert same(done.model.state, state)
+        assert (done.model.spec.schedule.T, done.model.spec.prediction) == (77, "v")
+        assert done.warnings == [UNLABELLED]
+    at_root(folder)
+    for path in (folder, folder / "diffusion_pytorch_model.safetensors"):
+        done = bring(path, overwrite=True, out=folder.parent / "out.safetensors")
+        assert same(done.model.state, state)
+        assert done.model.spec.network_spec == replace(NETWORK)
+        assert (done.model.spec.schedule.T, done.model.spec.prediction) == (77, "v")
+
+
+def test_the_schedule_of_a_folder_is_that_of_its_scheduler(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    edit(path, beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.01, num_train_timesteps=30)
+    done = bring(folder)
+    assert torch.equal(done.model.spec.schedule.alpha_bar, scaled_linear_schedule(30, 0.001, 0.01).alpha_bar)
+
+
+def test_diffusers_weights_without_config_need_a_network(folder, state, tmp_path):
+    shutil.copy(folder / WEIGHTS_FILE, tmp_path / "alone.safetensors")
+    done = bring(tmp_path / "alone.safetensors", network=GIVEN, layout="diffusers")
+    assert same(done.model.state, state)
+    message = import_refusal(tmp_path / "alone.safetensors", overwrite=True)
+    assert "do not fit the nearest, preset " in message
+    assert "describe it with network=..." in message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("write", [torch.save, save_file])
+def test_other_precisions_become_float32_and_are_reported(tmp_path, state, dtype, write):
+    name = str(dtype).removeprefix("torch.")
+    small = {key: value.clamp(-9, 9) for key, value in state.items()}
+    write({key: value.to(dtype) for key, value in small.items()}, tmp_path / "flat.ckpt")
+    done = bring(tmp_path / "flat.ckpt", network=GIVEN)
+    assert same(read_model(done.path).state, {key: value.to(dtype).to(torch.float32) for key, value in small.items()})
+    assert done.lines[-1].endswith(f"(stored as {name}, written as float32)")
+
+
+def test_mixed_precisions_are_reported_float32_is_not(tmp_path, state, flat):
+    mixed = state | {"conv_in.bias": state["conv_in.bias"].half(), "conv_out.bias": state["conv_out.bias"].double()}
+    done = bring(save(mixed, tmp_path / "mixed.ckpt"), network=GIVEN)
+    assert done.lines[-1].endswith("(stored as float16, float64, written as float32)")
+    assert "stored as" not in " ".join(bring(flat, network=GIVEN).lines)
+
+
+MEMORY = {
+    "parameters": torch.nn.Parameter,
+    "strides": lambda value: value.transpose(0, -1).contiguous().transpose(0, -1),
+    "views of more": lambda value: torch.stack([value, value + 1], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("kind", [*MEMORY, "views of one buffer", "other order", "one tensor twice"])
+def test_the_memory_layout_of_tensors_does_not_matter(tmp_path, state, kind):
+    expected = state
+    if kind in MEMORY:
+        other = {name: MEMORY[kind](value) for name, value in state.items()}
+    elif kind == "views of one buffer":
+        pieces = torch.cat([value.reshape(-1) for value in state.values()]).split([v.numel() for v in state.values()])
+        other = {name: piece.view(state[name].shape) for name, piece in zip(state, pieces, strict=True)}
+    elif kind == "other order":
+        other = dict(reversed(state.items()))
+    else:
+        other = expected = state | {"norm_out.bias": state["norm_out.weight"]}
+    done = bring(save(other, tmp_path / "flat.ckpt"), network=GIVEN)
+    assert same(done.model.state, expected)
+    assert same(read_model(done.path).state, expected)
+
+
+@pytest.mark.parametrize("clip", [True, None, False])
+def test_a_clipping_scheduler_is_noted(folder, clip):
+    edit(folder / "scheduler" / "scheduler_config.json", clip_sample=clip)  # without the entry it does, too
+    note = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does the same"
+    assert bring(folder, weights="ema").warnings == ([] if clip is False else [note])
+
+
+def test_a_missing_scheduler_is_noted_or_replaced(folder):
+    shutil.rmtree(folder / "scheduler")
+    done = bring(folder, weights="ema")
+    assert done.warnings == [
+        f"no scheduler_config.json belongs to {folder / WEIGHTS_FILE}: "
+        "a linear schedule and noise prediction are assumed"
+    ]
+    spec = done.model.spec
+    assert (spec.schedule.name, spec.schedule.T, spec.prediction) == ("linear", 1000, "eps")
+    spec = bring(folder, schedule=ScheduleSpec("cosine", T=20), prediction="x0", overwrite=True).model.spec
+    assert torch.equal(spec.schedule.alpha_bar, cosine_schedule(20).alpha_bar)
+    assert spec.prediction == "x0"
