@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fill_shards import fill
+from two_processes import run_in_processes
 
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
@@ -121,12 +122,11 @@ def note_in_a_process(processes: Processes, specs: list[EvaluateSpec], folder: P
         Manifest(folder).note(one, f"of {processes.rank}")
 
 
+@pytest.mark.integration
 def test_notes_of_two_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
-    from two_processes import together
-
     specs = [dataclasses.replace(spec, seed=seed) for seed in range(60)]
     Manifest(tmp_path / "sweep").plan("command", specs)
-    together(note_in_a_process, specs, tmp_path / "sweep", to=tmp_path / "results")
+    run_in_processes(note_in_a_process, specs, tmp_path / "sweep", to=tmp_path / "results")
     assert [state for _, state in states(tmp_path / "sweep")] == ["of 0", "of 1"] * 30
 
 

@@ -86,7 +86,7 @@ def test_frozen_weights_pass_the_gradient_of_the_input():
     assert torch.equal(got, expected)
 
 
-def test_frozen_weights_with_a_trained_bias_are_convolved_directly():
+def test_frozen_weights_with_a_trained_bias_use_torch():
     layer = nn.Conv2d(32, 32, 3, padding=1)
     layer.weight.requires_grad_(False)
     use_winograd(layer)
