@@ -50,3 +50,13 @@ def sweep_params(main: str, experiment: str) -> DictConfig:
 def options(group: str) -> list[str]:
     """Return the names of the files in a group."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def group_values(group: str, option: str) -> dict[str, Any]:
+    """Return the values of an option, with those of the options that it starts from, before interpolation."""
+    own = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
+    assert isinstance(own, dict)
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        values |= group_values(group, base)
+    return values | own

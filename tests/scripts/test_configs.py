@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from composed import CONFIGS, SPECS, compose, options, spec_of
+from composed import CONFIGS, SPECS, compose, group_values, options, spec_of
 from omegaconf import OmegaConf
 
 from ddim.config import build
@@ -81,16 +81,6 @@ def test_every_option_of_every_group_makes_a_spec(main: str, choice: str) -> Non
 def test_options_that_do_not_apply_are_refused(main: str, choice: str) -> None:
     with pytest.raises(UserError):
         spec_of(main, choice)
-
-
-def group_values(group: str, option: str) -> dict[str, Any]:
-    """The values of an option, those of the options that it starts from included."""
-    own = OmegaConf.to_container(OmegaConf.load(CONFIGS / group / f"{option}.yaml"))
-    assert isinstance(own, dict)
-    values: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        values |= group_values(group, base)
-    return values | own
 
 
 def fields(spec_type: Any) -> set[str]:
