@@ -41,7 +41,7 @@ def global_effects(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.With) and any("fork_rng" in ast.unparse(item) for item in node.items)
         for inner in ast.walk(node)
     }
-    found = []
+    violations = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -49,8 +49,8 @@ def global_effects(tree: ast.AST) -> list[str]:
         draws = re.fullmatch(r"torch\.(rand\w*|normal|bernoulli|multinomial)|(np|numpy)\.random\..*|random\.\w+", name)
         seeds = re.fullmatch(r"(torch\.(\w+\.)?)?(manual_seed\w*|set_rng_state\w*)|(.*\.)?seed_everything", name)
         if name == "print" or draws or (seeds and id(node) not in forked):
-            found.append(f"{node.lineno}: calls {name}")
-    return found
+            violations.append(f"{node.lineno}: calls {name}")
+    return violations
 
 
 def device_names(tree: ast.AST) -> list[str]:
@@ -77,10 +77,10 @@ def device_names(tree: ast.AST) -> list[str]:
 
 def swallowed_exceptions(tree: ast.AST) -> list[str]:
     """Return handlers that catch everything and neither raise nor use what they caught, and those that do nothing."""
-    found = []
+    violations = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and dotted(node.func).endswith("suppress"):
-            found.append(f"{node.lineno}: suppresses exceptions")
+            violations.append(f"{node.lineno}: suppresses exceptions")
         if not isinstance(node, ast.ExceptHandler):
             continue
         everything = node.type is None or dotted(node.type) in ("Exception", "BaseException")
@@ -91,8 +91,8 @@ def swallowed_exceptions(tree: ast.AST) -> list[str]:
         idle = all(isinstance(statement, ast.Pass | ast.Continue | ast.Expr) for statement in node.body)
         calls = any(isinstance(i, ast.Call) for i in inside)
         if (everything and not reports) or (idle and not calls):
-            found.append(f"{node.lineno}: swallows an exception")
-    return found
+            violations.append(f"{node.lineno}: swallows an exception")
+    return violations
 
 
 def ambiguous_names(tree: ast.AST) -> list[str]:

@@ -127,9 +127,9 @@ def test_messages_at_the_top_level_have_no_prefix() -> None:
     ids=str,
 )
 def test_values_that_fit(value: Any, hint: Any, expected: Any) -> None:
-    found = convert(value, hint, "x")
-    assert found == expected
-    assert type(found) is type(expected)
+    converted = convert(value, hint, "x")
+    assert converted == expected
+    assert type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(
