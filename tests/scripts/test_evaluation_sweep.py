@@ -114,21 +114,27 @@ def test_two_processes_write_the_bytes_of_one(
     assert written(tmp_path / "sweep") == written(sweep[1])
 
 
-@pytest.mark.parametrize("size", [1, 64])
+def entries(folder: Path) -> dict[tuple[str, str], tuple[str, float]]:
+    """Return the entries of the table by row and S: as it shows them, and with all digits."""
+    lines = [line.split("|")[1:-1] for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = [[text.strip() for text in line] for line in lines]
+    shown = {(row[0], S): text for row in rows for S, text in zip(header[1:], row[1:], strict=True)}
+    exact = [float(row["value"]) for row in csv.DictReader((folder / "table.csv").read_text().splitlines())]
+    return {key: (text, value) for (key, text), value in zip(shown.items(), exact, strict=True)}
+
+
+@pytest.mark.parametrize(("size", "steps"), [(1, "4"), (64, "4,10")])
 def test_tables_do_not_depend_on_the_batch_size(
-    sweep: tuple[Any, Path], run: Run, sweep_arguments: tuple[str, ...], tmp_path: Path, size: int
+    sweep: tuple[Any, Path], run: Run, sweep_arguments: tuple[str, ...], tmp_path: Path, size: int, steps: str
 ) -> None:
     """It rounds differently inside the network, and a pixel may fall on the other side of a half."""
-    outcome = run("evaluate", *sweep_arguments, f"compute.batch_size={size}", "output_dir=sweep")
+    options = (f"compute.batch_size={size}", f"sampler.S={steps}", "output_dir=sweep")
+    outcome = run("evaluate", *sweep_arguments, *options)
     assert (outcome.code, outcome.err) == (0, "")
-    one, other = tmp_path / "sweep", sweep[1]
-    assert (one / "table.md").read_bytes() == (other / "table.md").read_bytes()
-    values = [
-        [float(row["value"]) for row in csv.DictReader((folder / "table.csv").read_text().splitlines())]
-        for folder in (one, other)
-    ]
-    assert len(values[0]) == 4
-    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    values, expected = entries(tmp_path / "sweep"), entries(sweep[1])
+    assert len(values) == 2 * len(steps.split(","))
+    for key, (shown, exact) in values.items():
+        assert (shown, exact) == (expected[key][0], pytest.approx(expected[key][1], rel=1e-4))
 
 
 @pytest.mark.slow
