@@ -217,7 +217,15 @@ SPECS = [
     TrainerSpec(),
     TrainSpec("run", "out", CIFAR10, {"name": "unet"}),
     TrainSpec("run", "out", CIFAR10, {}, ema=None),
-    EvaluateSpec("a.ckpt", "run", "out", CIFAR10, INCEPTION, SamplerSpec(), CPU),
+    EvaluateSpec(
+        checkpoint="a.ckpt",
+        name="run",
+        output_dir="out",
+        data=CIFAR10,
+        metric=INCEPTION,
+        sampler=SamplerSpec(),
+        compute=CPU,
+    ),
     SampleSpec("a.ckpt", "out", CPU),
 ]
 
