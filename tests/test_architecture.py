@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = sorted((ROOT / "ddim").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # Methods whose contract is written at the class that they come from.
 INHERITED = {
@@ -40,7 +41,7 @@ def global_effects(tree: ast.AST) -> list[str]:
         if isinstance(node, ast.With) and any("fork_rng" in ast.unparse(item) for item in node.items)
         for inner in ast.walk(node)
     }
-    found = []
+    violations = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
@@ -48,8 +49,8 @@ def global_effects(tree: ast.AST) -> list[str]:
         draws = re.fullmatch(r"torch\.(rand\w*|normal|bernoulli|multinomial)|(np|numpy)\.random\..*|random\.\w+", name)
         seeds = re.fullmatch(r"(torch\.(\w+\.)?)?(manual_seed\w*|set_rng_state\w*)|(.*\.)?seed_everything", name)
         if name == "print" or draws or (seeds and id(node) not in forked):
-            found.append(f"{node.lineno}: calls {name}")
-    return found
+            violations.append(f"{node.lineno}: calls {name}")
+    return violations
 
 
 def device_names(tree: ast.AST) -> list[str]:
@@ -76,10 +77,10 @@ def device_names(tree: ast.AST) -> list[str]:
 
 def swallowed_exceptions(tree: ast.AST) -> list[str]:
     """Return handlers that catch everything and neither raise nor use what they caught, and those that do nothing."""
-    found = []
+    violations = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and dotted(node.func).endswith("suppress"):
-            found.append(f"{node.lineno}: suppresses exceptions")
+            violations.append(f"{node.lineno}: suppresses exceptions")
         if not isinstance(node, ast.ExceptHandler):
             continue
         everything = node.type is None or dotted(node.type) in ("Exception", "BaseException")
@@ -90,8 +91,8 @@ def swallowed_exceptions(tree: ast.AST) -> list[str]:
         idle = all(isinstance(statement, ast.Pass | ast.Continue | ast.Expr) for statement in node.body)
         calls = any(isinstance(i, ast.Call) for i in inside)
         if (everything and not reports) or (idle and not calls):
-            found.append(f"{node.lineno}: swallows an exception")
-    return found
+            violations.append(f"{node.lineno}: swallows an exception")
+    return violations
 
 
 def ambiguous_names(tree: ast.AST) -> list[str]:
@@ -142,6 +143,12 @@ def long_functions(tree: ast.AST) -> list[str]:
     ]
 
 
+def long_test_names(tree: ast.AST) -> list[str]:
+    """Return names of tests that have 60 characters or more."""
+    names = [(n.lineno, n.name) for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name[:5] == "test_"]
+    return [f"{line}: {name} has {len(name)} characters" for line, name in names if len(name) >= 60]
+
+
 RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
     global_effects: PACKAGE,
     device_names: PACKAGE,
@@ -149,6 +156,7 @@ RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
     ambiguous_names: PACKAGE + SCRIPTS,
     missing_docstrings: PACKAGE + SCRIPTS,
     long_functions: PACKAGE + SCRIPTS,
+    long_test_names: TESTS,
 }
 NOT_ALLOWED = {
     "print(1)": global_effects,
@@ -170,6 +178,7 @@ NOT_ALLOWED = {
     "'''Text.'''\nclass A:\n    '''Text.'''\n    def f(self):\n        pass": missing_docstrings,
     "x = 1": missing_docstrings,
     "def f():\n" + "    x = 1\n" * 60: long_functions,
+    f"def test_{55 * 'x'}():\n    pass": long_test_names,
 }
 ALLOWED = {
     "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)": global_effects,
@@ -180,6 +189,7 @@ ALLOWED = {
     "try:\n    f()\nexcept OSError:\n    x = 1": swallowed_exceptions,
     "axes.grid(alpha=0.3)\nalpha_bar = sigma_hat = next(x)": ambiguous_names,
     "def f():\n" + "    x = 1\n" * 59: long_functions,
+    f"def test_{54 * 'x'}():\n    pass": long_test_names,
 }
 
 
@@ -240,7 +250,7 @@ def test_each_rule_allows_correct_code(source: str) -> None:
 
 
 def test_files_stay_readable() -> None:
-    files = [*PACKAGE, *SCRIPTS, *(ROOT / "tests").rglob("*.py")]
+    files = [*PACKAGE, *SCRIPTS, *TESTS]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
 

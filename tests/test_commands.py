@@ -92,9 +92,9 @@ def problems(words: tuple[str, ...]) -> list[str]:
             return [f"{' '.join(words)}: a list of values needs -m"]
         for job in without_sweeps(overrides):
             config = composed(script, *job)
-            ours = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+            own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             if "--help" not in flags:
-                values: Any = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
+                values: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
                 build(SPECS[script], values, "")
     except (HydraException, OmegaConfBaseException, UserError) as error:
         return [f"{' '.join(words)}: {' '.join(str(error).split())}"]

@@ -127,9 +127,9 @@ def test_messages_at_the_top_level_have_no_prefix() -> None:
     ids=str,
 )
 def test_values_that_fit(value: Any, hint: Any, expected: Any) -> None:
-    found = convert(value, hint, "x")
-    assert found == expected
-    assert type(found) is type(expected)
+    converted = convert(value, hint, "x")
+    assert converted == expected
+    assert type(converted) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,15 @@ SPECS = [
     TrainerSpec(),
     TrainSpec("run", "out", CIFAR10, {"name": "unet"}),
     TrainSpec("run", "out", CIFAR10, {}, ema=None),
-    EvaluateSpec("a.ckpt", "run", "out", CIFAR10, INCEPTION, SamplerSpec(), CPU),
+    EvaluateSpec(
+        checkpoint="a.ckpt",
+        name="run",
+        output_dir="out",
+        data=CIFAR10,
+        metric=INCEPTION,
+        sampler=SamplerSpec(),
+        compute=CPU,
+    ),
     SampleSpec("a.ckpt", "out", CPU),
 ]
 

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fill_shards import fill
-from two_processes import together
+from two_processes import run_in_processes
 
-from ddim.data.datasets import DataSpec
-from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes, join_process_group
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import moments
@@ -19,7 +17,6 @@ from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
-from ddim.inference.compute import ComputeSpec
 from ddim.io import Tensors
 
 
@@ -56,9 +53,10 @@ def cooperate(processes: Processes, folder: Path, total: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.integration
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     x = rows(range(23)).double()
-    results = together(cooperate, tmp_path / "shards", 23, to=tmp_path / "results")
+    results = run_in_processes(cooperate, tmp_path / "shards", 23, to=tmp_path / "results")
     asked = [set(result["asked"]) for result in results]
     assert all(asked)
     assert not asked[0] & asked[1]
@@ -73,8 +71,9 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert results[1]["failures"] == ["UserError: process 0 of 2 failed (KeyError: 'broken').", "KeyError: 'broken'"]
 
 
+@pytest.mark.integration
 def test_more_processes_than_shards(tmp_path: Path) -> None:
-    one, other = together(cooperate, tmp_path / "shards", 3, to=tmp_path / "results")
+    one, other = run_in_processes(cooperate, tmp_path / "shards", 3, to=tmp_path / "results")
     assert (one["asked"], other["asked"]) == ([0, 1, 2], [])
     assert torch.equal(other["moments"][1], rows(range(3)).double().mean(0))
 
@@ -83,81 +82,67 @@ def evaluate_with(processes: Processes, spec: EvaluateSpec) -> tuple[Any, bool]:
     return evaluate(spec, Session(processes))
 
 
-def test_two_processes_give_the_record_of_one(checkpoint: Path, tmp_path: Path) -> None:
-    """All metrics, which need the features of all images in the first process, and a set that was begun by one."""
-    spec = EvaluateSpec(
-        checkpoint=str(checkpoint),
-        name="tiny",
-        output_dir=str(tmp_path / "one"),
-        data=DataSpec("digits", (8, 8), 1, flip=False),
+@pytest.mark.integration
+def test_two_processes_give_the_record_of_one(spec: EvaluateSpec, tmp_path: Path) -> None:
+    """All metrics, which need the features of all images in the first process."""
+    spec = dataclasses.replace(
+        spec,
         metric=MetricSpec("digits_classifier", ("fd", "kd", "is", "prc"), kid_subset_size=20),
-        sampler=SamplerSpec(S=3, eta=0.5),
-        compute=ComputeSpec("cpu", batch_size=7),
+        compute=dataclasses.replace(spec.compute, batch_size=7),
         n=60,
         grid=20,
-        reference_dir=str(tmp_path / "reference_one"),
     )
-    alone, _ = evaluate(spec)
+    expected, _ = evaluate(spec)
     two = dataclasses.replace(spec, output_dir=str(tmp_path / "two"), reference_dir=str(tmp_path / "reference_two"))
-    results = together(evaluate_with, two, to=tmp_path / "results")
+    results = run_in_processes(evaluate_with, two, to=tmp_path / "results")
     assert results[0] == results[1]
     record, new = results[0]
     assert new
-    assert record["key"] == alone["key"]
-    assert record["metrics"] == pytest.approx(alone["metrics"], rel=1e-6)
-    assert (record["compute"]["processes"], alone["compute"]["processes"]) == (2, 1)
+    assert record["key"] == expected["key"]
+    assert record["metrics"] == pytest.approx(expected["metrics"], rel=1e-6)
+    assert (record["compute"]["processes"], expected["compute"]["processes"]) == (2, 1)
     [line] = (tmp_path / "two" / "records.jsonl").read_text().splitlines()
-    assert json.loads(line)["key"] == alone["key"]
-    grids = [(Path(s.output_dir) / r["grid"]).read_bytes() for s, r in ((spec, alone), (two, record))]
+    assert json.loads(line)["key"] == expected["key"]
+    grids = [(Path(s.output_dir) / r["grid"]).read_bytes() for s, r in ((spec, expected), (two, record))]
     assert grids[0] == grids[1]
-    assert not (Path(two.output_dir) / "unfinished" / alone["key"]).exists()
+    assert not (Path(two.output_dir) / "unfinished" / expected["key"]).exists()
 
 
-def refused(processes: Processes, spec: EvaluateSpec) -> list[str]:
-    """A cell that fails in the first process only, between two collectives; then one that all can do."""
-    said = []
+def evaluate_twice(processes: Processes, spec: EvaluateSpec) -> list[str]:
+    """An evaluation that fails in the first process only, between two collectives; then one that succeeds in all."""
+    outcomes = []
     for attempt in (spec, dataclasses.replace(spec, output_dir=f"{spec.output_dir}_again")):
         try:
-            said.append(str(list(evaluate(attempt, Session(processes))[0]["metrics"])))
+            outcomes.append(str(list(evaluate(attempt, Session(processes))[0]["metrics"])))
         except UserError as error:
-            said.append(str(error))
-    return said
+            outcomes.append(str(error))
+    return outcomes
 
 
-def test_damaged_records_fail_in_all_processes(checkpoint: Path, tmp_path: Path) -> None:
-    """Only the first process reads them; another that waited for its answer would take that of the next cell."""
+@pytest.mark.integration
+def test_damaged_records_fail_in_all_processes(spec: EvaluateSpec, tmp_path: Path) -> None:
+    """Only the first process reads them; the other must not take the answer of the next evaluation for this one's."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "records.jsonl").write_text("damaged\n")
-    spec = EvaluateSpec(
-        checkpoint=str(checkpoint),
-        name="tiny",
-        output_dir=str(tmp_path / "out"),
-        data=DataSpec("digits", (8, 8), 1, flip=False),
-        metric=MetricSpec("digits_classifier"),
-        sampler=SamplerSpec(S=2),
-        compute=ComputeSpec("cpu", batch_size=4),
-        n=8,
-        grid=0,
-        reference_dir=str(tmp_path / "reference"),
-    )
-    first, second = together(refused, spec, to=tmp_path / "results")
+    first, second = run_in_processes(evaluate_twice, spec, to=tmp_path / "results")
     assert "records.jsonl, line 1, is damaged" in first[0]
     assert second[0].startswith("process 0 of 2 failed (UserError: ")
-    assert first[1] == second[1] == "['fd_digits_classifier_8']"
+    assert first[1] == second[1] == "['fd_digits_classifier_20']"
 
 
-def ask(processes: Processes) -> tuple[int, int]:
+def call_on_main(processes: Processes) -> tuple[int, int]:
     calls: list[int] = []
-    found = processes.run_on_main(lambda: calls.append(processes.rank) or processes.rank + 5)
-    return found, len(calls)
+    answer = processes.run_on_main(lambda: calls.append(processes.rank) or processes.rank + 5)
+    return answer, len(calls)
 
 
-def test_only_the_first_process_is_asked(tmp_path: Path) -> None:
-    assert together(ask, to=tmp_path / "results") == [(5, 1), (5, 0)]
-    assert ask(SINGLE_PROCESS) == (5, 1)
+@pytest.mark.integration
+def test_only_the_first_process_runs_the_call(tmp_path: Path) -> None:
+    assert run_in_processes(call_on_main, to=tmp_path / "results") == [(5, 1), (5, 0)]
+    assert call_on_main(SINGLE_PROCESS) == (5, 1)
 
 
-def test_a_process_alone_needs_nobody() -> None:
+def test_a_single_process_needs_no_group() -> None:
     assert SINGLE_PROCESS.broadcast("a") == "a"
     assert SINGLE_PROCESS.gather("a") == ["a"]
     assert SINGLE_PROCESS.local_device("cuda") == "cuda"
@@ -166,20 +151,20 @@ def test_a_process_alone_needs_nobody() -> None:
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"),
+    "environment",
     [
-        ({}, SINGLE_PROCESS),
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, SINGLE_PROCESS),  # the script of a job, not a step of it
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, SINGLE_PROCESS),
-        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, SINGLE_PROCESS),
+        {},
+        {"SLURM_NTASKS": "8", "SLURM_PROCID": "0"},  # the script of a job, not a step of it
+        {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
     ],
 )
-def test_who_is_alone(environment: dict[str, str], expected: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_these_environments_are_a_single_process(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert join_process_group() == expected
+    assert join_process_group() == SINGLE_PROCESS
 
 
 def test_slurm_tasks_connect_at_the_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,17 +181,19 @@ def test_slurm_tasks_connect_at_the_first_machine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("RANK", raising=False)
     for name, value in step.items():
         monkeypatch.setenv(name, value)
-    met: dict[str, Any] = {}
-    monkeypatch.setattr("torch.distributed.init_process_group", lambda backend, **how: met.update(how, backend=backend))
+    group: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "torch.distributed.init_process_group", lambda backend, **how: group.update(how, backend=backend)
+    )
     assert join_process_group() == Processes(9, 16, 1)
-    assert (met["backend"], met["rank"], met["world_size"]) == ("gloo", 9, 16)
-    assert met["init_method"].startswith("tcp://gpu07:")
+    assert (group["backend"], group["rank"], group["world_size"]) == ("gloo", 9, 16)
+    assert group["init_method"].startswith("tcp://gpu07:")
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(UserError, match="--ntasks-per-node"):
         join_process_group()
 
 
-def test_processes_that_cannot_meet_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_connection_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
 

@@ -54,8 +54,8 @@ def test_an_error_changes_nothing(tmp_path, error, old):
 
 
 def test_an_error_before_the_first_write_is_raised_as_it_is(tmp_path):
-    with pytest.raises(ValueError, match="at once"), atomic_write(tmp_path / "file.txt"):
-        raise ValueError("at once")
+    with pytest.raises(ValueError, match="in the block"), atomic_write(tmp_path / "file.txt"):
+        raise ValueError("in the block")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -75,24 +75,24 @@ def test_conda_environment_installs_what_pyproject_says() -> None:
 
 def third_party_imports(folder: str) -> set[str]:
     """Return the packages, by their registry names, that the files of a folder import."""
-    found = set()
+    imported = set()
     for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
-                found |= {alias.name.partition(".")[0] for alias in node.names}
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
-                found.add(str(node.module).partition(".")[0])
-    ours = {"ddim", *(path.stem for part in ("scripts", "tests") for path in (ROOT / part).rglob("*.py"))}
-    return {canonicalize_name(PACKAGE_OF.get(name, name)) for name in found - ours - sys.stdlib_module_names}
+                imported.add(str(node.module).partition(".")[0])
+    own = {"ddim", *(path.stem for folder in ("scripts", "tests") for path in (ROOT / folder).rglob("*.py"))}
+    return {canonicalize_name(PACKAGE_OF.get(name, name)) for name in imported - own - sys.stdlib_module_names}
 
 
 def test_every_import_is_declared() -> None:
     names = {extra: {canonicalize_name(Requirement(line).name) for line in lines} for extra, lines in EXTRAS.items()}
     declared = set(RANGES) - names["dev"]
     assert sorted(third_party_imports("ddim") - declared) == []
-    # a code base that the benchmark times beside ours where it is installed, and its own helper
-    peers = {"denoising-diffusion-pytorch", "ema-pytorch"}
-    assert sorted(third_party_imports("scripts") - declared - peers) == []
+    # a code base that the benchmark times where it is installed, and its own helper
+    baselines = {"denoising-diffusion-pytorch", "ema-pytorch"}
+    assert sorted(third_party_imports("scripts") - declared - baselines) == []
     # pip's own companion, which pytest brings
     assert sorted(third_party_imports("tests") - set(RANGES) - {"packaging"}) == []
 
@@ -108,9 +108,9 @@ def test_files_beside_the_code_are_package_data() -> None:
     patterns = PYPROJECT["tool"]["setuptools"]["package-data"]["ddim"]
     package = ROOT / "ddim"
     files = [p.relative_to(package).as_posix() for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    beside = [name for name in files if not name.endswith(".py")]
-    assert {"py.typed", "evaluation/assets/digits_classifier.npz"} <= set(beside)
-    assert [name for name in beside if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+    assets = [name for name in files if not name.endswith(".py")]
+    assert {"py.typed", "evaluation/assets/digits_classifier.npz"} <= set(assets)
+    assert [name for name in assets if not any(fnmatch(name, pattern) for pattern in patterns)] == []
 
 
 def test_every_folder_of_the_package_is_a_package() -> None:

@@ -34,7 +34,7 @@ def test_every_image_can_be_at_every_position():
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 3), (4, 3)])
 def test_processes_and_accumulation_divide_the_same_batch(world_size, accumulate):
-    whole = MicroBatches(N, 12, 7, 4)
+    expected = MicroBatches(N, 12, 7, 4)
     processes = [
         MicroBatches(N, 12, 7, 4, accumulate=accumulate, rank=rank, world_size=world_size) for rank in range(world_size)
     ]
@@ -43,8 +43,8 @@ def test_processes_and_accumulation_divide_the_same_batch(world_size, accumulate
         assert {len(batch["positions"]) for batch in slices} == {12 // (world_size * accumulate)}
         assert {batch["step"] for batch in slices} == {step}
         for key in ("positions", "indices"):
-            assert torch.equal(torch.cat([batch[key] for batch in slices]), whole[step][key])
-        assert whole[step]["positions"].tolist() == list(range(12))
+            assert torch.equal(torch.cat([batch[key] for batch in slices]), expected[step][key])
+        assert expected[step]["positions"].tolist() == list(range(12))
     assert len(processes[0]) == 4 * accumulate
 
 

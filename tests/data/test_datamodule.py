@@ -1,5 +1,7 @@
 """The batches that a real Trainer gets: resumed, divided, images on the device or not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -118,7 +120,8 @@ def test_images_are_resident_by_default_on_shared_memory(train, monkeypatch):
 def test_images_stay_off_a_device_that_they_would_fill(images, monkeypatch):
     data = ImageDataModule(images, BATCH, 0, 1, flip=False)
     for free, fits in ((4 * images.images.nbytes, True), (4 * images.images.nbytes - 1, False)):
-        monkeypatch.setattr("ddim.data.datamodule._free_memory", lambda device, free=free: free)
+        memory = SimpleNamespace(mem_get_info=lambda device, free=free: (free, 2 * free))
+        monkeypatch.setattr(torch, "get_device_module", lambda device, memory=memory: memory)
         assert data._fits(images.images, torch.device("meta")) is fits
 
 
@@ -137,7 +140,7 @@ def test_resumed_run_gets_the_batches_of_an_uninterrupted_one(train, tmp_path, a
     assert trainer.global_step == 7
 
 
-def test_accumulated_batches_make_up_the_whole_batch(train, expected):
+def test_accumulated_batches_make_up_the_full_batch(train, expected):
     seen, _ = train(7, trainer_options={"accumulate_grad_batches": 2})
     assert [len(batch["positions"]) for batch in seen] == [BATCH // 2] * 14
     for step, batch in enumerate(expected):

@@ -71,8 +71,8 @@ def test_split_selects_a_sub_folder_if_there_is_one(tmp_path):
     write(tmp_path / "test/cat/0.png", (2, 2, 2))
     (tmp_path / "README.md").write_text("next to the splits")
     assert [int(load(tmp_path, split).images[0, 0, 0, 0]) for split in ("train", "test")] == [1, 2]
-    write(tmp_path / "whole/0.png", (3, 3, 3))
-    assert [len(load(tmp_path / "whole", split)) for split in ("train", "test")] == [1, 1]
+    write(tmp_path / "undivided/0.png", (3, 3, 3))
+    assert [len(load(tmp_path / "undivided", split)) for split in ("train", "test")] == [1, 1]
     with pytest.raises(UserError, match="split='valid' is not known; allowed: train, test"):
         load(tmp_path, "valid")
 

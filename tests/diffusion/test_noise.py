@@ -70,15 +70,15 @@ def test_normals_have_the_normal_distribution():
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_noise_does_not_depend_on_the_batch(batch):
-    whole = step_noise(range(130), (3, 5, 7), seed=3, step=4)
-    parts = [step_noise(range(i, min(i + batch, 130)), (3, 5, 7), seed=3, step=4) for i in range(0, 130, batch)]
-    assert torch.equal(whole, torch.cat(parts))
+    expected = step_noise(range(130), (3, 5, 7), seed=3, step=4)
+    batches = [step_noise(range(i, min(i + batch, 130)), (3, 5, 7), seed=3, step=4) for i in range(0, 130, batch)]
+    assert torch.equal(expected, torch.cat(batches))
 
 
 def test_noise_does_not_depend_on_the_chunk_size(monkeypatch):
-    whole = step_noise(range(50), (3, 8, 8), seed=3, step=4)
+    expected = step_noise(range(50), (3, 8, 8), seed=3, step=4)
     monkeypatch.setattr(noise, "_CHUNK", 1)
-    assert torch.equal(whole, step_noise(range(50), (3, 8, 8), seed=3, step=4))
+    assert torch.equal(expected, step_noise(range(50), (3, 8, 8), seed=3, step=4))
 
 
 def test_noise_depends_on_each_part_of_its_address():

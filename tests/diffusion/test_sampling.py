@@ -106,7 +106,7 @@ def test_stochastic_rules_need_noise_and_descend():
             step(rule, x, x, 0.5, 0.6)
 
 
-# ------------------------------------------------------------ whole trajectories, against the official implementation
+# ----------------------------------------------------------- complete trajectories, against the official implementation
 
 
 def released_generalized_steps(x, seq, eta, noises):
@@ -146,10 +146,10 @@ def test_trajectories_equal_the_released_code(tau):
     noises = [step_noise(indices, SHAPE, 5, k).double() for k in range(1, len(tau) + 1)]
     seq = [t - 1 for t in tau]
     for eta in (0.0, 0.5, 1.0):
-        ours = sample(wobbly, SCHEDULE, x_T, tau, DDIM(eta), seed=5, indices=indices)
-        assert torch.allclose(ours, released_generalized_steps(x_T, seq, eta, noises), atol=1e-9)
-    ours = sample(wobbly, SCHEDULE, x_T, tau, SigmaHat(), clip="x0_and_eps", seed=5, indices=indices)
-    assert torch.allclose(ours, released_ddpm_steps(x_T, seq, noises), atol=1e-9)
+        x_0 = sample(wobbly, SCHEDULE, x_T, tau, DDIM(eta), seed=5, indices=indices)
+        assert torch.allclose(x_0, released_generalized_steps(x_T, seq, eta, noises), atol=1e-9)
+    x_0 = sample(wobbly, SCHEDULE, x_T, tau, SigmaHat(), clip="x0_and_eps", seed=5, indices=indices)
+    assert torch.allclose(x_0, released_ddpm_steps(x_T, seq, noises), atol=1e-9)
 
 
 def test_the_model_is_asked_at_the_papers_times():
@@ -182,10 +182,10 @@ def test_sampling_ends_at_x0_hat_or_at_the_first_noise_level():
 def test_the_noise_of_an_image_does_not_depend_on_its_batch():
     tau, rule = linear_tau(1000, 7), DDIM(1.0)
     x_T = initial_noise(range(9), SHAPE, 2)
-    whole = sample(wobbly, SCHEDULE, x_T, tau, rule, seed=2)
-    parts = [sample(wobbly, SCHEDULE, x_T[i : i + 1], tau, rule, seed=2, indices=[i]) for i in range(9)]
-    assert torch.allclose(whole, torch.cat(parts), atol=1e-6)
-    assert not torch.allclose(whole, sample(wobbly, SCHEDULE, x_T, tau, rule, seed=3))
+    expected = sample(wobbly, SCHEDULE, x_T, tau, rule, seed=2)
+    images = [sample(wobbly, SCHEDULE, x_T[i : i + 1], tau, rule, seed=2, indices=[i]) for i in range(9)]
+    assert torch.allclose(expected, torch.cat(images), atol=1e-6)
+    assert not torch.allclose(expected, sample(wobbly, SCHEDULE, x_T, tau, rule, seed=3))
 
 
 def test_state_keeps_its_dtype_and_the_gradient_mode():

@@ -46,7 +46,7 @@ def test_quadratic_is_the_floor_of_c_i_squared():
     assert all(t >= i * i // 10 for i, t in enumerate(tau, start=1))
 
 
-# In the official implementation's indices (ours minus one).
+# In the official implementation's indices (the paper's times minus one).
 REFERENCE_QUAD = {
     10: "0 9 39 88 158 246 355 483 632 800",
     20: "0 2 8 19 35 55 79 108 141 179 221 268 319 374 434 498 567 640 718 800",

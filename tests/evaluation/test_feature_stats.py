@@ -16,7 +16,7 @@ def features(n: int, dimension: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [7, 8, 300], [499]])
-def test_moments_of_parts_are_those_of_the_whole(cuts: list[int]) -> None:
+def test_moments_do_not_depend_on_the_batches(cuts: list[int]) -> None:
     x = features(500, 12)
     count, mean, covariance = moments(torch.tensor_split(x, cuts))
     assert count == 500
@@ -46,10 +46,10 @@ def test_moments_survive_the_file_bitwise(tmp_path: Path) -> None:
 def test_statistics_of_other_code_bases_are_read(tmp_path: Path) -> None:
     mu, sigma = np.arange(3, dtype=np.float32), np.eye(3, dtype=np.float32)
     np.savez(tmp_path / "theirs.npz", mu=mu, sigma=sigma)
-    found = load_moments(tmp_path / "theirs.npz")
-    assert found.count is None
-    assert torch.equal(found.mean, torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
-    assert torch.equal(found.covariance, torch.eye(3, dtype=torch.float64))
+    loaded = load_moments(tmp_path / "theirs.npz")
+    assert loaded.count is None
+    assert torch.equal(loaded.mean, torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64))
+    assert torch.equal(loaded.covariance, torch.eye(3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

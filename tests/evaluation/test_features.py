@@ -1,4 +1,4 @@
-"""The offline extractors, Inception's weights file, and what an extractor is said to be."""
+"""The offline extractors, Inception's weights file, and the description of an extractor in a record."""
 
 import hashlib
 import json
@@ -192,8 +192,8 @@ def test_missing_inception_weights_are_one_sentence(monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError) as caught:
             MetricSpec("inception", weights_path=path).build_extractor("cpu")
         message = str(caught.value)
-        for part in (INCEPTION_WEIGHTS, "v0.2.0", str(tmp_path), "$TORCH_HOME/hub/checkpoints", "metric.weights_path"):
-            assert part in message
+        for word in (INCEPTION_WEIGHTS, "v0.2.0", str(tmp_path), "$TORCH_HOME/hub/checkpoints", "metric.weights_path"):
+            assert word in message
         assert all(f"metric={name}" in message for name in EXTRACTORS if name != "inception")
         assert "\n" not in message
     assert missing in message
@@ -252,16 +252,16 @@ def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_description_is_json_and_tells_extractors_apart() -> None:
-    facts = {}
+    described = {}
     for name in ("digits_classifier", "pixels"):
         spec = MetricSpec(name, ("fd", "kd", "prc"))
-        facts[name] = json.loads(json.dumps(describe(spec, spec.build_extractor("cpu"))))
-        assert facts[name]["extractor"] == name
-        assert facts[name]["kid_subset_size"] == 1000
-    assert len(facts["pixels"]["weights_hash"]) == 64
-    assert facts["pixels"]["weights_hash"] != facts["digits_classifier"]["weights_hash"]
-    assert facts["digits_classifier"]["feature_layer"] == "64"
-    assert facts["digits_classifier"]["torch_fidelity"].startswith("0.4.")
+        described[name] = json.loads(json.dumps(describe(spec, spec.build_extractor("cpu"))))
+        assert described[name]["extractor"] == name
+        assert described[name]["kid_subset_size"] == 1000
+    assert len(described["pixels"]["weights_hash"]) == 64
+    assert described["pixels"]["weights_hash"] != described["digits_classifier"]["weights_hash"]
+    assert described["digits_classifier"]["feature_layer"] == "64"
+    assert described["digits_classifier"]["torch_fidelity"].startswith("0.4.")
 
 
 def test_extractor_remembers_the_batch_size_that_fits() -> None:

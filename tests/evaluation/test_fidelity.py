@@ -1,4 +1,4 @@
-"""An evaluation: computed once, recorded with everything that decides it, and found again by exactly that."""
+"""An evaluation: never computed again, and recorded with everything that decides its key."""
 
 import dataclasses
 import json
@@ -100,7 +100,7 @@ def test_metric_equals_a_direct_computation(spec: EvaluateSpec, model: LoadedMod
     assert record["metrics"]["fd_digits_classifier_100"] > 1
 
 
-def test_an_evaluation_is_computed_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_is_not_computed_again(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     first, new = evaluate(spec)
     assert new
     forbid(monkeypatch)
@@ -164,7 +164,7 @@ def test_key_does_not_depend_on_paths(spec: EvaluateSpec, tmp_path: Path) -> Non
     assert (second["key"], second["metrics"]) == (first["key"], first["metrics"])
 
 
-def test_a_session_loads_everything_once(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_loads_nothing_again(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: Counter[str] = Counter()
 
     def counted(module: Any, name: str) -> None:
@@ -215,10 +215,10 @@ def test_a_changed_checkpoint_is_loaded_again(
     assert first["metrics"] != second["metrics"]
 
 
-@pytest.mark.parametrize("part", ["schedule", "network"])
-def test_same_weights_in_another_model_change_the_key(spec: EvaluateSpec, tmp_path: Path, part: str) -> None:
+@pytest.mark.parametrize("changed", ["schedule", "network"])
+def test_same_weights_in_another_model_change_the_key(spec: EvaluateSpec, tmp_path: Path, changed: str) -> None:
     checkpoint = torch.load(spec.checkpoint, weights_only=True)
-    if part == "schedule":
+    if changed == "schedule":
         checkpoint["ddim"]["schedule"]["alpha_bar"][1:] *= 0.9
     else:
         checkpoint["ddim"]["network"]["num_groups"] = 2

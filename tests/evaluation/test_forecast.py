@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from fill_shards import fill
+from two_processes import run_in_processes
 
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
@@ -47,7 +48,7 @@ def with_steps(spec: EvaluateSpec, *steps: int) -> list[EvaluateSpec]:
 
 def states(folder: Path) -> list[tuple[str, str]]:
     content = json.loads((folder / MANIFEST).read_text())
-    return [(cell["title"], cell["state"]) for cell in content["cells"].values()]
+    return [(job["title"], job["state"]) for job in content["cells"].values()]
 
 
 def test_a_plan_keeps_the_jobs_of_earlier_sweeps(spec: EvaluateSpec, tmp_path: Path) -> None:
@@ -121,12 +122,11 @@ def note_in_a_process(processes: Processes, specs: list[EvaluateSpec], folder: P
         Manifest(folder).note(one, f"of {processes.rank}")
 
 
+@pytest.mark.integration
 def test_notes_of_two_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
-    from two_processes import together
-
     specs = [dataclasses.replace(spec, seed=seed) for seed in range(60)]
     Manifest(tmp_path / "sweep").plan("command", specs)
-    together(note_in_a_process, specs, tmp_path / "sweep", to=tmp_path / "results")
+    run_in_processes(note_in_a_process, specs, tmp_path / "sweep", to=tmp_path / "results")
     assert [state for _, state in states(tmp_path / "sweep")] == ["of 0", "of 1"] * 30
 
 
@@ -156,7 +156,7 @@ def test_forecast_leaves_out_what_is_done(spec: EvaluateSpec, timed_jobs: list[P
     ]
     seconds = 5 * (3 * 2 + 30) + 20 * (4 * 2 + 30)
     assert lines[2].startswith(f"expected: 0:{seconds // 60}:{seconds % 60:02d} on 1 x ")
-    assert lines[2].endswith("(83% for features at 3 steps)")  # of the first cell that is left
+    assert lines[2].endswith("(83% for features at 3 steps)")  # of the first job that is left
     timed_jobs.clear()
     assert forecast([two], Session()) == [
         "1 job, 40 network evaluations of one image",

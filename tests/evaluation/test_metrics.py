@@ -102,7 +102,7 @@ def test_numbers_equal_those_of_torch_fidelity() -> None:
     spec = MetricSpec("digits_classifier", ("fd", "kd", "is", "prc"), kid_subset_size=50, kid_subsets=5)
     extractor = spec.build_extractor("cpu")
     sides = [feature_set(extractor.extract(images), "64") for images in (generated, reference)]
-    ours = compute_metrics(*sides, spec, 130)
+    result = compute_metrics(*sides, spec, 130)
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(generated),
         input2=Images(reference),
@@ -111,9 +111,9 @@ def test_numbers_equal_those_of_torch_fidelity() -> None:
         **{"kid_subset_size": 50, "kid_subsets": 5},
         **{"cuda": False, "save_cpu_ram": True, "cache": False, "verbose": False},
     )
-    # Mean and covariance are ours, in float64 throughout.
-    assert ours.pop("fd_digits_classifier_130") == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
-    assert ours == {
+    # Mean and covariance are our own, in float64 throughout.
+    assert result.pop("fd_digits_classifier_130") == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert result == {
         "kd_digits_classifier_130": theirs["kernel_inception_distance_mean"],
         "is_digits_classifier_130": theirs["inception_score_mean"],
         "precision_digits_classifier_130": theirs["precision"],

@@ -1,4 +1,4 @@
-"""Reference statistics: measured once, cached under what decides them, or read from a published file."""
+"""Reference statistics: measured, cached under what decides them, or read from a published file."""
 
 import dataclasses
 import time
@@ -59,18 +59,18 @@ def test_features_are_kept_if_a_metric_needs_them(
     measure_reference(images, {}, SPEC.build_extractor("cpu"), tmp_path)  # moments only
     extractor = MetricSpec("digits_classifier", ("fd", "prc")).build_extractor("cpu")
     expected = extractor.extract(images.images)["64"]
-    found = measure_reference(images, {}, extractor, tmp_path, with_features=True)
-    torch.testing.assert_close(found.features["64"], expected)
+    result = measure_reference(images, {}, extractor, tmp_path, with_features=True)
+    torch.testing.assert_close(result.features["64"], expected)
     forbid(monkeypatch)
     assert torch.equal(
-        measure_reference(images, {}, extractor, tmp_path, with_features=True).features["64"], found.features["64"]
+        measure_reference(images, {}, extractor, tmp_path, with_features=True).features["64"], result.features["64"]
     )
 
 
 def test_concurrent_jobs_measure_the_reference_once(
     images: MemoryImages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else one removes the parts that another is about to read, which then takes the moments of what is left."""
+    """Otherwise one removes the shards that another is about to read, which then takes the moments of what is left."""
     monkeypatch.setattr(reference_stats, "SHARD_SIZE", 10)
     asked: list[int] = []
 
@@ -84,17 +84,17 @@ def test_concurrent_jobs_measure_the_reference_once(
         return measure_reference(images, {}, Slow("digits_classifier", "cpu"), tmp_path)
 
     with ThreadPoolExecutor(4) as jobs:
-        found = [*jobs.map(measure, range(4))]
+        results = [*jobs.map(measure, range(4))]
     assert asked == [10] * 6
-    assert {known.count for known in found} == {60}
-    assert all(torch.equal(found[0].covariance, known.covariance) for known in found)
+    assert {known.count for known in results} == {60}
+    assert all(torch.equal(results[0].covariance, known.covariance) for known in results)
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".lock"}
 
 
 def test_a_published_file_gives_the_same_distance(spec: EvaluateSpec, tmp_path: Path) -> None:
     measured, _ = evaluate(spec)
-    [ours] = (tmp_path / "reference").glob("digits_*.npz")
-    with np.load(ours) as arrays:  # as another code base writes it: without the number of images
+    [file] = (tmp_path / "reference").glob("digits_*.npz")
+    with np.load(file) as arrays:  # as another code base writes it: without the number of images
         np.savez(tmp_path / "theirs.npz", mu=arrays["mu"], sigma=arrays["sigma"])
     npz = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "theirs.npz"))
     published, new = evaluate(dataclasses.replace(spec, metric=npz))

@@ -47,7 +47,7 @@ def test_split_covers_each_image_once(indices: range, size: int, origin: int) ->
 
 
 def test_rows_are_in_the_order_of_the_images(tmp_path: Path) -> None:
-    shards = Shards(tmp_path / "cell", range(10, 33))
+    shards = Shards(tmp_path / "shards", range(10, 33))
     fill(shards, 5, squares)
     assert everything(shards) == [i * i for i in range(10, 33)]
     assert len([*shards.folder.iterdir()]) == 5
@@ -160,7 +160,7 @@ def test_late_files_on_a_network_are_awaited(tmp_path: Path, looks: int, monkeyp
 
     monkeypatch.setattr(module, "write_safetensors", lambda *arguments: late.append(arguments))
     monkeypatch.setattr(module.time, "sleep", sleep)
-    shards = Shards(tmp_path / "cell", range(4))
+    shards = Shards(tmp_path / "shards", range(4))
     if looks == 45:
         with pytest.raises(UserError, match="must all see the same output folder"):
             fill(shards, 2, squares)
@@ -176,7 +176,7 @@ def test_batches_start_at_the_first_image(tmp_path: Path) -> None:
 
 
 def test_no_image_counts_twice(tmp_path: Path) -> None:
-    """As where a run with another batch size found a part damaged that another process then could read."""
+    """As if a run with another batch size saw a damaged shard that another process could read later."""
     shards = Shards(tmp_path, range(12))
     for batch in (range(5), range(8), range(3, 8), range(5, 10)):
         write_safetensors(shards.path(batch), squares(batch), {})
@@ -229,7 +229,7 @@ def test_other_errors_are_not_out_of_memory() -> None:
 
 
 def test_lock_refuses_a_second_run(tmp_path: Path) -> None:
-    shards = Shards(tmp_path / "cell", range(4))
+    shards = Shards(tmp_path / "shards", range(4))
     with shards.lock(), pytest.raises(UserError, match="another run is computing this evaluation"), shards.lock():
         pass
     with shards.lock():
@@ -245,7 +245,7 @@ def test_waiting_runs_hold_the_lock_one_at_a_time(tmp_path: Path, deletes: bool)
 
     def run() -> None:
         nonlocal inside, most, entered
-        shards = Shards(tmp_path / "cell", range(4))
+        shards = Shards(tmp_path / "shards", range(4))
         for _ in range(8):
             with shards.lock(wait=True):
                 with counting:

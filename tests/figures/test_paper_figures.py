@@ -85,17 +85,17 @@ def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedMod
 
 def test_seed_and_weights_are_used(spec: FigureSpec) -> None:
     spec = dataclasses.replace(spec, figure="consistency")
-    found = []
+    loaded = []
     for number, changes in enumerate(({}, {"seed": 1}, {"weights": "online"})):
         folder = f"{spec.output_dir}{number}"
         _, tensors = write_figures(dataclasses.replace(spec, output_dir=folder, **changes))  # type: ignore[arg-type]
-        found.append(panels.load_panel(tensors))
-    assert [(panel.metadata["seed"], panel.metadata["weights"]) for panel in found] == [
+        loaded.append(panels.load_panel(tensors))
+    assert [(panel.metadata["seed"], panel.metadata["weights"]) for panel in loaded] == [
         (0, "ema"),
         (1, "ema"),
         (0, "online"),
     ]
-    for one, other in itertools.combinations(found, 2):
+    for one, other in itertools.combinations(loaded, 2):
         assert not torch.allclose(one.images, other.images, atol=0.1)
 
 
@@ -104,7 +104,7 @@ def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, requ
     spec = dataclasses.replace(spec, figure=name)
     written = write_figures(spec)
     before = [path.read_bytes() for path in written]
-    written[0].unlink()  # the tensors alone are enough
+    written[0].unlink()  # the tensors are enough
     write_figures(dataclasses.replace(spec, seed=1, overwrite=True))
     assert all(a != path.read_bytes() for a, path in zip(before, written, strict=True))
     request.getfixturevalue("no_sampling")

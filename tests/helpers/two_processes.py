@@ -1,5 +1,6 @@
-"""Two processes that meet as under torchrun, for functions that the tests hand over."""
+"""Two processes, connected as under torchrun, that run a function of a test."""
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -26,11 +27,15 @@ def _start(
     torch.distributed.destroy_process_group()
 
 
-def together(function: Callable[..., Any], *arguments: Any, to: Path, count: int = 2) -> list[Any]:
+def run_in_processes(function: Callable[..., Any], *arguments: Any, to: Path, count: int = 2) -> list[Any]:
     """Return what `function(processes, *arguments)` returns in each of `count` processes."""
     to.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (count, port, function, arguments, to), nprocs=count)
+    # A forked process need not import everything again, but cannot use CUDA where its parent has.
+    fork = "fork" in multiprocessing.get_all_start_methods() and not torch.cuda.is_initialized()
+    torch.multiprocessing.start_processes(
+        _start, (count, port, function, arguments, to), count, start_method="fork" if fork else "spawn"
+    )
     return [torch.load(to / f"{rank}.pt", weights_only=False) for rank in range(count)]

@@ -1,4 +1,4 @@
-"""Exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
+"""Exactly the images asked for, each a function of (weights, sampler, seed, index) only."""
 
 import dataclasses
 from typing import Any
@@ -77,9 +77,9 @@ def test_samples_agree_to_1e_5_for_every_batch_size(model: LoadedModel, sampler:
         x_T = initial_noise(batch, model.spec.image_shape, seed=3)
         return last_state(sample_steps(model, sampler, x_T, batch, 3))
 
-    parts = torch.cat([samples(batch) for batch in split(range(70), size)])
-    whole = samples(range(70))  # of an untrained network, so beyond [-1, 1]
-    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5 * float(whole.abs().max()))
+    batches = torch.cat([samples(batch) for batch in split(range(70), size)])
+    expected = samples(range(70))  # of an untrained network, so beyond [-1, 1]
+    torch.testing.assert_close(batches, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_out_of_memory_halves_the_batch_and_the_images_stay(
@@ -203,8 +203,8 @@ def test_batch_size_search_takes_the_smallest_fast_size(
 def test_a_batch_size_of_zero_is_found(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
     monkeypatch.setattr(compute_module, "evaluate_zeros", lambda model, compute, count: tried.append(count))
-    found = with_batch_size(model, ComputeSpec("cpu", batch_size=0), most=4)
-    assert found.batch_size in (1, 2, 4)
+    tuned = with_batch_size(model, ComputeSpec("cpu", batch_size=0), most=4)
+    assert tuned.batch_size in (1, 2, 4)
     assert set(tried) == {1, 2, 4}
     assert with_batch_size(model, CPU) is CPU
     with pytest.raises(UserError, match="batch_size=0 was not replaced"):

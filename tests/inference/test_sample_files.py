@@ -61,13 +61,13 @@ def test_single_files_are_named_by_the_number_of_their_image(spec: SampleSpec, m
 def test_a_later_call_goes_on_with_the_images_of_a_longer_one(spec: SampleSpec) -> None:
     spec = dataclasses.replace(spec, format="png")
     write_samples(spec)
-    whole = {file.name: read(file) for file in Path(spec.output_dir).iterdir()}
-    other = Path(spec.output_dir) / "parts"
+    expected = {file.name: read(file) for file in Path(spec.output_dir).iterdir()}
+    other = Path(spec.output_dir) / "other"
     for first, n in ((0, 1), (1, 3), (4, 2)):
         write_samples(dataclasses.replace(spec, output_dir=str(other), first=first, n=n))
-    parts = {file.name: read(file) for file in other.iterdir()}
-    assert parts.keys() == whole.keys()
-    assert all(apart(parts[name], whole[name]) <= 1 for name in whole)
+    files = {file.name: read(file) for file in other.iterdir()}
+    assert files.keys() == expected.keys()
+    assert all(apart(files[name], expected[name]) <= 1 for name in expected)
 
 
 @pytest.mark.parametrize("format", ["grid", "png", "gif"])
@@ -107,7 +107,7 @@ def test_an_animation_goes_from_noise_to_the_samples(spec: SampleSpec, model: Lo
     start = ((x_T + 1) * 127.5 + 0.5).floor().clamp(0, 255).to(torch.uint8)
     assert apart(frames[0], grid(start)[0]) <= 1
     assert apart(frames[-1], grid(wanted(model, spec))[0]) <= 1
-    # The first prediction comes from x_T alone: in one step it is the sample.
+    # The first prediction comes from x_T only: in one step it is the sample.
     one_step = generate(model, dataclasses.replace(sampler, times=(10,)), range(3, 9), spec.seed, ComputeSpec("cpu"))
     assert apart(frames[1], grid(one_step)[0]) <= 1
 

@@ -129,9 +129,9 @@ def test_images_of_a_batch_do_not_mix() -> None:
     network = small_net()
     x, t = inputs(4)
     order = torch.tensor([2, 0, 3, 1])
-    together = network(x, t)
-    torch.testing.assert_close(network(x[order], t[order]), together[order], atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(network(x[1:2], t[1:2]), together[1:2], atol=1e-5, rtol=1e-5)
+    reference = network(x, t)
+    torch.testing.assert_close(network(x[order], t[order]), reference[order], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(network(x[1:2], t[1:2]), reference[1:2], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -178,10 +178,11 @@ def test_runs_in_other_precisions() -> None:
     assert 0 < (low - reference).square().mean().sqrt() < 0.03 * reference.std()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True])
 @torch.no_grad()
 def test_compiles_to_one_graph(autocast: bool) -> None:
-    network = small_net(num_res_blocks=1)
+    network = small_net(ch_mult=(1, 2), num_res_blocks=1)
     x, t = inputs()
     compiled = torch.compile(network, fullgraph=True, backend="eager")  # a graph break is an error
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -277,13 +278,8 @@ def test_one_channel_per_group_would_hide_the_time() -> None:
     torch.testing.assert_close(block(x, temb[0]), block(x, temb[1]), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 8, 12), (3, 2, 12, 8), (2, 8, 12)])
-def test_forward_refuses_images_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"{shape}") + r".*\(B, \*\(2, 8, 12\)\)"):
-        small_net()(torch.zeros(shape), torch.zeros(3, dtype=torch.long))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (3, 1)])
-def test_forward_refuses_times_of_another_shape(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"t has the shape {shape}") + r".*\(3,\)"):
-        small_net()(inputs()[0], torch.zeros(shape, dtype=torch.long))
+@pytest.mark.parametrize("shape", [(3, 1, 8, 12), (3, 2, 12, 8), (2, 8, 12), (), (1,), (3, 1)])
+def test_forward_refuses_other_shapes_of_images_and_times(shape: tuple[int, ...]) -> None:
+    images, times, expected = (shape, (3,), "(B, *(2, 8, 12))") if len(shape) > 2 else ((3, 2, 8, 12), shape, "(3,)")
+    with pytest.raises(ValueError, match=f"{re.escape(str(shape))}.*{re.escape(expected)}"):
+        small_net()(torch.zeros(images), torch.zeros(times, dtype=torch.long))

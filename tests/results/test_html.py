@@ -59,7 +59,7 @@ def test_page_shows_every_number(tmp_path: Path) -> None:
     assert table.note in text
     for name, value in table.describe_protocol(full=True):
         assert name in page.texts["dt"]
-        assert all(part in text for part in value.split("; "))
+        assert all(phrase in text for phrase in value.split("; "))
     assert "0123456789abcdef" in text  # the complete hash
     assert "2.15.0" in page.texts["dd"]
 

@@ -1,4 +1,4 @@
-"""The paper's numbers are right, and are compared only with ours of the same kind."""
+"""The paper's numbers are right, and are compared only with measured ones of the same kind."""
 
 import re
 from pathlib import Path
@@ -18,9 +18,9 @@ ROWS = {"eta 0.0": "η=0.0", "eta 0.2": "η=0.2", "eta 0.5": "η=0.5", "eta 1.0"
 def test_numbers_equal_experiment_headers(name: str) -> None:
     """The headers were typed independently of the data, so each checks the other."""
     header = (EXPERIMENTS / f"{name}.yaml").read_text()
-    found = re.search(r"^#   S +(.*)$", header, re.MULTILINE)
-    assert found is not None
-    columns = [int(S) for S in found[1].split()]
+    match = re.search(r"^#   S +(.*)$", header, re.MULTILINE)
+    assert match is not None
+    columns = [int(S) for S in match[1].split()]
     typed = {
         row: dict(zip(columns, map(float, numbers[1].split()), strict=True))
         for text, row in ROWS.items()
@@ -41,9 +41,9 @@ def test_numbers_equal_headers_of_other_experiments() -> None:
         in PAPER_TABLES["table2_reconstruction"].values.values()
     )
     for name in ("bedroom", "church"):
-        found = re.search(r"at eta=0 is ([\d., ]+) for S = ([\d, ]+)\.", (EXPERIMENTS / f"{name}.yaml").read_text())
-        assert found is not None
-        numbers = dict(zip(map(int, found[2].split(",")), map(float, found[1].split(",")), strict=True))
+        match = re.search(r"at eta=0 is ([\d., ]+) for S = ([\d, ]+)\.", (EXPERIMENTS / f"{name}.yaml").read_text())
+        assert match is not None
+        numbers = dict(zip(map(int, match[2].split(",")), map(float, match[1].split(",")), strict=True))
         assert numbers == PAPER_TABLES[f"table3_{name}"].values["η=0.0"]
 
 
@@ -96,7 +96,7 @@ def test_lines_show_ours_paper_and_difference() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "verdict", "text"),
+    ("measured", "verdict", "text"),
     [
         (13.36, "same", "0.00 (same)"),
         (13.3649, "same", "0.00 (same)"),
@@ -106,8 +106,8 @@ def test_lines_show_ours_paper_and_difference() -> None:
         (12.0, "better", "-1.36 (-10.2 %)"),
     ],
 )
-def test_verdict_uses_the_papers_last_digit(ours: float, verdict: str, text: str) -> None:
-    table = table_of(("η=0.0", 10, ours))
+def test_verdict_uses_the_papers_last_digit(measured: float, verdict: str, text: str) -> None:
+    table = table_of(("η=0.0", 10, measured))
     [_, _, difference] = table.lines()
     assert (difference.verdicts, difference.texts) == ([verdict], [text])
 

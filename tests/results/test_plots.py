@@ -99,11 +99,11 @@ def test_hours_are_scaled_to_fifty_thousand_images() -> None:
 )
 def test_devices_and_models_are_not_mixed(change: dict[str, Any]) -> None:
     records = [timed(S, 10.0 * S) for S in (10, 20)] + [timed(S, 20.0 * S, **change) for S in (10, 20)]
-    found = plots.timings(records)
-    assert sorted(points[0][2] for timing in found if (points := timing.points)) == pytest.approx(
+    timings = plots.timings(records)
+    assert sorted(points[0][2] for timing in timings if (points := timing.points)) == pytest.approx(
         [100 / 3600, 200 / 3600]
     )
-    assert [len(timing.points) for timing in found] == [2, 2]
+    assert [len(timing.points) for timing in timings] == [2, 2]
 
 
 def test_times_need_a_device_and_two_values_of_S() -> None:

@@ -119,8 +119,8 @@ def test_key_depends_on_content_only() -> None:
 def test_key_changes_with_every_value(path: tuple[Any, ...]) -> None:
     other = copy.deepcopy(CONTENT)
     node: Any = other
-    for part in path[:-1]:
-        node = node[part]
+    for key in path[:-1]:
+        node = node[key]
     node[path[-1]] = "another"
     assert record_key(other) != record_key(CONTENT)
 

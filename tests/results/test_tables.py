@@ -111,14 +111,14 @@ def test_full_chain_joins_every_spacing() -> None:
             record("η=1.0", 1000, 4.73, "full"),  # its sampler has no linear row
         ]
     )
-    found = {(table.protocol["seed"], table.protocol["spacing"]): values(table) for table in tables}
-    assert found == {
+    by_protocol = {(table.protocol["seed"], table.protocol["spacing"]): values(table) for table in tables}
+    assert by_protocol == {
         (0, "quad"): {"η=0.0": [13.36, 4.04], "η=1.0": [41.07, 4.73], "σ̂": [None, 3.17]},
         (0, "linear"): {"η=0.0": [17.33, 4.04], "σ̂": [None, 3.17]},
         (1, "linear"): {"η=0.0": [5.0]},
     }
-    [alone] = build_tables([full])
-    assert (alone.protocol["spacing"], values(alone)) == ("full", {"η=0.0": [4.04]})
+    [table] = build_tables([full])
+    assert (table.protocol["spacing"], values(table)) == ("full", {"η=0.0": [4.04]})
 
 
 def test_choice_of_duplicates_ignores_order_and_value() -> None:

@@ -131,14 +131,14 @@ def test_seconds_have_their_own_file() -> None:
 def balanced(text: str) -> bool:
     """Whether braces and environments of LaTeX are balanced; escaped braces are letters."""
     depth, open_environments = 0, []
-    for found in re.finditer(r"\\(begin|end)\{(\w+)\}|\\.|[{}]", text):
-        if found[1] == "begin":
-            open_environments.append(found[2])
-        elif found[1] == "end":
-            if not open_environments or open_environments.pop() != found[2]:
+    for match in re.finditer(r"\\(begin|end)\{(\w+)\}|\\.|[{}]", text):
+        if match[1] == "begin":
+            open_environments.append(match[2])
+        elif match[1] == "end":
+            if not open_environments or open_environments.pop() != match[2]:
                 return False
-        elif found[0] in "{}":
-            depth += 1 if found[0] == "{" else -1
+        elif match[0] in "{}":
+            depth += 1 if match[0] == "{" else -1
             if depth < 0:
                 return False
     return depth == 0 and not open_environments

@@ -71,21 +71,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     logging.getLogger("hydra").setLevel(logging.NOTSET)
 
 
-@pytest.fixture(scope="session")
-def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
-    """A real training run of four steps: how it ended, and its folder."""
-    shared = tmp_path_factory.getbasetemp()
+def run_for_all(factory: pytest.TempPathFactory, name: str, script: str, *arguments: str) -> tuple[Outcome, Path]:
+    """Run a script with output_dir=NAME, a single time for all test processes: how it ended, and its folder."""
+    shared = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    folder, result = shared / "training", shared / "training.json"
-    small = ("network.ch=16", "network.num_groups=4", "trainer.max_steps=4", "trainer.batch_size=16")
-    settings = ("experiment=digits", "output_dir=run", "trainer.log_every=2", "grid.every=2", "grid.n=4")
-    with FileLock(shared / "training.lock"):  # all test processes share one run
+    result = shared / f"{name}.json"
+    with FileLock(shared / f"{name}.lock"):
         if not result.exists():
-            folder.mkdir()
-            outcome = run_process("train", *settings, *small, "grid.sampler.S=2", cwd=folder)
-            result.write_text(json.dumps(outcome))
-    return Outcome(*json.loads(result.read_text())), folder / "run"
+            result.write_text(json.dumps(run_process(script, *arguments, f"output_dir={name}", cwd=shared)))
+    return Outcome(*json.loads(result.read_text())), shared / name
+
+
+@pytest.fixture(scope="session")
+def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """A training run of four steps."""
+    small = ("network.ch=16", "network.num_groups=4", "trainer.max_steps=4", "trainer.batch_size=16")
+    settings = ("experiment=digits", "trainer.log_every=2", "grid.every=2", "grid.n=4", "grid.sampler.S=2")
+    return run_for_all(tmp_path_factory, "training", "train", *settings, *small)
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +96,20 @@ def checkpoint(training: tuple[Outcome, Path]) -> Path:
     outcome, folder = training
     assert outcome.code == 0, outcome.err
     return folder / "checkpoints" / "last.ckpt"
+
+
+SWEEP = (
+    *("-m", "data=digits", "metric=digits_classifier", "compute.device=cpu", "compute.batch_size=7"),
+    *("n=120", "grid=9", "sampler=ddim,ddpm", "sampler.S=4,10"),
+)
+
+
+@pytest.fixture(scope="session")
+def sweep_arguments(checkpoint: Path) -> tuple[str, ...]:
+    return (*SWEEP, f"checkpoint={checkpoint}")
+
+
+@pytest.fixture(scope="session")
+def sweep(sweep_arguments: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """A sweep of four evaluations without a disturbance."""
+    return run_for_all(tmp_path_factory, "sweep", "evaluate", *sweep_arguments)

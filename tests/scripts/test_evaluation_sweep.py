@@ -19,79 +19,75 @@ from typing import Any
 
 import pytest
 
+from ddim.io import write_safetensors
+
 Run = Callable[..., Any]
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 KILLS = int(os.environ.get("DDIM_KILLS", "2"))
-CSV = "table.csv"
-TABLES = ("table.md", CSV, "table.json", "table.tex")
+TABLES = ("table.md", "table.csv", "table.json", "table.tex")
 OPTIONS = ("data=digits", "metric=digits_classifier", "compute.device=cpu", "n=120", "compute.batch_size=7", "grid=9")
+NOT_POSSIBLE = "sampler: S=2000 steps cannot be chosen from T=1000 times; S must lie in 1..1000."
 
 pytestmark = pytest.mark.integration
 
 
-def command(checkpoint: Path, folder: Path, *more: str, processes: int = 1) -> list[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
-    sweep = (f"checkpoint={checkpoint}", "sampler=ddim,ddpm", "sampler.S=4,10", f"output_dir={folder}")
-    script = [str(SCRIPTS / "evaluate.py"), "-m", *OPTIONS, *sweep, f"reference_dir={folder}_reference", *more]
-    return [sys.executable, *(launcher if processes > 1 else ()), *script]
+@pytest.fixture
+def start(sweep_arguments: tuple[str, ...], tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
+    """start(option, ..., processes=1): begin or resume the sweep in the folder tmp_path/sweep, in other processes."""
+
+    def start(*more: str, processes: int = 1) -> subprocess.Popen[str]:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+        script = (str(SCRIPTS / "evaluate.py"), *sweep_arguments, "output_dir=sweep", *more)
+        return subprocess.Popen(
+            [sys.executable, *(launcher if processes > 1 else ()), *script],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    return start
 
 
-def start(words: list[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(words, cwd=folder.parent, env=environment, text=True, **pipes, **options)
+def written(folder: Path, pictures: bool = True) -> dict[str, bytes]:
+    """Return the content of the tables and the grids."""
+    paths = [folder / name for name in TABLES] + sorted((folder / "grids").iterdir()) * pictures
+    return {path.name: path.read_bytes() for path in paths}
 
 
-def finish(words: list[str], folder: Path) -> str:
-    """Run a command to its end and return what it printed."""
-    process = start(words, folder)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    return out
-
-
-def tables(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TABLES}
-
-
-def images_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted((folder / "grids").iterdir())}
-
-
-def parts(folder: Path) -> set[Path]:
+def shards(folder: Path) -> set[Path]:
     return set(folder.glob("unfinished/*/*.safetensors"))
 
 
-@pytest.fixture(scope="module")
-def whole(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A sweep that nobody disturbed: its folder, and what it printed."""
-    folder = tmp_path_factory.mktemp("whole") / "sweep"
-    return folder, finish(command(checkpoint, folder), folder)
+def jobs(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "manifest.json").read_text())["cells"].values())
 
 
-def test_the_plan_lists_the_work(whole: tuple[Path, str], checkpoint: Path) -> None:
-    folder, out = whole
+def test_the_plan_lists_the_work(sweep: tuple[Any, Path]) -> None:
+    (code, out, err), folder = sweep
+    assert (code, err) == (0, "")
     lines = [line for line in out.splitlines() if line.startswith("plan: ")]
     assert out.splitlines()[: len(lines)] == lines
-    assert lines[0] == f"plan: 4 cells, {120 * (4 + 10) * 2:,} network evaluations of one image"
+    assert lines[0] == f"plan: 4 jobs, {120 * (4 + 10) * 2:,} network evaluations of one image"
     assert re.fullmatch(r"plan: expected: 0:0\d:\d\d on 1 x .* evaluations/s each.*", lines[-1])
-    cells = json.loads((folder / "manifest.json").read_text())["cells"].values()
-    assert sorted(cell["title"] for cell in cells) == sorted(f"η={e} S={S} linear" for e in (0.0, 1.0) for S in (4, 10))
-    assert {cell["state"] for cell in cells} == {"done"}
-    assert parts(folder) == set()
+    titles = sorted(job["title"] for job in jobs(folder))
+    assert titles == sorted(f"η={e} S={S} linear" for e in (0.0, 1.0) for S in (4, 10))
+    assert {job["state"] for job in jobs(folder)} == {"done"}
+    assert shards(folder) == set()
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
-    whole: tuple[Path, str], checkpoint: Path, tmp_path: Path
+    sweep: tuple[Any, Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     folder, generator, ends = tmp_path / "sweep", random.Random(KILLS), []
     for k in range(KILLS):
-        before = parts(folder)
-        process = start(command(checkpoint, folder), folder, start_new_session=True)
-        if k % 2 == 0:  # in the middle of a cell
+        before, process = shards(folder), start()
+        if k % 2 == 0:  # in the middle of an evaluation
             end = time.monotonic() + 120
-            while len(parts(folder) - before) < 2 and process.poll() is None and time.monotonic() < end:
+            while len(shards(folder) - before) < 2 and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.001)
             time.sleep(generator.uniform(0, 0.2))
         else:  # at any time from its start on
@@ -100,60 +96,71 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         process.communicate()
         ends.append(process.returncode)
     assert set(ends) == {-signal.SIGKILL}  # none had ended by itself
-    finish(command(checkpoint, folder), folder)
-    assert tables(folder) == tables(whole[0])
-    assert images_of(folder) == images_of(whole[0])
-    assert parts(folder) == set()
+    process = start()
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert written(folder) == written(sweep[1])
+    assert shards(folder) == set()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("more", "processes"), [((), 2), (("compute.batch_size=1",), 1), (("compute.batch_size=64",), 1)]
-)
-def test_tables_do_not_depend_on_batches_or_processes(
-    whole: tuple[Path, str], checkpoint: Path, tmp_path: Path, more: tuple[str, ...], processes: int
+def test_two_processes_write_the_bytes_of_one(
+    sweep: tuple[Any, Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "sweep"
-    out = finish(command(checkpoint, folder, *more, processes=processes), folder)
-    assert len(re.findall(r"fd_digits_classifier_120 \d", out)) == 4  # said once, however many processes there are
-    if processes > 1:  # the same batches
-        assert tables(folder) == tables(whole[0])
-        assert images_of(folder) == images_of(whole[0])
-    # Another batch size rounds differently inside the network, and a pixel may fall on the other side of a half.
-    assert tables(folder)["table.md"] == tables(whole[0])["table.md"]
-    ours, theirs = (
-        [float(row["value"]) for row in csv.DictReader(f.read_text().splitlines())]
-        for f in (folder / CSV, whole[0] / CSV)
-    )
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    process = start(processes=2)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    assert len(re.findall(r"fd_digits_classifier_120 \d", out)) == 4  # not by each process
+    assert written(tmp_path / "sweep") == written(sweep[1])
+
+
+def entries(folder: Path) -> dict[tuple[str, str], tuple[str, float]]:
+    """Return the entries of the table by row and S: as it shows them, and with all digits."""
+    lines = [line.split("|")[1:-1] for line in (folder / "table.md").read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = [[text.strip() for text in line] for line in lines]
+    shown = {(row[0], S): text for row in rows for S, text in zip(header[1:], row[1:], strict=True)}
+    exact = [float(row["value"]) for row in csv.DictReader((folder / "table.csv").read_text().splitlines())]
+    return {key: (text, value) for (key, text), value in zip(shown.items(), exact, strict=True)}
+
+
+@pytest.mark.parametrize(("size", "steps"), [(1, "4"), (64, "4,10")])
+def test_tables_do_not_depend_on_the_batch_size(
+    sweep: tuple[Any, Path], run: Run, sweep_arguments: tuple[str, ...], tmp_path: Path, size: int, steps: str
+) -> None:
+    """It rounds differently inside the network, and a pixel may fall on the other side of a half."""
+    options = (f"compute.batch_size={size}", f"sampler.S={steps}", "output_dir=sweep")
+    outcome = run("evaluate", *sweep_arguments, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    values, expected = entries(tmp_path / "sweep"), entries(sweep[1])
+    assert len(values) == 2 * len(steps.split(","))
+    for key, (shown, exact) in values.items():
+        assert (shown, exact) == (expected[key][0], pytest.approx(expected[key][1], rel=1e-4))
 
 
 @pytest.mark.slow
-def test_jobs_of_another_launcher_end_in_one_table(whole: tuple[Path, str], checkpoint: Path, tmp_path: Path) -> None:
+def test_jobs_of_another_launcher_end_in_one_table(
+    sweep: tuple[Any, Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    folder = tmp_path / "sweep"
-    process = start(command(checkpoint, folder, "sampler.S=4,10,2000", "hydra/launcher=submitit_local"), folder)
+    process = start("sampler.S=4,10,2000", "hydra/launcher=submitit_local")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 2, out + err
-    reason = "sampler: S=2000 steps cannot be chosen from T=1000 times; S must lie in 1..1000."
     for eta in (0.0, 1.0):
-        assert f"failed: η={eta} S=2000 linear: {reason}" in out
+        assert f"failed: η={eta} S=2000 linear: {NOT_POSSIBLE}" in out
     assert "error: " in err
-    assert "plan: 6 cells, 483,360 network evaluations" in out
-    assert tables(folder) == tables(whole[0])
+    assert "plan: 6 jobs, 483,360 network evaluations" in out
+    assert written(tmp_path / "sweep", pictures=False) == written(sweep[1], pictures=False)
 
 
 def test_impossible_evaluations_are_named_first_and_last(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2000,2", "output_dir=out")
     outcome = run("evaluate", *arguments)
     assert outcome.code == 2
-    reason = "sampler: S=2000 steps cannot be chosen from T=1000 times; S must lie in 1..1000."
-    assert f"plan: not possible: η=0.0 S=2000 linear: {reason}" in outcome.out
-    assert outcome.out.splitlines()[-1] == f"failed: η=0.0 S=2000 linear: {reason}"
+    assert f"plan: not possible: η=0.0 S=2000 linear: {NOT_POSSIBLE}" in outcome.out
+    assert outcome.out.splitlines()[-1] == f"failed: η=0.0 S=2000 linear: {NOT_POSSIBLE}"
     again = run("evaluate", *arguments[:4], "n=60", *arguments[5:-2], "sampler.S=2", "output_dir=out")
     assert again.code == 0
-    cells = json.loads((tmp_path / "out" / "manifest.json").read_text())["cells"].values()
-    assert [cell["state"] for cell in cells] == ["failed", "done", "done"]
+    assert [job["state"] for job in jobs(tmp_path / "out")] == ["failed", "done", "done"]
 
 
 def test_a_sweep_runs_without_a_plan_if_hydra_changes(
@@ -171,15 +178,8 @@ def test_scripts_use_no_private_module_of_hydra() -> None:
 
 
 def test_a_sweep_that_only_its_jobs_can_resolve_has_no_plan(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    arguments = (
-        "-m",
-        *OPTIONS,
-        f"checkpoint={checkpoint}",
-        "sampler.S=2,3",
-        "name=job${hydra:job.num}",
-        "output_dir=o",
-    )
-    outcome = run("evaluate", *arguments)
+    names = ("sampler.S=2,3", "name=job${hydra:job.num}")
+    outcome = run("evaluate", "-m", *OPTIONS, f"checkpoint={checkpoint}", *names, "output_dir=o")
     assert (outcome.code, outcome.err) == (0, "")
     assert "plan: " not in outcome.out
     lines = (tmp_path / "o" / "records.jsonl").read_text().splitlines()
@@ -189,48 +189,42 @@ def test_a_sweep_that_only_its_jobs_can_resolve_has_no_plan(run: Run, checkpoint
 def test_a_full_disk_is_one_line_and_keeps_finished_shards(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddim.evaluation import shards as module
-
-    real, left = module.write_safetensors, iter(range(3))
+    left = iter(range(3))
 
     def write(path: Path, *rest: Any) -> None:
         if "unfinished" in path.parts and next(left, None) is None:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        real(path, *rest)
+        write_safetensors(path, *rest)
 
-    monkeypatch.setattr(module, "write_safetensors", write)
     arguments = ("-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2", "output_dir=out")
-    outcome = run("evaluate", *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddim.evaluation.shards.write_safetensors", write)
+        outcome = run("evaluate", *arguments)
     assert outcome.code == 2
     assert len(outcome.err.splitlines()) == 1
     assert re.fullmatch(r"error: cannot write to \S+safetensors \(No space left on device\); make room.\n", outcome.err)
     assert outcome.out.splitlines()[-1].startswith("failed: η=0.0 S=2 linear: cannot write to")
-    assert len(parts(tmp_path / "out")) == 3
-    monkeypatch.setattr(module, "write_safetensors", real)
+    assert len(shards(tmp_path / "out")) == 3
     again = run("evaluate", *arguments)
     assert again.code == 0, again.err
-    assert "plan: done: 0 cells, and 1 in part; 198 network evaluations are left" in again.out  # 120 - 3 x 7 images
+    assert "plan: done: 0 jobs, and 1 in part; 198 network evaluations are left" in again.out  # 120 - 3 x 7 images
     assert "failed" not in again.out
 
 
 def test_ctrl_c_prints_one_word_and_the_command_resumes(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddim.evaluation import shards as module
-
-    real = module.write_safetensors
-
     def interrupt(path: Path, *rest: Any) -> None:
-        real(path, *rest)
+        write_safetensors(path, *rest)
         if "unfinished" in path.parts:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "write_safetensors", interrupt)
     arguments = ("-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2,3", "output_dir=out")
-    outcome = run("evaluate", *arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr("ddim.evaluation.shards.write_safetensors", interrupt)
+        outcome = run("evaluate", *arguments)
     assert (outcome.code, outcome.err) == (130, "stopped.\n")
-    assert len(parts(tmp_path / "out")) == 1  # and the second cell was not begun
-    monkeypatch.setattr(module, "write_safetensors", real)
+    assert len(shards(tmp_path / "out")) == 1  # and the second evaluation was not begun
     assert run("evaluate", *arguments).code == 0
 
 

@@ -37,9 +37,8 @@ def names(folder: Path) -> set[str]:
     return {path.as_posix() for path in paths if "hydra" not in path.parts}
 
 
-@pytest.mark.integration
-def test_import_and_export_write_only_their_output(process: Run, flat: Path, tmp_path: Path) -> None:
-    outcome = process("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=model", *NETWORK, cwd=tmp_path)
+def test_import_and_export_write_only_their_output(run: Run, flat: Path, tmp_path: Path) -> None:
+    outcome = run("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=model", *NETWORK)
     assert outcome.code == 0, outcome.err
     state = weights(SPEC)
     count = sum(value.numel() for value in state.values())
@@ -58,7 +57,7 @@ def test_import_and_export_write_only_their_output(process: Run, flat: Path, tmp
     loaded = load_model(tmp_path / "model.safetensors").network.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
-    outcome = process("export_checkpoint", "checkpoint=model.safetensors", "output_dir=folder", cwd=tmp_path)
+    outcome = run("export_checkpoint", "checkpoint=model.safetensors", "output_dir=folder")
     files = [
         "unet/diffusion_pytorch_model.safetensors",
         "unet/config.json",
@@ -67,10 +66,9 @@ def test_import_and_export_write_only_their_output(process: Run, flat: Path, tmp
         "model_index.json",
     ]
     assert outcome == (0, "".join(f"folder/{name}\n" for name in files), "")
-    made = {"flat.ckpt", "model.safetensors", "folder", "folder/unet", "folder/scheduler"}
-    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")} == made | {
-        f"folder/{name}" for name in files
-    }
+    folders = {"flat.ckpt", "model.safetensors", "folder", "folder/unet", "folder/scheduler"}
+    paths = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert paths == folders | {f"folder/{name}" for name in files}
 
 
 def test_a_foreign_file_becomes_a_model_card_with_results(run: Run, flat: Path, tmp_path: Path) -> None:
@@ -130,9 +128,8 @@ def test_a_configured_schedule_is_stored_in_the_model(run: Run, flat: Path) -> N
 
 
 def test_flat_export_warns_about_what_it_does_not_store(run: Run, flat: Path, tmp_path: Path) -> None:
-    assert (
-        run("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=m", *NETWORK, "weights=online").code == 0
-    )
+    arguments = ("checkpoint=flat.ckpt", "output_dir=.", "name=m", "weights=online")
+    assert run("import_checkpoint", *arguments, *NETWORK).code == 0
     outcome = run("export_checkpoint", "checkpoint=m.safetensors", "output_dir=back", "layout=flat", "weights=online")
     assert (outcome.code, outcome.out) == (0, "back/model.pt\n")
     [line] = outcome.err.splitlines()
@@ -204,18 +201,15 @@ def test_import_takes_seconds_and_little_memory(tmp_path: Path, layout: str) -> 
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_one_command_evaluates_an_imported_file_for_table_1(process: Run, tmp_path: Path) -> None:
+def test_one_command_evaluates_an_imported_file_for_table_1(run: Run, tmp_path: Path) -> None:
     write_full(tmp_path / "flat.ckpt", "flat")
-    outcome = process(
-        "import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=m", "weights=ema", cwd=tmp_path
-    )
+    outcome = run("import_checkpoint", "checkpoint=flat.ckpt", "output_dir=.", "name=m", "weights=ema")
     assert outcome.code == 0, outcome.err
     (tmp_path / "flat.ckpt").unlink()
     [line] = [line for line in outcome.out.splitlines() if line.startswith("evaluate it: ")]
-    found = re.fullmatch(r"evaluate it: +python scripts/evaluate\.py (.*)", line)
-    assert found is not None
-    command = found[1].split()
-    assert command == ["-m", "experiment=table1_cifar10", "checkpoint=m.safetensors"]
+    prefix, command = re.split(r"scripts/evaluate\.py ", line)
+    assert re.fullmatch(r"evaluate it: +python ", prefix)
+    assert command.split() == ["-m", "experiment=table1_cifar10", "checkpoint=m.safetensors"]
     (tmp_path / "pictures").mkdir()
     generator = np.random.default_rng(0)
     for i in range(4):
@@ -224,7 +218,7 @@ def test_one_command_evaluates_an_imported_file_for_table_1(process: Run, tmp_pa
     # Two images on two step counts, measured against four pictures, without Inception and without CIFAR-10.
     small = "data=folder data.root=pictures data.size=[32,32] n=2 sampler.S=1,2 grid=0 compute.device=cpu output_dir=t"
     metric = "metric=pixels metric.metrics=[kd] metric.kid_subset_size=2 metric.kid_subsets=1"
-    outcome = process("evaluate", *command, *small.split(), *metric.split(), cwd=tmp_path)
+    outcome = run("evaluate", *command.split(), *small.split(), *metric.split())
     (tmp_path / "m.safetensors").unlink()
     assert (outcome.code, outcome.err) == (0, "")
     rows = [line.split("|") for line in (tmp_path / "t" / "table.md").read_text().splitlines() if line.startswith("|")]

@@ -1,4 +1,4 @@
-"""Sweeps over training hyperparameters in other processes; a job that fails is told of, and exits as everywhere."""
+"""Sweeps over training hyperparameters in other processes; a job that fails is reported, with the same exit status."""
 
 import os
 import subprocess

@@ -48,7 +48,7 @@ def test_only_a_stopped_run_is_requeued(submit, status, expected, requeued):
 
 
 def test_each_evaluation_is_one_job_of_the_array(submit):
-    cells = set()
+    evaluations = set()
     for job in range(20):
         status, calls, _ = submit(
             "sweep.sbatch", "experiment=table1_cifar10", "checkpoint=x", SLURM_ARRAY_TASK_ID=str(job)
@@ -57,9 +57,9 @@ def test_each_evaluation_is_one_job_of_the_array(submit):
         words = calls[0].split()
         assert words[:3] == ["srun", "python", "scripts/evaluate.py"]
         assert words[5:] == ["compute=gpu", "experiment=table1_cifar10", "checkpoint=x"]
-        cells.add((words[3], words[4]))
+        evaluations.add((words[3], words[4]))
     samplers = ("ddim", "ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat")
-    assert cells == {(f"sampler={a}", f"sampler.S={S}") for a in samplers for S in (10, 20, 50, 100)}
+    assert evaluations == {(f"sampler={a}", f"sampler.S={S}") for a in samplers for S in (10, 20, 50, 100)}
 
 
 def test_other_samplers_and_a_too_long_array(submit):

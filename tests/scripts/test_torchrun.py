@@ -1,4 +1,4 @@
-"""Two processes started by torchrun: they do what one does, stop together when told to, and one goes on from there."""
+"""Two processes started by torchrun do what one does, stop at the same step, and are resumed by one."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ OPTIONS = [
     "grid.every=0",
     "checkpoint=last",
 ]
-ONE = ["trainer.accumulate=2"]  # the same two parts of a batch, one after the other
+ONE = ["trainer.accumulate=2"]  # the same two halves of a batch, one after the other
 TWO = ["trainer.strategy=ddp", "trainer.devices=2"]
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -73,7 +73,7 @@ def test_two_processes_train_as_one_and_resume_each_other(train_one, tmp_path):
 
 
 def test_two_processes_stop_at_the_same_step(train_one, tmp_path):
-    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    folder, uninterrupted = tmp_path / "stopped", tmp_path / "uninterrupted"
     process = start_two(folder, "trainer.max_steps=100000", "trainer.checkpoint_every=10")
     last = folder / "checkpoints" / "last.ckpt"
     end = time.monotonic() + 120
@@ -86,5 +86,5 @@ def test_two_processes_stop_at_the_same_step(train_one, tmp_path):
     log = (tmp_path / "stopped.log").read_text()
     assert f"stopped at step {step} of 100000 and saved it; go on with checkpoint=last." in log
     train_one(folder, f"trainer.max_steps={step + 5}")
-    train_one(whole, f"trainer.max_steps={step + 5}")
-    assert difference(folder, whole) <= 1e-6
+    train_one(uninterrupted, f"trainer.max_steps={step + 5}")
+    assert difference(folder, uninterrupted) <= 1e-6

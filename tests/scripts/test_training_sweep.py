@@ -63,7 +63,7 @@ def test_a_run_by_itself_is_in_no_group(run, wandb_runs):
 
 @pytest.mark.parametrize("devices", ["2", "auto"])
 def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeypatch, tmp_path):
-    """Lightning would start each further process by the command of the sweep, which would begin anew in it."""
+    """Lightning would start each further process by the command of the sweep, which would begin again in it."""
     for name in ("LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     outcome = run("train", "-m", "experiment=digits", *SWEEP, "trainer.strategy=ddp", f"trainer.devices={devices}")

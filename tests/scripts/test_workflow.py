@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from PIL import Image
 
 from ddim.checkpoints import load_model
 from ddim.diffusion.spec import SamplerSpec
-from ddim.evaluation import fidelity
 from ddim.image_io import grid
+from ddim.inference import generate
 from ddim.inference.compute import ComputeSpec
-from ddim.inference.generate import generate
 
 Run = Callable[..., Any]
+METRIC = "fd_digits_classifier_120"
 SWEEP = ("-m", "data=digits", "metric=digits_classifier", "n=20", "compute.device=cpu", "output_dir=out")
 
 pytestmark = pytest.mark.integration
@@ -28,7 +29,7 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
     outcome, folder = training
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
-    assert outcome.out.splitlines()[-1] == "checkpoint: run/checkpoints/last.ckpt"
+    assert outcome.out.splitlines()[-1] == "checkpoint: training/checkpoints/last.ckpt"
     assert "step 4 of 4" in outcome.out
     model = load_model(folder / "checkpoints" / "last.ckpt")
     assert (model.step, model.spec.image_shape, model.spec.network_spec.ch) == (4, (1, 8, 8), 16)
@@ -37,33 +38,24 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
     assert {row["step"] for row in rows if row["train/loss"]} == {"1", "3"}
 
 
-@pytest.fixture(scope="module")
-def sweep(process: Run, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("evaluation")
-    arguments = (*SWEEP, f"checkpoint={checkpoint}", "sampler=ddim,ddpm", "sampler.S=2,3")
-    return process("evaluate", *arguments, cwd=folder), folder / "out"
-
-
 def test_a_sweep_writes_its_tables_plots_and_grids(sweep: tuple[Any, Path]) -> None:
     outcome, folder = sweep
     assert (outcome.code, outcome.err) == (0, "")
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     names = [(r["label"], r["S"]) for r in records]
-    assert names == [("η=0.0", 2), ("η=0.0", 3), ("η=1.0", 2), ("η=1.0", 3)]
+    assert names == [("η=0.0", 4), ("η=0.0", 10), ("η=1.0", 4), ("η=1.0", 10)]
     for record in records:
         assert (folder / record["grid"]).is_file()
-        line = f"{record['label']} S={record['S']} linear: fd_digits_classifier_20 "
-        assert f"{line}{record['metrics']['fd_digits_classifier_20']:.4g} (" in outcome.out
+        line = f"{record['label']} S={record['S']} linear: {METRIC} "
+        assert f"{line}{record['metrics'][METRIC]:.4g} (" in outcome.out
     [table] = json.loads((folder / "table.json").read_text())
-    expected = {r["label"]: [] for r in records}
-    for r in records:
-        expected[r["label"]].append(float(f"{r['metrics']['fd_digits_classifier_20']:.6g}"))
-    assert (table["columns"], table["rows"]) == ([2, 3], expected)
+    values = [float(f"{r['metrics'][METRIC]:.6g}") for r in records]
+    assert (table["columns"], table["rows"]) == ([4, 10], {"η=0.0": values[:2], "η=1.0": values[2:]})
     assert len((folder / "table.csv").read_text().splitlines()) == 5
     assert (folder / "table.md").read_text() in outcome.out
-    for name in ("table.md", "table.csv", "table.json", "table.tex", "plot_fd_digits_classifier_20.png", "report.html"):
+    for name in ("table.md", "table.csv", "table.json", "table.tex", f"plot_{METRIC}.png", "report.html"):
         assert (folder / name).is_file()
-        assert f"out/{name}" in outcome.out
+        assert f"sweep/{name}" in outcome.out
     assert "HYDRA" not in outcome.out
     assert "Launching" not in outcome.out
 
@@ -73,15 +65,13 @@ def no_images(*_: Any, **__: Any) -> None:
 
 
 def test_a_second_run_computes_only_what_is_missing(
-    sweep: tuple[Any, Path], run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: tuple[Any, Path], run: Run, sweep_arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, folder = sweep
-    arguments = (*SWEEP, f"checkpoint={checkpoint}", "sampler=ddim,ddpm", f"output_dir={folder}", "sampler.S=2,3")
+    folder = shutil.copytree(sweep[1], tmp_path / "sweep")
     before = (folder / "records.jsonl").read_bytes()
     table = (folder / "table.md").read_text()
-    with monkeypatch.context() as patch:
-        patch.setattr(fidelity, "generate_batch", no_images)
-        outcome = run("evaluate", *arguments)
+    monkeypatch.setattr(generate, "generate_batch", no_images)
+    outcome = run("evaluate", *sweep_arguments, "output_dir=sweep")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("(already in the records)") == 4
     assert table in outcome.out
@@ -103,7 +93,7 @@ def test_a_failed_evaluation_does_not_stop_the_others(run: Run, checkpoint: Path
 def test_a_defect_keeps_its_traceback(
     run: Run, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fidelity, "generate_batch", no_images)
+    monkeypatch.setattr(generate, "generate_batch", no_images)
     outcome = run("evaluate", *SWEEP, f"checkpoint={checkpoint}", "sampler.S=2,3")
     assert outcome.code == 1
     assert outcome.err.count("Traceback (most recent call last)") == 2
@@ -128,12 +118,12 @@ def test_damaged_records_are_an_error_and_not_a_warning(run: Run, checkpoint: Pa
     assert len(outcome.err.splitlines()) == 1
 
 
-def test_sampling_writes_the_images_of_the_library(process: Run, checkpoint: Path, tmp_path: Path) -> None:
+def test_sampling_writes_the_images_of_the_library(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("n=4", "seed=3", "sampler=ddpm", "sampler.S=5", "compute.device=cpu", "output_dir=pictures")
-    outcome = process("sample", f"checkpoint={checkpoint}", *arguments, cwd=tmp_path)
+    outcome = run("sample", f"checkpoint={checkpoint}", *arguments)
     assert outcome == (0, "pictures/grid.png\n", "")
     model = load_model(checkpoint)
-    images = grid(generate(model, SamplerSpec(eta=1.0, S=5), range(4), 3, ComputeSpec("cpu")))
+    images = grid(generate.generate(model, SamplerSpec(eta=1.0, S=5), range(4), 3, ComputeSpec("cpu")))
     with Image.open(tmp_path / "pictures" / "grid.png") as picture:
         assert np.abs(np.array(picture).astype(int) - images[0].numpy()).max() <= 1
 

@@ -67,6 +67,15 @@ def run(config):
     return run
 
 
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a run at step 2, which no test changes."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    values = merge(TINY, {"name": "run", "output_dir": str(folder), "trainer": {"max_steps": 2}})
+    train(build(TrainSpec, values, ""), values)
+    return folder
+
+
 @pytest.fixture
 def after_loss(monkeypatch):
     """after_loss(action): call action(step, batch_idx, output) after every training_step."""

@@ -137,7 +137,7 @@ def test_full_disk_keeps_older_checkpoints(run, same, monkeypatch, tmp_path, hid
 
     def full(thing, file, *args, **kwargs):
         try:
-            save({"part": torch.zeros(100)}, file)
+            save({"x": torch.zeros(100)}, file)
             raise OSError(errno.ENOSPC, "No space left on device")
         finally:
             if hidden:

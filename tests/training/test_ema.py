@@ -172,9 +172,9 @@ def test_several_averages_equal_those_of_separate_runs(run):
     rates = (0.9, 0.5, 0.999)
     several = run("several", ema={"decay": list(rates)})
     for rate in rates:
-        alone = run(f"alone {rate}", ema={"decay": rate})
+        separate = run(f"separate {rate}", ema={"decay": rate})
         label = "ema" if rate == rates[0] else f"ema_{rate}"
-        assert load_model(several, label).weights_hash == load_model(alone).weights_hash
+        assert load_model(several, label).weights_hash == load_model(separate).weights_hash
         assert load_model(several, label).weights == label
     with pytest.raises(UserError, match=r"unknown weights 'ema_0.8'.*allowed: online, ema, ema_0.5, ema_0.999"):
         load_model(several, "ema_0.8")

@@ -12,7 +12,7 @@ from ddim.training.lightning_workarounds import count_complete_steps, keep_buffe
 
 @pytest.mark.integration
 def test_no_broadcast_between_two_processes(run, monkeypatch, two_processes):
-    """Lightning's own check for SIGTERM is a broadcast at every batch; ours is a sum every ten steps."""
+    """Lightning's own check for SIGTERM is a broadcast at every batch; our own is a sum every ten steps."""
     seen = []
     all_reduce = torch.distributed.all_reduce
 

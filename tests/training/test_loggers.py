@@ -76,18 +76,18 @@ def records(path):
     """Yield the records of a .wandb file: a log in LevelDB's format after a header of seven bytes."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, parts = path.read_bytes(), 7, b""
+    data, at, fragments = path.read_bytes(), 7, b""
     assert data[:4] == b":W&B"
     while at + 7 <= len(data):
         if 32768 - at % 32768 < 7:  # no header fits: the rest of the block is padding
             at += 32768 - at % 32768
             continue
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
+        fragments += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # a complete record, or its last part
-            yield Record.FromString(parts)
-            parts = b""
+        if kind in (1, 4):  # a complete record, or its last fragment
+            yield Record.FromString(fragments)
+            fragments = b""
 
 
 def history(path):

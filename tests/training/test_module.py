@@ -77,7 +77,7 @@ def test_a_plain_loop_trains_the_same_weights(run, make, logged, changes):
     assert list(logged("run", "train/loss").values()) == pytest.approx(losses, rel=1e-6)
 
 
-def test_the_initial_weights_depend_on_the_seed_alone(make):
+def test_initial_weights_depend_only_on_the_seed(make):
     torch.manual_seed(1)
     one = make(seed=3)[1]
     torch.manual_seed(2)
@@ -179,7 +179,7 @@ def test_dropout_is_addressed(loss_at, make):
 
 @pytest.mark.parametrize("objective", [ObjectiveSpec(), ObjectiveSpec("x0", "sum", "antithetic")])
 def test_the_loss_is_that_of_the_objective(loss_at, make, objective):
-    """Times and noise depend on seed, step and position alone."""
+    """Times and noise depend only on seed, step and position."""
     spec, module = make()
     module.objective = objective
     x0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(4, -1, -1, -1)

@@ -1,6 +1,7 @@
 """Bad input is refused in one sentence before any training step."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -30,16 +31,44 @@ def refused(run, monkeypatch):
 
 
 @pytest.fixture
-def last(run):
-    """The checkpoint of a run named "run" at step 2."""
-    return run(trainer={"max_steps": 2})
+def last(finished_run, tmp_path):
+    """The last checkpoint of a run named "run" at step 2; copy.ckpt has the same content."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    path.unlink()
+    path.hardlink_to(path.with_name("step_00000002.ckpt"))  # as training does
+    shutil.copy(path, tmp_path / "copy.ckpt")
+    return path
+
+
+RESUMED = {"checkpoint": "last"}
+OTHER_SETTINGS = [
+    ({"optim": {"lr": 0.123}}, "optim.lr: "),
+    ({"optim": {"warmup": 77}}, "optim.warmup: "),
+    ({"objective": {"reduction": "sum"}}, "objective.reduction: mean and sum"),
+    ({"seed": 99}, "seed: "),
+    ({"trainer": {"batch_size": 4}}, "trainer.batch_size: "),
+    ({"ema": {"decay": 0.5}}, "ema.decay: "),
+    ({"ema": None}, "ema.decay: "),
+]
 
 
 @pytest.mark.integration
-def test_folder_with_a_run_is_refused(refused, last):
+@pytest.mark.parametrize(
+    ("changes", "phrases"),
+    [
+        ({}, ["already holds a run at step 2; go on with checkpoint=last, or choose another name="]),
+        ({"checkpoint": "copy.ckpt"}, ["already holds a run at step 2"]),
+        (RESUMED | {"trainer": {"max_steps": 1}}, ["is at step 2, past trainer.max_steps=1; raise max_steps"]),
+        *((RESUMED | changes, ["was trained with other settings", phrase]) for changes, phrase in OTHER_SETTINGS),
+    ],
+    ids=str,
+)
+def test_a_run_is_neither_replaced_nor_changed(refused, last, monkeypatch, tmp_path, changes, phrases):
+    monkeypatch.chdir(tmp_path)
     before = last.read_bytes()
-    message = refused(trainer={"max_steps": 4})
-    assert "already holds a run at step 2; go on with checkpoint=last, or choose another name=" in message
+    message = refused(**changes)
+    assert [phrase for phrase in phrases if phrase not in message] == []
     assert last.read_bytes() == before
 
 
@@ -67,40 +96,6 @@ def test_resuming_another_model_lists_every_difference(refused, last, where):
 def test_dropout_and_init_may_change_on_resuming(run, last):
     path = run(trainer={"max_steps": 3}, network={"dropout": 0.5, "init": "ddpm"}, checkpoint="last")
     assert read_checkpoint(path)["global_step"] == 3
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("changes", "phrase"),
-    [
-        ({"optim": {"lr": 0.123}}, "optim.lr: "),
-        ({"optim": {"warmup": 77}}, "optim.warmup: "),
-        ({"objective": {"reduction": "sum"}}, "objective.reduction: mean and sum"),
-        ({"seed": 99}, "seed: "),
-        ({"trainer": {"batch_size": 4}}, "trainer.batch_size: "),
-        ({"ema": {"decay": 0.5}}, "ema.decay: "),
-        ({"ema": None}, "ema.decay: "),
-    ],
-)
-def test_resuming_with_other_settings_is_refused(refused, last, changes, phrase):
-    message = refused(**changes, checkpoint="last")
-    assert "was trained with other settings" in message
-    assert phrase in message
-
-
-@pytest.mark.integration
-def test_checkpoint_of_another_run_does_not_replace_a_run(refused, run, last, tmp_path):
-    elsewhere = tmp_path / "copy.ckpt"
-    elsewhere.write_bytes(last.read_bytes())
-    before = last.read_bytes()
-    assert "already holds a run at step 2" in refused(trainer={"max_steps": 4}, checkpoint=str(elsewhere))
-    assert last.read_bytes() == before
-
-
-@pytest.mark.integration
-def test_resuming_past_max_steps_is_refused(refused, last):
-    message = refused(trainer={"max_steps": 1}, checkpoint="last")
-    assert "is at step 2, past trainer.max_steps=1; raise max_steps" in message
 
 
 def test_missing_and_invalid_checkpoints_are_refused(refused, tmp_path):

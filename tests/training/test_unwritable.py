@@ -53,14 +53,14 @@ def test_read_only_folder_is_refused_before_work(run, file_system, tmp_path, mon
             run(name, trainer=TRAINER)
 
 
-@pytest.mark.parametrize("part", ["checkpoints", "."])
-def test_folder_made_read_only_keeps_older_checkpoints(run, same, file_system, after_loss, tmp_path, monkeypatch, part):
+@pytest.mark.parametrize("name", ["checkpoints", "."])
+def test_folder_made_read_only_keeps_older_checkpoints(run, same, file_system, after_loss, tmp_path, monkeypatch, name):
     """The folder of the checkpoints fails at step 6; in that of the run, writing metrics fails first."""
     expected = run("expected", trainer={"max_steps": 4, "checkpoint_every": 2})
     uninterrupted = run("uninterrupted", trainer=TRAINER)
-    folder = file_system(tmp_path / "run" / part)
+    folder = file_system(tmp_path / "run" / name)
     after_loss(lambda step, *_: read_only(folder) if step == 4 else None)
-    what = "the checkpoint .*step_00000006.ckpt of step 6" if part == "checkpoints" else ".*metrics.csv"
+    what = "the checkpoint .*step_00000006.ckpt of step 6" if name == "checkpoints" else ".*metrics.csv"
     with pytest.raises(
         UserError,
         match=rf"^{what} cannot be written \(Read-only file system\); " + GOES_ON.format("the folder writable"),

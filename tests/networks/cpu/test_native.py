@@ -1,4 +1,4 @@
-"""C++ loops: compiled once, found again, and one clear error for a missing or failing compiler."""
+"""C++ loops: compiled when needed, cached, and one clear error for a missing or failing compiler."""
 
 import ctypes
 import re
@@ -43,7 +43,7 @@ def twice(source):
     return function(ctypes.c_double(21))
 
 
-def test_a_source_is_compiled_once_and_again_when_changed(source, compilations, tmp_path):
+def test_a_source_is_compiled_again_only_when_changed(source, compilations, tmp_path):
     assert [twice(source), twice(source)] == [42, 42]
     assert len(compilations) == 1
     source.write_text(SOURCE.replace("2 *", "3 *"))

@@ -40,31 +40,7 @@ def test_output_and_gradients_equal_a_direct_convolution(shape, tiles, monkeypat
         assert (got - expected).abs().max() < 1e-11
 
 
-def test_an_image_is_independent_of_its_batch():
-    layer = nn.Conv2d(64, 96, 3, padding=1).requires_grad_(False)
-    use_winograd(layer)
-    x = gaussian32(13, 64, 8, 8)  # 4 tiles an image, while 6, 4 or 1 are multiplied at once
-    whole = layer(x)
-    for size in (1, 2, 7):
-        assert torch.equal(torch.cat([layer(part) for part in x.split(size)]), whole)
-
-
-@pytest.mark.parametrize("frozen", [True, False])
-def test_a_network_keeps_its_outputs_and_names(frozen, network):
-    network.requires_grad_(not frozen)
-    fast = copy.deepcopy(network)
-    use_winograd(fast)
-    used = [name for name, module in fast.named_modules() if isinstance(module, WinogradConv2d)]
-    assert len(used) == 17  # all but the first, the last, and the one of stride 2
-    assert fast.state_dict().keys() == network.state_dict().keys()
-    x, t = gaussian32(2, 3, 16, 32), torch.tensor([3, 800])
-    with torch.no_grad():
-        expected, got = network(x, t), fast(x, t)
-    assert (got - expected).abs().max() < 5e-5 * expected.abs().max()
-    assert not torch.equal(got, expected)
-
-
-def test_frozen_weights_are_transformed_once():
+def test_frozen_weights_are_transformed_in_advance():
     _, frozen = pair(frozen=True)
     assert frozen.transformed.shape == (36, 32, 32)
     assert "transformed" not in frozen.state_dict()
@@ -86,7 +62,7 @@ def test_frozen_weights_pass_the_gradient_of_the_input():
     assert torch.equal(got, expected)
 
 
-def test_frozen_weights_with_a_trained_bias_are_convolved_directly():
+def test_frozen_weights_with_a_trained_bias_use_torch():
     layer = nn.Conv2d(32, 32, 3, padding=1)
     layer.weight.requires_grad_(False)
     use_winograd(layer)
@@ -162,9 +138,7 @@ def test_sizes_that_tiles_do_not_cover_are_convolved_directly(size):
     assert torch.equal(fast(x), layer(x))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # torch's own check
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of opcheck
 def test_the_custom_operations_pass_opcheck():
     """Predicted shapes and strides, and gradients: what compiling a network around them relies on."""
     x, weight, bias = gaussian(2, 64, 8, 12), gaussian(32, 64, 3, 3).requires_grad_(), gaussian(32).requires_grad_()
