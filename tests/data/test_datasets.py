@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from composed import group_values
 from omegaconf import OmegaConf
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -28,7 +29,7 @@ def spec(**values):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_gives_a_spec_of_a_known_data_set(path, tmp_path):
-    config = OmegaConf.load(path)
+    config = OmegaConf.create(group_values("data", path.stem))
     if path.stem == "folder":
         assert OmegaConf.missing_keys(config) == {"root", "size"}
         config.update(root=str(tmp_path), size=[8, 8])

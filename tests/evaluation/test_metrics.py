@@ -2,11 +2,10 @@
 
 import math
 import typing
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from composed import group_values
 
 from ddim.config import build
 from ddim.errors import UserError
@@ -21,7 +20,6 @@ from ddim.evaluation.metrics import (
 )
 
 OFFLINE = [name for name in EXTRACTORS if name != "inception"]
-CONFIGS = Path(__file__).parents[2] / "configs" / "metric"
 DIGITS = MetricSpec("digits_classifier")
 
 
@@ -258,6 +256,6 @@ def test_unregistered_names_are_refused_with_the_list() -> None:
 
 @pytest.mark.parametrize("name", list(EXTRACTORS))
 def test_each_extractor_has_its_configuration(name: str) -> None:
-    values = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    values = group_values("metric", name)
     assert build(MetricSpec, values, "metric").extractor == name
     assert set(values) == set(MetricSpec.__dataclass_fields__)
