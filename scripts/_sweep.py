@@ -4,12 +4,10 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
-from _jobs import SWEEP_FLAGS
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
@@ -28,6 +26,7 @@ class Sweep:
 
     def __init__(self, module: str, spec_name: str) -> None:
         self.module, self.spec_name = module, spec_name
+        self.failures: dict[Path, dict[str, str]] = {}  # of this command, by folder: title -> reason
         self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
 
     def build(self, config: dict[str, Any]) -> Any:
@@ -71,8 +70,7 @@ class Sweep:
         processes = session.processes
         spec = self.build(config)
         logger = self.logger(spec)
-        # A sweep without a plan keeps a manifest too.
-        note = partial(Manifest(logger.folder).note, create=bool(SWEEP_FLAGS & set(sys.argv)))
+        manifest = Manifest(logger.folder)
         evaluate = importlib.import_module(self.module).evaluate
         metrics: dict[str, float] = {}
 
@@ -83,16 +81,17 @@ class Sweep:
 
         try:
             on_main(logger.check)
-            on_main(note, spec, "running")
+            on_main(manifest.note, spec, "running")
             for repetition in spec.repetitions:
                 record, new = evaluate(repetition, session)
                 metrics = record["metrics"]
                 on_main(print_metrics, repetition.title, record, new)
                 on_main(logger.log_evaluation, record, repetition.title)
-            on_main(note, spec, "done")
+            on_main(manifest.note, spec, "done")
         except Exception as error:
             if processes.is_main:
-                note(spec, "failed", reason(error))
+                manifest.note(spec, "failed", reason(error))
+                self.failures.setdefault(logger.folder, {})[spec.title] = reason(error)
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics
@@ -107,7 +106,8 @@ class Sweep:
             return
         for folder, logger in sorted(self.loggers.items()):
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
-            failures = manifest.failures()
+            # A sweep without a plan has no manifest.
+            failures = manifest.failures() or (list(self.failures.get(folder, {}).items()) if records else [])
             if records:
                 planned = manifest.read()["command"] or command()
                 paths = write_report(records, folder, command=planned, failures=failures)

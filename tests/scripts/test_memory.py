@@ -23,7 +23,14 @@ pytestmark = pytest.mark.integration
 
 def arguments(checkpoint: Path, n: int, S: int) -> list[str]:
     options = ["data=digits", "metric=digits_classifier", "compute.device=cpu", "compute.batch_size=50", "grid=0"]
-    return [*options, f"checkpoint={checkpoint}", f"n={n}", f"sampler.S={S}", f"output_dir={n}_{S}", "reference_dir=r"]
+    return [
+        *options,
+        f"checkpoint={checkpoint}",
+        f"n={n}",
+        f"sampler.S={S}",
+        f"output_dir=n{n}_S{S}",
+        "reference_dir=r",
+    ]
 
 
 def peak(checkpoint: Path, folder: Path, n: int, S: int) -> int:
