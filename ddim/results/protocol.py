@@ -38,7 +38,9 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
     if p["kind"] == "reconstruction":
         images = f"{p['n']:,} images of {data['name']}, encoded and decoded"
     else:
-        images = f"{p['n']:,} images against {data['images']:,} of {data['name']}"
+        # Published statistics do not state their number of images.
+        count = "" if data["images"] is None else f"{data['images']:,} of "
+        images = f"{p['n']:,} images against {count}{data['name']}"
     step = "" if model["step"] is None else f" at step {model['step']:,}"
     fewer = ", or as many as an entry states" if len(ranges) > 1 else ""
     return _join(
@@ -102,9 +104,8 @@ def distinct(values: Iterable[str | None]) -> str:
 
 def _reference(data: dict[str, Any], metric: dict[str, Any], full: bool) -> str:
     fingerprint = _named("fingerprint", _hash(data["fingerprint"], full))
-    return _join(
-        data["name"], _named("split", metric.get("reference_split")), f"{data['images']:,} images", fingerprint
-    )
+    count = "published statistics" if data["images"] is None else f"{data['images']:,} images"
+    return _join(data["name"], _named("split", metric.get("reference_split")), count, fingerprint)
 
 
 def _extractor(metric: dict[str, Any], full: bool) -> str:

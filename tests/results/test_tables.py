@@ -2,12 +2,13 @@
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 from made_records import FID, RECORDS, record
 
-from ddim.results.report import Table, build_tables, sigma_hat_variants
+from ddim.results.report import Table, build_tables, sigma_hat_variants, write_report
 
 ROWS = ["η=0.0", "η=0.0 (clip x0)", "η=0.2", "η=1.0", "σ̂"]
 COLUMNS = [10, 20, 100, 1000]
@@ -239,3 +240,13 @@ def test_online_weights_have_one_name() -> None:
     [table] = build_tables([one | {"model": one["model"] | {"weights": "raw"}}])
     assert "online weights" in table.title()
     assert dict(table.describe_protocol(full=True))["weights"].startswith("online, hash")
+
+
+def test_published_statistics_have_no_number_of_images(tmp_path: Path) -> None:
+    one = record("η=0.0", 10, 1.0)
+    one["reference"] = {"name": "published.npz", "images": None, "fingerprint": "f" * 64}
+    [table] = build_tables([one])
+    assert " images against published.npz," in table.title()
+    assert "published.npz" in dict(table.describe_protocol(full=True))["reference set"]
+    paths = write_report([one], tmp_path)
+    assert all("None" not in path.read_text() for path in paths if path.suffix in (".md", ".csv", ".tex", ".html"))

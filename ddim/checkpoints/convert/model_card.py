@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from ddim.checkpoints.model import StoredModel, weights_hash
+from ddim.checkpoints.model import UNLABELLED, StoredModel, weights_hash
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ def model_card(name: str, model: StoredModel, results: Sequence[Result], license
     spec = model.spec
     height, width = spec.network_spec.image_size
     step = "" if model.step is None else f" at step {model.step:,}"
-    label = {"ema": "EMA,", "online": "online (no EMA),"}.get(model.weights, "EMA or online is not known,")
+    labels = {"ema": "EMA,", "online": "online (no EMA),", UNLABELLED: "EMA or online is not known,"}
+    label = labels.get(model.weights, f"EMA ({model.weights}),")
     source = f", imported from `{model.origin['file']}`" if "file" in model.origin else ""
     data = f" trained on {spec.data}" if spec.data else ""
     parameters = sum(value.numel() for value in model.state.values())
