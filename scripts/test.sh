@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, type check and test; about ten minutes on two cores. Other arguments go to pytest: bash scripts/test.sh -k sampling
-#   bash scripts/test.sh --quick     lint and unit tests, in 90 s
+#   bash scripts/test.sh --quick     lint and unit tests, in four minutes
 set -euo pipefail
 source "$(dirname "$0")/_environment.sh"
 
