@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
+from _jobs import SWEEP_FLAGS
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
@@ -106,8 +107,9 @@ class Sweep:
             return
         for folder, logger in sorted(self.loggers.items()):
             records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
-            # A sweep without a plan has no manifest.
-            failures = manifest.failures() or (list(self.failures.get(folder, {}).items()) if records else [])
+            failures = manifest.failures()
+            if records and not failures and SWEEP_FLAGS & set(sys.argv):  # a sweep without a plan has no manifest
+                failures = list(self.failures.get(folder, {}).items())
             if records:
                 planned = manifest.read()["command"] or command()
                 paths = write_report(records, folder, command=planned, failures=failures)

@@ -191,6 +191,15 @@ def test_failures_are_listed_also_without_a_plan(run: Run, checkpoint: Path, tmp
     assert outcome.out.splitlines()[-1] == f"failed: η=0.0 S=2000 linear: {NOT_POSSIBLE}"
 
 
+def test_a_single_mistake_leaves_the_report_of_a_folder(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    options = (*OPTIONS, "sampler.S=2", "output_dir=out")
+    assert run("evaluate", *options, f"checkpoint={checkpoint}").code == 0
+    outcome = run("evaluate", *options, "checkpoint=nowhere.ckpt")
+    assert outcome.code == 2
+    assert "failed: " not in outcome.out
+    assert "0 failed" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_the_session_is_that_of_the_processes_of_a_job(
     run: Run, monkeypatch: pytest.MonkeyPatch, checkpoint: Path
 ) -> None:
