@@ -74,9 +74,7 @@ class Session:
 
         return self._load("reference", (npz, _modified(npz), metric, device, shape), load)
 
-    def reference_stats(
-        self, data: DataSpec, metric: MetricSpec, device: str, folder: str, shape: Shape
-    ) -> FeatureSet:
+    def reference_stats(self, data: DataSpec, metric: MetricSpec, device: str, folder: str, shape: Shape) -> FeatureSet:
         """Return the reference set as the metrics see it: from a published file, from `folder`, or measured now.
 
         All processes must call this together. The data set is not read where a file is given.

@@ -29,6 +29,7 @@ from ddim.training.resume import resume_path
 from ddim.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
+MAX_SIGNAL = 0.1  # of sqrt(alpha_bar[T]): 0.006 in Ho et al.'s schedule, 0.07 in latent diffusion's
 
 
 def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
@@ -83,6 +84,13 @@ def build_data(spec: TrainSpec) -> ImageDataModule:
 
 def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     """Return the module of a run, its network accelerated as `spec.trainer` asks for."""
+    if (signal := model.schedule[model.schedule.T] ** 0.5) > MAX_SIGNAL:
+        log.warning(
+            "the schedule does not reach noise: x_T still holds %.2f of the image (sqrt(alpha_bar[T]) at T=%d), but "
+            "sampling starts from pure noise; take a larger schedule.T or schedule.beta_end.",
+            signal,
+            model.schedule.T,
+        )
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
     here = next(module.network.parameters()).device

@@ -16,7 +16,25 @@ from ddim.data.images import normalize
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.errors import UserError
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
+from ddim.training.run import build_module
 from ddim.training.spec import TrainSpec
+
+
+@pytest.mark.parametrize(
+    ("schedule", "signal"),
+    [
+        ({"T": 100}, "0.60"),
+        ({"T": 1000}, None),
+        ({"T": 50, "name": "cosine"}, None),
+        ({"T": 1000, "name": "scaled_linear"}, None),
+    ],
+)
+def test_a_schedule_that_does_not_reach_noise_warns(config, caplog, schedule, signal):
+    spec = build(TrainSpec, config(schedule=schedule), "")
+    build_module(spec, spec.model_spec())
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == (signal is not None)
+    assert all(f"x_T still holds {signal} of the image" in text for text in warnings)
 
 
 @pytest.fixture
