@@ -1,12 +1,13 @@
 """Atomic file writes; reading and writing files of tensors, without executing anything in them."""
 
+import logging
 import os
 import re
 import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ddim.errors import UserError
 
+log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 NOT_REGULAR = {
     stat.S_IFDIR: "folder",
@@ -60,8 +62,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         _sync(partial)
         partial.replace(path)
-        with suppress(OSError):  # some file systems on the network cannot do this with folders
+        try:
             _sync(path.parent)
+        except OSError as error:  # some file systems on the network cannot do this with folders
+            log.debug("%s cannot be synced (%s)", path.parent, error)
     finally:
         partial.unlink(missing_ok=True)
 

@@ -97,22 +97,21 @@ def load_moments(path: Path, dimension: int) -> FeatureSet:
     check_regular_file(path, "file of statistics")
     try:
         with zipfile.ZipFile(path) as archive:
-            mu = _read_array(archive, "mu", (dimension,), "f")
-            sigma = _read_array(archive, "sigma", (dimension, dimension), "f")
+            mean = _read_array(archive, "mu", (dimension,), "f")
+            covariance = _read_array(archive, "sigma", (dimension, dimension), "f")
             count = int(_read_array(archive, "images", (), "iu")) if "images.npy" in archive.namelist() else None
-        mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma))
         _check_moments(count, mean, covariance)
     except Exception as error:  # a damaged or unknown file can make the readers raise anything
         reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise UserError(
-            f"the statistics {path} cannot be used ({reason}); give an .npz file with the arrays mu and sigma, mean and "
-            f"covariance of {dimension} features of the same extractor."
+            f"the statistics {path} cannot be used ({reason}); give an .npz file with the arrays mu and sigma, "
+            f"the mean and covariance of {dimension} features of the same extractor."
         ) from error
     return FeatureSet(count, mean, covariance)
 
 
-def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
-    """Return an array of an .npz; one of another shape or kind is refused by its header, before memory is taken."""
+def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> Tensor:
+    """Return an array of an .npz, float64; one of another shape or kind is refused by its header, before memory is taken."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unfold more than is asked for
         raise ValueError(f"{name} is compressed by another method than numpy's")
@@ -124,7 +123,7 @@ def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], kin
             needed = f"{'float' if kinds == 'f' else 'integer'} {shape}"
             raise ValueError(f"{name} is {dtype} of shape {found} where {needed} is needed")
         file.seek(0)
-        return np.lib.format.read_array(file, allow_pickle=False)
+        return torch.from_numpy(np.lib.format.read_array(file, allow_pickle=False).astype(np.float64))
 
 
 def _check_moments(count: int | None, mean: Tensor, covariance: Tensor) -> None:

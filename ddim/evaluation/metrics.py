@@ -2,7 +2,8 @@
 
 Every metric is computed from the same features (`ddim.evaluation.features`), in float64, and the numbers equal those
 of torch-fidelity's command line up to the rounding of its float32. Mean and covariance are computed by `feature_stats`,
-since several processes may each have a share of the features. A number is called FID or KID only if the features are Inception's: `metric_name`.
+since several processes may each have a share of the features. A number is called FID or KID only if the features are
+Inception's: `metric_name`.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.random import RandomState
 from torch import Tensor
 
 from ddim.config import choose
@@ -197,7 +199,7 @@ def kernel_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
     """
     from torch_fidelity.metric_kid import kernel_mmd
 
-    layer, rng = EXTRACTORS[spec.extractor].feature_layer, np.random.RandomState(RNG_SEED)
+    layer, rng = EXTRACTORS[spec.extractor].feature_layer, RandomState(RNG_SEED)
 
     def subset(features: Tensor) -> np.ndarray:
         return features[rng.choice(len(features), spec.kid_subset_size, replace=False)].double().numpy()

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,14 @@ def measure_reference(
             return False
         return True
 
-    found = None
-    with processes.barrier(), suppress(UserError):
-        found = load()
+    def find() -> FeatureSet | None:
+        try:
+            return load()
+        except UserError:
+            return None
+
+    with processes.barrier():
+        found = find()
     if all(processes.gather(found is not None)) and found is not None:
         return found
     with shards.lock(processes, wait=True):  # the jobs of a sweep start together

@@ -133,7 +133,7 @@ def test_a_changed_published_file_is_read_again(tmp_path: Path) -> None:
 def test_statistics_of_another_extractor_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     spec = dataclasses.replace(SPEC, reference_npz=str(tmp_path / "inception.npz"))
-    with pytest.raises(UserError, match=r"shape \(2048,\) .* mean and covariance of 64 features"):
+    with pytest.raises(UserError, match=r"shape \(2048,\) .* the mean and covariance of 64 features"):
         published_reference(str(spec.reference_npz), spec.build_extractor("cpu"), (1, 8, 8))
 
 
