@@ -111,7 +111,7 @@ def load_moments(path: Path, dimension: int) -> FeatureSet:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> Tensor:
-    """Return an array of an .npz, float64; one of another shape or kind is refused by its header, before memory is taken."""
+    """Return an array of an .npz as float64; another shape or kind is refused by the header, before memory is taken."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unfold more than is asked for
         raise ValueError(f"{name} is compressed by another method than numpy's")
