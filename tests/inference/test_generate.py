@@ -59,8 +59,7 @@ def fifty(model: LoadedModel, sampler: SamplerSpec) -> Tensor:
     return by_hand(model, sampler, range(50), seed=3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("n", [1, 7, 50])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 7), (7, 1), (7, 7), (50, 7), (50, 64)])
 def test_exactly_n_images_for_every_batch_size(
     model: LoadedModel, sampler: SamplerSpec, fifty: Tensor, n: int, batch_size: int
 ) -> None:

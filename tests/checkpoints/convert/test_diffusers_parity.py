@@ -19,6 +19,8 @@ from ddim.diffusion.schedule import cosine_schedule, from_betas, scaled_linear_s
 from ddim.diffusion.timesteps import linear_tau, reference_uniform_tau
 from ddim.networks import zero_based
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def folder(tmp_path):
