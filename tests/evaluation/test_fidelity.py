@@ -30,6 +30,7 @@ from ddim.inference import generate as generate_module
 from ddim.inference.generate import generate
 from ddim.results.records import RECORDS, RecordFile
 
+pytestmark = pytest.mark.integration
 T = 50  # of the tiny model
 
 
