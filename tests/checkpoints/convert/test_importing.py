@@ -56,6 +56,7 @@ CASES = [
 ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("layout", "which", "label"), CASES)
 def test_a_round_trip_gives_the_same_model_bit_for_bit(tmp_path, layout, which, label):
     spec, options = MODELS[which]
