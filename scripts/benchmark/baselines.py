@@ -102,8 +102,6 @@ class Ours(Baseline):
         """Return the timing of the steps of a short training, without the first."""
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        if "graphs" in setting:
-            raise UserError("our training has no CUDA graphs")
         options: Any = words(setting)
         precision: Any = "bf16-mixed" if options.pop("bf16", False) else "32-true"
         steps = 3 if device.type == "cpu" else 25

@@ -1,7 +1,7 @@
 """Time sampling and training of our code, the official implementation, diffusers and denoising-diffusion-pytorch.
 
     python scripts/benchmark/speed.py --official PATH
-    python scripts/benchmark/speed.py --official PATH --parts sampling --batch 4 16 --settings default best
+    python scripts/benchmark/speed.py --parts sampling --batch 4 16
     python scripts/benchmark/speed.py --network tiny --minutes 1                       # to try the command
     python scripts/benchmark/speed.py --table outputs/benchmark/speed.jsonl            # the tables of a record
 
