@@ -150,9 +150,11 @@ class Benchmark:
 
     def measure_ceiling(self) -> bool:
         """Measure what the device can multiply; return whether it is faster in bf16, which decides what `best` is."""
-        sizes = (1024, 512) if self.device.type == "cpu" else (8192, 8192)
-        kinds = zip(("float32", "bf16"), (torch.float32, torch.bfloat16), sizes, strict=True)
-        products: dict[str, Build] = {f"matmul {name}": partial(matmul, self.device, *kind) for name, *kind in kinds}
+        size, bf16_size = (1024, 512) if self.device.type == "cpu" else (8192, 8192)
+        products: dict[str, Build] = {
+            "matmul float32": partial(matmul, self.device, torch.float32, size),
+            "matmul bf16": partial(matmul, self.device, torch.bfloat16, bf16_size),
+        }
         float32, bf16 = (min(seconds) for seconds in self.time("ceiling", products, 1.0).values())
         return bf16 < float32
 
