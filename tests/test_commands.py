@@ -101,6 +101,7 @@ def problems(words: tuple[str, ...]) -> list[str]:
     return []
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("path", SHOWING, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_names_what_exists(path: Path) -> None:
     assert [problem for words in commands(path.read_text()) for problem in problems(words)] == []

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 # Run in a process of its own: refuses every package that is neither torch, nor what torch imports, nor Python's own.
 PROBE = """
@@ -20,6 +22,7 @@ print(time.process_time() - start)
 """
 
 
+@pytest.mark.integration
 def test_import_ddim_needs_torch_only_and_is_quick() -> None:
     """Processor time, so that a busy machine does not count, and the best of up to three processes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -253,6 +253,7 @@ def test_every_experiment_exists() -> None:
     assert names <= {path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml")}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.stem)
 def test_every_command_of_the_docs_is_right(path: Path) -> None:
     assert [problem for command in commands(path.read_text()) for problem in problems(command)] == []

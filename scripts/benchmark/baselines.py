@@ -39,14 +39,9 @@ Training = tuple[nn.Module, Callable[[Tensor], Tensor], Any, Call]
 
 
 class Baseline:
-    """A code base. Settings are words such as bf16+compile (`timing.words`).
+    """A code base. Settings are words such as bf16+compile (`timing.words`)."""
 
-    Attributes:
-        about: what to know of its numbers.
-        same_network: it can have our weights, and then must return our output.
-    """
-
-    about, same_network = "", True
+    same_network = True  # it can have our weights, and then must return our output
 
     def __init__(self, spec: UNetSpec, weights: dict[str, Tensor], checkout: str | None) -> None:
         self.spec, self.weights, self.checkout = spec, weights, checkout
@@ -95,26 +90,18 @@ class Baseline:
 
 
 class Ours(Baseline):
-    """This code base: `generate`, and training through Lightning."""
-
-    about = "pixels as bytes; training through Lightning, with data, noise and averages as in scripts/train.py"
-
-    def loaded(self, setting: str, device: torch.device, batch: int) -> tuple[LoadedModel, ComputeSpec]:
-        """Return the model on the device, as for sampling, and how it is computed."""
-        model = LoadedModel(self.model_spec, self.network().eval().requires_grad_(False), "online", "", None)
-        compute = ComputeSpec(str(device), batch, **words(setting))
-        return prepare_model(model, compute), compute
+    """This code base: `generate`, and training through Lightning with data, noise and averages as in train.py."""
 
     def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
-        (model, compute), sampler = self.loaded(setting, device, batch), SamplerSpec(S=S, spacing="uniform")
+        compute, sampler = ComputeSpec(str(device), batch, **words(setting)), SamplerSpec(S=S, spacing="uniform")
+        model = LoadedModel(self.model_spec, self.network().eval().requires_grad_(False), "online", "", None)
+        prepare_model(model, compute)
         return lambda: generate(model, sampler, range(batch), 0, compute)
 
     def trainer(self, setting: str, device: torch.device, batch: int) -> Variant:
         """Return the timing of the steps of a short training, without the first."""
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        if "graphs" in setting:
-            raise UserError("our training has no CUDA graphs")
         options: Any = words(setting)
         precision: Any = "bf16-mixed" if options.pop("bf16", False) else "32-true"
         steps = 3 if device.type == "cpu" else 25
@@ -136,9 +123,8 @@ class Ours(Baseline):
 
 
 class Official(Baseline):
-    """The official implementation: its model, `generalized_steps`, loss, optimiser and average."""
+    """The official implementation: model, loss, average, and `generalized_steps`, which copies each step to the CPU."""
 
-    about = "its sampler copies every step to the host; its PNG files are not written"
     betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64).float()
 
     def load(self, module: str) -> Any:
@@ -151,15 +137,11 @@ class Official(Baseline):
     @property
     def config(self) -> SimpleNamespace:
         """The configuration that its files expect."""
-        if self.spec.num_groups != 32 or len({*self.spec.image_size}) > 1:
-            raise UserError("the official implementation has 32 groups in every norm and square images only.")
         channels = {"in_channels": self.spec.channels, "out_ch": self.spec.channels}
-        optim = {"optimizer": "Adam", "weight_decay": 0.0, "beta1": 0.9, "amsgrad": False, "eps": 1e-8}
         return SimpleNamespace(
             model=SimpleNamespace(type="simple", resamp_with_conv=True, **channels, **vars(self.spec)),
             data=SimpleNamespace(image_size=self.spec.image_size[0]),
             diffusion=SimpleNamespace(num_diffusion_timesteps=T),
-            optim=SimpleNamespace(lr=LEARNING_RATE, **optim),
         )
 
     def network(self) -> nn.Module:
@@ -188,8 +170,7 @@ class Official(Baseline):
         model = nn.DataParallel(self.prepare(setting, self.network().train(), device))
         average = self.load("models.ema").EMAHelper(mu=EMA_RATE)
         average.register(model)
-        adam = self.load("functions").get_optimizer(self.config, model.parameters())
-        betas = self.betas.to(device)
+        adam, betas = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), self.betas.to(device)
 
         def loss(images: Tensor) -> Tensor:
             x = 2 * images - 1
@@ -202,8 +183,6 @@ class Official(Baseline):
 
 class Diffusers(Baseline):
     """diffusers: UNet2DModel, `DDIMPipeline`, and the step of its unconditional training example."""
-
-    about = "pixels as float32 arrays"
 
     def pipeline(self) -> Any:
         """Return its pipeline with our weights."""
@@ -243,9 +222,9 @@ class Diffusers(Baseline):
 
 
 class DenoisingDiffusionPytorch(Baseline):
-    """denoising-diffusion-pytorch with its own U-Net: linear attention, RMS norms, 7x7 first convolution."""
+    """denoising-diffusion-pytorch with its own U-Net: linear attention, RMS norms, fewer operations."""
 
-    about, same_network = "another U-Net: compare images/s together with its operations", False
+    same_network = False
 
     def network(self) -> nn.Module:
         """See `Baseline`."""

@@ -1,36 +1,31 @@
-"""Measure what a lower precision changes: the same images in float32, TF32, bfloat16, float16 and by Winograd.
+"""Measure what a lower precision changes: the same images in float32, TF32, bfloat16 and by Winograd's algorithm.
 
     python scripts/benchmark/precision.py outputs/train/digits/checkpoints/last.ckpt --extractor digits_classifier
     python scripts/benchmark/precision.py CHECKPOINT --extractor efficientnet --n 2000 --steps 20
 
 Images 0 .. n - 1 are sampled at each precision, and n .. 2n - 1 once in float32. Pixels of images of the same number
 differ by rounding. The Fréchet distance of the first set to the second shows the effect of other noise; a precision is
-harmless when it changes that distance by a small part. TF32 and float16 are for GPUs.
+harmless when it changes that distance by a small part. TF32 is for GPUs, Winograd's algorithm for CPUs.
 """
 
 import argparse
-import copy
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm
 import torch
 from tables import precision_tables
-from timing import clock, machine, this_device
+from timing import clock, machine, this_device, words
 
 from ddim.checkpoints import load_model
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, feature_set
 from ddim.evaluation.metrics import MetricSpec, compute_metrics
-from ddim.inference.compute import ComputeSpec, evaluate_zeros
+from ddim.inference.compute import ComputeSpec, evaluate_zeros, prepare_model
 from ddim.inference.generate import generate
-from ddim.networks import accelerate
 from ddim.results.records import RecordFile
 
 
@@ -53,19 +48,19 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a record for each precision, appended to the file."""
     device, n, metric, S = this_device(), options.n, MetricSpec(options.extractor), options.steps
-    model = load_model(options.checkpoint)
-    accelerate(model.network.to(device), device)
-    extractor, compute = metric.build_extractor(device), ComputeSpec(str(device), options.batch)
-    common = {**machine(device), "n": n, "S": S, "eta": 0.0, "weights_hash": model.weights_hash}
+    extractor, weights_hash = metric.build_extractor(device), load_model(options.checkpoint).weights_hash
+    common = {**machine(device), "n": n, "S": S, "eta": 0.0, "weights_hash": weights_hash}
     common |= {"extractor": options.extractor, "checkpoint": str(options.checkpoint)}
 
     def sample(first: int, precision: str) -> tuple[torch.Tensor, FeatureSet, float]:
-        with at_precision(model.network, precision, device) as network:
-            loaded = replace(model, network=network)
-            evaluate_zeros(loaded, compute, min(n, options.batch))  # compiles
-            start = clock()
-            images = generate(loaded, SamplerSpec(S=S), range(first, first + n), 0, compute)
-            seconds = clock() - start
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        setting = "default" if precision in ("float32", "tf32") else precision
+        compute = ComputeSpec(str(device), options.batch, **words(setting))
+        model = prepare_model(load_model(options.checkpoint), compute)
+        evaluate_zeros(model, compute, min(n, options.batch))  # compiles
+        start = clock()
+        images = generate(model, SamplerSpec(S=S), range(first, first + n), 0, compute)
+        seconds = clock() - start
         return images, feature_set(extractor.extract(images), extractor.layers[0]), seconds
 
     def distance(one: FeatureSet, other: FeatureSet) -> float:
@@ -73,7 +68,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     _, other_seeds, _ = sample(n, "float32")
     records: list[dict[str, Any]] = []
-    for name in ("float32", "bf16", "winograd") if device.type == "cpu" else ("float32", "tf32", "bf16", "fp16"):
+    for name in ("float32", "bf16", "winograd") if device.type == "cpu" else ("float32", "tf32", "bf16"):
         images, features, seconds = sample(0, name)
         if not records:
             exact, at_float32 = images, features
@@ -84,26 +79,6 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         RecordFile(options.out).append(records[-1])
         print(f"{name}: {seconds:.1f} s", flush=True)
     return records
-
-
-@contextmanager
-def at_precision(network: Any, name: str, device: torch.device) -> Iterator[Any]:
-    """Yield a function (x, t) -> float32 that evaluates the network at a precision."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-    if name == "winograd":
-        network = copy.deepcopy(network)
-        accelerate(network, device, winograd=True)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name, torch.float32)
-
-    def evaluate(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            return network(x, t).float()
-
-    try:
-        yield evaluate
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
-COMMON = ("run", "network", "device", "processor", "threads", "capability", "revision", "versions", "what")
 
 
 def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
@@ -37,29 +36,47 @@ def runs(records: list[Record]) -> list[list[Record]]:
     return [[r for r in records if r["run"] == run] for run in dict.fromkeys(r["run"] for r in records)]
 
 
+def groups(run: list[Record]) -> list[list[Record]]:
+    """Return what was timed in the same rounds: the sampling of each batch size, and the training."""
+    kinds = sorted({(r["what"], r["batch"]) for r in run if r["what"] in ("sampling", "training")})
+    return [[r for r in run if (r["what"], r.get("batch")) == kind] for kind in kinds]
+
+
 def summary(records: list[Record]) -> str:
     """Return one table over all runs: a row for each measurement of ours, of the official code and of others."""
     rows = []
     for run in runs(records):
-        for kind in sorted({(r["what"], r["batch"]) for r in run if r["what"] in ("sampling", "training")}):
-            group = [r for r in run if (r["what"], r.get("batch")) == kind]
+        for group in groups(run):
             best = {r["peer"]: r for r in sorted(group, key=_median, reverse=True)}
             official = next((r for r in group if r["peer"] == "official"), None)
             if official is None or "ours" not in best:
                 continue
             ours, default = best.pop("ours"), next(r for r in group if r["peer"] == "ours")
             other = min(best.values(), key=_median)
-            images, _, share = _throughput(ours, run)
+            images, share = _throughput(ours, run)
             row = [_throughput(r, run)[0] for r in (official, default)] + [f"{images} ({ours['setting']})", share]
             row.append(f"{_throughput(other, run)[0]} ({_name(other)}, {other['setting']})")
             row += [speed_up(r["seconds"], ours["seconds"]) for r in (official, other)]
-            work = f"{ours['S']} steps" if "S" in ours else "training step"
-            rows.append([work, ours["batch"], *row, len(ours["seconds"])])
+            rows.append([_work(ours), ours["batch"], *row, len(ours["seconds"])])
     header = (
         "work|batch|official|ours|ours, best setting|of ceiling|fastest other at its best|best to official|"
         "best to fastest other|rounds"
     )
     return f"Images/s; {_machine(records[0])}:\n\n{table(header, rows)}"
+
+
+def report(records: list[Record]) -> str:
+    """Return the summary, and for each run a table of all that was timed; the base is official, or the first."""
+    header, blocks = "work|batch|code|setting|seconds|images/s|of ceiling|times the base|rounds", [summary(records)]
+    for run in runs(records):
+        rows = []
+        for group in groups(run):
+            base = next((r for r in group if r["peer"] == "official"), group[0])["seconds"]
+            for r in group:
+                speed = [f"{_median(r):.4g}", *_throughput(r, run), speed_up(base, r["seconds"]), len(r["seconds"])]
+                rows.append([_work(r), r["batch"], _name(r), r["setting"], *speed])
+        blocks.append(f"Run {run[0]['run']}: {_machine(run[0])}:\n\n{table(header, rows)}")
+    return "\n\n".join(blocks)
 
 
 def training_options(records: list[Record]) -> str:
@@ -93,43 +110,17 @@ def precision_tables(records: list[Record]) -> str:
     return "\n\n".join(blocks)
 
 
-def report(records: list[Record]) -> str:
-    """Return all records of the speed benchmark: for each run, kind and batch size a table of their fields."""
-    blocks = [summary(records)]
-    for run in runs(records):
-        blocks.append(f"Run {run[0]['run']}: {_machine(run[0])}")
-        for kind in dict.fromkeys((r["what"], r.get("batch")) for r in run):
-            group = [r for r in run if (r["what"], r.get("batch")) == kind]
-            base = next((r for r in group if r["peer"] == "official"), group[0])
-            columns = ["peer", *sorted({*base} - {*COMMON, "peer"})]
-            header, rows = [*columns], [[_entry(r[key]) for key in columns] for r in group]
-            if kind[0] in ("sampling", "training", "scaling", "step"):
-                header.append(
-                    f"times {base['peer']} {base['setting']} (least to greatest), {len(base['seconds'])} rounds"
-                )
-                rows = [[*row, speed_up(base["seconds"], r["seconds"])] for row, r in zip(rows, group, strict=True)]
-            if kind[0] in ("sampling", "training"):
-                header += ["images/s", "TFLOP/s", "of ceiling"]
-                rows = [[*row, *_throughput(r, run)] for row, r in zip(rows, group, strict=True)]
-            blocks.append(f"{kind[0]}:\n\n{table('|'.join(header), rows)}")
-    return "\n\n".join(blocks)
-
-
-def _entry(value: Any) -> str:
-    """Numbers with four digits; of the rounds the median; the operations of a profile with their shares."""
-    if isinstance(value, list) and isinstance(value[0], list):
-        return ", ".join(f"`{name}` {calls} x {share:.1%}" for name, calls, share in value)
-    value = statistics.median(value) if isinstance(value, list) else value
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _throughput(r: Record, run: list[Record]) -> tuple[str, str, str]:
-    """Images/s; TFLOP/s, of which a training step takes three evaluations; share of the best round of the ceiling."""
+def _throughput(r: Record, run: list[Record]) -> tuple[str, str]:
+    """Images/s; share of the best round of the ceiling, where a training step takes three evaluations."""
     (flops,) = (line["flops"] for line in run if line["what"] == "peer" and line["peer"] == r["peer"])
     dtype = "bf16" if "bf16" in r["setting"] else "float32"
     (ceiling,) = (1 / min(line["seconds"]) for line in run if (line["what"], line.get("setting")) == ("ceiling", dtype))
     rate = r["batch"] * flops * r.get("S", 3) / _median(r)
-    return f"{r['batch'] / _median(r):,.2f}", f"{rate / 1e12:.3g}", f"{rate / ceiling:.0%}"
+    return f"{r['batch'] / _median(r):,.2f}", f"{rate / ceiling:.0%}"
+
+
+def _work(r: Record) -> str:
+    return f"{r['S']} steps" if "S" in r else "training step"
 
 
 def _machine(r: Record) -> str:

@@ -72,7 +72,7 @@ def repeated(call: Callable[[], Any]) -> Variant:
 
 def interleave(
     variants: Mapping[str, Build], rounds: int, minutes: float = math.inf
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time every variant once in each round, so that a machine that becomes slower slows all of them down.
 
     Args:
@@ -81,34 +81,34 @@ def interleave(
         minutes: for everything. Variants not built after two thirds of it are left out.
 
     Returns:
-        For each variant `seconds` of its rounds, and `first` to build and run it; the reasons why others are missing.
+        The seconds of each variant's rounds; the reasons why others are missing.
     """
-    timings: dict[str, dict[str, Any]] = {}
+    start = time.monotonic()
     built: dict[str, Variant] = {}
-    start, missing = time.monotonic(), {}
+    missing = {}
     for name, build in variants.items():
         if time.monotonic() - start > minutes * 40:
             missing[name] = f"no time left of {minutes:.1f} minutes"
             continue
-        before = time.perf_counter()
         try:
             variant = build()
             variant()
-            first = time.perf_counter() - before
             variant()
-            built[name], timings[name] = variant, {"first": first, "seconds": []}
-            print(f"{name}: ready after {first:.1f} s", flush=True)
         except Exception as error:  # one that fails must not end the measurement of the others
             missing[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+        else:
+            built[name] = variant
+            print(f"{name}: ready after {time.monotonic() - start:.0f} s", flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in built}
     ready = time.monotonic()
     for number in range(rounds):
         now = time.monotonic()
         if number and now + (now - ready) / number > start + minutes * 60:
             break  # another round would not fit
         for name, variant in built.items():
-            timings[name]["seconds"].append(variant())
+            seconds[name].append(variant())
         print(f"round {number + 1} of {rounds} done after {time.monotonic() - start:.0f} s", flush=True)
-    return timings, missing
+    return seconds, missing
 
 
 def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
@@ -121,8 +121,7 @@ def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
 
 def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Variant:
     """Return a variant that multiplies square matrices; its seconds are those of one floating-point operation."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=generator).to(device, dtype) for _ in range(2))
+    a, b = torch.randn(2, size, size).to(device, dtype)
     run = repeated(lambda: a @ b)
     return lambda: run() / (2 * size**3)
 

@@ -102,6 +102,7 @@ FLIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "suffix"), FLIPS)
 def test_flipped_bits_are_refused_or_harmless(tmp_path, contents, kind, suffix):
     """Between the two ends are weights, in which a flip makes another number."""

@@ -103,6 +103,7 @@ def positions(evil, model):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saver", SAVERS)
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_code_in_a_file_is_named_and_not_run(tmp_path, smallest, payload, saver):

@@ -73,6 +73,7 @@ def write(smallest, path):
     return write
 
 
+@pytest.mark.slow
 def test_odd_header_entries_are_refused_or_harmless(write, description):
     places = product(leaves(description), ODD)
     failures = [failure(write(with_entry(description, place, odd)), place, odd) for place, odd in places]
@@ -220,6 +221,7 @@ def config(request, exported):
     (exported / request.param).write_bytes(before)
 
 
+@pytest.mark.slow
 def test_odd_config_entries_are_refused_or_harmless(exported, config):
     values, failures = json.loads(config.read_text()), []
     for key, odd in product(values, ODD):

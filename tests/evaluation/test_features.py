@@ -115,6 +115,7 @@ def test_frechet_distance_of_noisy_digits_grows_with_the_noise(digits: tuple[tor
         assert distances[-1] > 10 * distances[1] > 0
 
 
+@pytest.mark.integration
 def test_digits_weights_are_small_and_made_by_the_script(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert DIGITS_WEIGHTS.stat().st_size < 300_000
     script = runpy.run_path(str(SCRIPT))
@@ -221,6 +222,7 @@ def test_another_weights_file_is_refused_before_unpickling(monkeypatch: pytest.M
             MetricSpec("inception", weights_path=path).build_extractor("cpu")
 
 
+@pytest.mark.integration
 def test_inception_from_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Random weights in the true file's layout: the file is used, grey is repeated, the hash follows the weights."""
     from torch_fidelity import FeatureExtractorInceptionV3

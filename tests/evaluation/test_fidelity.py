@@ -30,7 +30,14 @@ from ddim.inference import generate as generate_module
 from ddim.inference.generate import generate
 from ddim.results.records import RECORDS, RecordFile
 
+pytestmark = pytest.mark.integration
 T = 50  # of the tiny model
+
+
+@pytest.fixture(scope="module")
+def shared() -> Session:
+    """What one test has loaded, the next one need not load."""
+    return Session()
 
 
 def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,13 +134,13 @@ def test_an_evaluation_is_not_computed_again(spec: EvaluateSpec, monkeypatch: py
     ],
 )
 def test_what_changes_the_number_changes_the_key(
-    spec: EvaluateSpec, change: Callable[[EvaluateSpec], EvaluateSpec]
+    spec: EvaluateSpec, change: Callable[[EvaluateSpec], EvaluateSpec], shared: Session
 ) -> None:
-    first, _ = evaluate(spec)
-    second, new = evaluate(change(spec))
+    first, _ = evaluate(spec, shared)
+    second, new = evaluate(change(spec), shared)
     assert new
     assert second["key"] != first["key"]
-    assert evaluate(spec) == (json.loads(json.dumps(first)), False)
+    assert evaluate(spec, shared) == (json.loads(json.dumps(first)), False)
 
 
 @pytest.mark.parametrize(
@@ -148,11 +155,14 @@ def test_what_changes_the_number_changes_the_key(
     ],
 )
 def test_what_decides_nothing_keeps_the_key(
-    spec: EvaluateSpec, change: Callable[[EvaluateSpec], EvaluateSpec], monkeypatch: pytest.MonkeyPatch
+    spec: EvaluateSpec,
+    change: Callable[[EvaluateSpec], EvaluateSpec],
+    shared: Session,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    first, _ = evaluate(spec)
+    first, _ = evaluate(spec, shared)
     forbid(monkeypatch)
-    assert evaluate(change(spec)) == (json.loads(json.dumps(first)), False)
+    assert evaluate(change(spec), shared) == (json.loads(json.dumps(first)), False)
 
 
 def test_key_does_not_depend_on_paths(spec: EvaluateSpec, tmp_path: Path) -> None:
@@ -286,8 +296,8 @@ def test_values_out_of_range_are_refused(spec: EvaluateSpec, changes: dict[str, 
         (SamplerSpec(S=None, spacing="explicit", times=(3, 50)), "explicit 3,50", 2),
     ],
 )
-def test_times_are_recorded(spec: EvaluateSpec, sampler: SamplerSpec, spacing: str, S: int) -> None:
-    record, _ = evaluate(dataclasses.replace(spec, sampler=sampler, n=2))
+def test_times_are_recorded(spec: EvaluateSpec, sampler: SamplerSpec, spacing: str, S: int, shared: Session) -> None:
+    record, _ = evaluate(dataclasses.replace(spec, sampler=sampler, n=2), shared)
     assert (record["spacing"], record["S"]) == (spacing, S)
     assert record["sampler"]["tau"] == list(sampler.tau(T))
     assert record["distinct_evaluations"] == len(set(sampler.tau(T)))

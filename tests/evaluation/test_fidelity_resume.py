@@ -14,6 +14,8 @@ from ddim.evaluation.session import Session
 from ddim.inference import generate
 from ddim.results.records import RECORDS, RecordFile
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_record_written_meanwhile_is_used(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other run had no record yet when this one looked, and has ended when this one may begin."""

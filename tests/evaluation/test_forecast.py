@@ -23,6 +23,8 @@ from ddim.evaluation.sweep import MANIFEST, Manifest, Timing, forecast, job_id, 
 from ddim.inference.compute import ComputeSpec
 from ddim.results.wandb import LoggerSpec
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def spec(spec: EvaluateSpec) -> EvaluateSpec:
@@ -122,7 +124,6 @@ def note_in_a_process(processes: Processes, specs: list[EvaluateSpec], folder: P
         Manifest(folder).note(one, f"of {processes.rank}")
 
 
-@pytest.mark.integration
 def test_notes_of_two_processes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:
     specs = [dataclasses.replace(spec, seed=seed) for seed in range(60)]
     Manifest(tmp_path / "sweep").plan("command", specs)

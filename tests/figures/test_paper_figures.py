@@ -20,6 +20,8 @@ from ddim.inference import trajectories
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.trajectories import SamplingContext
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def spec(checkpoint: Path, tmp_path: Path) -> FigureSpec:

@@ -5,6 +5,7 @@ import re
 import struct
 from collections import OrderedDict
 from dataclasses import asdict, replace
+from functools import cache
 
 import pytest
 import torch
@@ -69,11 +70,15 @@ UNLABELLED = (
 NO_AVERAGE = "it holds no EMA weights: the online ones were taken, whose samples are worse"
 
 
+@cache
+def shapes(network):
+    with torch.device("meta"):
+        return {name: value.shape for name, value in UNet(network).state_dict().items()}
+
+
 def gaussian_weights(network, seed=0, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in UNet(network).state_dict().items()}
-    return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes(network).items()}
 
 
 def weights(network=NETWORK, seed=0):

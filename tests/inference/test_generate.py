@@ -59,8 +59,7 @@ def fifty(model: LoadedModel, sampler: SamplerSpec) -> Tensor:
     return by_hand(model, sampler, range(50), seed=3)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
-@pytest.mark.parametrize("n", [1, 7, 50])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 7), (7, 1), (7, 7), (50, 7), (50, 64)])
 def test_exactly_n_images_for_every_batch_size(
     model: LoadedModel, sampler: SamplerSpec, fifty: Tensor, n: int, batch_size: int
 ) -> None:
@@ -70,15 +69,15 @@ def test_exactly_n_images_for_every_batch_size(
     assert levels_apart(images, fifty[:n]) <= 1
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("size", [1, 7, 16])
 @pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], SAMPLERS["ddpm"]])  # clipping to 1 what lies near 50 amplifies
 def test_samples_agree_to_1e_5_for_every_batch_size(model: LoadedModel, sampler: SamplerSpec, size: int) -> None:
     def samples(batch: range) -> Tensor:
         x_T = initial_noise(batch, model.spec.image_shape, seed=3)
         return last_state(sample_steps(model, sampler, x_T, batch, 3))
 
-    batches = torch.cat([samples(batch) for batch in split(range(70), size)])
-    expected = samples(range(70))  # of an untrained network, so beyond [-1, 1]
+    batches = torch.cat([samples(batch) for batch in split(range(20), size)])
+    expected = samples(range(20))  # of an untrained network, so beyond [-1, 1]
     torch.testing.assert_close(batches, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 

@@ -11,11 +11,24 @@ import pytest
 from made_records import RECORDS, compared, record
 from PIL import Image
 
+from ddim.results import plots
 from ddim.results.report import build_tables, write_report
 
 VOID = {"meta", "img", "br"}
 COMPARED = compared(("η=0.0", 10, 13.0), ("η=0.0", 20, 7.5), ("η=1.0", 10, 41.07), ("σ̂", 10, 300.0))
 HOSTILE = "<script>alert('x')</script> \"' onerror=x & </dd></table> <img src=http://a.b/c>"
+
+
+@pytest.fixture(autouse=True)
+def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty pictures in place of drawn plots, which take a second."""
+
+    def save(figure: object, path: Path) -> Path:
+        for target in (path, path.with_suffix(".pdf")):
+            Image.new("L", (8, 8)).save(target)
+        return path
+
+    monkeypatch.setattr(plots, "save", save)
 
 
 class Page(HTMLParser):

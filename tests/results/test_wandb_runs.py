@@ -18,6 +18,7 @@ from ddim.results.records import RecordFile
 from ddim.results.report import write_report
 from ddim.results.wandb import LoggerSpec, SweepLogger
 
+pytestmark = pytest.mark.integration
 OFFLINE = LoggerSpec(wandb=True, offline=True, project="p", tags=("a",))
 
 

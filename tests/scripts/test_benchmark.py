@@ -43,17 +43,17 @@ def test_rounds_are_interleaved_and_failures_reported():
         raise RuntimeError("no such kernel\nand a traceback")
 
     variants = {"a": variant("a", 1.0), "broken": broken, "b": variant("b", 2.0)}
-    timings, missing = interleave(variants, 3)
+    seconds, missing = interleave(variants, 3)
     assert order == ["a", "a", "b", "b"] + ["a", "b"] * 3
-    assert {name: timing["seconds"] for name, timing in timings.items()} == {"a": [1.0] * 3, "b": [2.0] * 3}
+    assert seconds == {"a": [1.0] * 3, "b": [2.0] * 3}
     assert missing == {"broken": "RuntimeError: no such kernel"}
 
 
 def test_variants_are_left_out_when_the_time_is_up():
     from timing import interleave
 
-    timings, missing = interleave({"a": lambda: lambda: 1.0}, 3, minutes=-1.0)
-    assert timings == {}
+    seconds, missing = interleave({"a": lambda: lambda: 1.0}, 3, minutes=-1.0)
+    assert seconds == {}
     assert "no time left" in missing["a"]
 
 
@@ -72,8 +72,8 @@ def test_rounds_end_when_another_would_not_fit(monkeypatch):
 
         return run
 
-    timings, _ = interleave({"a": build}, 100, minutes=3.0)
-    assert len(timings["a"]["seconds"]) == 6  # 115 + 6 x 10 of 180 seconds
+    seconds, _ = interleave({"a": build}, 100, minutes=3.0)
+    assert len(seconds["a"]) == 6  # 115 + 6 x 10 of 180 seconds
 
 
 def test_the_cifar10_network_costs_12_44_gflop_an_evaluation():
@@ -120,10 +120,10 @@ def test_a_baseline_with_another_output_is_refused():
             return network
 
     code, scale = Other(TINY, random_weights(TINY), None), 1.0
-    assert output_difference("other", code) == 0.0
+    assert output_difference("other", code, code.network().eval()) == 0.0
     scale = 1.01
     with pytest.raises(UserError, match="other has another output than ours"):
-        output_difference("other", code)
+        output_difference("other", code, code.network().eval())
 
 
 def line(what, **fields):
@@ -132,13 +132,13 @@ def line(what, **fields):
 
 
 def timing(what, peer, setting, seconds, **fields):
-    return line(what, peer=peer, setting=setting, seconds=seconds, first=9.0, **fields)
+    return line(what, peer=peer, setting=setting, seconds=seconds, **fields)
 
 
 RECORDS = [
-    line("peer", peer="ours", about="", parameters=35_746_307, flops=10**10, apart=None),
-    line("peer", peer="official", about="", parameters=35_746_307, flops=10**10, apart=2e-6),
-    line("peer", peer="ddpm_pytorch", about="", parameters=36_000_000, flops=9 * 10**9, apart=None),
+    line("peer", peer="ours", parameters=35_746_307, flops=10**10, apart=None),
+    line("peer", peer="official", parameters=35_746_307, flops=10**10, apart=2e-6),
+    line("peer", peer="ddpm_pytorch", parameters=36_000_000, flops=9 * 10**9, apart=None),
     timing("ceiling", "matmul", "float32", [2e-12, 1e-12]),
     timing("ceiling", "matmul", "bf16", [0.5e-12, 0.25e-12]),
     timing("sampling", "official", "default", [4.0, 4.0, 40.0], batch=5, S=10),
@@ -165,21 +165,17 @@ def test_the_summary_compares_the_best_settings():
 def test_the_tables_are_computed_from_the_record():
     from tables import report
 
-    text = report([*RECORDS, line("profile", peer="ours", rows=[["conv", 3, 0.5]])])
-    entries = rows(text)
+    entries = [row[2:] for row in rows(report(RECORDS))]
     # 5 images x 10 evaluations x 10 GFLOP in 4 s are 0.125 TFLOP/s, an eighth of the best product of matrices.
-    first = ["official", "10", "5", "9", "4", "default", "1.00 (1.00 to 1.00)", "1.25", "0.125", "12%"]
-    assert first in entries
-    assert ["ours", "10", "5", "9", "1", "bf16", "4.00 (4.00 to 40.00)", "5.00", "0.5", "12%"] in entries
+    assert ["official", "default", "4", "1.25", "12%", "1.00 (1.00 to 1.00)", "3"] in entries
+    assert ["ours", "bf16", "1", "5.00", "12%", "4.00 (4.00 to 40.00)", "3"] in entries
     # A training step is three forward passes: 5 x 3 x 10 GFLOP in 0.5 s.
-    assert ["ours", "5", "9", "0.5", "default", "1.00 (1.00 to 1.00)", "10.00", "0.3", "30%"] in entries
-    assert ["diffusers", "not here"] in entries
-    assert ["ours", "`conv` 3 x 50.0%"] in entries
+    assert ["ours", "default", "0.5", "10.00", "30%", "1.00 (1.00 to 1.00)", "1"] in entries
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_a_run_measures_every_part_and_names_what_is_missing(run, tmp_path, compiler):
+def test_a_run_times_all_and_names_what_is_missing(run, tmp_path, compiler):
     pytest.importorskip("diffusers")
     out = tmp_path / "speed.jsonl"
     words = "--network tiny --rounds 1 --batch 1 --train-batch 2 --steps 2 --baselines ours diffusers official"
@@ -198,16 +194,11 @@ def test_a_run_measures_every_part_and_names_what_is_missing(run, tmp_path, comp
             ("diffusers", "channels_last"),  # Winograd's algorithm is ours alone
         )
     }
-    assert sum(r["what"] == "scaling" for r in records) == 7
-    steps = {r["peer"] for r in records if r["what"] == "step"}
-    assert steps >= {"network", "arithmetic", "noise", "copy"}
-    assert all(len(r["rows"]) == 10 for r in records if r["what"] == "profile")
     assert "official is left out: give --official PATH" in done.out
     again = run("benchmark/speed", "--table", str(out))
     assert again.out.strip() in done.out
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -216,8 +207,11 @@ def test_a_run_measures_every_part_and_names_what_is_missing(run, tmp_path, comp
         (["--network", "tiny", "--official", "nowhere"], "--official takes the folder of a checkout"),
     ],
 )
-def test_mistakes_are_one_clear_sentence(process, tmp_path, arguments, message):
-    done = process("benchmark/speed", *arguments, cwd=tmp_path)
-    assert done.code == 1
-    assert done.err.count("\n") == 1
-    assert message in done.err
+def test_mistakes_are_one_clear_sentence(monkeypatch, tmp_path, arguments, message):
+    from speed import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["speed.py", *arguments])
+    with pytest.raises(SystemExit, match=r"^error: [^\n]+$") as caught:  # Python prints it, and exits with 1
+        main()
+    assert message in str(caught.value.code)

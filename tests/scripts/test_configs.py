@@ -67,6 +67,7 @@ def test_every_group_has_options() -> None:
     assert {choice.partition("=")[0] for _, choice in CHOICES} == groups
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("main", "choice"), CHOICES, ids=map(":".join, CHOICES))
 def test_every_option_of_every_group_makes_a_spec(main: str, choice: str) -> None:
     others = [extra for extra in WITH.get(choice, []) if main == "train" or not extra.startswith("network")]

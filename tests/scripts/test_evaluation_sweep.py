@@ -116,7 +116,7 @@ def test_two_processes_write_the_bytes_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("size", [3, 64])
 def test_tables_do_not_depend_on_the_batch_size(
     sweep: tuple[Any, Path], run: Run, sweep_arguments: tuple[str, ...], tmp_path: Path, size: int
 ) -> None:

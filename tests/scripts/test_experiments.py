@@ -46,6 +46,7 @@ def test_only_table_experiments_are_measured() -> None:
         assert scripts[0] == expected, name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("option", options("debug"))
 def test_debug_options_shorten_every_training(option: str) -> None:
     for name, (script, *_) in EXPERIMENTS.items():
@@ -105,6 +106,7 @@ def sweep(name: str) -> tuple[EvaluateSpec, dict[str, SamplerSpec], list[int]]:
 ETAS = ["η=0.0", "η=0.2", "η=0.5", "η=1.0"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "data", "spacing", "steps", "rows"),
     [

@@ -19,6 +19,7 @@ from small import NETWORK, SPEC, weights
 from ddim.checkpoints import load_model
 from ddim.networks import UNetSpec
 
+pytestmark = pytest.mark.integration
 Run = Callable[..., Any]
 METRIC = ("data=digits", "metric=digits_classifier", "n=20", "grid=0")
 EVALUATE = (*METRIC, "sampler.S=2", "compute.device=cpu", "output_dir=out")
@@ -140,7 +141,6 @@ def test_flat_export_warns_about_what_it_does_not_store(run: Run, flat: Path, tm
     assert all(torch.equal(back[name], value) for name, value in state.items())
 
 
-@pytest.mark.integration
 def test_our_training_checkpoint_is_imported_and_exported(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     outcome = run("import_checkpoint", f"checkpoint={checkpoint}", "output_dir=.", "name=m")
     assert (outcome.code, outcome.err) == (0, "")
@@ -178,7 +178,6 @@ def write_full(path: Path, layout: str) -> int:
     return sum(value.numel() for value in state.values()) * 4
 
 
-@pytest.mark.integration
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flat", "legacy", "official"])
 def test_import_takes_seconds_and_little_memory(tmp_path: Path, layout: str) -> None:
@@ -199,7 +198,6 @@ def test_import_takes_seconds_and_little_memory(tmp_path: Path, layout: str) -> 
     assert seconds < 5  # of this process, whatever else runs on the machine
 
 
-@pytest.mark.integration
 @pytest.mark.slow
 def test_one_command_evaluates_an_imported_file_for_table_1(run: Run, tmp_path: Path) -> None:
     write_full(tmp_path / "flat.ckpt", "flat")

@@ -16,6 +16,7 @@ from small import NETWORK, SPEC, weights
 from ddim import linear_schedule
 from ddim.checkpoints import ModelSpec, StoredModel, save_model
 
+pytestmark = pytest.mark.integration
 Run = Callable[..., Any]
 
 OPTIONS = "checkpoint=tiny.ckpt n=4 output_dir=out compute.device=cpu"
@@ -202,7 +203,6 @@ def test_each_mistake_of_a_sweep_is_one_line(run: Run, folder: Path) -> None:
     ]
 
 
-@pytest.mark.integration
 def test_a_process_prints_one_line_and_leaves_no_file(process: Run, folder: Path) -> None:
     (folder / "newer.ckpt").write_bytes(pickle.dumps({"a": Evil()}, 4))
     before = tree(folder)

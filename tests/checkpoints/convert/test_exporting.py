@@ -175,6 +175,7 @@ def test_a_model_file_is_exported_as_it_is(model_file, tmp_path):
     assert back.spec.to_dict() | {"schedule": None} == PLAIN.to_dict() | {"schedule": None}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("which", [which for which in MODELS if which != "wide first"])
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_export_resaved_by_diffusers_imports_as_the_same_model(hf, model_file, tmp_path, which, safe):
