@@ -27,8 +27,8 @@ class ComputeSpec:
         channels_last, compile, graphs, winograd: see `ddim.networks.accelerate`.
 
     Raises:
-        ValueError: batch_size below 0, or 0 where each size would be compiled again; bf16 with winograd, which is for
-            float32.
+        ValueError: an unknown device, or meta, which has no numbers; batch_size below 0, or 0 where each size would be
+            compiled again; bf16 with winograd, which is for float32.
     """
 
     device: str
@@ -40,6 +40,12 @@ class ComputeSpec:
     winograd: bool = False
 
     def __post_init__(self) -> None:
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = "meta"
+        if kind == "meta":
+            raise ValueError(f"device={self.device} is none that can compute; choose cpu, cuda or another of torch.")
         if self.bf16 and self.winograd:
             raise ValueError("bf16 and winograd exclude each other: Winograd's algorithm needs float32.")
         if self.batch_size < 0:
