@@ -1,6 +1,7 @@
 """How a model is run: its device, its precision, and how many images at once."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -62,8 +63,8 @@ def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     """
     try:
         model.network.to(compute.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = re.split(r"\.\s|\n", str(error))[0]
         raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
     options = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
     accelerate(model.network, torch.device(compute.device), **options)

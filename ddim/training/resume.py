@@ -97,6 +97,9 @@ def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule,
             states = {}
         for key in MOMENTS if states else ():
             _check_shapes(f"optimizer state {key}", {name: state[key] for name, state in states.items()}, parameters)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        if progress["step"]["total"]["completed"] != checkpoint["global_step"]:
+            raise ValueError("the loops are at another step")
         numbers = [group["lr"], scheduler["last_epoch"], *(state["step"] for state in states.values())]
         if not all(float(number) >= 0 for number in numbers):  # float raises unless it is one number
             raise ValueError("a negative step or learning rate")
