@@ -31,8 +31,10 @@ STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
 
 
 def _rank() -> int:
+    """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(rank) if rank.isdecimal() else 0  # anything else is refused before the task
+    size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
+    return int(rank) if rank.isdecimal() and size.isdecimal() and int(rank) < int(size) else 0
 
 
 # Used in configs/hydra: only rank 0 keeps Hydra's files.
