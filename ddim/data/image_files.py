@@ -1,10 +1,11 @@
 """Image files: read all at once into memory, or on demand."""
 
 import hashlib
+import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ddim.data.images import LazyImages, MemoryImages
 from ddim.errors import UserError
 from ddim.io import atomic_write
 
+log = logging.getLogger(__name__)
 _SHOW_PROGRESS_ABOVE = 5000  # files
 _DECODED_AT_ONCE = 1024  # files, so that only these are in memory
 _CLOCK_TICK = 2_000_000_000  # nanoseconds; no file system's times are coarser
@@ -91,19 +93,24 @@ class FileImages(LazyImages):
         state = hashlib.sha256(f"{self.shape}|{self.transform}|{PIL.__version__}".encode())
         newest = 0
         for file in self.files:
-            with suppress(OSError):  # that decoding explains
+            if file.exists():  # otherwise decoding names it
                 stat = file.stat()
                 newest = max(newest, stat.st_ctime_ns)
                 state.update(f"|{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode())
         kept = Path(torch.hub.get_dir()).parent / "ddim" / "fingerprints" / state.hexdigest()
-        with suppress(OSError):
-            return kept.read_text(encoding="ascii")
+        before = kept.read_text(encoding="ascii", errors="replace") if os.access(kept, os.R_OK) else ""
+        if len(before) == 64:
+            return before
         settled = time.time_ns() - newest > _CLOCK_TICK  # else a later change might leave the times as they are
         fingerprint = self._hash_pixels()
-        with suppress(OSError):  # a cache that cannot be written
+        try:
             if settled:
                 with atomic_write(kept) as partial:
                     partial.write_text(fingerprint, encoding="ascii")
+        except OSError as error:
+            log.warning(
+                "the fingerprint of %s cannot be kept (%s); it is computed again at the next start", self.name, error
+            )
         return fingerprint
 
     def _hash_pixels(self) -> str:

@@ -200,7 +200,9 @@ class SampleGrid(Callback):
         """Refuse a grid that is larger than the memory."""
         if self.spec.every:
             pixels = math.prod(pl_module.spec.image_shape)
-            check_memory(f"grid.n={self.spec.n}", self.spec.n * pixels, torch.device("cpu"), "choose a smaller one")
+            check_memory(
+                f"grid.n={self.spec.n}", self.spec.n * pixels, torch.get_default_device(), "choose a smaller one"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample after every `every`-th optimiser step, on rank 0 only (nothing is collective)."""

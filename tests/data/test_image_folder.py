@@ -216,6 +216,9 @@ def test_unchanged_files_are_decoded_once_for_the_fingerprint(fingerprint, tmp_p
     (kept,) = (tmp_path / "cache" / "ddim" / "fingerprints").iterdir()
     assert kept.read_text() == expected
     monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    kept.write_text("")  # as after a power cut
+    assert fingerprint() == expected
     monkeypatch.setenv("TORCH_HOME", "/dev/null/nowhere")  # a cache that cannot be written is none
     assert fingerprint() == expected
 
