@@ -17,6 +17,12 @@ from torch import Tensor, distributed
 from ddim.errors import UserError
 
 T = TypeVar("T")
+# What torchrun, SLURM and others tell a process; Lightning reads them too.
+NUMBERS = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT"),
+    *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"),
+    "JSM_NAMESPACE_RANK",
+)
 TIMEOUT = timedelta(days=7)  # the slowest process may take long; the launcher notices a dead one
 
 
@@ -124,7 +130,28 @@ def join_process_group() -> Processes:
     return here
 
 
+def check_launch_variables() -> None:
+    """Check what the launcher tells this process in its environment.
+
+    Raises:
+        UserError: a variable is no number, or out of range.
+    """
+    e = os.environ
+    advice = "unset it, or start all processes with torchrun or srun."
+    for name in NUMBERS:
+        if name in e and not (e[name].isascii() and e[name].isdigit() and len(e[name]) < 19):
+            raise UserError(f"the environment variable {name}={e[name]!r} must be an integer, at least 0; {advice}")
+    if int(e.get("RANK", 0)) >= int(e.get("WORLD_SIZE", 1)):
+        raise UserError(
+            f"the environment variable RANK={e.get('RANK', 0)} must be less than "
+            f"WORLD_SIZE={e.get('WORLD_SIZE', 'unset')}; {advice}"
+        )
+    if int(e.get("MASTER_PORT", 1)) not in range(1, 1 << 16):
+        raise UserError(f"the environment variable MASTER_PORT={e['MASTER_PORT']} must lie in 1 .. 65535; {advice}")
+
+
 def _launched_processes() -> tuple[str, Processes]:
+    check_launch_variables()
     e = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= e.keys():  # torchrun
         return "env://", Processes(int(e["RANK"]), int(e["WORLD_SIZE"]), int(e.get("LOCAL_RANK", 0)))

@@ -31,7 +31,10 @@ STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
+    return int(rank) if rank.isdecimal() and size.isdecimal() and int(rank) < int(size) else 0
 
 
 # Used in configs/hydra: only rank 0 keeps Hydra's files.
@@ -65,7 +68,7 @@ def entry(
 
     def job(config: DictConfig) -> Any:
         silence()  # again in the processes of a launcher
-        return failures.guard(lambda: task(to_plain(config)), explain)
+        return failures.guard(partial(_checked, task, config), explain)
 
     if plan is not None:
         jobs = failures.guard(lambda: sweep_jobs(config_name, sys.argv[1:]), lambda e: explain_any(e, config_name))
@@ -77,6 +80,13 @@ def entry(
     if finish is not None:
         failures.guard(finish, explain)
     failures.exit()
+
+
+def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig) -> Any:
+    from ddim.distributed import check_launch_variables
+
+    check_launch_variables()  # before Lightning, which reads them when it is imported
+    return task(to_plain(config))
 
 
 class Failures:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from fill_shards import fill
 from two_processes import run_in_processes
 
-from ddim.distributed import SINGLE_PROCESS, Processes, join_process_group
+from ddim.distributed import NUMBERS, SINGLE_PROCESS, Processes, join_process_group
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import moments
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
@@ -165,6 +166,30 @@ def test_these_environments_are_a_single_process(environment: dict[str, str], mo
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert join_process_group() == SINGLE_PROCESS
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        *(({name: value}, f"{name}={value!r} must be an integer") for name in NUMBERS for value in ("abc", "-1", "")),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK='1.5' must be an integer, at least 0; unset it"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 must be less than WORLD_SIZE=2; unset it"),
+        ({"RANK": "1"}, "RANK=1 must be less than WORLD_SIZE=unset; unset it"),
+        ({"WORLD_SIZE": "0"}, "RANK=0 must be less than WORLD_SIZE=0; unset it"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 must lie in 1 .. 65535"),
+        ({"SLURM_PROCID": "9" * 30}, f"SLURM_PROCID='{'9' * 30}' must be an integer"),
+    ],
+    ids=str,
+)
+def test_launch_variables_that_make_no_sense_are_refused(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NUMBERS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^the environment variable {re.escape(message)}"):
+        join_process_group()
 
 
 def test_slurm_tasks_connect_at_the_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Training batches for Lightning: read, move to the device, flip and scale what `MicroBatches` lists."""
 
+import math
+import os
 from typing import Any, NotRequired
 
 import torch
@@ -11,6 +13,7 @@ from ddim.data.batches import Batch, MicroBatch, MicroBatches, ResumableSampler,
 from ddim.data.images import Images, MemoryImages, normalize
 from ddim.errors import UserError
 
+_COPIES = 4  # of a batch in float32, at least: images, noise, noisy images, prediction
 RESIDENT_FRACTION = 0.25  # of the free memory of a device that images may take by default
 
 
@@ -29,7 +32,8 @@ class ImageDataModule(LightningDataModule):
             RESIDENT_FRACTION of the free memory there.
 
     Raises:
-        UserError: an argument is out of range; from `setup` on also a batch that does not divide.
+        UserError: an argument is out of range; from `setup` on also a batch that does not divide, or that is larger
+            than the memory of its device.
     """
 
     def __init__(
@@ -54,11 +58,18 @@ class ImageDataModule(LightningDataModule):
         self._resident: Tensor | None = None
 
     def setup(self, stage: str) -> None:
-        """Move the images to the device if they fit."""
+        """Check that a batch can fit the device, and move the images there if they fit."""
         trainer = self._trainer()
         if not 0 <= trainer.max_steps <= self.max_steps:
             raise UserError(f"the Trainer's max_steps={trainer.max_steps} must lie in 0 .. {self.max_steps}.")
         device = trainer.strategy.root_device
+        at_once = self.batch_size // (trainer.world_size * trainer.accumulate_grad_batches)
+        check_memory(
+            f"trainer.batch_size={self.batch_size}",
+            _COPIES * 4 * at_once * math.prod(self.images.shape),
+            device,
+            "choose a smaller one, or accumulate it in parts with trainer.accumulate",
+        )
         if isinstance(self.images, MemoryImages) and self._fits(self.images.images, device):
             self._resident = self.images.images.to(device)
 
@@ -141,6 +152,26 @@ class _ResumableLoader(DataLoader):
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def check_memory(what: str, needed: int, device: torch.device, advice: str) -> None:
+    """Refuse what needs more bytes than a device, or this machine for the CPU, has in all.
+
+    Raises:
+        UserError: it does; the system would end the process without a word, once it had taken all memory.
+    """
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        memory = module.mem_get_info(device)[1]
+    elif hasattr(os, "sysconf"):  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return
+    if needed > memory:
+        raise UserError(
+            f"{what} needs at least {needed / 2**30:,.0f} GiB for its images alone, and {device.type} has "
+            f"{memory / 2**30:,.0f} GiB of memory; {advice}."
+        )
 
 
 def _free_memory(device: torch.device) -> int | None:

@@ -1,11 +1,15 @@
 """Image files: read all at once into memory, or on demand."""
 
 import hashlib
+import logging
+import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,8 +17,12 @@ from tqdm import tqdm
 
 from ddim.data.images import LazyImages, MemoryImages
 from ddim.errors import UserError
+from ddim.io import atomic_write
 
+log = logging.getLogger(__name__)
 _SHOW_PROGRESS_ABOVE = 5000  # files
+_DECODED_AT_ONCE = 1024  # files, so that only these are in memory
+_CLOCK_TICK = 2_000_000_000  # nanoseconds; no file system's times are coarser
 _UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -74,10 +82,45 @@ class FileImages(LazyImages):
             raise UserError(f"the image file {self.files[index]} cannot be read ({error}); replace it.") from error
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the description of the images and of the name and size of each file."""
-        digest = hashlib.sha256(super().fingerprint().encode())
+        """Return the SHA-256 of the pixels, as for the same images in memory.
+
+        All files are decoded for it. The result is kept in `~/.cache/torch/ddim` (TORCH_HOME moves it) for as long as
+        no file has another size or time of its last change.
+
+        Raises:
+            UserError: a file cannot be decoded.
+        """
+        state = hashlib.sha256(f"{self.shape}|{self.transform}|{PIL.__version__}".encode())
+        newest = 0
         for file in self.files:
-            digest.update(f"|{file.name}|{file.stat().st_size}".encode())
+            if file.exists():  # otherwise decoding names it
+                stat = file.stat()
+                newest = max(newest, stat.st_ctime_ns)
+                state.update(f"|{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode())
+        kept = Path(torch.hub.get_dir()).parent / "ddim" / "fingerprints" / state.hexdigest()
+        before = kept.read_text(encoding="ascii", errors="replace") if os.access(kept, os.R_OK) else ""
+        if len(before) == 64:
+            return before
+        settled = time.time_ns() - newest > _CLOCK_TICK  # else a later change might leave the times as they are
+        fingerprint = self._hash_pixels()
+        try:
+            if settled:
+                with atomic_write(kept) as partial:
+                    partial.write_text(fingerprint, encoding="ascii")
+        except OSError as error:
+            log.warning(
+                "the fingerprint of %s cannot be kept (%s); it is computed again at the next start", self.name, error
+            )
+        return fingerprint
+
+    def _hash_pixels(self) -> str:
+        digest = hashlib.sha256()
+        hidden = None if len(self) > _SHOW_PROGRESS_ABOVE else True
+        with ThreadPoolExecutor() as pool, tqdm(desc=self.name, total=len(self), unit="image", disable=hidden) as bar:
+            for first in range(0, len(self), _DECODED_AT_ONCE):
+                for image in pool.map(self.__getitem__, range(first, min(first + _DECODED_AT_ONCE, len(self)))):
+                    digest.update(image.contiguous().numpy().data)
+                    bar.update()
         return digest.hexdigest()
 
     def load(self) -> MemoryImages:

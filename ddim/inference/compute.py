@@ -1,6 +1,7 @@
 """How a model is run: its device, its precision, and how many images at once."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,8 +28,8 @@ class ComputeSpec:
         channels_last, compile, graphs, winograd: see `ddim.networks.accelerate`.
 
     Raises:
-        ValueError: batch_size below 0, or 0 where each size would be compiled again; bf16 with winograd, which is for
-            float32.
+        ValueError: an unknown device, or meta, which has no numbers; batch_size below 0, or 0 where each size would be
+            compiled again; bf16 with winograd, which is for float32.
     """
 
     device: str
@@ -40,6 +41,12 @@ class ComputeSpec:
     winograd: bool = False
 
     def __post_init__(self) -> None:
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError:
+            kind = "meta"
+        if kind == "meta":
+            raise ValueError(f"device={self.device} is none that can compute; choose cpu, cuda or another of torch.")
         if self.bf16 and self.winograd:
             raise ValueError("bf16 and winograd exclude each other: Winograd's algorithm needs float32.")
         if self.batch_size < 0:
@@ -56,8 +63,8 @@ def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     """
     try:
         model.network.to(compute.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = re.split(r"\.\s|\n", str(error))[0]
         raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
     options = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
     accelerate(model.network, torch.device(compute.device), **options)

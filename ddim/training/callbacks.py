@@ -1,6 +1,7 @@
 """What is logged while a network trains: loss, throughput, skipped steps, sample grids."""
 
 import logging
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from ddim.data.datamodule import check_memory
 from ddim.data.images import to_uint8
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import last_state
@@ -193,6 +195,14 @@ class SampleGrid(Callback):
 
     def __init__(self, spec: GridSpec, folder: Path, ema: EMA | None, batch_size: int) -> None:
         self.spec, self.folder, self.ema, self.batch_size = spec, folder, ema, batch_size
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a grid that is larger than the memory."""
+        if self.spec.every:
+            pixels = math.prod(pl_module.spec.image_shape)
+            check_memory(
+                f"grid.n={self.spec.n}", self.spec.n * pixels, torch.get_default_device(), "choose a smaller one"
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Sample after every `every`-th optimiser step, on rank 0 only (nothing is collective)."""

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shutil
 import signal
 import threading
@@ -127,13 +128,17 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save after a step at which a checkpoint is due, and after a signal, which ends the training."""
-        if not step_ended(trainer, batch_idx):
-            return
-        if self._stop_requested(trainer):
+        """End the training after a signal."""
+        if step_ended(trainer, batch_idx) and self._stop_requested(trainer):
             log.warning("stop requested at step %d of %d; saving", trainer.global_step, trainer.max_steps)
             trainer.should_stop = True
-        if trainer.should_stop or trainer.global_step % self.every == 0:
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save the step before if a checkpoint is due.
+
+        Its metrics are written by now: they would be lost by a kill between the checkpoint and them.
+        """
+        if trainer.global_step != self.saved and step_ended(trainer, batch_idx - 1, self.every):
             self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -187,8 +192,9 @@ def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the newest first."""
-    return sorted(folder.glob("step_*.ckpt"), key=_step, reverse=True)
+    """Return the checkpoints of a run, the newest first; files of other names, such as copies, are the user's."""
+    paths = [path for path in folder.glob("step_*.ckpt") if re.fullmatch(r"step_\d+", path.stem) and path.is_file()]
+    return sorted(paths, key=_step, reverse=True)
 
 
 def _step(path: Path) -> int:

@@ -11,8 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from ddim.checkpoints.model import read_checkpoint
 from ddim.training.ema import EMA
 from ddim.training.module import step_ended
-from ddim.training.resume import resume_path
-from ddim.training.run import build_data, build_module, build_trainer
+from ddim.training.run import build_trainer, prepare
 from ddim.training.spec import TrainSpec
 
 
@@ -23,9 +22,8 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
         UserError: bad input, as from `train`.
     """
     model = spec.model_spec()
-    checkpoint = resume_path(spec, model)
+    checkpoint, data, module = prepare(spec, model)
     done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
-    data, module = build_data(spec), build_module(spec, model)
     stopwatch = Stopwatch(first=2)
     ema: list[Callback] = [EMA(spec.ema)] if spec.ema else []
     trainer = build_trainer(spec, spec.folder, [*ema, stopwatch], loggers=[], max_steps=stopwatch.first + steps)

@@ -34,6 +34,14 @@ def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
         counts.update(ready=processed, started=processed, processed=processed, completed=processed - incomplete)
 
 
+def is_restoring(trainer: Trainer) -> bool:
+    """Return whether Lightning is restoring a checkpoint, or failed to.
+
+    What it raises then has no type of its own, and says nothing of a checkpoint.
+    """
+    return bool(trainer._checkpoint_connector._loaded_checkpoint)
+
+
 def keep_buffers_local(module: LightningModule, names: Iterable[str]) -> None:
     """Stop DDP from sending these buffers of rank 0 to all others at every step.
 

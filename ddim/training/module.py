@@ -22,6 +22,7 @@ from ddim.networks import build_network, zero_based
 from ddim.random import DROPOUT, WEIGHTS, random_words
 from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, for each parameter
 COUNTS = "ddim_counts"  # entry of a training checkpoint: counters behind the logged numbers
 
 
@@ -169,9 +170,23 @@ class DiffusionModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the number of skipped steps, and resume at the start of an optimiser step."""
+        self._adapt_optimizer_states(checkpoint["optimizer_states"])
         if counts := checkpoint.get(COUNTS):  # older checkpoints have none
             self.skipped.copy_(counts["skipped"])
         count_complete_steps(checkpoint, self.trainer.accumulate_grad_batches)
+
+    def _adapt_optimizer_states(self, states: list[dict[str, Any]]) -> None:
+        """Let stored states follow today's implementation of Adam, and the memory format of the parameters.
+
+        Old checkpoints are of an Adam that was not fused, which cannot skip steps; the fused one takes the elements in
+        the order of memory.
+        """
+        for adam in states:
+            for group in adam["param_groups"]:
+                group.update(fused=True, foreach=None)
+                for i, parameter in zip(group["params"], self.network.parameters(), strict=True):
+                    state = adam["state"].get(i, {})  # empty before the first step
+                    state |= {k: torch.empty_like(parameter).detach().copy_(state[k]) for k in MOMENTS if k in state}
 
     def _addressed_dropout(self, step: int, batch_idx: int) -> AbstractContextManager[None]:
         """Seed what torch's dropout draws from by (seed, step, micro-batch, process)."""

@@ -1,19 +1,33 @@
 """Which checkpoint a run resumes from, and whether it may."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.migration import migrate_checkpoint
+from torch import Tensor
+
 from ddim.checkpoints import ModelSpec
-from ddim.checkpoints.model import RECIPE, read_checkpoint
+from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX, RECIPE, read_checkpoint
 from ddim.checkpoints.spec import KEY
 from ddim.errors import UserError
+from ddim.io import explain_read_errors
 from ddim.training.checkpoints import newest_intact
+from ddim.training.lightning_workarounds import is_restoring
+from ddim.training.module import COUNTS, MOMENTS, DiffusionModule
 from ddim.training.spec import TrainSpec
 
+log = logging.getLogger(__name__)
 
-def resume_path(spec: TrainSpec, model: ModelSpec) -> Path | None:
-    """Return the checkpoint that a run resumes from, None for a new run.
+FINGERPRINT = "data.fingerprint"  # of the training images; older recipes have none
+FROM_SCRATCH = "choose another name=... to start from scratch."
+
+
+def find_checkpoint(spec: TrainSpec, model: ModelSpec) -> tuple[Path, dict[str, Any]] | None:
+    """Return path and content of the checkpoint that a run resumes from, None for a new run.
 
     Raises:
         UserError: it is missing, damaged, of another model or other settings, or past the last step; or the run's
@@ -23,12 +37,19 @@ def resume_path(spec: TrainSpec, model: ModelSpec) -> Path | None:
     if resumed is None:
         return None
     path, checkpoint = resumed
-    advice = "use the configuration it was trained with, or choose another name=... to start from scratch."
+    with explain_read_errors(path):
+        _check_settings(spec, model, path, checkpoint)
+    return path, checkpoint
+
+
+def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: Mapping[str, Any]) -> None:
+    advice = f"use the configuration it was trained with, or {FROM_SCRATCH}"
     if differences := ModelSpec.from_dict(checkpoint[KEY]).differences(model):
         raise UserError(
             f"{path} holds another model, so this run cannot resume from it ({'; '.join(differences)}); {advice}"
         )
-    if changes := _changes(checkpoint[KEY].get(RECIPE, {}), spec.recipe()):
+    recipe = {key: value for key, value in checkpoint[KEY].get(RECIPE, {}).items() if key != FINGERPRINT}
+    if changes := _changes(recipe, spec.recipe()):
         raise UserError(
             f"{path} was trained with other settings, so this run cannot resume from it ({'; '.join(changes)}); "
             f"{advice}"
@@ -38,7 +59,79 @@ def resume_path(spec: TrainSpec, model: ModelSpec) -> Path | None:
             f"{path} is at step {checkpoint['global_step']}, past trainer.max_steps={spec.trainer.max_steps}; "
             "raise max_steps to train on."
         )
-    return path
+
+
+def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str) -> None:
+    """Refuse a checkpoint that was trained on images of another fingerprint; warn when it has none.
+
+    Raises:
+        UserError: it was.
+    """
+    before = checkpoint[KEY].get(RECIPE, {}).get(FINGERPRINT)
+    if before is None:
+        log.warning("%s is of earlier code and does not tell its training images; they are not compared.", path)
+    elif before != fingerprint:
+        raise UserError(
+            f"{path} was trained on other images (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), so this run "
+            f"cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"
+        )
+
+
+def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule, has_ema: bool) -> None:
+    """Refuse a checkpoint whose training state is incomplete or has other shapes than the parameters.
+
+    Neither torch nor Lightning checks all of it: fused Adam reads outside a tensor that is too small.
+
+    Raises:
+        UserError: it is.
+    """
+    with explain_read_errors(path):
+        migrate_checkpoint(checkpoint)  # as Lightning does; it needs entries of its own
+        parameters = dict(module.network.named_parameters())
+        weights = {name.removeprefix(NETWORK_PREFIX): value for name, value in checkpoint["state_dict"].items()}
+        _check_shapes("weights", weights, module.network.state_dict())
+        (adam,), (scheduler,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+        (group,) = adam["param_groups"]
+        states = {name: adam["state"].get(i) for name, i in zip(parameters, group["params"], strict=True)}
+        if not checkpoint["global_step"] and not adam["state"]:  # saved before the first step
+            states = {}
+        for key in MOMENTS if states else ():
+            _check_shapes(f"optimizer state {key}", {name: state[key] for name, state in states.items()}, parameters)
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        if progress["step"]["total"]["completed"] != checkpoint["global_step"]:
+            raise ValueError("the loops are at another step")
+        numbers = [group["lr"], scheduler["last_epoch"], *(state["step"] for state in states.values())]
+        if not all(float(number) >= 0 for number in numbers):  # float raises unless it is one number
+            raise ValueError("a negative step or learning rate")
+        if has_ema:
+            ema = checkpoint["callbacks"][EMA_STATE]
+            for shadow in (ema["shadow"], *ema.get("others", {}).values()):
+                _check_shapes("EMA", shadow, parameters)
+        counts = checkpoint.get(COUNTS, {})
+        for key, shape in (("skipped", (2,)), ("losses", (2, 4))):
+            if key in counts and counts[key].shape != shape:
+                raise ValueError(f"{key} has the shape {tuple(counts[key].shape)}, not {shape}")
+
+
+@contextmanager
+def explain_restore_errors(trainer: Trainer, path: Path | None) -> Iterator[None]:
+    """Turn what Lightning raises in the block while it restores the checkpoint `path` into a UserError."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if path is None or not is_restoring(trainer):
+            raise
+        with explain_read_errors(path):
+            raise error
+
+
+def _check_shapes(what: str, values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `values` has the names and shapes of `expected`."""
+    if missing := sorted(expected.keys() ^ values.keys()):
+        raise ValueError(f"{what}: {missing[0]} is missing or unknown")
+    for name, value in values.items():
+        if value.shape != expected[name].shape:
+            raise ValueError(f"{what}: {name} has the shape {(*value.shape,)}, not {(*expected[name].shape,)}")
 
 
 def _find(spec: TrainSpec) -> tuple[Path, dict[str, Any]] | None:
@@ -52,7 +145,7 @@ def _find(spec: TrainSpec) -> tuple[Path, dict[str, Any]] | None:
     if newest:
         raise UserError(
             f"{spec.output_dir} already holds a run at step {newest[1]['global_step']}; go on with checkpoint=last, or "
-            "choose another name=... to start from scratch."
+            f"{FROM_SCRATCH}"
         )
     return (path, read_checkpoint(path)) if path is not None else None
 

@@ -3,14 +3,17 @@
 import logging
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
@@ -25,7 +28,7 @@ from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, exp
 from ddim.training.ema import EMA
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import DiffusionModule
-from ddim.training.resume import resume_path
+from ddim.training.resume import FINGERPRINT, check_images, check_state, explain_restore_errors, find_checkpoint
 from ddim.training.spec import TrainSpec
 
 log = logging.getLogger(__name__)
@@ -40,13 +43,18 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         config: the same as plain values, for the loggers.
 
     Raises:
-        UserError: bad input, before any training step; or the training cannot go on.
+        UserError: bad input, or another training in the same folder, before any training step; or the training
+            cannot go on.
         Interrupted: it received SIGTERM or SIGUSR1, and its state is saved.
     """
     model = spec.model_spec()
-    checkpoint = resume_path(spec, model)
     _make_folder(spec.checkpoint_dir)
-    data, module = build_data(spec), build_module(spec, model)
+    with lock_folder(spec.folder):
+        return _train(spec, model, config)
+
+
+def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Path:
+    checkpoint, data, module = prepare(spec, model)
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
         spec.name,
@@ -58,7 +66,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     )
     loggers = build_loggers(spec.logger, spec.name, spec.folder, config)
     trainer = build_trainer(spec, spec.folder, build_callbacks(spec, model.schedule.T), loggers)
-    with explain_disk_errors(spec.folder), finish_wandb(spec.logger):
+    with explain_disk_errors(spec.folder), finish_wandb(spec.logger), explain_restore_errors(trainer, checkpoint):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
     # The process that called `fit` need not be one that trained (ddp_spawn); one that did may get here before rank 0
@@ -68,6 +76,25 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with checkpoint=last.")
     log.info("trained %d steps; checkpoint: %s", steps, last)
     return last
+
+
+def prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Path | None, ImageDataModule, DiffusionModule]:
+    """Return what a run starts from: the checkpoint to resume from, if any, which fits the data and the module.
+
+    Raises:
+        UserError: bad input.
+    """
+    resumed = find_checkpoint(spec, model)
+    data, module = build_data(spec), build_module(spec, model)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # the one that writes; reading all images may take long
+        module.recipe[FINGERPRINT] = data.images.fingerprint()
+    if resumed is None:
+        return None, data, module
+    path, checkpoint = resumed
+    if FINGERPRINT in module.recipe:
+        check_images(path, checkpoint, module.recipe[FINGERPRINT])
+    check_state(path, checkpoint, module, spec.ema is not None)
+    return path, data, module
 
 
 def build_data(spec: TrainSpec) -> ImageDataModule:
@@ -157,6 +184,29 @@ def _make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}); choose another output_dir.") from error
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of a run's folder; the lock ends with the process, however that ends.
+
+    Of several processes of one training, the main one holds it.
+
+    Raises:
+        UserError: another training holds it.
+    """
+    lock = FileLock(folder / ".lock", timeout=0)  # never removed, so that all runs lock the same file
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"another training is running in {folder}; wait for it, or choose another name=... or output_dir=..."
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}

@@ -38,7 +38,8 @@ class TrainerSpec:
             run; null for none.
 
     Raises:
-        ValueError: a number that must be positive is not, or bf16 with winograd, which is for float32.
+        ValueError: a number that must be positive is not, or is larger than addresses of random numbers; fewer images
+            than processes; or bf16 with winograd, which is for float32.
     """
 
     max_steps: int = 800_000
@@ -74,6 +75,17 @@ class TrainerSpec:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("max_steps", "batch_size"):  # see `random_words`
+            if getattr(self, name) > 1 << 32:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most 2**32.")
+        devices = int(self.devices) if str(self.devices).isdecimal() else 1  # else a list, or as many as there are
+        if devices * self.num_nodes * self.accumulate > self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size} must hold an image for each of {devices * self.num_nodes} processes x "
+                f"{self.accumulate} accumulated batches."
+            )
+        if self.num_workers > 1024:
+            raise ValueError(f"num_workers={self.num_workers} must be at most 1024; about the number of CPUs is best.")
         if self.winograd and self.precision != "32-true":
             raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
         if self.keep_every < 0:

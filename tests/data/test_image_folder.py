@@ -1,12 +1,14 @@
 """Folders of images: what is read, in which order, and what is refused."""
 
+import os
+
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from ddim.config import build
-from ddim.data import DataSpec, LazyImages, load_images
+from ddim.data import DataSpec, LazyImages, image_files, load_images
 from ddim.data.image_files import resize_and_center_crop, to_array
 from ddim.errors import UserError
 
@@ -175,12 +177,57 @@ def test_images_can_be_read_on_demand(tmp_path):
     assert torch.equal(torch.stack([lazy[i] for i in range(len(lazy))]), memory.images)
 
 
-def test_fingerprint_on_demand_depends_on_the_files(tmp_path):
+@pytest.fixture
+def fingerprint(tmp_path, monkeypatch):
+    """fingerprint(): that of the images of tmp_path/images on demand, which is that of the same in memory."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+
+    def fingerprint():
+        lazy = load(tmp_path / "images", in_memory=False).fingerprint()
+        assert lazy == load(tmp_path / "images").fingerprint()
+        return lazy
+
+    return fingerprint
+
+
+@pytest.mark.parametrize("tick", [-1 << 62, 1 << 62], ids=["kept", "not kept"])
+def test_fingerprint_on_demand_is_that_of_the_pixels(fingerprint, tmp_path, monkeypatch, tick):
+    """Whether it is kept, or not as long as a later change of a file might leave its times as they are."""
+    monkeypatch.setattr(image_files, "_CLOCK_TICK", tick)
     for i in range(2):
-        write(tmp_path / f"{i}.png")
-    before = load(tmp_path, in_memory=False).fingerprint()
-    assert load(tmp_path, in_memory=False).fingerprint() == before
-    noise((4, 6)).save(tmp_path / "1.png")
-    after = load(tmp_path, in_memory=False).fingerprint()
-    (tmp_path / "1.png").rename(tmp_path / "2.png")
-    assert len({before, after, load(tmp_path, in_memory=False).fingerprint()}) == 3
+        write(tmp_path / "images" / f"{i}.bmp", (i, 2, 3))
+    before = fingerprint()
+    (tmp_path / "images").rename(tmp_path / "elsewhere")  # the same images in another folder, by other names
+    (tmp_path / "elsewhere" / "1.bmp").rename(tmp_path / "elsewhere" / "x.bmp")
+    (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
+    assert fingerprint() == before
+    stat = (tmp_path / "images" / "x.bmp").stat()
+    write(tmp_path / "images" / "x.bmp", (1, 2, 4))  # other pixels in as many bytes
+    os.utime(tmp_path / "images" / "x.bmp", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert fingerprint() != before
+
+
+def test_unchanged_files_are_decoded_once_for_the_fingerprint(fingerprint, tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "_CLOCK_TICK", -1)
+    write(tmp_path / "images" / "0.png")
+    expected = fingerprint()
+    monkeypatch.setattr(image_files.FileImages, "__getitem__", lambda *args: pytest.fail("decoded"))
+    assert fingerprint() == expected
+    (kept,) = (tmp_path / "cache" / "ddim" / "fingerprints").iterdir()
+    assert kept.read_text() == expected
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    kept.write_text("")  # as after a power cut
+    assert fingerprint() == expected
+    monkeypatch.setenv("TORCH_HOME", "/dev/null/nowhere")  # a cache that cannot be written is none
+    assert fingerprint() == expected
+
+
+def test_fingerprint_of_a_damaged_image_is_refused_by_name(tmp_path):
+    write(tmp_path / "0.png")
+    (tmp_path / "1.png").write_bytes(b"no image")
+    (tmp_path / "2.png").symlink_to(tmp_path / "nowhere")
+    for damaged in ("1.png", "2.png"):
+        with pytest.raises(UserError, match=rf"the image file .*{damaged} cannot be read"):
+            load(tmp_path, in_memory=False).fingerprint()
+        (tmp_path / damaged).unlink()

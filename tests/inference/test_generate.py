@@ -157,19 +157,25 @@ def test_prepare_model_moves_and_lays_out_the_network(model: LoadedModel) -> Non
     network = torch.nn.Conv2d(3, 4, 3)
     compiled: list[bool] = []
     network.compile = lambda **_: compiled.append(True)  # type: ignore[method-assign]  # the real one takes seconds
-    placed = prepare_model(
-        dataclasses.replace(model, network=network), ComputeSpec("meta", channels_last=True, compile=True)
-    )
+    compute = ComputeSpec("cpu", channels_last=True, compile=True)
+    object.__setattr__(compute, "device", "meta")  # a device of every machine; specs refuse it
+    placed = prepare_model(dataclasses.replace(model, network=network), compute)
     assert network.weight.device.type == "meta"
     assert network.weight.is_contiguous(memory_format=torch.channels_last)
     assert placed.network is network
     assert compiled == [True]
 
 
-@pytest.mark.parametrize("device", ["abacus", "cuda:77"])
+@pytest.mark.parametrize("device", ["cuda:77", "hpu"])
 def test_a_device_that_is_not_there_is_refused(model: LoadedModel, device: str) -> None:
     with pytest.raises(UserError, match=f"device={device} cannot be used here .*cpu always can"):
         prepare_model(dataclasses.replace(model, network=torch.nn.Linear(1, 1)), ComputeSpec(device))
+
+
+@pytest.mark.parametrize("device", ["abacus", "cuda:x", "cuda:-1", "", "meta"])
+def test_what_is_no_device_or_holds_no_numbers_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match=f"device={device} is none that can compute; choose cpu"):
+        ComputeSpec(device)
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,21 @@ def test_newest_intact_checkpoint_is_used_with_a_warning(run, same, caplog):
     assert read_checkpoint(resumed)["global_step"] == 9
 
 
+def test_files_beside_the_checkpoints_are_left_alone(run, same):
+    options = {"trainer": {"max_steps": 6, "checkpoint_every": 2, "keep_last": 1}}
+    uninterrupted = run("uninterrupted", **options)
+    last = run("other", trainer={"max_steps": 3})
+    names = ["step_best.ckpt", "step_00000158 (copy).ckpt", "step_.ckpt", "step_-1.ckpt", "step_1e3.ckpt", "notes.txt"]
+    for name in names:
+        shutil.copy(last, last.with_name(name))
+    folders = [last.with_name(f"step_{number}.ckpt") for number in ("00000001", "00000999")]
+    for folder in folders:
+        folder.mkdir()
+    assert same(uninterrupted, run("other", **options, checkpoint="last"))
+    kept = {path.name for path in last.parent.iterdir()} - {folder.name for folder in folders}
+    assert kept == {*names, "last.ckpt", "step_00000006.ckpt"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_run_saves_on_a_signal_and_resumes_exactly(run, same, monkeypatch, after_loss, number):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}

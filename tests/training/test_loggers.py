@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from ddim.errors import UserError
+from ddim.training.checkpoints import Checkpoints
 from ddim.training.module import DiffusionModule
 
 pytestmark = pytest.mark.integration
@@ -29,6 +30,26 @@ def test_csv_is_always_written_and_never_overwritten(run, killed_run, logged, tm
     assert (list(one), list(three)) == ([0, 1, 2, 3, 4, 5], [4, 5, 6])
     run("uninterrupted", trainer=trainer)
     assert one | three == three | one == logged("uninterrupted", "train/loss")
+
+
+def test_no_row_is_lost_by_a_kill_after_a_checkpoint(run, logged, monkeypatch):
+    """Each row is in the file before the checkpoint of its step, from which the next run goes on with the next row."""
+    trainer = {"max_steps": 9, "checkpoint_every": 3, "log_every": 3}
+    run("uninterrupted", trainer=trainer)
+    save = Checkpoints.save
+    rows = {}
+
+    def save_and_die(self, trainer):
+        save(self, trainer)
+        rows.update(logged("run", "train/loss", len(rows)))
+        raise KeyError("killed")
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+    for saved in (3, 6, 9):
+        with pytest.raises(KeyError, match="killed"):
+            run(trainer=trainer, checkpoint="last")
+        assert list(rows) == [2, 5, 8][: saved // 3]
+    assert rows == logged("uninterrupted", "train/loss")
 
 
 def test_tensorboard_holds_losses_and_grids(run, logged, tmp_path):
