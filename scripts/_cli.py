@@ -133,7 +133,7 @@ class Failures:
 
 
 def silence() -> None:
-    """Hide Lightning's tips and a deprecation of torch inside it, and a traceback for each line that a log cannot take."""
+    """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take."""
     logging.raiseExceptions = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -41,7 +42,7 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, PermissionError):
         return f"{error.filename} may not be used ({error.strerror}); change its permissions, or choose another path."
     if isinstance(error, UserError | OmegaConfBaseException):
-        return " ".join(str(error).split())
+        return _in_one_line(error)
     return None
 
 
@@ -49,7 +50,14 @@ def explain_hydra(error: Exception, config_name: str) -> str:
     """Return one line for an error before the first job: Hydra reads the command line and creates the run's folder."""
     from ddim.config import suggest
 
-    message = " ".join(str(error).split())
+    message = _in_one_line(error) or f"the configuration cannot be composed ({type(error).__name__})"
+    if "HydraConfig was not set" in message:
+        return (
+            "only a running job knows ${hydra:...}, so no folder can be named by it; name runs by what differs, such "
+            "as 'name=lr${optim.lr}'."
+        )
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration file is not valid YAML: {message}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in RENAMED_OPTIONS:
@@ -60,7 +68,9 @@ def explain_hydra(error: Exception, config_name: str) -> str:
         return (
             f"the argument {error.override!r} cannot be read ({reason}); write key=value, and quote special characters."
         )
-    if isinstance(error, OSError):  # Hydra's folder and the files in it; not every error has a name
+    if isinstance(error, OSError) and not isinstance(
+        error, HydraException
+    ):  # Hydra's folder and the files in it; not every error has a name
         where = error.filename or "the folder of the run"
         advice = CANNOT_WRITE.get(error.errno or 0, "choose another output_dir=...")
         return f"cannot write to {where} ({error.strerror}); {advice}{'.' * (advice[-1] != '.')}"
@@ -98,6 +108,10 @@ def help_groups(config_name: str) -> str:
     """Return a line for each group of a script, with its options; used in configs/hydra/default.yaml."""
     groups = own_groups(config_name)
     return "\n".join(f"{key}: {', '.join(own_options(key.partition('@')[0], config_name))}" for key in sorted(groups))
+
+
+def _in_one_line(error: Exception) -> str:
+    return re.sub(r" (full_key: )?object_type=\w+$", "", " ".join(str(error).split()))  # OmegaConf's last line
 
 
 def _unknown_key(key: str, config_name: str) -> str:

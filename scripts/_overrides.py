@@ -37,35 +37,40 @@ def check_command(config_name: str, words: list[str]) -> None:
             elif values:
                 fixed.append(f"{override.get_key_element()}={values[0]}")
         for name in names:
-            _check_folder(compose(config_name, [*fixed, *([f"name={name}"] if name is not None else [])]))
+            config = compose(config_name, [*fixed, *([f"name={name}"] if name is not None else [])], True)
+            _check_groups(config.hydra.runtime.choices, config_name)
+            _check_folder(config)
 
 
 def _check_override(override: Any, config_name: str) -> list[str]:
     """Check one word; return its values, as Hydra writes them."""
     word, key, group = override.input_line, override.get_key_element().lstrip("+~"), override.key_or_group
+    is_group = (CONFIGS / group).is_dir()
     if override.is_delete():
-        raise _refused(
-            word, f"a default would take the place of a removed key; write {key}=null, or the value you mean"
-        )
-    if override.is_interval_sweep():
+        instead = f"{key}=OPTION" if is_group else f"{key}=null, or the value you mean"
+        raise _refused(word, f"a default would take over from what is removed; write {instead}")
+    if override.is_interval_sweep():  # any number in between
         return []
-    values, plain = [override.get_value_element_as_str()], [override.value()]
     if override.is_sweep_override():
         values, plain = [*override.sweep_string_iterator()], [*override.sweep_iterator()]
         if not values:
             raise _refused(word, "there is no value to sweep over; a range is range(START,STOP), and ends before STOP")
-    if not (CONFIGS / group).is_dir():
+    else:
+        values, plain = [override.get_value_element_as_str()], [override.value()]
+    if not is_group:
         return values
     groups = own_groups(config_name)
     if key not in groups:
         raise _refused(word, _foreign(group, values[0], groups, config_name))
+    if override.is_add() or override.is_force_add():
+        raise _refused(word, f"{group} has an option already; write {key}={values[0]}, without +")
     for value in plain:
-        if isinstance(value, list | dict):
-            options = ",".join(value)
+        if isinstance(value, list):
+            options = ",".join(map(str, value))
             raise _refused(word, f"{group} takes one option; for a sweep over several write {key}={options} with -m")
-        if value is None and groups[key] is not None:
+        if not isinstance(value, str):
             raise _refused(word, f"{group} takes one option; allowed: {', '.join(own_options(group, config_name))}")
-        _check_option(group, str(value), config_name)
+        _check_option(group, value, config_name)
     return values
 
 
@@ -88,19 +93,25 @@ def _foreign(group: str, option: str, groups: dict[str, str | None], config_name
     return f"{config_name}.py has no group {group}{hint}; allowed: {', '.join(groups)}"
 
 
+def _check_groups(choices: Any, config_name: str) -> None:
+    """Check that an experiment chooses one option of each group."""
+    for key, default in own_groups(config_name).items():
+        if not isinstance(choices.get(key, default), str | None):
+            raise _refused(f"{key}: {choices[key]}", "a group takes one option; write one in the experiment")
+
+
 def _check_folder(config: Any) -> None:
     """Check what Hydra's folder is named by, before Hydra makes it."""
-    from ddim.config import check_name, config_context, expand_path
+    from ddim.config import FilePath, check_name, config_context, convert
 
     try:
         name, folder = config.get("name"), config.get("output_dir")
     except OmegaConfBaseException:  # missing, which the job reports, or known to a running job only
         return
-    with config_context(""):
-        if isinstance(name, str):
-            check_name(name)
-        if isinstance(folder, str):
-            expand_path(folder, "output_dir")
+    convert(folder, FilePath, "output_dir")
+    if name is not None:
+        with config_context(""):
+            check_name(convert(name, str, "name"))
 
 
 def _refused(what: str, why: str) -> Exception:

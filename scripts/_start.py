@@ -1,4 +1,4 @@
-"""What a script does first: signals end it with one line, and any terminal can show its output. Standard library only."""
+"""What a script does first: signals end it with one line, and any terminal can show its output."""
 
 import os
 import signal
