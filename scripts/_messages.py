@@ -68,12 +68,10 @@ def explain_hydra(error: Exception, config_name: str) -> str:
         return (
             f"the argument {error.override!r} cannot be read ({reason}); write key=value, and quote special characters."
         )
-    if isinstance(error, OSError) and not isinstance(
-        error, HydraException
-    ):  # Hydra's folder and the files in it; not every error has a name
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # of Hydra's folder, named or not
         where = error.filename or "the folder of the run"
-        advice = CANNOT_WRITE.get(error.errno or 0, "choose another output_dir=...")
-        return f"cannot write to {where} ({error.strerror}); {advice}{'.' * (advice[-1] != '.')}"
+        advice = f"{CANNOT_WRITE[error.errno]}." if error.errno in CANNOT_WRITE else "choose another output_dir=..."
+        return f"cannot write to {where} ({error.strerror}); {advice}"
     if wrong := re.search(r"In '([^']+)': Could not override '([^']+)'", message):
         groups = own_groups(config_name)
         return (

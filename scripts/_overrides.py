@@ -94,10 +94,10 @@ def _foreign(group: str, option: str, groups: dict[str, str | None], config_name
 
 
 def _check_groups(choices: Any, config_name: str) -> None:
-    """Check that an experiment chooses one option of each group."""
-    for key, default in own_groups(config_name).items():
-        if not isinstance(choices.get(key, default), str | None):
-            raise _refused(f"{key}: {choices[key]}", "a group takes one option; write one in the experiment")
+    """Check that an experiment leaves one option of each group; Hydra does not list a choice of several, or of none."""
+    for key in own_groups(config_name):
+        if key not in choices:
+            raise _refused(f"{key} is null or a list in the experiment", "a group takes one option; write one")
 
 
 def _check_folder(config: Any) -> None:
@@ -108,7 +108,8 @@ def _check_folder(config: Any) -> None:
         name, folder = config.get("name"), config.get("output_dir")
     except OmegaConfBaseException:  # missing, which the job reports, or known to a running job only
         return
-    convert(folder, FilePath, "output_dir")
+    if folder is not None:
+        convert(folder, FilePath, "output_dir")
     if name is not None:
         with config_context(""):
             check_name(convert(name, str, "name"))
