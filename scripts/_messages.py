@@ -25,7 +25,6 @@ RENAMED_OPTIONS = {"digits_sweep": "table_digits"}
 CANNOT_WRITE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     errno.EROFS: "choose another folder",
-    errno.ENAMETOOLONG: "choose a shorter name",
 }
 
 
@@ -39,6 +38,8 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         advice = CANNOT_WRITE[error.errno]
         return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); {advice}."
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename} cannot be used ({error.strerror}); choose a shorter name."
     if isinstance(error, PermissionError):
         return f"{error.filename} may not be used ({error.strerror}); change its permissions, or choose another path."
     if isinstance(error, UserError | OmegaConfBaseException):

@@ -1,6 +1,7 @@
 """The statistics of the real images: measured once and kept under a hash of what decides them, or published."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def measure_reference(
         processes: each extracts a share.
         with_features: keep the features too.
     """
-    stem = f"{images.name}_{record_key(cache_key)}"
+    name = os.fsdecode(os.fsencode(images.name)[:150])  # a file name has at most 255 bytes
+    stem = f"{name}_{record_key(cache_key)}"
     statistics, stored = folder / f"{stem}.npz", folder / f"{stem}.safetensors"
     shards = Shards(folder / f"{stem}.parts", range(len(images)))
 

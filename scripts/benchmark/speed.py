@@ -47,6 +47,7 @@ PARTS = {"sampling": 4.0, "training": 4.0, "scaling": 1.0, "steps": 1.0, "profil
 
 def main() -> None:
     """Measure, append to the record, and print its tables."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # any terminal can show that
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_cpu = parser.add_argument, this_device().type == "cpu"
     add("--official", metavar="PATH", help="checkout of ermongroup/ddim")
