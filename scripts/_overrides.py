@@ -19,27 +19,33 @@ def check_command(config_name: str, words: list[str]) -> None:
 
     Raises:
         UserError: a group that is a list, null or of another script, an experiment of another script, a sweep over
-            nothing, a key that is removed, or a name or folder that is none.
+            nothing or without -m, a key that is removed, or a name or folder that is none.
         HydraException, OmegaConfBaseException: Hydra cannot read the words, or compose them.
     """
     if any(word.startswith("-") and word not in SWEEP_FLAGS for word in words):  # --help, --cfg, --config-dir
         return
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        overrides = parser.parse_overrides([word for word in words if word not in SWEEP_FLAGS])
-        fixed, names = [], [None]
-        for override in overrides:
+        parse = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader()).parse_overrides
+        fixed: list[str] = []  # of a sweep its first values
+        names: list[list[str]] = [[]]
+        for override in parse([word for word in words if word not in SWEEP_FLAGS]):
             if override.is_hydra_override():
                 continue
-            values = _check_override(override, config_name)
+            settings = [f"{override.get_key_element()}={value}" for value in _check_override(override, config_name)]
             if override.key_or_group == "name":
-                names = values
-            elif values:
-                fixed.append(f"{override.get_key_element()}={values[0]}")
+                names = [[setting] for setting in settings]
+            else:
+                fixed += settings[:1]
         for name in names:
-            config = compose(config_name, [*fixed, *([f"name={name}"] if name is not None else [])], True)
+            config = compose(config_name, [*fixed, *name], True)
             _check_groups(config.hydra.runtime.choices, config_name)
             _check_folder(config)
+        swept = parse([f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()])
+        for override in swept:
+            _check_override(override, config_name)
+        keys = [override.get_key_element() for override in swept]
+        if keys and not SWEEP_FLAGS & set(words) and not any(setting.partition("=")[0] in keys for setting in fixed):
+            raise _refused(f"the sweep over {', '.join(keys)}", "it needs -m; for a single job give one of these keys")
 
 
 def _check_override(override: Any, config_name: str) -> list[str]:

@@ -14,6 +14,7 @@ from ddim.checkpoints import load_model
 from ddim.checkpoints.checksum import has_checksum, write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import Interrupted, UserError
+from ddim.signals import STOP_SIGNALS
 
 pytestmark = pytest.mark.integration
 
@@ -116,9 +117,9 @@ def test_newest_intact_checkpoint_is_used_with_a_warning(run, same, caplog):
     assert read_checkpoint(resumed)["global_step"] == 9
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_run_saves_on_a_signal_and_resumes_exactly(run, same, monkeypatch, after_loss, number):
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     options = {"network": {"dropout": 0.3}, "trainer": {"max_steps": 9, "accumulate": 2}}
     uninterrupted = run("uninterrupted", **options)
     after_loss(lambda step, *_: os.kill(os.getpid(), number) if step == 4 else None)
