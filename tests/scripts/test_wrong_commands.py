@@ -238,7 +238,7 @@ def test_a_name_is_no_path(name: str, run: Run, tmp_path: Path) -> None:
 # The text of an experiment -> what the one line states.
 EXPERIMENTS = {
     "name: x": "configs/experiment/mine.yaml: it must begin with the line '# @package _global_'",
-    "# mine\n# @package _global_\ndefaults:\n  - override /schedul: linear": "which train.py does not have (did you mean",
+    "# mine\n# @package _global_\ndefaults:\n  - override /schedul: linear": "does not have (did you mean schedule?)",
     "# @package _global_\ndefaults:\n  - override /data: [digits, folder]": "data is null or a list in the experiment",
     "# @package _global_\ndefaults:\n  - override /data: digit": "unknown option data=digit (did you mean digits?)",
     "# @package _global_\nhydra: {swepeer: 1}": "Key 'swepeer' not in 'HydraConf'",
