@@ -86,8 +86,8 @@ def _check_option(group: str, option: str, config_name: str) -> None:
     path = CONFIGS / group / f"{option}.yaml"
     if group not in ("experiment", "debug") or not path.is_file():
         return
-    if not re.match(r"(\s*(#.*)?\n)*#\s*@package\s+_global_\s*$", path.read_text(encoding="utf-8"), re.MULTILINE):
-        raise _refused(f"configs/{group}/{option}.yaml", "it must begin with the line '# @package _global_'")
+    if not re.match(r"\s*#\s*@package +_global_\s*$", path.read_text(encoding="utf-8"), re.MULTILINE):
+        raise _refused(f"configs/{group}/{option}.yaml", "its first line must be '# @package _global_'")
     if option not in (allowed := own_options(group, config_name)):
         raise _refused(f"{group}={option}", f"that is not for {config_name}.py; allowed here: {', '.join(allowed)}")
 

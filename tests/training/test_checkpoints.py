@@ -122,7 +122,7 @@ def test_run_saves_on_a_signal_and_resumes_exactly(run, same, monkeypatch, after
     before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     options = {"network": {"dropout": 0.3}, "trainer": {"max_steps": 9, "accumulate": 2}}
     uninterrupted = run("uninterrupted", **options)
-    after_loss(lambda step, *_: os.kill(os.getpid(), number) if step == 4 else None)
+    after_loss(lambda _, batch, *__: os.kill(os.getpid(), number) if batch == 8 else None)  # of step 4, the first
     with pytest.raises(Interrupted, match=r"stopped at step 5 of 9 and saved it; go on with checkpoint=last"):
         run("stopped", **options)
     monkeypatch.undo()
