@@ -30,7 +30,7 @@ def check_command(config_name: str, words: list[str]) -> None:
         names: list[list[str]] = [[]]
         for override in parse([word for word in words if word not in SWEEP_FLAGS]):
             if override.is_hydra_override():
-                fixed.append(override.input_line)
+                fixed.append(str(override.input_line))
                 continue
             settings = [f"{override.get_key_element()}={value}" for value in _check_override(override, config_name)]
             if override.key_or_group == "name":
