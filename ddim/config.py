@@ -7,14 +7,17 @@ missing keys and wrong types raise a UserError that names the key, the value and
 import dataclasses
 import difflib
 import math
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ddim.errors import UserError
 
 Spec = TypeVar("Spec")
+FilePath = Annotated[str, "path"]  # the type of a spec's field that holds a path, in which `build` expands ~
+NAME_BYTES = 255  # the longest file name that common file systems take
 
 
 def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
@@ -30,7 +33,7 @@ def build(spec_type: type[Spec], values: Mapping[str, Any], where: str) -> Spec:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a mapping with the keys {_names(spec_type)}, not {values!r}.")
-    hints = get_type_hints(spec_type)
+    hints = get_type_hints(spec_type, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(spec_type)}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
@@ -73,6 +76,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(value, hint, where)
+    if origin is Annotated:  # FilePath
+        return expand_path(convert(value, str, where), where)
     if origin is Literal:
         if value not in get_args(hint):
             allowed = ", ".join(map(str, get_args(hint)))
@@ -121,6 +126,32 @@ def _convert_tuple(value: Any, hint: Any, where: str) -> tuple[Any, ...]:
     if len(members) != len(value):
         raise UserError(f"{where}={list(value)!r} must have {len(members)} entries.")
     return tuple(convert(v, m, f"{where}[{i}]") for i, (v, m) in enumerate(zip(value, members, strict=True)))
+
+
+def expand_path(text: str, where: str) -> str:
+    """Return a path with ~ replaced by the user's folder.
+
+    Raises:
+        UserError: it is empty, or has a NUL character.
+    """
+    if not text or "\0" in text:
+        raise UserError(f"{where}={text!r} must be a path; write . for the folder you are in.")
+    return os.path.expanduser(text)
+
+
+def check_name(name: str) -> None:
+    """Check that a name can be that of a file or folder.
+
+    Raises:
+        ValueError: it is empty, a path, too long, or has characters that cannot be printed.
+    """
+    size = len(name.encode(errors="replace"))
+    if not name or name in (".", "..") or {"/", "\\"} & set(name) or not name.isprintable() or size > NAME_BYTES:
+        shown = name if len(name) <= 80 else f"{name[:80]}..."
+        raise ValueError(
+            f"name={shown!r} must be a file name without a folder; choose that by output_dir=... (a name has 1 to "
+            f"{NAME_BYTES} printable bytes)."
+        )
 
 
 def suggest(name: str, allowed: Any) -> str:

@@ -1,11 +1,15 @@
 """The entry point that all scripts share: Hydra composes the configuration, and errors become exit codes.
 
-Only this file, _jobs.py, _messages.py and train.py import Hydra.
+Only this file, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
 """
 
+from _start import STOPPED, TRY_AGAIN, rank  # first: it handles signals
+
+# ruff: isort: split
 import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -23,22 +27,14 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
 
 import hydra
 from _jobs import sweep_jobs, to_plain
-from _messages import CONFIGS, explain, explain_any, explain_hydra
+from _messages import CONFIGS, explain, explain_any, explain_hydra, help_groups
+from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 
-TRY_AGAIN = 75  # the exit status of a run that was stopped and saved (EX_TEMPFAIL)
-STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
-
-
-def _rank() -> int:
-    """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown."""
-    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
-    return int(rank) if rank.isdecimal() and size.isdecimal() and int(rank) < int(size) else 0
-
-
-# Used in configs/hydra: only rank 0 keeps Hydra's files.
-OmegaConf.register_new_resolver("if_main", lambda here, other: other if _rank() else here, replace=True)
+# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, and --help is of one script.
+OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() else here, replace=True)
+OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
+OmegaConf.register_new_resolver("groups", help_groups, replace=True)
 
 
 def entry(
@@ -49,9 +45,9 @@ def entry(
 ) -> None:
     """Run `task` on the composed configuration as plain values.
 
-    The exit status is 2 for a user error, 1 for a bug, 75 for a run that received a signal to stop and can be resumed,
-    130 after Ctrl-C. Each reason is printed once, at the end. A job of a sweep that fails does not stop the
-    others.
+    The exit status is 2 for a user error, 1 for a bug, 75 for a run that received a signal to stop and can go on, 130
+    where Ctrl-C ended it at once. Each reason is printed once, at the end. A job of a sweep that fails does not stop
+    the others; a signal does.
 
     Args:
         task: gets the configuration without Hydra's own part; called once for each job of a sweep.
@@ -65,6 +61,10 @@ def entry(
     # The processes of the submitit launcher import this file by its module name before they read any configuration.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     silence()
+    # Hydra wants a value that begins with ~ in quotes, which the shell takes away.
+    sys.argv[1:] = [re.sub(r"^([\w.]+)=(~[\w./-]*)$", r"\1='\2'", word) for word in sys.argv[1:]]
+    failures.guard(lambda: check_command(config_name, sys.argv[1:]), lambda error: explain_any(error, config_name))
+    failures.exit()
 
     def job(config: DictConfig) -> Any:
         silence()  # again in the processes of a launcher
@@ -110,7 +110,7 @@ class Failures:
         except KeyboardInterrupt:
             if from_launcher or self.wants_traceback:
                 raise
-            if _rank() == 0:
+            if rank() == 0:
                 print("stopped.", file=sys.stderr)
             sys.exit(STOPPED)
         except Exception as error:
@@ -121,7 +121,7 @@ class Failures:
             if isinstance(error, Interrupted):
                 self.interrupted = True
                 print(error, file=sys.stderr)
-                return None
+                self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None
             if self.wants_traceback or reason is None:
@@ -130,7 +130,7 @@ class Failures:
 
     def exit(self) -> None:
         """Print the reasons, once for all processes that started together, and exit if there are any."""
-        if _rank() == 0 or self.defects:
+        if rank() == 0 or self.defects:
             for reason, count in self.reasons.items():
                 print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
         if self.reasons:
@@ -140,7 +140,8 @@ class Failures:
 
 
 def silence() -> None:
-    """Hide unneeded log messages of Lightning: a deprecation of torch inside it, and its tips."""
+    """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take."""
+    logging.raiseExceptions = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)

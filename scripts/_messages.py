@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
@@ -20,6 +21,7 @@ RENAMED_KEYS = {
     "export_checkpoint": {"out": "output_dir"},
 }
 RENAMED_OPTIONS = {"digits_sweep": "table_digits"}
+# What can be done where a file cannot be written.
 CANNOT_WRITE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
     errno.EROFS: "choose another folder",
@@ -36,10 +38,12 @@ def explain(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         advice = CANNOT_WRITE[error.errno]
         return f"cannot write{f' to {error.filename}' if error.filename else ''} ({error.strerror}); {advice}."
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{error.filename} cannot be used ({error.strerror}); choose a shorter name."
     if isinstance(error, PermissionError):
         return f"{error.filename} may not be used ({error.strerror}); change its permissions, or choose another path."
     if isinstance(error, UserError | OmegaConfBaseException):
-        return " ".join(str(error).split())
+        return _in_one_line(error)
     return None
 
 
@@ -47,7 +51,14 @@ def explain_hydra(error: Exception, config_name: str) -> str:
     """Return one line for an error before the first job: Hydra reads the command line and creates the run's folder."""
     from ddim.config import suggest
 
-    message = " ".join(str(error).split())
+    message = _in_one_line(error) or f"the configuration cannot be composed ({type(error).__name__})"
+    if "HydraConfig was not set" in message:
+        return (
+            "only a running job knows ${hydra:...}, so no folder can be named by it; name runs by what differs, such "
+            "as 'name=lr${optim.lr}'."
+        )
+    if isinstance(error, yaml.YAMLError):
+        return f"a configuration file is not valid YAML: {message}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if option in RENAMED_OPTIONS:
@@ -58,8 +69,16 @@ def explain_hydra(error: Exception, config_name: str) -> str:
         return (
             f"the argument {error.override!r} cannot be read ({reason}); write key=value, and quote special characters."
         )
-    if isinstance(error, OSError) and error.filename:
-        return f"cannot write to {error.filename} ({error.strerror}); choose another output_dir=..."
+    if isinstance(error, OSError) and not isinstance(error, HydraException):  # of Hydra's folder, named or not
+        where = error.filename or "the folder of the run"
+        advice = f"{CANNOT_WRITE[error.errno]}." if error.errno in CANNOT_WRITE else "choose another output_dir=..."
+        return f"cannot write to {where} ({error.strerror}); {advice}"
+    if wrong := re.search(r"In '([^']+)': Could not override '([^']+)'", message):
+        groups = own_groups(config_name)
+        return (
+            f"configs/{wrong[1]}.yaml overrides the group {wrong[2]}, which {config_name}.py does not have"
+            f"{suggest(wrong[2], groups)}; allowed: {', '.join(groups)}."
+        )
     if unknown := re.search(r"Could not override '([^']+)'", message):
         return _unknown_key(unknown[1], config_name)
     return message
@@ -67,7 +86,31 @@ def explain_hydra(error: Exception, config_name: str) -> str:
 
 def explain_any(error: Exception, config_name: str) -> str | None:
     """Return one line for an error of Hydra's or of a job."""
-    return explain_hydra(error, config_name) if isinstance(error, HydraException) else explain(error)
+    return explain(error) or explain_hydra(error, config_name)
+
+
+def own_groups(config_name: str) -> dict[str, str | None]:
+    """Return the groups of a script and the option that each has by default, as in its defaults list."""
+    defaults = OmegaConf.load(CONFIGS / f"{config_name}.yaml").defaults
+    groups = {str(key): value for entry in defaults if OmegaConf.is_dict(entry) for key, value in entry.items()}
+    return {key: value for key, value in groups.items() if not key.startswith("override ")}
+
+
+def own_options(group: str, config_name: str) -> list[str]:
+    """Return the options of a group; of the experiments those whose comment runs them with this script, or none."""
+    options = {path.stem: path.read_text(encoding="utf-8") for path in (CONFIGS / group).glob("*.yaml")}
+    runs = {name: set(re.findall(rf"scripts/(\w+)\.py .*{group}={name}\b", text)) for name, text in options.items()}
+    return sorted(name for name, scripts in runs.items() if not scripts or config_name in scripts)
+
+
+def help_groups(config_name: str) -> str:
+    """Return a line for each group of a script, with its options; used in configs/hydra/default.yaml."""
+    groups = own_groups(config_name)
+    return "\n".join(f"{key}: {', '.join(own_options(key.partition('@')[0], config_name))}" for key in sorted(groups))
+
+
+def _in_one_line(error: Exception) -> str:
+    return re.sub(r" (full_key: )?object_type=\w+$", "", " ".join(str(error).split()))  # OmegaConf's last line
 
 
 def _unknown_key(key: str, config_name: str) -> str:
@@ -76,7 +119,10 @@ def _unknown_key(key: str, config_name: str) -> str:
     # The group options of the command line decide which keys there are.
     given = [argument.split(",")[0] for argument in sys.argv[1:] if (CONFIGS / argument.split("=")[0]).is_dir()]
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config: Any = OmegaConf.to_container(compose(config_name, given))
+        try:
+            config: Any = OmegaConf.to_container(compose(config_name, given))
+        except (HydraException, OmegaConfBaseException):  # the key is one of an experiment
+            config = OmegaConf.to_container(compose(config_name))
     if new := RENAMED_KEYS.get(config_name, {}).get(key):
         return f"{key} is called {new} now; write {new}=...{' with a folder' * (key == 'out')}"
     node, path = config, ""

@@ -113,7 +113,7 @@ class Sweep:
             if records:
                 planned = manifest.read()["command"] or command()
                 paths = write_report(records, folder, command=planned, failures=failures)
-                print(f"\n{paths[0].read_text()}")
+                print(f"\n{paths[0].read_text(encoding='utf-8')}")
                 for path in paths:
                     print(path)
                 logger.log_report(paths)

@@ -149,6 +149,22 @@ def long_test_names(tree: ast.AST) -> list[str]:
     return [f"{line}: {name} has {len(name)} characters" for line, name in names if len(name) >= 60]
 
 
+def unnamed_encodings(tree: ast.AST) -> list[str]:
+    """Return calls that read or write text without naming its encoding, which then depends on the machine."""
+    violations = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else dotted(node.func)
+        given = [*node.args, *(keyword.value for keyword in node.keywords)]
+        modes = [str(value.value) for value in given if isinstance(value, ast.Constant)]
+        default_mode = not modes and (not node.args or dotted(node.func) == "open")  # of path.open(), open(path)
+        opens = name == "open" and (default_mode or any(re.fullmatch(r"[rwax]t?\+?", mode) for mode in modes))
+        if opens or name in ("read_text", "write_text") or "text" in {keyword.arg for keyword in node.keywords}:
+            violations.append(f"{node.lineno}: {name} names no encoding")
+    return violations
+
+
 RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
     global_effects: PACKAGE,
     device_names: PACKAGE,
@@ -156,6 +172,7 @@ RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
     ambiguous_names: PACKAGE + SCRIPTS,
     missing_docstrings: PACKAGE + SCRIPTS,
     long_functions: PACKAGE + SCRIPTS,
+    unnamed_encodings: PACKAGE + SCRIPTS,
     long_test_names: TESTS,
 }
 NOT_ALLOWED = {
@@ -178,6 +195,11 @@ NOT_ALLOWED = {
     "'''Text.'''\nclass A:\n    '''Text.'''\n    def f(self):\n        pass": missing_docstrings,
     "x = 1": missing_docstrings,
     "def f():\n" + "    x = 1\n" * 60: long_functions,
+    "path.read_text()": unnamed_encodings,
+    "path.open('w')": unnamed_encodings,
+    "path.open()": unnamed_encodings,
+    "open(path)": unnamed_encodings,
+    "subprocess.run(command, text=True)": unnamed_encodings,
     f"def test_{55 * 'x'}():\n    pass": long_test_names,
 }
 ALLOWED = {
@@ -189,6 +211,7 @@ ALLOWED = {
     "try:\n    f()\nexcept OSError:\n    x = 1": swallowed_exceptions,
     "axes.grid(alpha=0.3)\nalpha_bar = sigma_hat = next(x)": ambiguous_names,
     "def f():\n" + "    x = 1\n" * 59: long_functions,
+    "path.read_text(encoding='utf-8')\nopen(path, 'rb')\nImage.open('x.png')": unnamed_encodings,
     f"def test_{54 * 'x'}():\n    pass": long_test_names,
 }
 

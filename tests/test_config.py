@@ -2,11 +2,12 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
-from ddim.config import build, choose, config_context, convert, suggest
+from ddim.config import FilePath, build, check_name, choose, config_context, convert, suggest
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.diffusion.spec import SamplerSpec
@@ -123,6 +124,10 @@ def test_messages_at_the_top_level_have_no_prefix() -> None:
         (None, tuple[int, ...] | None, None),
         ({"a": 1}, dict[str, Any], {"a": 1}),
         ({"whatever": {1, 2}}, Any, {"whatever": {1, 2}}),
+        ("~/a", FilePath, f"{Path.home()}/a"),
+        ("~/a", FilePath | None, f"{Path.home()}/a"),
+        ("a/~", FilePath, "a/~"),
+        ("~/a", str, "~/a"),
     ],
     ids=str,
 )
@@ -160,6 +165,9 @@ def test_values_that_fit(value: Any, hint: Any, expected: Any) -> None:
         ([1, 2, 3], tuple[int, int], "x=[1, 2, 3] must have 2 entries."),
         ([1, True], tuple[int, int] | None, "x[1]=True must be an integer"),
         (5, dict[str, Any], "x must be a mapping, not 5."),
+        (5, FilePath, "x=5 must be text, not an integer."),
+        ("", FilePath | None, "x='' must be a path; write . for the folder you are in."),
+        ("a\0b", FilePath, "x='a\\x00b' must be a path"),
         ([1], Inner, "x must be a mapping with the keys size, rate, not [1]."),
     ],
     ids=str,
@@ -189,6 +197,19 @@ def test_choose_takes_from_a_registry() -> None:
         UserError, match=r"^unknown schedule 'cosin' \(did you mean cosine\?\); allowed: linear, cosine\.$"
     ):
         choose("schedule", "cosin", registry)
+
+
+@pytest.mark.parametrize("name", ["a", "a.b", " ", "ä", "~", 255 * "n", "-m"])
+def test_names_of_files_are_names(name: str) -> None:
+    check_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "/", "a/", "../a", "a\\b", "a\0b", "a\nb", "\udcff", 256 * "n", 128 * "ä"]
+)
+def test_what_is_no_file_name_is_no_name(name: str) -> None:
+    with pytest.raises(ValueError, match=r"must be a file name without a folder; choose that by output_dir=\.\.\."):
+        check_name(name)
 
 
 def test_suggest_is_empty_when_nothing_is_similar() -> None:

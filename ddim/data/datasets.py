@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from PIL import Image
 
-from ddim.config import choose
+from ddim.config import FilePath, choose
 from ddim.data.image_files import FileImages
 from ddim.data.image_folder import folder_images
 from ddim.data.images import Images, MemoryImages
@@ -41,7 +41,7 @@ class DataSpec:
     name: str
     size: tuple[int, int]
     channels: int
-    root: str = "data"
+    root: FilePath = "data"
     flip: bool = True
     download: bool = True
     category: str | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
+from ddim.config import FilePath
 from ddim.diffusion.labels import asked_steps, title
 from ddim.distributed import Processes
 from ddim.evaluation.feature_stats import FeatureSet, moments
@@ -53,7 +54,7 @@ class EvaluateSpec(JobSpec):
     repeats: int = 1
     seed: int = 0
     save_images: bool = False
-    reference_dir: str = "outputs/reference"
+    reference_dir: FilePath = "outputs/reference"
 
     def __post_init__(self) -> None:
         for name in ("n", "repeats"):

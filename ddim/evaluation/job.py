@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ddim.checkpoints import LoadedModel
-from ddim.config import choose
+from ddim.config import FilePath, check_name, choose
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
 from ddim.diffusion.labels import row_label, spacing_name
@@ -46,12 +46,12 @@ class JobSpec(ABC):
         logger: W&B, if at all.
 
     Raises:
-        ValueError: a negative grid, TensorBoard, or an unknown table.
+        ValueError: a negative grid, TensorBoard, an unknown table, or a name that is none.
     """
 
-    checkpoint: str
+    checkpoint: FilePath
     name: str
-    output_dir: str
+    output_dir: FilePath
     data: DataSpec
     sampler: SamplerSpec
     compute: ComputeSpec
@@ -61,6 +61,7 @@ class JobSpec(ABC):
     logger: LoggerSpec = field(default_factory=LoggerSpec)
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
         if self.logger.tensorboard:

@@ -15,7 +15,7 @@ import torch
 from numpy.random import RandomState
 from torch import Tensor
 
-from ddim.config import choose
+from ddim.config import FilePath, choose
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet
 from ddim.evaluation.features import EXTRACTORS, FeatureExtractor
@@ -46,12 +46,12 @@ class MetricSpec:
 
     extractor: str
     metrics: tuple[str, ...] = ("fd",)
-    weights_path: str | None = None
+    weights_path: FilePath | None = None
     batch_size: int = 64
     kid_subset_size: int = 1000
     kid_subsets: int = 100
     reference_split: Literal["train", "test"] = "train"
-    reference_npz: str | None = None
+    reference_npz: FilePath | None = None
 
     def __post_init__(self) -> None:
         extractor = choose("extractor", self.extractor, EXTRACTORS)

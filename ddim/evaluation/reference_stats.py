@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def measure_reference(
         processes: each extracts a share.
         with_features: keep the features too.
     """
-    stem = f"{images.name}_{record_key(cache_key)}"
+    name = os.fsdecode(os.fsencode(images.name)[:150])  # a file name has at most 255 bytes
+    stem = f"{name}_{record_key(cache_key)}"
     statistics, stored = folder / f"{stem}.npz", folder / f"{stem}.safetensors"
     shards = Shards(folder / f"{stem}.parts", range(len(images)))
 

@@ -21,6 +21,7 @@ from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import split
 from ddim.io import Tensors, read_safetensors, write_safetensors
+from ddim.signals import StopSignals
 
 log = logging.getLogger(__name__)
 MAX_CHECKS = 45  # of a folder on the network, in about 100 seconds
@@ -75,6 +76,7 @@ class Shards:
         """Give `write(batch, tensors)`, which stores a batch while the caller computes the next one.
 
         Tensors with rows have one for each image, in order. After the block the shards of all processes are complete.
+        A signal to stop waits until the batch that is being computed is stored.
 
         Raises:
             UserError: the block failed in another process. What was stored stays.
@@ -86,11 +88,15 @@ class Shards:
             if pending is not None:
                 pending.result()
             pending = pool.submit(write_safetensors, self.path(batch), tensors, {})
+            if stop.received is not None:
+                pending.result()
+                stop.deliver()
 
-        with processes.barrier(), ThreadPoolExecutor(1) as pool:
+        with StopSignals() as stop, processes.barrier(), ThreadPoolExecutor(1) as pool:
             yield write
             if pending is not None:
                 pending.result()
+            stop.deliver()
         with processes.barrier():
             self._wait_until_complete()
 

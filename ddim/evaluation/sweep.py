@@ -49,7 +49,7 @@ class Manifest:
 
     def read(self) -> dict[str, Any]:
         """Return {"command": ..., "cells": {id: job}}; a job has title, state (planned, running, ...) and reason."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {"command": None, JOBS: {}}
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"command": None, JOBS: {}}
 
     def plan(self, command: str, specs: Sequence[JobSpec]) -> None:
         """Note what is going to be computed; jobs of earlier sweeps stay."""
@@ -79,7 +79,7 @@ class Manifest:
             content = self.read()
             yield content
             with atomic_write(self.path) as partial:
-                partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class Timing(NamedTuple):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddim.checkpoints import load_model
+from ddim.config import FilePath, check_name
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.figures import panels
@@ -43,13 +44,13 @@ class FigureSpec:
         overwrite: replace files of an earlier call.
 
     Raises:
-        ValueError: a value out of range, both indices and n, or samples without rows.
+        ValueError: a value out of range, both indices and n, samples without rows, or a name that is none.
     """
 
     figure: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
-    checkpoint: str
+    checkpoint: FilePath
     name: str
-    output_dir: str
+    output_dir: FilePath
     compute: ComputeSpec
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
     indices: tuple[int, ...] | None = None
@@ -65,6 +66,7 @@ class FigureSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if self.n is not None and self.indices is not None:
             raise ValueError(f"give either n={self.n} or indices={list(self.indices)}, not both.")
         if self.n is not None and self.n < 1:

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel, load_model
+from ddim.config import FilePath
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import grid, save_gif, save_png
@@ -36,8 +37,8 @@ class SampleSpec:
         ValueError: n below 1, or image numbers or a seed out of range.
     """
 
-    checkpoint: str
-    output_dir: str
+    checkpoint: FilePath
+    output_dir: FilePath
     compute: ComputeSpec
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
     n: int = 64

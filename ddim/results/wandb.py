@@ -150,8 +150,8 @@ class SweepLogger:
     def _run_id(self, key: str) -> str | None:
         """Return the id of the run of a record, or of the report, None if there is none."""
         path = self.folder / RUNS / key
-        return path.read_text() if path.exists() else None
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     def _save_run_id(self, key: str, run_id: str) -> None:
         with atomic_write(self.folder / RUNS / key) as partial:
-            partial.write_text(run_id)
+            partial.write_text(run_id, encoding="utf-8")

@@ -5,12 +5,9 @@ import logging
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,14 +20,13 @@ from ddim.checkpoints.model import HAS_CHECKSUM, read_checkpoint
 from ddim.checkpoints.spec import KEY
 from ddim.errors import UserError
 from ddim.io import atomic_write
+from ddim.signals import StopSignals
 from ddim.training.lightning_workarounds import disable_sigterm_broadcast
 from ddim.training.module import step_ended
 
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
-# What schedulers send some time before they kill; Windows has no SIGUSR1.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOP_CHECK_EVERY = 10  # steps between two checks whether any of several processes received a signal
 
@@ -104,26 +100,22 @@ class Checkpoints(Checkpoint):
         every: optimiser steps between two.
         keep_last: how many of the newest are kept.
         keep_every: those whose step is a multiple of it are kept for good; 0 for none.
+        stop: holds signals to stop back while the run trains.
     """
 
-    def __init__(self, folder: Path, every: int, keep_last: int, keep_every: int) -> None:
+    def __init__(self, folder: Path, every: int, keep_last: int, keep_every: int, stop: StopSignals) -> None:
         self.folder, self.every, self.keep_last, self.keep_every = folder, every, keep_last, keep_every
+        self.stop = stop
         self.saved = 0  # the step of the newest checkpoint
-        self.signal: int | None = None  # received by this process
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle the stop signals; Lightning restores the handlers of before at the end of the training.
-
-        Lightning's own handlers are replaced: they wait for other processes inside the handler.
-        """
-        self.saved, self.signal = trainer.global_step, None
+        """Handle the stop signals also in a process that Lightning started."""
+        self.saved = trainer.global_step
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.ckpt"):  # left by a save that was killed
                 partial.unlink()
         disable_sigterm_broadcast(trainer)
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
-            for number in STOP_SIGNALS:
-                signal.signal(number, self._on_signal)
+        self.stop.listen()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,16 +149,13 @@ class Checkpoints(Checkpoint):
                 if old != path and (not self.keep_every or _step(old) % self.keep_every):
                     old.unlink()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Return whether any process received a signal: the same answer on all of them, at the same step."""
         if trainer.world_size == 1:
-            return self.signal is not None
+            return self.stop.received is not None
         if trainer.global_step % STOP_CHECK_EVERY:
             return False
-        return trainer.strategy.reduce_boolean_decision(self.signal is not None, all=False)
+        return trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -20,6 +20,15 @@ def disable_sigterm_broadcast(trainer: Trainer) -> None:
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
 
+def leave_signals(trainer: Trainer) -> None:
+    """Stop Lightning from handling signals: its handlers end a run without a checkpoint, or wait for others."""
+    trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]
+
+
+def _do_nothing() -> None:
+    pass
+
+
 def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:
     """Rewrite the batch counters of a checkpoint as complete optimiser steps of `accumulate` micro-batches each.
 

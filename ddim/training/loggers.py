@@ -35,7 +35,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
     # The id is stored with the run, so that a resumed training continues the same W&B run. Only rank 0 logs.
     id_file = folder / "wandb_id.txt"
     if rank_zero_only.rank == 0 and not id_file.exists():  # type: ignore[attr-defined]
-        id_file.write_text(os.urandom(4).hex())
+        id_file.write_text(os.urandom(4).hex(), encoding="utf-8")
     return WandbLogger(
         name=name,
         save_dir=folder,
@@ -44,7 +44,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
         group=spec.group,
         tags=list(spec.tags),
         job_type="train",
-        id=id_file.read_text().strip() if id_file.exists() else None,
+        id=id_file.read_text(encoding="utf-8").strip() if id_file.exists() else None,
         resume="allow",
         offline=spec.offline,
         config=config,

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ from ddim.data.datasets import load_images
 from ddim.data.images import MemoryImages
 from ddim.errors import Interrupted, UserError
 from ddim.networks import accelerate
+from ddim.signals import StopSignals
 from ddim.training.callbacks import DivergenceGuard, LossByTime, Progress, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.ema import EMA
+from ddim.training.lightning_workarounds import leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import DiffusionModule
 from ddim.training.resume import FINGERPRINT, check_images, check_state, explain_restore_errors, find_checkpoint
@@ -45,7 +49,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
     Raises:
         UserError: bad input, or another training in the same folder, before any training step; or the training
             cannot go on.
-        Interrupted: it received SIGTERM or SIGUSR1, and its state is saved.
+        Interrupted: it received SIGINT (Ctrl-C), SIGTERM or SIGUSR1, and its state is saved.
     """
     model = spec.model_spec()
     _make_folder(spec.checkpoint_dir)
@@ -65,8 +69,16 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Path
         spec.folder,
     )
     loggers = build_loggers(spec.logger, spec.name, spec.folder, config)
-    trainer = build_trainer(spec, spec.folder, build_callbacks(spec, model.schedule.T), loggers)
-    with explain_disk_errors(spec.folder), finish_wandb(spec.logger), explain_restore_errors(trainer, checkpoint):
+    stop = StopSignals()
+    trainer = build_trainer(spec, spec.folder, build_callbacks(spec, model.schedule.T, stop), loggers)
+    if (launcher := trainer.strategy.launcher) is not None:  # which may start processes that train
+        stop.forward = partial(launcher.kill, signal.SIGTERM)
+    with (
+        stop,
+        explain_disk_errors(spec.folder),
+        finish_wandb(spec.logger),
+        explain_restore_errors(trainer, checkpoint),
+    ):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
     # The process that called `fit` need not be one that trained (ddp_spawn); one that did may get here before rank 0
@@ -127,8 +139,8 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     return module
 
 
-def build_callbacks(spec: TrainSpec, T: int) -> list[Callback]:
-    """Return the callbacks of a run with times 1..T, in the order in which they are called."""
+def build_callbacks(spec: TrainSpec, T: int, stop: StopSignals) -> list[Callback]:
+    """Return the callbacks of a run with times 1..T, in the order in which they are called; `stop` ends it."""
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
     callbacks: list[Callback] = [ema] if ema else []
@@ -138,7 +150,7 @@ def build_callbacks(spec: TrainSpec, T: int) -> list[Callback]:
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, spec.folder / "samples", ema, t.batch_size),
         DivergenceGuard(t.log_every, t.max_skipped),
-        Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every),
+        Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every, stop),
     ]
 
 
@@ -152,7 +164,7 @@ def build_trainer(
     """
     t = spec.trainer
     try:
-        return Trainer(
+        trainer = Trainer(
             accelerator=t.accelerator,
             devices=t.devices,
             num_nodes=t.num_nodes,
@@ -175,6 +187,8 @@ def build_trainer(
         )
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    leave_signals(trainer)
+    return trainer
 
 
 def _make_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddim.checkpoints import ModelSpec
-from ddim.config import build, choose, config_context
+from ddim.config import FilePath, build, check_name, choose, config_context
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
@@ -107,11 +107,11 @@ class TrainSpec:
         dry_run: report what the run would cost, after a few steps of it, instead of training.
 
     Raises:
-        ValueError: the seed is out of range.
+        ValueError: the seed is out of range, or the name is none.
     """
 
     name: str
-    output_dir: str
+    output_dir: FilePath
     data: DataSpec
     network: dict[str, Any]
     schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
@@ -122,11 +122,12 @@ class TrainSpec:
     logger: LoggerSpec = field(default_factory=LoggerSpec)
     grid: GridSpec = field(default_factory=GridSpec)
     seed: int = 0
-    checkpoint: str | None = None
+    checkpoint: FilePath | None = None
     dry_run: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_name(self.name)
 
     @property
     def folder(self) -> Path:

@@ -31,6 +31,7 @@ from ddim.results.records import RecordFile
 
 def main() -> None:
     """Sample, compare, append to the record, print its table."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # any terminal can show that
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", help="of the model")

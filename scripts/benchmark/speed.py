@@ -40,6 +40,7 @@ NETWORKS = {"cifar10": PRESETS["cifar10"], "tiny": TINY}
 
 def main() -> None:
     """Measure, append to the record, and print its tables."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # any terminal can show that
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, on_cpu = parser.add_argument, this_device().type == "cpu"
     add("--official", metavar="PATH", help="checkout of ermongroup/ddim")

@@ -129,7 +129,7 @@ def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Variant:
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what decides a time besides the code measured, and the name of a run that starts now."""
     path = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", path.read_text()) if path.exists() else None
+    model = re.search(r"model name\s*: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
     return {
         "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

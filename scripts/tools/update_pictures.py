@@ -51,7 +51,10 @@ SOURCES = (
 
 def source_hashes() -> dict[str, str]:
     """Return a hash of each file of SOURCES that comments, docstrings and blank lines do not change."""
-    return {name: hashlib.sha256(code_only((ROOT / name).read_text()).encode()).hexdigest()[:16] for name in SOURCES}
+    return {
+        name: hashlib.sha256(code_only((ROOT / name).read_text(encoding="utf-8")).encode()).hexdigest()[:16]
+        for name in SOURCES
+    }
 
 
 def code_only(source: str) -> str:
@@ -79,7 +82,7 @@ def outdated() -> list[str]:
     """Return what is wrong with the pictures in docs/images, in sentences; [] when they show what the code makes."""
     if not MADE_FROM.is_file():
         return [f"there is no {MADE_FROM.name}"]
-    made_from = json.loads(MADE_FROM.read_text())
+    made_from = json.loads(MADE_FROM.read_text(encoding="utf-8"))
     wrong = [f"{name} does not belong to a picture" for name in made_from["pictures"].keys() - PICTURES.keys()]
     for name, settings in PICTURES.items():
         made = made_from["pictures"].get(name)
@@ -132,7 +135,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"error: {error} bash scripts/quickstart.sh trains the checkpoint that the pictures are made from.")
     content = {"command": COMMAND, "pictures": pictures, "sources": source_hashes()}
-    MADE_FROM.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    MADE_FROM.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, made in pictures.items():
         print(f"docs/images/{name}: {made['settings']['figure']}, {made['weights']} weights {made['weights_hash'][:8]}")
 

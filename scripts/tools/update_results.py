@@ -50,7 +50,7 @@ def main() -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(records, RESULTS / f"{name}.jsonl")
     for document in DOCUMENTS:
-        document.write_text(fill(document.read_text()))
+        document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -165,3 +165,10 @@ def test_a_damaged_cache_is_measured_again(
 def test_feature_metrics_refuse_published_moments(metric: Any) -> None:
     with pytest.raises(ValueError, match=f"{metric} needs the features"):
         MetricSpec("digits_classifier", ("fd", metric), reference_npz="x.npz")
+
+
+def test_a_long_name_is_cut_in_the_cache(images: MemoryImages, tmp_path: Path) -> None:
+    extractor = SPEC.build_extractor("cpu")
+    for name in (240 * "n", 120 * "ä"):
+        measure_reference(MemoryImages(name, images.images), {"name": name}, extractor, tmp_path)
+    assert len([*tmp_path.glob("*.npz")]) == 2

@@ -1,5 +1,7 @@
 """Shards: exactly the missing images are computed, whatever was stored before."""
 
+import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -263,3 +265,27 @@ def test_waiting_runs_hold_the_lock_one_at_a_time(tmp_path: Path, deletes: bool)
     for thread in threads:
         thread.join()
     assert (most, entered) == (1, 32)
+
+
+def test_a_signal_waits_until_the_batch_is_stored(tmp_path: Path) -> None:
+    """And the next call computes what is missing."""
+    shards, counting = Shards(tmp_path / "s", range(12)), Counting()
+
+    def stop(number: int, _: Any) -> None:
+        raise InterruptedError(number)
+
+    def compute(batch: range) -> Tensors:
+        if batch.start == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return counting(batch)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(InterruptedError):
+            fill(shards, 4, compute)
+        assert signal.getsignal(signal.SIGTERM) == stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert shards.complete() == [range(4), range(4, 8)]
+    fill(shards, 4, counting)
+    assert counting.batches == [range(4), range(4, 8), range(8, 12)]

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 from filelock import FileLock
+
+from ddim.signals import STOP_SIGNALS
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -52,6 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.syspath_prepend(SCRIPTS)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    signals = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def call(script: str, *arguments: str, full_error: str = "0") -> Outcome:
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS / f"{script}.py"), *arguments])
@@ -65,6 +69,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return Outcome(code, out, err)
 
     yield call
+    for number, handler in signals.items():  # which the first import of a script replaces
+        signal.signal(number, handler)
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     root.handlers[:], root.level = handlers, level

@@ -1,5 +1,6 @@
 """--help answers at once, from the configuration alone, and lists what there is to choose."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ loaded = [name for name in heavy if name in sys.modules]
 print("loaded:", *loaded)
 """
 
+EXPERIMENTS = {
+    "train": "bedroom, celeba, church, cifar10, cifar10_official, cifar10_small, digits",
+    "evaluate": "table1_celeba, table1_cifar10, table1_cifar10_sigma_hat, table3_bedroom, table3_church, table_digits",
+}
+
 pytestmark = pytest.mark.integration
 
 
@@ -35,9 +41,17 @@ def show_help(script: str) -> str:
 def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
     text = show_help(script)
     assert text.splitlines()[-1] == "loaded:"
-    for group in ("data", "network", "sampler", "experiment", "trainer", "metric"):
-        options = sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
-        assert f"{group}: {', '.join(options)}\n" in text
+    groups = {
+        "train": ["data", "network", "sampler@grid.sampler", "trainer", "debug"],
+        "sample": ["compute", "sampler"],
+        "evaluate": ["data", "metric", "sampler"],
+        "figures": ["sampler"],
+    }
+    for key in groups[script]:
+        options = sorted(path.stem for path in (ROOT / "configs" / key.partition("@")[0]).glob("*.yaml"))
+        assert f"\n{key}: {', '.join(options)}\n" in text
+    assert ("\nnetwork: unet" in text) == (script == "train")
+    assert re.search("\nexperiment: (.*)|$", text)[1] == EXPERIMENTS.get(script)
     assert f"python scripts/{script}.py" in text
     keys = {
         "train": ["checkpoint", "max_steps"],

@@ -1,5 +1,6 @@
 """Wrong commands end with one line that states what was wrong and what is allowed, and write no file."""
 
+import errno
 import os
 import pickle
 import re
@@ -62,6 +63,23 @@ train experiment=digitz -> experiment=digitz | did you mean digits? | allowed: b
 SAMPLE sampler.S=5,6 -> sampler.S=5,6 | --multirun
 SAMPLE seed -> the argument 'seed' cannot be read | write key=value
 TRAIN data.size=[8 -> the argument 'data.size=[8' cannot be read
+EVALUATE sampler=[ddim,ddpm] -> sampler takes one option | write sampler=ddim,ddpm with -m
+SWEEP sampler=[ddim],ddpm -> sampler takes one option
+TRAIN data=digits trainer=null -> trainer takes one option; allowed: cpu, ddp
+TRAIN data=digits +optim=official -> write optim=official, without +
+SWEEP sampler.S=range(1,0) -> sampler.S=range(1,0): there is no value to sweep over
+SWEEP sampler=glob(z*) -> there is no value to sweep over
+TRAIN data=digits ~trainer.max_steps -> write trainer.max_steps=null, or the value you mean
+TRAIN data=digits ~optim -> write optim=OPTION
+evaluate experiment=table_digits checkpoint=tiny.ckpt -> the sweep over sampler, sampler.S: it needs -m
+TRAIN data=digits output_dir= -> output_dir='' must be a path
+SAMPLE checkpoint= -> checkpoint='' must be a path
+SAMPLE checkpoint=~/no.ckpt -> no checkpoint /
+train compute=cpu -> train.py has no group compute (did you mean trainer=cpu?)
+train sampler=ddpm -> did you mean sampler@grid.sampler=ddpm?
+train experiment=table1_cifar10 -> not for train.py; allowed here: bedroom
+evaluate experiment=table2_reconstruction checkpoint=tiny.ckpt -> not for evaluate.py | table1_celeba
+reconstruct -m experiment=table_digits,table2_reconstruction checkpoint=tiny.ckpt -> not for reconstruct.py
 TRAIN data=digits ckpt_path=last -> ckpt_path is called checkpoint now; write
 import_checkpoint source=PATH -> source is called checkpoint now; write checkpoint=...
 import_checkpoint checkpoint=PATH out=x -> out is called output_dir now
@@ -201,6 +219,77 @@ def test_each_mistake_of_a_sweep_is_one_line(run: Run, folder: Path) -> None:
         ["error:", "sampler:", "S=0"],
         ["error:", "sampler:", "S=2000"],
     ]
+
+
+NAMED = ("train experiment=digits", "evaluate checkpoint=x", "figures figure=all checkpoint=x", "import_checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *((command, "../../x") for command in NAMED),
+        *((NAMED[0], name) for name in ("", "..", "../${checkpoint}", "a,../x")),
+    ],
+)
+def test_a_name_is_no_path(command: str, name: str, run: Run, tmp_path: Path) -> None:
+    outcome = run(*command.split(), *["-m"] * ("," in name), f"name={name}")
+    assert outcome.code == 2
+    [line] = outcome.err.splitlines()
+    assert "must be a file name without a folder; choose that by output_dir=..." in line
+    assert list(tmp_path.iterdir()) == []  # not even Hydra's folder
+
+
+# The text of an experiment -> what the one line states.
+EXPERIMENTS = {
+    "name: x": "configs/experiment/mine.yaml: its first line must be '# @package _global_'",
+    "# mine\n# @package _global_\nname: x": "its first line must be '# @package _global_'",
+    "# @package _global_\ndefaults:\n  - override /schedul: linear": "does not have (did you mean schedule?)",
+    "# @package _global_\ndefaults:\n  - override /data: [digits, folder]": "data is null or a list in the experiment",
+    "# @package _global_\ndefaults:\n  - override /data: digit": "unknown option data=digit (did you mean digits?)",
+    "# @package _global_\nhydra: {swepeer: 1}": "Key 'swepeer' not in 'HydraConf'",
+    "# @package _global_\nhydra: {sweeper: {params: {seed: 'range(1,0)'}}}": "there is no value to sweep over",
+    "# @package _global_\nnull: 3": "cannot be composed",
+    "# @package _global_\nname: [x": "not valid YAML",
+    "# @package _global_\nname: a/b": "name='a/b' must be a file name",
+    "# @package _global_\ntrianer: {max_steps: 1}": "unknown key trianer (did you mean trainer?)",
+}
+
+
+@pytest.mark.parametrize("text", EXPERIMENTS)
+def test_a_wrong_experiment_is_one_clear_line(text: str, run: Run, tmp_path: Path, monkeypatch: Any) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(Path(__file__).parents[2] / "configs", configs)
+    for module in ("_cli", "_jobs", "_messages", "_overrides"):
+        monkeypatch.setattr(f"{module}.CONFIGS", configs)
+    (configs / "experiment" / "mine.yaml").write_text(text)
+    outcome = run("train", "experiment=mine")
+    assert outcome.code == 2
+    [line] = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    assert EXPERIMENTS[text] in line
+
+
+def test_a_full_disk_is_named_before_the_first_job(run: Run, monkeypatch: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hydra.core.utils._save_config", full)
+    outcome = run("train", "experiment=digits")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "error: cannot write to the folder of the run (No space left on device); make room.\n",
+    )
+
+
+def test_the_home_folder_is_known_in_every_path(run: Run, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    shutil.copytree(folder / "large", folder / "home" / "images")
+    (folder / "tiny.ckpt").rename(folder / "home" / "tiny.ckpt")
+    outcome = run(*words("SAMPLE checkpoint=~/tiny.ckpt output_dir='~/out' sampler.S=2"))
+    assert (outcome.code, outcome.err) == (0, "")
+    assert (folder / "home" / "out" / "grid.png").exists()
+    assert not (folder / "~").exists()
+    assert (folder / "home" / "out" / "hydra").exists()
 
 
 def test_a_process_prints_one_line_and_leaves_no_file(process: Run, folder: Path) -> None:

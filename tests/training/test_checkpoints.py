@@ -14,6 +14,7 @@ from ddim.checkpoints import load_model
 from ddim.checkpoints.checksum import has_checksum, write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import Interrupted, UserError
+from ddim.signals import STOP_SIGNALS
 
 pytestmark = pytest.mark.integration
 
@@ -131,12 +132,12 @@ def test_files_beside_the_checkpoints_are_left_alone(run, same):
     assert kept == {*names, "last.ckpt", "step_00000006.ckpt"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_run_saves_on_a_signal_and_resumes_exactly(run, same, monkeypatch, after_loss, number):
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     options = {"network": {"dropout": 0.3}, "trainer": {"max_steps": 9, "accumulate": 2}}
     uninterrupted = run("uninterrupted", **options)
-    after_loss(lambda step, *_: os.kill(os.getpid(), number) if step == 4 else None)
+    after_loss(lambda _, batch, *__: os.kill(os.getpid(), number) if batch == 8 else None)  # of step 4, the first
     with pytest.raises(Interrupted, match=r"stopped at step 5 of 9 and saved it; go on with checkpoint=last"):
         run("stopped", **options)
     monkeypatch.undo()

@@ -1,13 +1,21 @@
 """Each workaround is still needed and still works with the installed Lightning and torch."""
 
+import signal
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.training.checkpoints import STOP_CHECK_EVERY
-from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
+from ddim.training.lightning_workarounds import (
+    count_complete_steps,
+    keep_buffers_local,
+    leave_signals,
+    skip_step_if,
+)
 
 
 @pytest.mark.integration
@@ -70,3 +78,16 @@ def test_fused_adam_skips_a_step_on_the_device(skip):
     assert torch.equal(weight, torch.ones(3)) is skip
     assert all(value.isfinite().all() for value in adam.state[weight].values())
     assert float(adam.state[weight]["step"]) == (0.0 if skip else 1.0)
+
+
+def test_lightning_leaves_signals_to_the_run():
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    connector = trainer._signal_connector
+    connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) != before  # what is worked around
+    connector.teardown()
+    assert signal.getsignal(signal.SIGTERM) == before
+    leave_signals(trainer)
+    connector.register_signal_handlers()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -191,7 +191,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: the file does not exist, or does not hold a JSON object.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
     if not isinstance(values, dict):

@@ -13,6 +13,7 @@ from ddim.checkpoints.convert.model_card import Result, model_card
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.checkpoints.convert.parameter_names import ParameterNames
 from ddim.checkpoints.model import UNLABELLED, StoredModel, encode_metadata, read_model, save_model, weights_hash
+from ddim.config import FilePath
 from ddim.diffusion.schedule import linear_schedule
 from ddim.io import atomic_write, check_can_write, explain_write_errors, write_safetensors
 
@@ -47,11 +48,11 @@ class ExportSpec:
         ValueError: records or a license for a layout without a model card.
     """
 
-    checkpoint: str
-    output_dir: str
+    checkpoint: FilePath
+    output_dir: FilePath
     layout: Literal["diffusers", "safetensors", "flat"] = "diffusers"
     weights: str = "ema"
-    records: str | None = None
+    records: FilePath | None = None
     license: str | None = None
     overwrite: bool = False
 

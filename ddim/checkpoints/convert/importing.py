@@ -20,7 +20,7 @@ from ddim.checkpoints.convert.parameter_names import ParameterNames, describe_mi
 from ddim.checkpoints.convert.readers import Source, read_source
 from ddim.checkpoints.model import OLD_LABELS, UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
 from ddim.checkpoints.spec import ModelSpec
-from ddim.config import build, choose
+from ddim.config import FilePath, build, check_name, choose
 from ddim.diffusion.schedule import ScheduleSpec, linear_schedule
 from ddim.errors import UserError
 from ddim.io import Tensors, check_can_write, explain_read_errors, explain_write_errors
@@ -61,9 +61,9 @@ class ImportSpec:
         ValueError: both checkpoint and download, neither, both preset and network, or an unknown name.
     """
 
-    output_dir: str
-    download_dir: str
-    checkpoint: str | None = None
+    output_dir: FilePath
+    download_dir: FilePath
+    checkpoint: FilePath | None = None
     download: str | None = None
     name: str | None = None
     layout: Literal["auto", "flat", "official", "diffusers", "lightning", "safetensors"] = "auto"
@@ -78,8 +78,8 @@ class ImportSpec:
     def __post_init__(self) -> None:
         if (self.checkpoint is None) == (self.download is None):
             raise ValueError(f"give either checkpoint=PATH or download=NAME, one of {', '.join(DOWNLOADS)}.")
-        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
-            raise ValueError(f"name={self.name!r} must be a file name without a folder; choose that by output_dir=...")
+        if self.name is not None:
+            check_name(self.name)
         object.__setattr__(self, "weights", OLD_LABELS.get(self.weights, self.weights))
         if not re.fullmatch(rf"auto|{WEIGHTS}", self.weights):
             raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, online, ema_RATE.")

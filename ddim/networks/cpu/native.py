@@ -100,7 +100,9 @@ def _compile(source: Path, options: tuple[str, ...], library: Path) -> Path:
         library = folder / library.name
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     compiled = folder / "compiled.so"
-    done = subprocess.run([*command, "-o", str(compiled)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "-o", str(compiled)], capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise UserError(
             f"{shlex.join(command)} failed; name another compiler in the variable CXX, or use winograd=false. "

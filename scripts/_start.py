@@ -1,0 +1,47 @@
+"""What a script does first: signals end it with one line, and any terminal can show its output."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+TRY_AGAIN = 75  # the exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
+STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
+PROCESS = os.getpid()
+
+
+def rank() -> int:
+    """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown."""
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
+    return int(number) if number.isdecimal() and size.isdecimal() and int(number) < int(size) else 0
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """End this process with one line, without cleaning up: files are written so that a kill cannot damage them.
+
+    `ddim.signals` holds signals back while there is something to save.
+    """
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    text = f"stopped by {name}; what was finished is kept: run the command again, a training with checkpoint=last.\n"
+    try:
+        if os.getpid() == PROCESS and rank() == 0:  # not in a process that it forked
+            os.write(2, (b"\n" if os.isatty(2) else b"") + text.encode())  # print could wait for itself
+    finally:
+        os._exit(STOPPED if number == signal.SIGINT else TRY_AGAIN)
+
+
+def begin() -> None:
+    """Handle signals that nobody else handles, and write what the terminal cannot show as \\u03b7."""
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python allows handlers in no other
+    for number in numbers if in_main_thread else []:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, stop_at_once)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not None, as without a terminal
+            stream.reconfigure(errors="backslashreplace")
+
+
+begin()
