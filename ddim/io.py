@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import stat
 import warnings
 import zipfile
@@ -18,6 +19,7 @@ from torch import Tensor
 from ddim.errors import UserError
 
 Tensors = dict[str, Tensor]
+PARTIAL = re.compile(r"\.([0-9a-f]{16}|\d+)_.+")  # earlier versions used the number of the process
 NOT_REGULAR = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "fifo",
@@ -54,12 +56,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Missing parent folders are created. Readers see the old file or the complete new one, never a part of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}_{path.name}")
+    # Random, so that nobody can have put a link of that name there, which writing would follow.
+    partial = path.with_name(f".{secrets.token_hex(8)}_{path.name}")
     try:
         yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """Return the temporary files of `atomic_write` in a folder: of writes that are going on, or that were killed."""
+    return [path for path in folder.glob(".*") if PARTIAL.fullmatch(path.name)]
 
 
 def read_torch(path: Path, mmap: bool = False) -> Any:
