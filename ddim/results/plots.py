@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddim.io import atomic_write
+from ddim.results.escape import printable
 from ddim.results.protocol import is_distance
 from ddim.results.records import Record
 from ddim.results.table import Table, row_order
@@ -118,7 +119,7 @@ def plot(table: Table) -> "Figure":
         axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
     _scales(axes, table.columns, "log" if min(shown) > 0 else "linear")
-    axes.set_ylabel(f"{table.metric} ({'less' if is_distance(table.metric) else 'more'} is better)")
+    axes.set_ylabel(f"{_plain(table.metric)} ({'less' if is_distance(table.metric) else 'more'} is better)")
     axes.legend()
     axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
     return figure
@@ -171,7 +172,7 @@ def _scales(axes: "Axes", steps: Sequence[int], y: str) -> None:
 
 def _plain(text: str) -> str:
     """Escape formulas, and make one of σ̂: matplotlib's fonts put the hat next to the letter."""
-    return text.replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
+    return printable(text).replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
 
 
 def _and(numbers: Sequence[int]) -> str:

@@ -19,7 +19,9 @@ REQUIRED: dict[str, Types] = {
 }
 OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that are null
     **dict.fromkeys(("kind", "grid", "compute.device"), TEXT),
-    **dict.fromkeys(("paper", "pixels", "trained_on", "revision", "model.schedule", "model.prediction"), (str, NoneType)),
+    **dict.fromkeys(
+        ("paper", "pixels", "trained_on", "revision", "model.schedule", "model.prediction"), (str, NoneType)
+    ),
     **dict.fromkeys(("sampler.clip", "metric.extractor", "metric.name", "metric.weights_hash"), (str, NoneType)),
     **dict.fromkeys(("n", "first"), INTEGER),
     **dict.fromkeys(("seed", "compute.processes", "compute.batch_size"), (*INTEGER, NoneType)),
