@@ -7,7 +7,7 @@ import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,18 @@ def check_regular_file(path: Path, what: str) -> None:
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; when the block ends without an error, it is renamed to `path`.
 
-    Missing parent folders are created. Readers see the old file or the complete new one, never a part of it.
+    Missing parent folders are created. Readers see the old file or the complete new one, never a part of it, also
+    after a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Random, so that nobody can have put a link of that name there, which writing would follow.
     partial = path.with_name(f".{secrets.token_hex(8)}_{path.name}")
     try:
         yield partial
+        _sync(partial)
         partial.replace(path)
+        with suppress(OSError):  # some file systems on the network cannot do this with folders
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -179,6 +183,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
         partial.chmod(mode)  # safetensors creates files that only their owner can read
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_uncompressed_zip(path: Path) -> bool:

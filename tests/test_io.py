@@ -45,6 +45,20 @@ def test_an_open_reader_keeps_reading_the_old_file(tmp_path):
         assert reader.read() == "old"
 
 
+def test_content_then_name_are_on_the_disk(tmp_path, monkeypatch):
+    """A file system may write the rename before the content: a power cut would leave an empty file."""
+    path, order = tmp_path / "file.txt", []
+
+    def fsync(descriptor):
+        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append((target.name, target.read_text() if target.is_file() else path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(path) as partial:
+        partial.write_text("new")
+    assert order == [(partial.name, "new"), (tmp_path.name, True)]
+
+
 @pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("old", [None, "old"])
 def test_an_error_changes_nothing(tmp_path, error, old):

@@ -1,5 +1,6 @@
 """Statistics of features: mean and covariance, from which distances between sets of images are computed."""
 
+import math
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.io import atomic_write
+from ddim.io import atomic_write, check_regular_file
 
+# Of the largest entry or eigenvalue of a covariance: what rounding may make asymmetric or negative, also in float32.
+TOLERANCE = 1e-4
 Features = dict[str, Tensor]  # layer name -> (N, D) float32 on the CPU, rows in the order of the images
 
 
@@ -81,24 +84,56 @@ def save_moments(images: FeatureSet, path: Path) -> None:
         np.savez(file, mu=images.mean.numpy(), sigma=images.covariance.numpy(), images=np.array(images.count))
 
 
-def load_moments(path: Path) -> FeatureSet:
+def load_moments(path: Path, dimension: int) -> FeatureSet:
     """Read an .npz with `mu` (D,) and `sigma` (D, D), of this code base or another.
 
+    Args:
+        path: of the file; nothing in it is believed.
+        dimension: D, the number of features that they must be of.
+
     Raises:
-        UserError: there is no such file, or it has other content.
+        UserError: there is no such file, or it does not hold the mean and the covariance of D features.
     """
+    check_regular_file(path, "file of statistics")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-            count = int(arrays["images"]) if "images" in arrays else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            mu = _read_array(archive, "mu", (dimension,), "f")
+            sigma = _read_array(archive, "sigma", (dimension, dimension), "f")
+            count = int(_read_array(archive, "images", (), "iu")) if "images.npy" in archive.namelist() else None
+        mean, covariance = (torch.from_numpy(array.astype(np.float64)) for array in (mu, sigma))
+        _check_moments(count, mean, covariance)
+    except Exception as error:  # a damaged or unknown file can make the readers raise anything
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise UserError(
-            f"the statistics {path} cannot be read ({' '.join(str(error).split())[:100]}); give an .npz file with the "
-            "arrays mu and sigma."
+            f"the statistics {path} cannot be used ({reason}); give an .npz file with the arrays mu and sigma, mean and "
+            f"covariance of {dimension} features of the same extractor."
         ) from error
-    if mean.dim() != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(
-            f"the statistics {path} have mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)}; they must be "
-            "(D,) and (D, D)."
-        )
     return FeatureSet(count, mean, covariance)
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], kinds: str) -> np.ndarray:
+    """Return an array of an .npz; one of another shape or kind is refused by its header, before memory is taken."""
+    entry = archive.getinfo(f"{name}.npy")
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unfold more than is asked for
+        raise ValueError(f"{name} is compressed by another method than numpy's")
+    with archive.open(entry) as file:
+        if (version := np.lib.format.read_magic(file)) != (1, 0):  # later ones are for headers of more than 64 KiB
+            raise ValueError(f"{name} has the header version {version}, not (1, 0)")
+        found, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if found != shape or dtype.kind not in kinds or dtype.itemsize > 8:
+            needed = f"{'float' if kinds == 'f' else 'integer'} {shape}"
+            raise ValueError(f"{name} is {dtype} of shape {found} where {needed} is needed")
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _check_moments(count: int | None, mean: Tensor, covariance: Tensor) -> None:
+    if count is not None and count < 1:
+        raise ValueError(f"images={count} is no number of images")
+    if not math.isfinite(mean.square().sum() + covariance.square().sum()):
+        raise ValueError("mu or sigma holds a value that is not finite, or too large to be squared")
+    if (covariance - covariance.T).abs().max() > TOLERANCE * covariance.abs().max():
+        raise ValueError("sigma is not symmetric, so it is no covariance")
+    eigenvalues = torch.linalg.eigvalsh(covariance)  # in rising order
+    if eigenvalues[0] < -TOLERANCE * eigenvalues[-1]:
+        raise ValueError(f"sigma has the negative eigenvalue {float(eigenvalues[0]):.3g}, so it is no covariance")

@@ -1,5 +1,6 @@
 """Features of images: the extractors by name, and an extractor loaded on a device."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,10 @@ class FeatureExtractor:
     def layers(self) -> list[str]:
         """The layers that `extract` returns; distances are computed from the first."""
         return self.network.features_list
+
+    def dimension(self, shape: tuple[int, int, int]) -> int:
+        """Return the number of features of an image (C, H, W) in the first layer; layers are named by it."""
+        return math.prod(shape) if self.layers[0] == "pixels" else int(self.layers[0])
 
     @torch.no_grad()
     def extract(self, images: Tensor | Dataset[Tensor]) -> Features:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.checkpoints import LoadedModel
 from ddim.diffusion.labels import asked_steps, title
 from ddim.distributed import Processes
 from ddim.evaluation.feature_stats import FeatureSet, moments
 from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_metrics
-from ddim.evaluation.reference_stats import file_hash
 from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
 from ddim.inference.generate import check_sampler, generate_batches, progress
@@ -32,7 +32,7 @@ class EvaluateSpec(JobSpec):
     """One evaluation; see configs/evaluate.yaml.
 
     Attributes:
-        data: the reference set.
+        data: the reference set; not read where `metric.reference_npz` takes its place.
         metric: what to measure.
         n: number of images, exactly.
         first: number of the first image.
@@ -94,16 +94,6 @@ class EvaluateSpec(JobSpec):
         """
         model, compute = session.model(self.checkpoint, self.weights, self.compute)
         tau = check_sampler(model, self.sampler)
-        reference, npz = session.images(self.data, self.metric.reference_split), self.metric.reference_npz
-        check_shape(model, reference)
-        extractor = session.extractor(self.metric, compute.device)
-        check_sizes(self.metric, self.n, None if npz else len(reference))
-        reference_settings: dict[str, Any]
-        if npz is not None:
-            reference_settings = {"name": Path(npz).name, "images": None, "fingerprint": file_hash(npz)}
-        else:
-            fingerprint = session.fingerprint(self.data, self.metric.reference_split)
-            reference_settings = {"name": reference.name, "images": len(reference), "fingerprint": fingerprint}
         settings = {
             "model": model_settings(model),
             "sampler": sampler_settings(self.sampler, tau),
@@ -112,7 +102,7 @@ class EvaluateSpec(JobSpec):
             "seed": self.seed,
             "bf16": compute.bf16,
             "pixels": "uint8, rounded half up",
-            "reference": reference_settings,
+            "reference": self._check_reference(session, model, compute.device),
             "metric": session.metric_description(self.metric, compute.device),
         }
         metadata = {"kind": "fidelity", "paper": self.paper, "config": dataclasses.asdict(self)}
@@ -126,8 +116,20 @@ class EvaluateSpec(JobSpec):
             steps=len(tau),
             model=model,
             compute=compute,
-            extractor=extractor,
+            extractor=session.extractor(self.metric, compute.device),
         )
+
+    def _check_reference(self, session: Session, model: LoadedModel, device: str) -> dict[str, Any]:
+        """Return what a record states about the reference set."""
+        npz, split = self.metric.reference_npz, self.metric.reference_split
+        if npz is not None:
+            stats, fingerprint = session.published_stats(npz, self.metric, device, model.spec.image_shape)
+            check_sizes(self.metric, self.n, stats.count)
+            return {"name": Path(npz).name, "images": None, "fingerprint": fingerprint}
+        images = session.images(self.data, split)
+        check_shape(model, images)
+        check_sizes(self.metric, self.n, len(images))
+        return {"name": images.name, "images": len(images), "fingerprint": session.fingerprint(self.data, split)}
 
 
 def evaluate(spec: EvaluateSpec, session: Session | None = None) -> tuple[Record, bool]:
@@ -147,7 +149,8 @@ def evaluate(spec: EvaluateSpec, session: Session | None = None) -> tuple[Record
     with job.lock_unless_done(session.processes) as record:
         if record is not None:
             return record, False
-        reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir)
+        shape = job.model.spec.image_shape
+        reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir, shape)
         generate_shards(spec, job, session.processes)
         results = measure(spec, job, reference, session.processes)
         return job.append_record(results, session.processes), True

@@ -1,15 +1,17 @@
 """Fréchet and kernel distance, Inception score, precision and recall, by torch-fidelity's own functions.
 
-Every metric is computed from the same features (`ddim.evaluation.features`), and the numbers equal those of
-torch-fidelity's command line. Only mean and covariance are computed by `feature_stats`, since several processes may
-each have a share of the features. A number is called FID or KID only if the features are Inception's: `metric_name`.
+Every metric is computed from the same features (`ddim.evaluation.features`), in float64, and the numbers equal those
+of torch-fidelity's command line up to the rounding of its float32. Mean and covariance are computed by `feature_stats`,
+since several processes may each have a share of the features. A number is called FID or KID only if the features are Inception's: `metric_name`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ddim.config import choose
 from ddim.errors import UserError
@@ -21,6 +23,7 @@ INCEPTION_NAMES = {"fd": "fid", "kd": "kid"}
 RNG_SEED = 2020  # of the subsets of KID and of the shuffle of the Inception score
 INCEPTION_SCORE_SPLITS = 10
 PRC_NEIGHBORHOOD = 3
+PRC_BATCH_SIZE = 5000  # rows of a block of distances; it decides memory alone
 
 
 @dataclass(frozen=True)
@@ -177,28 +180,30 @@ def compute_metrics(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
 def frechet_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
     """Return |m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½) of the feature means and covariances (Heusel et al., 2017).
 
-    The matrix square root is inside torch-fidelity's fid_statistics_to_metric.
+    The matrix square root is inside torch-fidelity's fid_statistics_to_metric. The distance is a square, so what is
+    less than 0 is the rounding of its eigenvalues, and 0 is returned.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     sides = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (generated, reference)]
-    return {"fd": fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID]}
+    return {"fd": max(0.0, fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID])}
 
 
 def kernel_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
-    """Return the unbiased squared MMD, kernel (x·y / D + 1)³, averaged over subsets (Binkowski et al., 2018)."""
-    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+    """Return the unbiased squared MMD, kernel (x·y / D + 1)³, averaged over subsets (Binkowski et al., 2018).
 
-    layer = EXTRACTORS[spec.extractor].feature_layer
-    result = kid_features_to_metric(
-        generated.features[layer],
-        reference.features[layer],
-        kid_subset_size=spec.kid_subset_size,
-        kid_subsets=spec.kid_subsets,
-        rng_seed=RNG_SEED,
-        verbose=False,
-    )
-    return {"kd": result[KEY_METRIC_KID_MEAN]}
+    The subsets are those of torch-fidelity's kid_features_to_metric. The kernels are float64: a mean that is large
+    against the spread leaves nothing of their difference in float32.
+    """
+    from torch_fidelity.metric_kid import kernel_mmd
+
+    layer, rng = EXTRACTORS[spec.extractor].feature_layer, np.random.RandomState(RNG_SEED)
+
+    def subset(features: Tensor) -> np.ndarray:
+        return features[rng.choice(len(features), spec.kid_subset_size, replace=False)].double().numpy()
+
+    sides = generated.features[layer], reference.features[layer]
+    return {"kd": float(np.mean([kernel_mmd(*map(subset, sides)) for _ in range(spec.kid_subsets)]))}
 
 
 def inception_score(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
@@ -215,11 +220,13 @@ def precision_recall(generated: FeatureSet, reference: FeatureSet, spec: MetricS
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
     layer = EXTRACTORS[spec.extractor].feature_layer
-    # In blocks: the complete 50k x 50k matrix of distances would be 10 GB.
+    # float64: distances come from squared norms, which cancel where the mean is large against the spread. In blocks:
+    # the complete 50k x 50k matrix of distances would be 20 GB.
     result = prc_features_to_metric(
-        generated.features[layer],
-        reference.features[layer],
+        generated.features[layer].double(),
+        reference.features[layer].double(),
         prc_neighborhood=PRC_NEIGHBORHOOD,
+        prc_batch_size=PRC_BATCH_SIZE,
         save_cpu_ram=True,
         verbose=False,
     )

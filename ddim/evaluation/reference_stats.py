@@ -1,6 +1,8 @@
 """The statistics of the real images: measured once and kept under a hash of what decides them, or published."""
 
 import hashlib
+import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, load_moments, moments, save_moments
 from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.shards import Shards
-from ddim.io import read_safetensors, write_safetensors
+from ddim.io import check_regular_file, read_safetensors, write_safetensors
 from ddim.results.records import record_key
 
+log = logging.getLogger(__name__)
 SHARD_SIZE = 1000  # images of a shard; the extractor takes them in its own batches
 
 
@@ -31,7 +34,7 @@ def measure_reference(
     """Return the data set as the metrics see it, from `folder` if it was measured before.
 
     The files are NAME_HASH.npz with mu and sigma, which other code bases read too, and NAME_HASH.safetensors with the
-    features where a metric needs them. An interrupted measurement continues.
+    features where a metric needs them. An interrupted measurement continues; a damaged file is measured again.
 
     Args:
         images: the data set.
@@ -45,21 +48,35 @@ def measure_reference(
     statistics, stored = folder / f"{stem}.npz", folder / f"{stem}.safetensors"
     shards = Shards(folder / f"{stem}.parts", range(len(images)))
 
-    def is_measured() -> bool:
-        return statistics.is_file() and (not with_features or stored.is_file())
+    def load() -> FeatureSet:
+        stats = load_moments(statistics, extractor.dimension(images.shape))
+        if not with_features:
+            return stats
+        features, _ = read_safetensors(stored)
+        return FeatureSet(len(features[extractor.layers[0]]), stats.mean, stats.covariance, features)
 
-    if not processes.run_on_main(is_measured):
-        with shards.lock(processes, wait=True):  # the jobs of a sweep start together
-            if not processes.run_on_main(is_measured):
-                _measure(images, extractor, shards, statistics, stored if with_features else None, processes)
-            elif processes.is_main:
-                shards.delete()
+    def is_measured() -> bool:
+        if not statistics.exists() or (with_features and not stored.exists()):
+            return False
+        try:
+            load()
+        except UserError as error:
+            log.warning("%s It is measured again.", error)
+            return False
+        return True
+
+    found = None
+    with processes.barrier(), suppress(UserError):
+        found = load()
+    if all(processes.gather(found is not None)) and found is not None:
+        return found
+    with shards.lock(processes, wait=True):  # the jobs of a sweep start together
+        if not processes.run_on_main(is_measured):
+            _measure(images, extractor, shards, statistics, stored if with_features else None, processes)
+        elif processes.is_main:
+            shards.delete()
     with processes.barrier():
-        stats = load_moments(statistics)
-        if with_features:
-            features, _ = read_safetensors(stored)
-            stats = FeatureSet(len(features[extractor.layers[0]]), stats.mean, stats.covariance, features)
-    return stats
+        return load()
 
 
 def _measure(
@@ -97,16 +114,10 @@ def published_reference(path: str, extractor: FeatureExtractor, shape: tuple[int
         shape: of the generated images, (C, H, W).
 
     Raises:
-        UserError: the file cannot be read, or its features have another number of dimensions.
+        UserError: the extractor refuses images of this shape, or see `load_moments`.
     """
-    stats = load_moments(Path(path))
-    dimension = extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8))[extractor.layers[0]].shape[1]
-    if len(stats.mean) != dimension:
-        raise UserError(
-            f"the statistics {path} have {len(stats.mean)} dimensions, the features of {extractor.name} {dimension}; "
-            "they belong to another extractor."
-        )
-    return stats
+    extractor.extract(torch.zeros(1, *shape, dtype=torch.uint8))
+    return load_moments(Path(path), extractor.dimension(shape))
 
 
 def file_hash(path: str) -> str:
@@ -115,6 +126,7 @@ def file_hash(path: str) -> str:
     Raises:
         UserError: it cannot be read.
     """
+    check_regular_file(Path(path), "file of statistics")
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

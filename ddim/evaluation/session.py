@@ -12,12 +12,13 @@ from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.evaluation.feature_stats import FeatureSet
 from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.metrics import MetricSpec, describe
-from ddim.evaluation.reference_stats import measure_reference, published_reference
+from ddim.evaluation.reference_stats import file_hash, measure_reference, published_reference
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.results.records import RECORDS, RecordFile
 from ddim.results.schema import evaluation_records
 
 T = TypeVar("T")
+Shape = tuple[int, int, int]  # (C, H, W)
 # Of the description of a metric: what decides the features of the reference set.
 FEATURE_KEYS = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")
 
@@ -41,14 +42,12 @@ class Session:
             UserError: the checkpoint cannot be loaded, or the device cannot be used.
         """
         compute = dataclasses.replace(compute, device=self.processes.local_device(compute.device))
-        path = Path(checkpoint)
-        modified = path.stat().st_mtime_ns if path.exists() else 0
 
         def load() -> tuple[LoadedModel, ComputeSpec]:
             model = prepare_model(load_model(checkpoint, weights), compute)
             return model, with_batch_size(model, compute)
 
-        return self._load("model", (checkpoint, modified, weights, compute), load)
+        return self._load("model", (checkpoint, _modified(checkpoint), weights, compute), load)
 
     def records(self, folder: str) -> RecordFile:
         """Return the records in the folder of a sweep."""
@@ -70,20 +69,33 @@ class Session:
         """Return what decides a number besides the images; see `ddim.evaluation.metrics.describe`."""
         return self._load("metric", (metric, device), lambda: describe(metric, self.extractor(metric, device)))
 
-    def reference_stats(self, data: DataSpec, metric: MetricSpec, device: str, folder: str) -> FeatureSet:
+    def published_stats(self, npz: str, metric: MetricSpec, device: str, shape: Shape) -> tuple[FeatureSet, str]:
+        """Return the statistics in a published file, for images of this shape, and the hash of the file.
+
+        Raises:
+            UserError: the file cannot be used.
+        """
+
+        def load() -> tuple[FeatureSet, str]:
+            return published_reference(npz, self.extractor(metric, device), shape), file_hash(npz)
+
+        return self._load("reference", (npz, _modified(npz), metric, device, shape), load)
+
+    def reference_stats(
+        self, data: DataSpec, metric: MetricSpec, device: str, folder: str, shape: Shape
+    ) -> FeatureSet:
         """Return the reference set as the metrics see it: from a published file, from `folder`, or measured now.
 
-        All processes must call this together.
+        All processes must call this together. The data set is not read where a file is given.
         """
+        if metric.reference_npz is not None:
+            with self.processes.barrier():
+                return self.published_stats(metric.reference_npz, metric, device, shape)[0]
         key = (data, metric, device, folder)
         return self._load("reference", key, lambda: self._reference_stats(*key))
 
     def _reference_stats(self, data: DataSpec, metric: MetricSpec, device: str, folder: str) -> FeatureSet:
         images, extractor = self.images(data, metric.reference_split), self.extractor(metric, device)
-        if metric.reference_npz is not None:
-            with self.processes.barrier():
-                stats = published_reference(metric.reference_npz, extractor, images.shape)
-            return stats
         described = self.metric_description(metric, device)
         cache_key = {
             "images": self.fingerprint(data, metric.reference_split),
@@ -98,3 +110,7 @@ class Session:
             self._loaded.pop(kind, None)  # first, so that two models are never in memory at once
             self._loaded[kind] = key, load()
         return self._loaded[kind][1]
+
+
+def _modified(path: str) -> int:
+    return Path(path).stat().st_mtime_ns if Path(path).exists() else 0

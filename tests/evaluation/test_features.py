@@ -139,6 +139,17 @@ def efficientnet() -> FeatureExtractor:
     return MetricSpec("efficientnet", ("fd", "is")).build_extractor("cpu")
 
 
+@pytest.mark.parametrize("name", ["digits_classifier", "pixels", "efficientnet"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_dimension_is_the_number_of_features(name: str, channels: int, request: pytest.FixtureRequest) -> None:
+    """Of the first layer of every extractor, known before an image is extracted."""
+    if name == "efficientnet":
+        request.getfixturevalue("efficientnet")
+    extractor = MetricSpec(name).build_extractor("cpu")
+    features = extractor.extract(torch.zeros(1, channels, 8, 8, dtype=torch.uint8))
+    assert features[extractor.layers[0]].shape == (1, extractor.dimension((channels, 8, 8)))
+
+
 @pytest.mark.parametrize(("photograph", "imagenet_class"), [("china.jpg", 698), ("flower.jpg", 985)])
 def test_efficientnet_sees_a_palace_and_a_daisy(
     efficientnet: FeatureExtractor, photograph: str, imagenet_class: int

@@ -247,7 +247,7 @@ def test_images_of_another_size_are_refused(
     [
         (on_spec(checkpoint="nowhere.ckpt"), "there is no checkpoint nowhere.ckpt"),
         (on_spec(n=1), "at least 2 images"),
-        (on_metric(reference_npz="nowhere.npz"), "statistics nowhere.npz cannot be read .*arrays mu and sigma"),
+        (on_metric(reference_npz="nowhere.npz"), "statistics nowhere.npz cannot be used .*arrays mu and sigma"),
         (on_sampler(S=51), "S=51 .*T=50"),
         (on_metric(metrics=("kd",)), "kid_subset_size=1000 is more than"),
         (on_spec(data=DataSpec("digits", (8, 8), 3)), "digits needs"),

@@ -47,7 +47,7 @@ def frechet(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_frechet_distance_is_zero_with_itself_and_symmetric() -> None:
     a = normal(300, 64, 0, torch.float32)
     b = 1.3 * normal(200, 64, 1, torch.float32) + 0.2
-    assert abs(distance(a, a)) < 1e-6
+    assert 0 <= distance(a, a) < 1e-6
     assert distance(a, b) == pytest.approx(distance(b, a), rel=1e-6)
 
 
@@ -109,14 +109,44 @@ def test_numbers_equal_those_of_torch_fidelity() -> None:
         **{"kid_subset_size": 50, "kid_subsets": 5},
         **{"cuda": False, "save_cpu_ram": True, "cache": False, "verbose": False},
     )
-    # Mean and covariance are our own, in float64 throughout.
+    # Ours are float64 throughout.
     assert result.pop("fd_digits_classifier_130") == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert result.pop("kd_digits_classifier_130") == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-5)
     assert result == {
-        "kd_digits_classifier_130": theirs["kernel_inception_distance_mean"],
         "is_digits_classifier_130": theirs["inception_score_mean"],
         "precision_digits_classifier_130": theirs["precision"],
         "recall_digits_classifier_130": theirs["recall"],
     }
+
+
+@pytest.mark.parametrize("n", [2, 20, 63, 64, 200])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_set_has_the_distance_0_to_itself(n: int, scale: float) -> None:
+    """Also with fewer images than dimensions, where rounding alone decides the eigenvalues that should be 0."""
+    a = scale * (normal(n, 64, 0, torch.float32) + 5)
+    assert 0 <= distance(a, a) < 1e-6 * scale**2
+
+
+@pytest.mark.parametrize("mean", [30.0, 1000.0])
+def test_a_mean_far_above_the_spread_is_no_matter(mean: float) -> None:
+    """The kernel distance is that of torch-fidelity in float64; precision and recall are those of centred features."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    spec = MetricSpec("digits_classifier", ("kd", "prc"), kid_subset_size=200, kid_subsets=1)
+    spread, shift = 0.01 * mean / 30, 0.003 * mean / 30
+    # Rounded to float32 with the mean, so that the centred features are exactly the same numbers.
+    a = (mean + spread * normal(200, 64, 0)).float()
+    b = (mean + spread * normal(200, 64, 1) + shift).float()
+    far = compute_metrics(of(a), of(b), spec, 200)
+    near = compute_metrics(of(a.double() - mean), of(b.double() - mean), spec, 200)
+    for name in ("precision", "recall"):
+        assert far[f"{name}_digits_classifier_200"] == near[f"{name}_digits_classifier_200"]
+        assert 0.05 < far[f"{name}_digits_classifier_200"] < 0.95  # the test can fail
+    theirs = kid_features_to_metric(a.double(), b.double(), kid_subset_size=200, kid_subsets=1, verbose=False)
+    expected = theirs["kernel_inception_distance_mean"]
+    assert far["kd_digits_classifier_200"] == expected
+    x, y = mean, mean + shift  # without the spread, which adds little
+    assert expected == pytest.approx((x * x + 1) ** 3 + (y * y + 1) ** 3 - 2 * (x * y + 1) ** 3, rel=0.3)
 
 
 def test_precision_and_recall_of_equal_and_of_disjoint_sets() -> None:

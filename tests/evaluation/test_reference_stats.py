@@ -1,6 +1,8 @@
 """Reference statistics: measured, cached under what decides them, or read from a published file."""
 
 import dataclasses
+import hashlib
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from ddim.evaluation import reference_stats
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.metrics import FeatureExtractor, MetricSpec
 from ddim.evaluation.reference_stats import measure_reference, published_reference
+from ddim.evaluation.session import Session
 
 SPEC = MetricSpec("digits_classifier")
 
@@ -105,11 +108,57 @@ def test_a_published_file_gives_the_same_distance(spec: EvaluateSpec, tmp_path: 
     assert published["key"] != measured["key"]
 
 
+def test_a_published_file_needs_no_data_set(spec: EvaluateSpec, tmp_path: Path) -> None:
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(64), sigma=np.eye(64))
+    npz = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "theirs.npz"))
+    absent = dataclasses.replace(spec.data, name="folder", root=str(tmp_path / "absent"))
+    with_data, _ = evaluate(dataclasses.replace(spec, metric=npz))
+    record, new = evaluate(dataclasses.replace(spec, metric=npz, data=absent))
+    assert (record["key"], new) == (with_data["key"], False)
+    again, new = evaluate(dataclasses.replace(spec, metric=npz, data=absent, output_dir=str(tmp_path / "other")))
+    assert (again["metrics"], new) == (record["metrics"], True)
+
+
+def test_a_changed_published_file_is_read_again(tmp_path: Path) -> None:
+    npz, session, expected = tmp_path / "theirs.npz", Session(), []
+    for i in range(2):
+        np.savez(npz, mu=np.full(64, float(i)), sigma=np.eye(64))
+        os.utime(npz, ns=(i, i))
+        stats, fingerprint = session.published_stats(str(npz), SPEC, "cpu", (1, 8, 8))
+        assert float(stats.mean[0]) == i
+        expected.append(fingerprint)
+    assert expected[0] != expected[1] == hashlib.sha256(npz.read_bytes()).hexdigest()
+
+
 def test_statistics_of_another_extractor_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     spec = dataclasses.replace(SPEC, reference_npz=str(tmp_path / "inception.npz"))
-    with pytest.raises(UserError, match="2048 dimensions, the features of digits_classifier 64"):
+    with pytest.raises(UserError, match=r"shape \(2048,\) .* mean and covariance of 64 features"):
         published_reference(str(spec.reference_npz), spec.build_extractor("cpu"), (1, 8, 8))
+
+
+@pytest.mark.parametrize("length", [0, 100])
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_a_damaged_cache_is_measured_again(
+    images: MemoryImages,
+    tmp_path: Path,
+    suffix: str,
+    length: int,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    extractor = MetricSpec("digits_classifier", ("fd", "prc")).build_extractor("cpu")
+    first = measure_reference(images, {}, extractor, tmp_path, with_features=True)
+    [file] = tmp_path.glob(f"*.{suffix}")
+    content = file.read_bytes()
+    file.unlink()  # the features that were read are mapped from it
+    file.write_bytes(content[:length])
+    again = measure_reference(images, {}, extractor, tmp_path, with_features=True)
+    assert torch.equal(again.covariance, first.covariance)
+    assert torch.equal(again.features["64"], first.features["64"])
+    assert file.read_bytes() == content
+    [message] = [record.message for record in caplog.records]
+    assert file.name in message
+    assert message.endswith("It is measured again.")
 
 
 @pytest.mark.parametrize("metric", ["kd", "prc"])

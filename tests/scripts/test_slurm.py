@@ -58,7 +58,7 @@ def test_each_evaluation_is_one_job_of_the_array(submit):
         assert words[:3] == ["srun", "python", "scripts/evaluate.py"]
         assert words[5:] == ["compute=gpu", "experiment=table1_cifar10", "checkpoint=x"]
         evaluations.add((words[3], words[4]))
-    samplers = ("ddim", "ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat")
+    samplers = ("ddim", "ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat_clamped")
     assert evaluations == {(f"sampler={a}", f"sampler.S={S}") for a in samplers for S in (10, 20, 50, 100)}
 
 
