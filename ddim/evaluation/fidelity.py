@@ -25,6 +25,7 @@ from ddim.results.records import Record
 
 # Entries of a shard besides features: seconds (sampling, extraction), and the images of the grid.
 SECONDS, SHOWN = "seconds", "shown"
+MOST_IMAGES, MOST_REPEATS = 10_000_000, 1000  # of one evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class EvaluateSpec(JobSpec):
     The others are those of `JobSpec`.
 
     Raises:
-        ValueError: n or repeats below 1, a seed or image number out of range, or what `JobSpec` refuses.
+        ValueError: n or repeats below 1 or above 10,000,000 and 1000, a seed or image number out of range, or what `JobSpec` refuses.
     """
 
     metric: MetricSpec
@@ -56,9 +57,9 @@ class EvaluateSpec(JobSpec):
     reference_dir: str = "outputs/reference"
 
     def __post_init__(self) -> None:
-        for name in ("n", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, most in (("n", MOST_IMAGES), ("repeats", MOST_REPEATS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, and at most {most:,}.")
         check_seed(self.seed)
         super().__post_init__()
         if not 0 <= self.first <= (1 << 32) - self.n * self.repeats:

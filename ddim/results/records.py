@@ -58,7 +58,8 @@ class RecordFile:
         if status is None or status.st_ino != self._inode or status.st_size < self._end:  # another file, or edited
             self._starts, self._end, self._lines = {}, 0, 0
             self._inode = None if status is None else status.st_ino
-        for self._lines, start, self._end, record in self._read_lines(self._end, self._lines):
+        for number, start, end, record in self._read_lines(self._end, self._lines):
+            self._lines, self._end = number, end
             self._starts.setdefault(str(record.get("key")), start)
         if key not in self._starts:
             return None

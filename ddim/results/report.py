@@ -7,7 +7,6 @@ neither the order of the records nor anything that differs between two runs of t
 
 import json
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from ddim.results.table import Table
 def build_tables(records: Sequence[Record]) -> list[Table]:
     """Return a table for each metric and protocol, in an order that does not depend on that of the records.
 
-    An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images one is
-    chosen by a hash, so that neither their order nor their values matter.
+    An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images
+    one is chosen by a hash, so that neither their order nor their values matter.
     """
     tables = []
     for shared, members in _by_protocol(records):
@@ -124,10 +123,7 @@ def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[T
             if metric in record["metrics"]:
                 seed = -1 if record["seed"] is None else record["seed"]
                 sets.setdefault((row, record["S"]), {})[seed, record["first"]] = record
-        entries = {
-            key: tuple(record for _, record in sorted(by_set.items(), key=itemgetter(0)))
-            for key, by_set in sets.items()
-        }
+        entries = {key: tuple(by_set[name] for name in sorted(by_set)) for key, by_set in sets.items()}
         seeds = sorted({seed for by_set in sets.values() for seed, _ in by_set} - {-1})
         tables.append(Table(metric, shared | {"seed": seeds if len(seeds) > 1 else next(iter(seeds), None)}, entries))
     return tables
