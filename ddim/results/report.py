@@ -92,12 +92,10 @@ def write_report(
     }
     paths = [_write(folder / name, content) for name, content in texts.items()]
     table_plots = [
-        plots.save(plots.plot(table), folder / f"{_numbered(f'plot_{table.metric}', i)}.png")
-        for i, table in enumerate(tables)
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png") for i, table in enumerate(tables)
     ]
     time_plots = [
-        plots.save(plots.plot_time(timing), folder / f"{_numbered('plot_time', i)}.png")
-        for i, timing in enumerate(timings)
+        plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png") for i, timing in enumerate(timings)
     ]
     paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
