@@ -100,7 +100,10 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "integers": ({"mu": np.zeros(3, np.int64)}, "mu is int64"),
     "text": ({"mu": np.array(["x"] * 3)}, "mu is <U1"),
     "objects": ({"mu": np.array([None] * 3)}, "mu is object"),
-    "other size": ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu is float64 of shape \(5,\) where float \(3,\) is needed"),
+    "other size": (
+        {"mu": np.zeros(5), "sigma": np.eye(5)},
+        r"mu is float64 of shape \(5,\) where float \(3,\) is needed",
+    ),
     "flat": ({"sigma": np.zeros(9)}, r"sigma is float64 of shape \(9,\) where float \(3, 3\)"),
     "column": ({"mu": np.zeros((3, 1))}, "mu is float64"),
     "8 TB": ({"mu": header((1 << 40,))}, "mu is float64"),
