@@ -45,7 +45,8 @@ class EvaluateSpec(JobSpec):
     The others are those of `JobSpec`.
 
     Raises:
-        ValueError: n or repeats below 1 or above 10,000,000 and 1000, a seed or image number out of range, or what `JobSpec` refuses.
+        ValueError: n not in 1..10,000,000, repeats not in 1..1000, a seed or image number out of range, or what
+            `JobSpec` refuses.
     """
 
     metric: MetricSpec

@@ -123,7 +123,7 @@ def plot(table: Table) -> "Figure":
     # An unbiased kernel distance can be negative.
     _scales(axes, table.columns, "log" if min(shown) > 0 else "linear")
     axes.set_ylabel(f"{_plain(table.metric)} ({'less' if is_distance(table.metric) else 'more'} is better)")
-    axes.legend()
+    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
     axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
     return figure
 
@@ -148,7 +148,7 @@ def plot_time(timing: Timing) -> "Figure":
     _scales(axes, steps, "log")
     scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
     axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
-    axes.legend()
+    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
     axes.set_title(_plain(timing.caption()), fontsize=6, wrap=True)
     return figure
 
@@ -203,7 +203,7 @@ def _comment(path: Path) -> str | None:
 
 def _mention_more(axes: "Axes", rows: int) -> None:
     if rows > MOST_ROWS:
-        axes.plot([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
+        axes.errorbar([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
 
 
 def _figure() -> tuple["Figure", "Axes"]:
