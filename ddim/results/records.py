@@ -39,14 +39,14 @@ class RecordFile:
         self._end = self._lines = 0
 
     def read(self) -> list[Record]:
-        """Return all records, oldest first; [] if there is no file.
+        """Return all records, oldest first; [] if there is no file. Equal mappings in them are one object.
 
         A last line without a newline was cut short by a kill and is left out: its evaluation is computed again.
 
         Raises:
             UserError: it is no regular file, or another line is no record.
         """
-        return [record for *_, record in self._read_lines(0, 0)]
+        return [record for *_, record in self._read_lines(0, 0, _Shared())]
 
     def find(self, key: str) -> Record | None:
         """Return the first record with this key, or None. Of the file, only lines are read that were not read before.
@@ -80,7 +80,9 @@ class RecordFile:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read_lines(self, start: int, number: int) -> Iterator[tuple[int, int, int, Record]]:
+    def _read_lines(
+        self, start: int, number: int, hook: Callable[[Record], Record] | None = None
+    ) -> Iterator[tuple[int, int, int, Record]]:
         """Yield (number, start, end, record) of each complete line from byte `start` on; `number` lines are before."""
         check_regular_file(self.path, "file of records")
         if not self.path.exists():
@@ -90,13 +92,13 @@ class RecordFile:
             while (line := file.readline(MAX_LINE)).endswith(b"\n"):
                 start, end, number = file.tell() - len(line), file.tell(), number + 1
                 if line != b"\n":
-                    yield number, start, end, self._parse(line, str(number))
+                    yield number, start, end, self._parse(line, str(number), hook)
         if len(line) == MAX_LINE:
             raise UserError(f"{self.path}, line {number + 1}, is longer than {MAX_LINE:,} bytes; delete that line.")
 
-    def _parse(self, line: bytes, number: str) -> Record:
+    def _parse(self, line: bytes, number: str, hook: Callable[[Record], Record] | None = None) -> Record:
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_hook=hook)
             if not isinstance(record, dict):
                 raise ValueError("it is no JSON object")
             if self.check is not None:
@@ -105,6 +107,14 @@ class RecordFile:
             reason = " ".join(str(error).split())
             raise UserError(f"{self.path}, line {number}, is damaged ({reason}); delete that line.") from error
         return record
+
+
+class _Shared(dict[int, Record]):
+    """Gives an equal mapping that was read before: most of what records hold is the same in all of them."""
+
+    def __call__(self, read: Record) -> Record:
+        other = self.setdefault(hash(repr(read)), read)
+        return other if other == read else read
 
 
 def record_key(content: dict[str, Any]) -> str:

@@ -70,7 +70,7 @@ def test_lookups_parse_each_line_once(tmp_path: Path, monkeypatch: pytest.Monkey
     for i in range(100):
         other.append({"key": str(i), "value": i})
     loads = json.loads
-    monkeypatch.setattr(module.json, "loads", lambda line: (parsed.append(line), loads(line))[1])
+    monkeypatch.setattr(module.json, "loads", lambda line, **options: (parsed.append(line), loads(line, **options))[1])
     assert [file.find(key) for key in ("40", "x", "99")] == [
         {"key": "40", "value": 40},
         None,

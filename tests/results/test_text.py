@@ -213,7 +213,9 @@ def test_text_from_outside_is_only_text(kind: str, outside: str, tmp_path: Path)
     shown, plain = written(kind, outside, tmp_path), written(kind, "plain", tmp_path)
     if kind == "md":
         assert len(shown.splitlines()) == len(plain.splitlines())
-        assert not re.search(r"<[A-Za-z/!?]|&(?=[#\w])(?!amp;|lt;)|(?<!\\)\][(\[:]|(?<!\\)`|[\x00-\x09\x0b-\x1f]", shown)
+        assert not re.search(
+            r"<[A-Za-z/!?]|&(?=[#\w])(?!amp;|lt;)|(?<!\\)\][(\[:]|(?<!\\)`|[\x00-\x09\x0b-\x1f]", shown
+        )
         assert re.findall(r"(?<!\\)\*", shown) == ["*"] * 4  # of the title
         cells = [re.split(r"(?<!\\)\|", line) for line in shown.splitlines() if line.startswith("|")]
         assert {len(line) for line in cells} == {5}
