@@ -1,4 +1,4 @@
-"""A damaged manifest is refused, what could not start is not in it, and what killed runs left in a folder is removed."""
+"""A damaged manifest is refused, what could not start is not in it, and leftovers of killed runs are removed."""
 
 import dataclasses
 import json
