@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import secrets
 import stat
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ from ddim.errors import UserError
 
 log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
+PARTIAL = re.compile(r"\.([0-9a-f]{16}|\d+)_.+")  # earlier versions used the number of the process
 NOT_REGULAR = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "fifo",
@@ -57,7 +59,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     after a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}_{path.name}")
+    # Random, so that nobody can have put a link of that name there, which writing would follow.
+    partial = path.with_name(f".{secrets.token_hex(8)}_{path.name}")
     try:
         yield partial
         _sync(partial)
@@ -68,6 +71,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
             log.debug("%s cannot be synced (%s)", path.parent, error)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """Return the temporary files of `atomic_write` in a folder: of writes that are going on, or that were killed."""
+    return [path for path in folder.glob(".*") if PARTIAL.fullmatch(path.name)]
 
 
 def read_torch(path: Path, mmap: bool = False) -> Any:

@@ -27,8 +27,10 @@ class Sweep:
 
     def __init__(self, module: str, spec_name: str) -> None:
         self.module, self.spec_name = module, spec_name
-        self.failures: dict[Path, dict[str, str]] = {}  # of this command, by folder: title -> reason
+        # Of this command, by folder: (title, reason) of each evaluation that failed, and whether it had started.
+        self.failures: dict[Path, dict[tuple[str, str], bool]] = {}
         self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
+        self.started: set[Path] = set()  # those folders that one of them got to
 
     def build(self, config: dict[str, Any]) -> Any:
         """Return the specification of an evaluation."""
@@ -60,18 +62,20 @@ class Sweep:
             return
         if current_session().processes.is_main:
             for folder in {self.logger(spec).folder for spec in specs}:
+                self.started |= set() if here else {folder}
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in estimate + lines), flush=True)
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one evaluation and print its numbers."""
-        from ddim.evaluation.sweep import Manifest
+        from ddim.evaluation.shards import Occupied
+        from ddim.evaluation.sweep import NOT_STARTED, Manifest, remove_leftovers
 
         session = current_session()
         processes = session.processes
         spec = self.build(config)
-        logger = self.logger(spec)
-        manifest = Manifest(logger.folder)
+        folder = Path(spec.output_dir)
+        manifest, started = Manifest(folder), False
         evaluate = importlib.import_module(self.module).evaluate
         metrics: dict[str, float] = {}
 
@@ -80,9 +84,18 @@ class Sweep:
                 if processes.is_main:
                     call(*arguments)
 
+        on_main(manifest.read)  # before work starts, and before there is something to report
+        if folder not in self.loggers:
+            on_main(remove_leftovers, folder, session.records(spec.output_dir))
+        logger = self.logger(spec)
         try:
             on_main(logger.check)
-            on_main(manifest.note, spec, "running")
+            with processes.barrier():
+                job = spec.repetitions[0].prepare(session)
+            if processes.run_on_main(job.find_record) is None:
+                on_main(manifest.note, spec, "running")
+            started = True
+            self.started.add(folder)
             for repetition in spec.repetitions:
                 record, new = evaluate(repetition, session)
                 metrics = record["metrics"]
@@ -91,34 +104,45 @@ class Sweep:
             on_main(manifest.note, spec, "done")
         except Exception as error:
             if processes.is_main:
-                manifest.note(spec, "failed", reason(error))
-                self.failures.setdefault(logger.folder, {})[spec.title] = reason(error)
+                if not isinstance(error, Occupied):  # else it is running, in another process
+                    manifest.note(spec, "failed" if started else NOT_STARTED, reason(error))
+                self.failures.setdefault(folder, {})[spec.title, reason(error)] = started
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics
 
     def report(self) -> None:
-        """Write tables, plots and a page of all records in each folder, and print where they are."""
+        """Write tables, plots and a page of all records in each folder, and print where they are.
+
+        What could not start is no result: it is printed, and changes nothing in the folder.
+        """
         from ddim.evaluation.sweep import Manifest
-        from ddim.results.records import RECORDS, RecordFile
-        from ddim.results.report import write_report
 
         if not current_session().processes.is_main:
             return
         for folder, logger in sorted(self.loggers.items()):
-            records, manifest = RecordFile(folder / RECORDS).read(), Manifest(folder)
-            failures = manifest.failures()
-            if records and not failures and SWEEP_FLAGS & set(sys.argv):  # a sweep without a plan has no manifest
-                failures = list(self.failures.get(folder, {}).items())
-            if records:
-                planned = manifest.read()["command"] or command()
-                paths = write_report(records, folder, command=planned, failures=failures)
-                print(f"\n{paths[0].read_text(encoding='utf-8')}")
-                for path in paths:
-                    print(path)
-                logger.log_report(paths)
-            for title, why in failures:
+            manifest = Manifest(folder)
+            # A single evaluation that fails says so itself, and a sweep without a plan has no manifest.
+            own = self.failures.get(folder, {}) if SWEEP_FLAGS & set(sys.argv) else {}
+            failures = manifest.failures() or [failure for failure, started in own.items() if started]
+            if folder in self.started:
+                self.write_report(logger, manifest.read()["command"] or command(), failures)
+            for title, why in dict.fromkeys([*failures, *manifest.take_not_started(), *own]):
                 print(f"failed: {title}: {why}")
+
+    def write_report(self, logger: "SweepLogger", command: str, failures: list[tuple[str, str]]) -> None:
+        """Write the report of a folder that has records, print its tables and paths, and log it."""
+        from filelock import FileLock
+
+        from ddim.results.report import write_report
+
+        if records := current_session().records(str(logger.folder)).read():
+            with FileLock(logger.folder / ".report.lock"):
+                paths = write_report(records, logger.folder, command=command, failures=failures)
+            print(f"\n{paths[0].read_text(encoding='utf-8')}")
+            for path in paths:
+                print(path)
+            logger.log_report(paths)
 
 
 def current_session() -> "Session":

@@ -35,12 +35,14 @@ def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
         return ()
     from ddim.checkpoints.convert.model_card import Result
     from ddim.errors import UserError
-    from ddim.results.records import RecordFile
+    from ddim.io import check_regular_file
     from ddim.results.report import build_tables
+    from ddim.results.schema import evaluation_records
 
+    check_regular_file(Path(records), "file of records")
     if not Path(records).is_file():
         raise UserError(f"there is no records file {records}; evaluate.py writes one, records.jsonl.")
-    measured = RecordFile(Path(records)).read()
+    measured = evaluation_records(Path(records)).read()
     matching = [record for record in measured if record["model"]["weights_hash"] == weights_hash]
     if not matching:
         raise UserError(f"{records} has no record of these weights; evaluate them first, or leave records out.")

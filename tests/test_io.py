@@ -12,7 +12,7 @@ import torch
 from layouts import same
 
 from ddim.errors import UserError
-from ddim.io import atomic_write, check_regular_file, read_safetensors, write_safetensors
+from ddim.io import atomic_write, check_regular_file, partial_files, read_safetensors, write_safetensors
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -94,15 +94,16 @@ def test_a_folder_with_that_name_stays(tmp_path):
     assert path.is_dir()
 
 
-def test_temporary_files_of_killed_processes_are_replaced(tmp_path):
-    path = tmp_path / "file.txt"
-    with atomic_write(path) as partial:
-        name = partial.name
-        partial.write_text("new")
-    (tmp_path / name).write_text("something longer than the new content")
-    with atomic_write(path) as partial:
-        partial.write_text("newer")
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file.txt", "newer")]
+def test_temporary_names_cannot_be_foreseen(tmp_path):
+    """Else a link of that name would be followed, and the file that it leads to overwritten."""
+    path, names = tmp_path / "file.txt", set()
+    for _ in range(10):
+        with atomic_write(path) as partial:
+            names.add(partial.name)
+            partial.write_text("new")
+            assert partial_files(tmp_path) == [partial]
+    assert len(names) == 10
+    assert partial_files(tmp_path) == []
 
 
 def test_temporary_files_are_hidden(tmp_path):

@@ -26,6 +26,7 @@ from ddim.results.records import Record
 
 # Entries of a shard besides features: seconds (sampling, extraction), and the images of the grid.
 SECONDS, SHOWN = "seconds", "shown"
+MOST_IMAGES, MOST_REPEATS = 10_000_000, 1000  # of one evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ class EvaluateSpec(JobSpec):
     The others are those of `JobSpec`.
 
     Raises:
-        ValueError: n or repeats below 1, a seed or image number out of range, or what `JobSpec` refuses.
+        ValueError: n not in 1..10,000,000, repeats not in 1..1000, a seed or image number out of range, or what
+            `JobSpec` refuses.
     """
 
     metric: MetricSpec
@@ -57,9 +59,9 @@ class EvaluateSpec(JobSpec):
     reference_dir: FilePath = "outputs/reference"
 
     def __post_init__(self) -> None:
-        for name in ("n", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name, most in (("n", MOST_IMAGES), ("repeats", MOST_REPEATS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, and at most {most:,}.")
         check_seed(self.seed)
         super().__post_init__()
         if not 0 <= self.first <= (1 << 32) - self.n * self.repeats:
@@ -110,6 +112,7 @@ class EvaluateSpec(JobSpec):
         return Job(
             title=self.title,
             output_dir=Path(self.output_dir),
+            records=session.records(self.output_dir),
             settings=settings,
             metadata=metadata | table_position(model, self.sampler, tau),
             indices=self.indices,

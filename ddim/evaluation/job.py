@@ -24,7 +24,7 @@ from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
 from ddim.inference.compute import ComputeSpec
 from ddim.results.paper import PAPER_TABLES
-from ddim.results.records import RECORDS, Record, RecordFile, provenance, record_key
+from ddim.results.records import Record, RecordFile, provenance, record_key
 from ddim.results.wandb import LoggerSpec
 
 UNFINISHED = "unfinished"  # sub-folder with the shards of evaluations that have no record yet
@@ -99,7 +99,8 @@ class Job:
 
     Attributes:
         title: in a few words.
-        output_dir: holds the records.
+        output_dir: its folder.
+        records: the file that its record is in, or will be.
         settings: everything that decides the numbers, and nothing else: not the batch size, not the device.
         metadata: what else goes into the record.
         indices: numbers of its images.
@@ -110,6 +111,7 @@ class Job:
 
     title: str
     output_dir: Path
+    records: RecordFile
     settings: dict[str, Any]
     metadata: dict[str, Any]
     indices: range
@@ -127,11 +129,6 @@ class Job:
     def shards(self) -> Shards:
         """The results of single batches, until there is a record."""
         return Shards(self.output_dir / UNFINISHED / self.key, self.indices)
-
-    @property
-    def records(self) -> RecordFile:
-        """The file that its record is in, or will be."""
-        return RecordFile(self.output_dir / RECORDS)
 
     def find_record(self) -> Record | None:
         """Return its record if there is one."""

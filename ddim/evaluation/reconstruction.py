@@ -97,6 +97,7 @@ class ReconstructSpec(JobSpec):
         return Job(
             title=self.title,
             output_dir=Path(self.output_dir),
+            records=session.records(self.output_dir),
             settings=settings,
             metadata=metadata | table_position(model, self.sampler, tau),
             indices=range(n),

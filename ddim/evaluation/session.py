@@ -14,6 +14,8 @@ from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.metrics import MetricSpec, describe
 from ddim.evaluation.reference_stats import file_hash, measure_reference, published_reference
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.results.records import RECORDS, RecordFile
+from ddim.results.schema import evaluation_records
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # (C, H, W)
@@ -30,6 +32,7 @@ class Session:
 
     def __init__(self, processes: Processes = SINGLE_PROCESS) -> None:
         self.processes = processes
+        self._records: dict[str, RecordFile] = {}  # by folder: each remembers what it read
         self._loaded: dict[str, tuple[Any, Any]] = {}  # kind -> (what decides it, the object)
 
     def model(self, checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
@@ -45,6 +48,10 @@ class Session:
             return model, with_batch_size(model, compute)
 
         return self._load("model", (checkpoint, _modified(checkpoint), weights, compute), load)
+
+    def records(self, folder: str) -> RecordFile:
+        """Return the records in the folder of a sweep."""
+        return self._records.setdefault(folder, evaluation_records(Path(folder) / RECORDS))
 
     def images(self, data: DataSpec, split: Literal["train", "test"]) -> Images:
         """Return a data set."""

@@ -28,6 +28,10 @@ MAX_CHECKS = 45  # of a folder on the network, in about 100 seconds
 NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 
 
+class Occupied(UserError):
+    """Another run holds the lock of these shards."""
+
+
 class Shards:
     """The stored batches of a computation over the images numbered `indices`.
 
@@ -139,7 +143,7 @@ class Shards:
             wait: for the other run to end, instead of refusing.
 
         Raises:
-            UserError: another run holds the lock, and `wait` is false.
+            Occupied: another run holds the lock, and `wait` is false.
         """
         # Next to the folder and never removed, so that all runs lock the same file.
         lock = FileLock(self.folder.with_name(f".{self.folder.name}.lock"), timeout=-1 if wait else 0)
@@ -149,7 +153,7 @@ class Shards:
                 try:
                     lock.acquire()
                 except Timeout as error:
-                    raise UserError(
+                    raise Occupied(
                         f"another run is computing this evaluation ({self.folder}); wait for it, or choose another "
                         "output_dir=..."
                     ) from error
@@ -161,3 +165,11 @@ class Shards:
     def delete(self) -> None:
         """Remove the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def delete_unless_locked(self) -> None:
+        """Remove the files, unless another run may still be using them."""
+        try:
+            with self.lock():
+                self.delete()
+        except Occupied as error:
+            log.debug("%s", error)

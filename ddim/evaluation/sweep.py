@@ -5,6 +5,7 @@ The manifest informs users and the report. Whether a job is computed again is de
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,16 +13,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from ddim.errors import UserError
-from ddim.evaluation.job import Job, JobSpec, device_name
+from ddim.evaluation.job import UNFINISHED, Job, JobSpec, device_name
 from ddim.evaluation.session import Session
+from ddim.evaluation.shards import Shards
 from ddim.inference.compute import ComputeSpec, evaluate_zeros, time_after_warmup
-from ddim.io import atomic_write
-from ddim.results.records import record_key
+from ddim.io import atomic_write, check_regular_file, partial_files, printable
+from ddim.results.records import RecordFile, record_key
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
+MAX_BYTES = 1 << 26  # of a manifest
+NOT_STARTED = "not started"  # state of a planned job that was refused, such as for a path that does not exist
 JOBS = "cells"  # the key in the file, as earlier versions wrote it
 NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir")
 LONG_ENOUGH = 0.3  # seconds, for a timing
@@ -48,19 +53,42 @@ class Manifest:
         self.path = folder / MANIFEST
 
     def read(self) -> dict[str, Any]:
-        """Return {"command": ..., "cells": {id: job}}; a job has title, state (planned, running, ...) and reason."""
-        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {"command": None, JOBS: {}}
+        """Return {"command": ..., "cells": {id: job}}; a job has title, state (planned, running, ...) and reason.
+
+        Raises:
+            UserError: the file is damaged, or no regular file.
+        """
+        check_regular_file(self.path, "manifest")
+        if not self.path.exists():
+            return {"command": None, JOBS: {}}
+        try:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            _check_manifest(content)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{self.path} is damaged ({' '.join(str(error).split())}); delete it: it lists which evaluations ran, "
+                "their results are in records.jsonl."
+            ) from error
+        return content
 
     def plan(self, command: str, specs: Sequence[JobSpec]) -> None:
         """Note what is going to be computed; jobs of earlier sweeps stay."""
         with self._changing() as content:
             content["command"] = command
+            content[JOBS] = {name: job for name, job in content[JOBS].items() if job["state"] != NOT_STARTED}
             content[JOBS] |= {job_id(spec): {"title": spec.title, "state": "planned"} for spec in specs}
 
     def note(self, spec: JobSpec, state: str, reason: str | None = None) -> None:
-        """Note that a job is running, done, or failed for a reason; nothing is written where there was no plan."""
+        """Note that a job is running, done, or failed for a reason; nothing is written where there was no plan.
+
+        One that was planned and could not start is NOT_STARTED until `take_not_started`: it is no result.
+        """
         if self.path.exists():
             with self._changing() as content:
+                if state == NOT_STARTED and content[JOBS].get(job_id(spec), {}).get("state") != "planned":
+                    return
                 content[JOBS][job_id(spec)] = {
                     "title": spec.title,
                     "state": state,
@@ -69,8 +97,15 @@ class Manifest:
 
     def failures(self) -> list[tuple[str, str]]:
         """Return title and reason of each job whose last attempt failed."""
-        jobs = self.read()[JOBS].values()
-        return [(job["title"], job["reason"]) for job in jobs if job["state"] == "failed"]
+        return _with_state(self.read(), "failed")
+
+    def take_not_started(self) -> list[tuple[str, str]]:
+        """Return title and reason of each planned job that could not start, and forget these jobs."""
+        if not (jobs := _with_state(self.read(), NOT_STARTED)):
+            return []
+        with self._changing() as content:
+            content[JOBS] = {name: job for name, job in content[JOBS].items() if job["state"] != NOT_STARTED}
+        return jobs
 
     @contextmanager
     def _changing(self) -> Iterator[dict[str, Any]]:
@@ -79,7 +114,48 @@ class Manifest:
             content = self.read()
             yield content
             with atomic_write(self.path) as partial:
-                partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                # What UTF-8 lacks, such as other bytes in a file's name, becomes an escape of JSON.
+                text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+                partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _with_state(content: dict[str, Any], state: str) -> list[tuple[str, str]]:
+    return [(job["title"], job.get("reason", "")) for job in content[JOBS].values() if job["state"] == state]
+
+
+def _check_manifest(content: Any) -> None:
+    """Raise ValueError if this is not what `Manifest.read` returns."""
+    if not isinstance(content, dict) or not isinstance(content.get(JOBS), dict):
+        raise ValueError(f'it has no "{JOBS}"')
+    if not isinstance(content.get("command"), str | None):
+        raise ValueError('"command" is not text')
+    for name, job in content[JOBS].items():
+        fields = [job.get(key, "") for key in ("title", "state", "reason")] if isinstance(job, dict) else [None]
+        if not all(isinstance(field, str) for field in fields) or not {"title", "state"} <= job.keys():
+            raise ValueError(f"the entry {printable(name)} is not understood")
+
+
+def remove_leftovers(folder: Path, records: RecordFile) -> None:
+    """Remove what killed runs left in the folder of a sweep: temporary files, and shards of evaluations with a record.
+
+    Nothing is removed that a living process may be using.
+    """
+    for shards in (folder / UNFINISHED).glob("[!.]*"):
+        if records.find(shards.name):
+            Shards(shards, range(0)).delete_unless_locked()
+    # Whoever writes a temporary file holds one of these locks, so if they are free afterwards, nobody does.
+    folders = [folder, folder / "grids", *(folder / "images").glob("*")]
+    leftovers = [path for inner in folders for path in partial_files(inner)]
+    locks = [*folder.glob(".*.lock"), *(folder / UNFINISHED).glob(".*.lock")]
+    try:
+        for path in locks if leftovers else ():
+            with FileLock(path, timeout=0):
+                continue
+    except Timeout as error:
+        log.debug("%s: another run is writing there", error)
+        return
+    for path in leftovers:
+        path.unlink(missing_ok=True)
 
 
 class Timing(NamedTuple):

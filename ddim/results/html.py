@@ -13,6 +13,7 @@ from ddim.results.templates import load_template
 
 MAX_BYTES = 400_000  # a larger picture is reduced before it goes into the page
 MAX_SIDE = 1024  # pixels of a reduced picture
+MAX_GRIDS = 100  # on the page
 
 
 def render_page(
@@ -49,32 +50,40 @@ def render_page(
 def _grids(records: Sequence[Record], folder: Path) -> list[tuple[str, str, str]]:
     """Return the grid of each record that has one, as (data URI, alternative text, caption)."""
     grids = []
-    for record in sorted((r for r in records if "grid" in r), key=lambda r: (row_order(r["label"]), r["S"], r["key"])):
+    with_grid = sorted((r for r in records if r.get("grid")), key=lambda r: (row_order(r["label"]), r["S"], r["key"]))
+    several_seeds = len({record.get("seed") for record in records}) > 1
+    for record in with_grid[:MAX_GRIDS]:
         caption = f"{record['label']}, S={record['S']}, {record['spacing']}"
         if record.get("first"):
             caption += f", from image {record['first']:,} on"
+        if several_seeds:
+            caption += f", seed {record.get('seed')}"
         source, remark = _picture(folder, record["grid"])
         grids.append((source, f"samples: {caption}", caption + remark))
+    if more := len(with_grid) - len(grids):
+        grids.append(("", "", f"and {more:,} more in the folder grids"))
     return grids
 
 
 def _picture(folder: Path, name: str) -> tuple[str, str]:
     """Return a PNG file of the folder as a data URI and a remark for its caption; "" if it cannot be shown."""
-    path = (folder / name).resolve()
-    if path.suffix != ".png" or not path.is_relative_to(folder.resolve()) or not path.is_file():
-        return "", f" (there is no picture {name} here)"
-    content = path.read_bytes()
-    if len(content) <= MAX_BYTES:
-        return _data_uri(content), ""
-    return _data_uri(_reduced(content), "jpeg"), f" (reduced; in full in {name})"
+    try:
+        path = (folder / name).resolve()
+        if path.suffix != ".png" or not path.is_relative_to(folder.resolve()) or not path.is_file():
+            return "", f" (there is no picture {name} here)"
+        if path.stat().st_size <= MAX_BYTES:
+            return _data_uri(path.read_bytes()), ""
+        return _data_uri(_reduced(path), "jpeg"), f" (reduced; in full in {name})"
+    except Exception as error:  # no name of a file, not permitted, or what a damaged file makes Pillow raise
+        return "", f" (the picture {name} cannot be shown: {error})"
 
 
-def _reduced(content: bytes) -> bytes:
+def _reduced(path: Path) -> bytes:
     """Return a picture as JPEG, with sides of at most MAX_SIDE pixels."""
     from PIL import Image
 
     out = io.BytesIO()
-    with Image.open(io.BytesIO(content)) as picture:
+    with Image.open(path) as picture:
         reduced = picture.convert("RGB")
         reduced.thumbnail((MAX_SIDE, MAX_SIDE))
         reduced.save(out, "JPEG", quality=90)

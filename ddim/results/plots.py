@@ -1,8 +1,9 @@
 """Plots of tables and records: a metric against S, and the time to sample against S (the paper's Fig. 4)."""
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddim.io import atomic_write
+from ddim.results.escape import printable
 from ddim.results.protocol import is_distance
-from ddim.results.records import Record
+from ddim.results.records import Record, record_key
 from ddim.results.table import Table, row_order
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 PAPER_IMAGES = 50_000  # Fig. 4 shows hours for 50,000 images
 DPI = 200
+MOST_ROWS = 20  # in a plot, which has room for no more names
 PAPER_STYLE: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markerfacecolor": "none", "markersize": 9}
 
 
@@ -103,7 +106,7 @@ def plot(table: Table) -> "Figure":
     figure, axes = _figure()
     shown: list[float] = []
     drawn: set[str | None] = set()  # the paper's rows: variants of σ̂ share one
-    for number, row in enumerate(table.rows):
+    for number, row in enumerate(table.rows[:MOST_ROWS]):
         points = [(S, v, table.spread(row, S)) for S in table.columns if (v := table.value(row, S)) is not None]
         S, values, spreads = zip(*points, strict=True)
         bars = None if table.ranges == 1 else [spread or 0.0 for spread in spreads]
@@ -114,12 +117,13 @@ def plot(table: Table) -> "Figure":
         if paper and table.paper and (name := table.paper.row(row)) not in drawn:
             drawn.add(name)
             axes.plot(*zip(*paper, strict=True), **PAPER_STYLE, **style)
+    _mention_more(axes, len(table.rows))
     if table.paper is not None:
         axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
     _scales(axes, table.columns, "log" if min(shown) > 0 else "linear")
-    axes.set_ylabel(f"{table.metric} ({'less' if is_distance(table.metric) else 'more'} is better)")
-    axes.legend()
+    axes.set_ylabel(f"{_plain(table.metric)} ({'less' if is_distance(table.metric) else 'more'} is better)")
+    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
     axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
     return figure
 
@@ -127,7 +131,8 @@ def plot(table: Table) -> "Figure":
 def plot_time(timing: Timing) -> "Figure":
     """Plot hours for 50,000 images against S with the fit, both axes logarithmic."""
     figure, axes = _figure()
-    for number, row in enumerate(sorted({row for row, _, _ in timing.points}, key=row_order)):
+    rows = sorted({row for row, _, _ in timing.points}, key=row_order)
+    for number, row in enumerate(rows[:MOST_ROWS]):
         points = [(S, hours) for label, S, hours in timing.points if label == row]
         # Hollow markers of growing size, since the times of all samplers nearly coincide.
         style: dict[str, Any] = {
@@ -136,23 +141,69 @@ def plot_time(timing: Timing) -> "Figure":
             "markersize": 5 + 2 * number,
         }
         axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **style)
+    _mention_more(axes, len(rows))
     steps = sorted({S for _, S, _ in timing.points})
     label = f"fit, $S^{{{timing.exponent:.3f}}}$"
     axes.plot(steps, [timing.fitted(S) for S in steps], color="gray", linewidth=1, zorder=1, label=label)
     _scales(axes, steps, "log")
     scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
     axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
-    axes.legend()
+    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
     axes.set_title(_plain(timing.caption()), fontsize=6, wrap=True)
     return figure
 
 
-def save(figure: "Figure", path: Path) -> Path:
-    """Write a figure as PNG to `path`, and as PDF for papers next to it; return `path`."""
-    for target, metadata in ((path, None), (path.with_suffix(".pdf"), {"CreationDate": None})):
+def save_plot(table: Table, path: Path) -> Path:
+    """Write `plot(table)` as PNG to `path`, and as PDF for papers next to it, unless they are there; return `path`."""
+    entries = [
+        (row, S, table.value(row, S), table.spread(row, S), table.paper_value(row, S))
+        for row in table.rows[:MOST_ROWS]
+        for S in table.columns
+    ]
+    content = [table.metric, table.heading, table.title(), len(table.rows), entries]
+    return _save(lambda: plot(table), content, path)
+
+
+def save_time_plot(timing: Timing, path: Path) -> Path:
+    """Write `plot_time(timing)` as `save_plot` does."""
+    return _save(lambda: plot_time(timing), dataclasses.astuple(timing), path)
+
+
+def _save(draw: Callable[[], "Figure"], content: Any, path: Path) -> Path:
+    import matplotlib
+
+    # Drawing is most of the work of a report, so a plot states what it was drawn from, and by which code.
+    key = record_key(
+        {"content": content, "code": Path(__file__).read_text(encoding="utf-8"), "by": matplotlib.__version__}
+    )
+    pdf = path.with_suffix(".pdf")
+    if pdf.is_file() and _comment(path) == key:
+        return path
+    figure = draw()
+    metadata: tuple[dict[str, str | None], ...] = {"CreationDate": None}, {"Comment": key}
+    for target, entries in zip((pdf, path), metadata, strict=True):  # the PNG last: it states that both are complete
         with atomic_write(target) as partial:
-            figure.savefig(partial, dpi=DPI, metadata=metadata)
+            figure.savefig(partial, dpi=DPI, metadata=entries)
+        figure.set_layout_engine("none")  # the second picture has the layout of the first
     return path
+
+
+def _comment(path: Path) -> str | None:
+    """Return the comment in a PNG file, None if there is none."""
+    from PIL import Image
+
+    if not path.is_file():
+        return None
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("Comment")
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for a damaged file
+        return None
+
+
+def _mention_more(axes: "Axes", rows: int) -> None:
+    if rows > MOST_ROWS:
+        axes.errorbar([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
 
 
 def _figure() -> tuple["Figure", "Axes"]:
@@ -164,6 +215,7 @@ def _figure() -> tuple["Figure", "Axes"]:
 
 def _scales(axes: "Axes", steps: Sequence[int], y: str) -> None:
     axes.set(xscale="log", yscale=y, xlabel="S, steps")
+    steps = steps[:: math.ceil(len(steps) / MOST_ROWS)]
     axes.set_xticks(steps, [str(S) for S in steps])
     axes.xaxis.minorticks_off()  # only the values of S have ticks; on y, minor ticks label a narrow range
     axes.grid(alpha=0.3)
@@ -171,7 +223,7 @@ def _scales(axes: "Axes", steps: Sequence[int], y: str) -> None:
 
 def _plain(text: str) -> str:
     """Escape formulas, and make one of σ̂: matplotlib's fonts put the hat next to the letter."""
-    return text.replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
+    return printable(text).replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
 
 
 def _and(numbers: Sequence[int]) -> str:

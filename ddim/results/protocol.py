@@ -32,7 +32,7 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
 
     Args:
         metric, p: of the table.
-        ranges: the numbers of ranges of images behind the entries.
+        ranges: the numbers of ranges of images behind the entries, of all seeds together.
     """
     data, model = p["reference"], p["model"]
     if p["kind"] == "reconstruction":
@@ -42,16 +42,17 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         count = "" if data["images"] is None else f"{data['images']:,} of "
         images = f"{p['n']:,} images against {count}{data['name']}"
     step = "" if model["step"] is None else f" at step {model['step']:,}"
+    sets = "sets" if isinstance(p["seed"], list) else "ranges"
     fewer = ", or as many as an entry states" if len(ranges) > 1 else ""
     return _join(
         f"{metric}: {images}",
         f"{LABELS.get(model['weights'], model['weights'])} weights {model['weights_hash'][:8]}{step}",
         f"tau {p['spacing']}",
-        _named("seed", p["seed"]),
+        _seeds(p["seed"]),
         f"from image {p['offset']:,} on" if p["offset"] else "",
         "bfloat16" if p["bf16"] else "",
         f"ends at alpha_bar[{p['last_time']}]" if p["last_time"] else "",
-        f"mean ± sample standard deviation over {max(ranges)} ranges of images{fewer}" if max(ranges) > 1 else "",
+        f"mean ± sample standard deviation over {max(ranges)} {sets} of images{fewer}" if max(ranges) > 1 else "",
     )
 
 
@@ -67,7 +68,7 @@ def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, f
     model = p["model"]
     items = [
         ("metric", f"{metric} (less is better)" if is_distance(metric) else metric),
-        ("images", f"n = {p['n']:,}: {_ranges(records)}"),
+        ("images", f"n = {p['n']:,}: {_ranges(records, full)}"),
         ("reference set", _reference(p["reference"], p["metric"], full)),
         ("extractor", _extractor(p["metric"], full)),
         ("weights", _weights(model, records, full)),
@@ -77,7 +78,7 @@ def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, f
         ("end", f"alpha_bar[{p['last_time']}]" + ("" if p["last_time"] else " = 1")),
         ("pixels", p["pixels"] or ""),
         ("network in", "bfloat16" if p["bf16"] else "float32"),
-        ("seed", "" if p["seed"] is None else str(p["seed"])),
+        ("seed", _seeds(p["seed"], full).removeprefix("seed ")),
         ("code revision", distinct(_hash(r.get("revision"), full) for r in records)),
     ]
     return [(name, text) for name, text in items if text]
@@ -130,11 +131,9 @@ def _times(records: list[Record], own: str, full: bool) -> str:
     for spacing, lists in times_of(records).items():
         named = "" if spacing == own else f"{spacing} "
         for S, tau in lists.items():
-            shown = [str(t) for t in tau]
+            shown = _shortened([str(t) for t in tau], full)
             if tau == list(range(1, len(tau) + 1)):
                 shown = [f"each from 1 to {len(tau)}"]
-            elif not full and len(shown) > 6:
-                shown = [*shown[:4], "…", *shown[-2:]]
             texts.append(f"{named}S={S}: {', '.join(shown)}")
     return "; ".join(texts)
 
@@ -146,9 +145,20 @@ def _clip(rows: dict[str, list[Record]]) -> str:
     return "; ".join(f"{clip} ({', '.join(rows)})" if len(members) > 1 else clip for clip, rows in members.items())
 
 
-def _ranges(records: list[Record]) -> str:
+def _ranges(records: list[Record], full: bool) -> str:
     ranges = sorted({(r["first"], r["first"] + r["n"] - 1) for r in records})
-    return "numbers " + "; ".join(f"{first:,} to {last:,}" for first, last in ranges)
+    return "numbers " + "; ".join(_shortened([f"{first:,} to {last:,}" for first, last in ranges], full))
+
+
+def _seeds(seed: int | list[int] | None, full: bool | None = None) -> str:
+    """Return the seed, or the number of seeds: all of them if `full`, the first and the last if not `full`."""
+    if not isinstance(seed, list):
+        return _named("seed", seed)
+    return f"{len(seed)} seeds" + ("" if full is None else f": {', '.join(_shortened([*map(str, seed)], full))}")
+
+
+def _shortened(texts: list[str], full: bool) -> list[str]:
+    return texts if full or len(texts) <= 6 else [*texts[:4], "…", *texts[-2:]]
 
 
 def _hash(value: str | None, full: bool) -> str:

@@ -1,6 +1,6 @@
 """Reports: tables, plots and a page, made from nothing but records.
 
-The entries of a table share one protocol: model, weights, number of images, seed, reference set, extractor and spacing.
+The entries of a table share one protocol: model, weights, number of images, reference set, extractor and spacing.
 Rows are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing. A table depends on
 neither the order of the records nor anything that differs between two runs of the same evaluation, such as seconds.
 """
@@ -22,8 +22,8 @@ from ddim.results.table import Table
 def build_tables(records: Sequence[Record]) -> list[Table]:
     """Return a table for each metric and protocol, in an order that does not depend on that of the records.
 
-    An entry holds the records of all its disjoint ranges of images. Of several records for the same images one is
-    chosen by a hash, so that neither their order nor their values matter.
+    An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images
+    one is chosen by a hash, so that neither their order nor their values matter.
     """
     tables = []
     for shared, members in _by_protocol(records):
@@ -92,12 +92,10 @@ def write_report(
     }
     paths = [_write(folder / name, content) for name, content in texts.items()]
     table_plots = [
-        plots.save(plots.plot(table), folder / f"{_numbered(f'plot_{table.metric}', i)}.png")
-        for i, table in enumerate(tables)
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png") for i, table in enumerate(tables)
     ]
     time_plots = [
-        plots.save(plots.plot_time(timing), folder / f"{_numbered('plot_time', i)}.png")
-        for i, timing in enumerate(timings)
+        plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png") for i, timing in enumerate(timings)
     ]
     paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
@@ -109,7 +107,7 @@ def _by_protocol(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[R
     groups: dict[str, tuple[dict[str, Any], list[Record]]] = {}
     for record in map(completed, records):
         shared = shared_protocol(record)
-        groups.setdefault(json.dumps(shared, sort_keys=True), (shared, []))[1].append(record)
+        groups.setdefault(json.dumps(shared | {"seed": None}, sort_keys=True), (shared, []))[1].append(record)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -118,12 +116,14 @@ def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[T
     rows = sorted(rows, key=lambda pair: _tie_break(pair[1]))
     tables = []
     for metric in sorted({metric for _, r in rows for metric in r["metrics"]}):
-        ranges: dict[tuple[str, int], dict[int, Record]] = {}
+        sets: dict[tuple[str, int], dict[tuple[int, int], Record]] = {}  # of images
         for row, record in rows:
             if metric in record["metrics"]:
-                ranges.setdefault((row, record["S"]), {})[record["first"]] = record
-        entries = {key: tuple(by_first[first] for first in sorted(by_first)) for key, by_first in ranges.items()}
-        tables.append(Table(metric, shared, entries))
+                seed = -1 if record["seed"] is None else record["seed"]
+                sets.setdefault((row, record["S"]), {})[seed, record["first"]] = record
+        entries = {key: tuple(by_set[name] for name in sorted(by_set)) for key, by_set in sets.items()}
+        seeds = sorted({seed for by_set in sets.values() for seed, _ in by_set} - {-1})
+        tables.append(Table(metric, shared | {"seed": seeds if len(seeds) > 1 else next(iter(seeds), None)}, entries))
     return tables
 
 
@@ -137,5 +137,5 @@ def _numbered(name: str, number: int) -> str:
 
 def _write(path: Path, content: str) -> Path:
     with atomic_write(path) as partial:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_text(content, encoding="utf-8", errors="backslashreplace")
     return path

@@ -3,9 +3,11 @@
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from ddim.results import protocol
+from ddim.results.escape import escape_markdown
 from ddim.results.paper import SIGMA_HAT, PaperTable, comparison
 from ddim.results.records import Record
 
@@ -64,12 +66,12 @@ class Table:
         p = self.protocol
         self.paper, self.note = comparison(p["paper"], self.metric, p["n"], p["reference"]["name"])
 
-    @property
+    @cached_property
     def rows(self) -> list[str]:
         """Row labels: η rising, then σ̂."""
         return sorted({row for row, _ in self.entries}, key=row_order)
 
-    @property
+    @cached_property
     def columns(self) -> list[int]:
         """Numbers of steps S, rising."""
         return sorted({S for _, S in self.entries})
@@ -149,8 +151,7 @@ class Table:
         """Return the table as Markdown."""
         lines = [f"| S | {' | '.join(map(str, self.columns))} |", f"|---|{'---|' * len(self.columns)}"]
         for line in self.lines():
-            texts = [text.replace("|", r"\|") for text in (line.name, *line.texts)]
-            lines.append(f"| {' | '.join(texts)} |")
+            lines.append(f"| {' | '.join(map(escape_markdown, (line.name, *line.texts)))} |")
         return "\n".join(lines)
 
     def _paper_line(self, row: str) -> Line | None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ddim.results.escape import escape_csv, escape_latex, escape_markdown
 from ddim.results.protocol import times_of
 from ddim.results.records import Record
 from ddim.results.table import DIGITS, Table, rounded
@@ -27,10 +28,11 @@ def markdown(tables: Sequence[Table]) -> str:
 
 
 def _section(table: Table) -> str:
-    heading = f"### {table.heading}\n\n" if table.heading else ""
-    note = f"{table.note}\n\n" if table.note else ""
-    protocol = "".join(f"- {name}: {text}\n" for name, text in table.describe_protocol(full=False))
-    return f"{heading}**{table.title()}**\n\n{table.markdown()}\n\n{note}{protocol}"
+    heading = f"### {escape_markdown(table.heading)}\n\n" if table.heading else ""
+    note = f"{escape_markdown(table.note)}\n\n" if table.note else ""
+    items = table.describe_protocol(full=False)
+    protocol = "".join(f"- {name}: {escape_markdown(text)}\n" for name, text in items)
+    return f"{heading}**{escape_markdown(table.title())}**\n\n{table.markdown()}\n\n{note}{protocol}"
 
 
 def as_csv(tables: Sequence[Table]) -> str:
@@ -103,44 +105,11 @@ def latex(tables: Sequence[Table]) -> str:
     return load_template("table.tex.j2", finalize=escape_latex, **LATEX_DELIMITERS).render(tables=tables)
 
 
-SPECIAL = {
-    "σ̂": r"$\hat\sigma$",
-    "x̂0": r"$\hat{x}_0$",
-    "η": r"$\eta$",
-    "σ": r"$\sigma$",
-    "τ": r"$\tau$",
-    "±": r"$\pm$",
-    "…": r"\ldots{}",
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
-# The longest first, then signs and characters outside ASCII.
-_PIECES = [*map(re.escape, sorted(SPECIAL, key=len, reverse=True)), r"(?<![\w.])[+-](?=\d)", r"[^ -~]"]
-_PATTERN = re.compile("|".join(_PIECES))
-
-
-def escape_latex(value: object) -> str:
-    """Return text as LaTeX that prints it; a character that plain LaTeX lacks is shown by its code point."""
-
-    def replacement(match: re.Match[str]) -> str:
-        piece = match[0]
-        if piece in "+-":  # a sign
-            return f"${piece}$"
-        return SPECIAL.get(piece) or f"[U+{ord(piece):04X}]"
-
-    return _PATTERN.sub(replacement, str(value))
-
-
 def _digits(value: float | None) -> str:
     return "" if value is None else f"{rounded(value):.{DIGITS}g}"
 
 
 def _csv(lines: Sequence[Sequence[Any]]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(lines)
+    csv.writer(out, lineterminator="\n").writerows([escape_csv(entry) for entry in line] for line in lines)
     return out.getvalue()

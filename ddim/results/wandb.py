@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ddim.errors import UserError
-from ddim.io import atomic_write
-from ddim.results.records import RECORDS, Record, RecordFile
+from ddim.io import atomic_write, check_regular_file
+from ddim.results.records import RECORDS, Record
 from ddim.results.report import build_tables
+from ddim.results.schema import evaluation_records
 
 RUNS = "wandb/runs"  # in a sweep's folder: the ids of its W&B runs, each in a file named by the key of its record
 
@@ -112,7 +113,7 @@ class SweepLogger:
         columns: list[str | int] = ["table", "metric", "sampler", "S", "value", "paper"]
         rows = [
             [table.title(), table.metric, row, S, value, table.paper_value(row, S)]
-            for table in build_tables(RecordFile(self.folder / RECORDS).read())
+            for table in build_tables(evaluation_records(self.folder / RECORDS).read())
             for row in table.rows
             for S in table.columns
             if (value := table.value(row, S)) is not None
@@ -150,6 +151,7 @@ class SweepLogger:
     def _run_id(self, key: str) -> str | None:
         """Return the id of the run of a record, or of the report, None if there is none."""
         path = self.folder / RUNS / key
+        check_regular_file(path, "id of a W&B run")
         return path.read_text(encoding="utf-8") if path.exists() else None
 
     def _save_run_id(self, key: str, run_id: str) -> None:

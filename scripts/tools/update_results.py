@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from ddim.results.escape import escape_markdown
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
 
@@ -31,7 +32,9 @@ def render(name: str) -> str:
         sys.exit(f"error: there are no records docs/results/{name}.jsonl, which a document includes.")
     if (text := BENCHMARK_TABLES(records)) is not None:
         return str(text)
-    return "".join(f"\n{table.markdown()}\n\n<sub>{table.title()}</sub>\n\n" for table in build_tables(records))
+    return "".join(
+        f"\n{table.markdown()}\n\n<sub>{escape_markdown(table.title())}</sub>\n\n" for table in build_tables(records)
+    )
 
 
 def fill(text: str) -> str:

@@ -277,7 +277,14 @@ def test_bad_input_is_refused_before_sampling(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"n": 0}, "n=0"), ({"seed": -1}, r"seed=-1 must lie in"), ({"seed": 1 << 64}, "seed"), ({"grid": -1}, "grid=-1")],
+    [
+        ({"n": 0}, "n=0"),
+        ({"n": 4_000_000_000}, "n=4000000000 must"),
+        ({"repeats": 1_000_000}, "repeats=1000000 must"),
+        ({"seed": -1}, r"seed=-1 must lie in"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"grid": -1}, "grid=-1"),
+    ],
 )
 def test_values_out_of_range_are_refused(spec: EvaluateSpec, changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,8 @@
 """The files that `write_samples` writes show the images that `generate` makes."""
 
 import dataclasses
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,39 @@ def test_more_steps_than_times_are_refused(spec: SampleSpec) -> None:
     with pytest.raises(UserError, match=r"S=51 .*T=50"):
         write_samples(dataclasses.replace(spec, sampler=SamplerSpec(S=51)))
     assert not Path(spec.output_dir).exists()
+
+
+@pytest.mark.parametrize("format", ["grid", "png", "gif"])
+def test_more_images_than_there_is_room_for_are_refused(
+    spec: SampleSpec, format: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any is generated, and without a list of them."""
+    monkeypatch.setattr(sample_files, "SMALLEST_FILE", 1 << 40)
+    for name in ("generate", "_frames", "with_batch_size"):
+        monkeypatch.setattr(sample_files, name, lambda *_, **__: pytest.fail("work was started"))
+    with pytest.raises(UserError, match=r"n=4000000000 .*ask for fewer"):
+        write_samples(dataclasses.replace(spec, format=format, n=4_000_000_000))
+    assert not Path(spec.output_dir).exists()
+
+
+def test_files_are_written_before_all_images_are_made(spec: SampleSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dataclasses.replace(spec, format="png", n=11, first=3)
+    write_samples(spec)
+    monkeypatch.setattr(sample_files, "MOST_BYTES", 64 * 5)  # an image has 64 bytes, a batch 4 images
+    write_samples(dataclasses.replace(spec, output_dir=spec.output_dir + "2"))
+    expected = {file.name: file.read_bytes() for file in Path(spec.output_dir).iterdir()}
+    assert {file.name: file.read_bytes() for file in Path(spec.output_dir + "2").iterdir()} == expected
+    assert len(expected) == 11
+
+
+def test_old_temporary_files_are_removed(spec: SampleSpec) -> None:
+    folder = Path(spec.output_dir)
+    folder.mkdir()
+    for name, age in (("old", 7200), ("new", 0)):
+        (folder / f".0123456789abcdef_{name}.png").write_text("")
+        os.utime(folder / f".0123456789abcdef_{name}.png", (time.time() - age,) * 2)
+    write_samples(spec)
+    assert sorted(file.name for file in folder.iterdir()) == [".0123456789abcdef_new.png", "grid.png"]
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,34 @@ def test_the_papers_sigma_hat_row_is_drawn_once() -> None:
     assert curves(plots.plot(table)).count([(10, 367.43), (20, 133.37)]) == 1
 
 
+def test_a_report_draws_only_what_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a report."""
+    drawn: list[str] = []
+    draw = plots.plot
+    monkeypatch.setattr(plots, "plot", lambda table: (drawn.append(table.protocol["n"]), draw(table))[1])
+    records = [record("η=0.0", 10, 1.0, n=n) for n in (1000, 2000)]
+    names = [path.name for path in write_report(records, tmp_path)]
+    assert sorted(drawn) == [1000, 2000]
+    drawn.clear()
+    assert [path.name for path in write_report(records, tmp_path)] == names
+    assert drawn == []
+    write_report([*records, record("η=0.0", 20, 1.0, n=2000)], tmp_path)
+    assert drawn == [2000]
+    first, *_ = sorted(tmp_path.glob("plot_fid*.png"))
+    for damage in (lambda: first.with_suffix(".pdf").unlink(), lambda: first.write_bytes(b"\x89PNG\r\n\x1a\nx")):
+        drawn.clear()
+        damage()
+        write_report([*records, record("η=0.0", 20, 1.0, n=2000)], tmp_path)
+        assert len(drawn) == 1
+
+
+def test_a_plot_names_as_many_rows_as_fit() -> None:
+    [table] = build_tables([record(f"η={row / 100}", S, 1.0 + row) for row in range(200) for S in (10, 20)])
+    figure = plots.plot(table)
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert (len(names), names[0], names[-1]) == (21, "η=0.0", "and 180 more")
+
+
 @pytest.mark.parametrize("text", ["$x$", r"\frac{ a_b^c σ̂ $"])
 def test_text_is_not_parsed_as_a_formula(tmp_path: Path, text: str) -> None:
     records = [record(text, 10, 1.0, reference__name=text, compute=H200 | {"device": text})]

@@ -4,9 +4,10 @@ import copy
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,10 @@ def test_unfinished_last_line_is_overwritten(tmp_path: Path, cut: str) -> None:
     assert file.path.read_text() == '{"key": "a"}\n{"key": "c"}\n'
 
 
-@pytest.mark.parametrize("damage", [b'{"key": "b"', b"\xff\xfe"])
+NO_RECORDS = [b'{"key": "b"', b"\xff\xfe", b"5", b"[]", b"null", bytes(20), b"[" * 100_000, b"{" * 100_000]
+
+
+@pytest.mark.parametrize("damage", NO_RECORDS, ids=lambda damage: repr(damage[:10]))
 @pytest.mark.parametrize("after", [b"", b'{"key": "c"}\n'])
 def test_damaged_line_is_reported_with_its_number(tmp_path: Path, damage: bytes, after: bytes) -> None:
     file = RecordFile(tmp_path / "records.jsonl")
@@ -58,6 +62,60 @@ def test_damaged_line_is_reported_with_its_number(tmp_path: Path, damage: bytes,
     with pytest.raises(UserError, match=r"records\.jsonl, line 2, is damaged .*delete that line\.$") as caught:
         file.read()
     assert "\n" not in str(caught.value)
+
+
+def test_lookups_parse_each_line_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the whole file for each evaluation."""
+    file, other, parsed = RecordFile(tmp_path / "a.jsonl"), RecordFile(tmp_path / "a.jsonl"), []
+    for i in range(100):
+        other.append({"key": str(i), "value": i})
+    loads = json.loads
+    monkeypatch.setattr(module.json, "loads", lambda line, **options: (parsed.append(line), loads(line, **options))[1])
+    assert [file.find(key) for key in ("40", "x", "99")] == [
+        {"key": "40", "value": 40},
+        None,
+        {"key": "99", "value": 99},
+    ]
+    assert len(parsed) == 100 + 2  # and those that were looked up
+    other.append({"key": "100"})  # as by another process
+    other.append({"key": "40", "value": "of a later line"})
+    assert (file.find("100"), file.find("40")) == ({"key": "100"}, {"key": "40", "value": 40})
+    assert len(parsed) == 100 + 2 + 2 + 2
+
+
+@pytest.mark.parametrize("change", ["edited", "replaced", "deleted"])
+def test_a_file_that_was_edited_is_read_again(tmp_path: Path, change: str) -> None:
+    file = RecordFile(tmp_path / "a.jsonl")
+    for key in "abc":
+        file.append({"key": key})
+    assert file.find("c") == {"key": "c"}
+    lines = file.path.read_text().splitlines(keepends=True)
+    if change == "replaced":  # by a file of another inode that is not shorter
+        (tmp_path / "new").write_text(lines[0] + lines[2] + '{"key": "d", "longer": true}\n')
+        (tmp_path / "new").replace(file.path)
+    elif change == "edited":
+        file.path.write_text(lines[0] + lines[2])
+    else:
+        file.path.unlink()
+    assert file.find("b") is None
+    assert file.find("c") == (None if change == "deleted" else {"key": "c"})
+
+
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LINE", 100)
+    file = RecordFile(tmp_path / "a.jsonl")
+    file.append({"key": "a"})
+    with file.path.open("ab") as sparse:
+        sparse.truncate(1 << 40)
+    with pytest.raises(UserError, match="line 2, is longer than 100 bytes"):
+        file.read()
+
+
+@pytest.mark.parametrize("use", [RecordFile.read, lambda file: file.find("a"), lambda file: file.append({"key": "a"})])
+def test_a_fifo_is_no_file_of_records(tmp_path: Path, use: Callable[[RecordFile], object]) -> None:
+    os.mkfifo(tmp_path / "records.jsonl")
+    with pytest.raises(UserError, match="is a fifo, not a regular file"):
+        use(RecordFile(tmp_path / "records.jsonl"))
 
 
 def test_append_waits_for_another_append(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,6 @@ def test_missing_fields_of_older_records_have_defaults(defaults: dict[str, Any])
         {"paper": "table1_cifar10"},
         {"first": 1},
         {"n": 1000},
-        {"seed": 1},
         {"bf16": True},
         {"pixels": "float"},
         {"model__weights": "online"},
@@ -106,17 +106,17 @@ def test_full_chain_joins_every_spacing() -> None:
             record("η=0.0", 10, 13.36),
             full,
             record("η=0.0", 10, 17.33, "linear"),
-            record("η=0.0", 10, 5.0, "linear", seed=1),
+            record("η=0.0", 10, 5.0, "linear", n=10_000),
             record("σ̂", 1000, 3.17, "full"),  # has no other spacing, so it joins all
             record("η=1.0", 10, 41.07),
             record("η=1.0", 1000, 4.73, "full"),  # its sampler has no linear row
         ]
     )
-    by_protocol = {(table.protocol["seed"], table.protocol["spacing"]): values(table) for table in tables}
+    by_protocol = {(table.protocol["n"], table.protocol["spacing"]): values(table) for table in tables}
     assert by_protocol == {
-        (0, "quad"): {"η=0.0": [13.36, 4.04], "η=1.0": [41.07, 4.73], "σ̂": [None, 3.17]},
-        (0, "linear"): {"η=0.0": [17.33, 4.04], "σ̂": [None, 3.17]},
-        (1, "linear"): {"η=0.0": [5.0]},
+        (50_000, "quad"): {"η=0.0": [13.36, 4.04], "η=1.0": [41.07, 4.73], "σ̂": [None, 3.17]},
+        (50_000, "linear"): {"η=0.0": [17.33, 4.04], "σ̂": [None, 3.17]},
+        (10_000, "linear"): {"η=0.0": [5.0]},
     }
     [table] = build_tables([full])
     assert (table.protocol["spacing"], values(table)) == ("full", {"η=0.0": [4.04]})
@@ -165,6 +165,24 @@ def test_ranges_give_mean_and_standard_deviation() -> None:
     )
 
 
+def test_seeds_share_a_table_with_their_spread() -> None:
+    numbers = [7.5, 8.25, 6.9, 7.0, 8.0, 7.7, 7.1, 6.5]
+    records = [record("η=0.0", 10, number, n=1000, seed=seed) for seed, number in enumerate(numbers)]
+    records += [record("η=0.0", 20, 5.0, n=1000, seed=3), record("η=0.0", 20, 6.0, n=1000, seed=3, first=1000)]
+    random.Random(0).shuffle(records)
+    [table] = build_tables(records)
+    assert table.values("η=0.0", 10) == numbers
+    assert table.protocol["seed"] == [*range(8)]
+    assert table.title().endswith(
+        "8 seeds, mean ± sample standard deviation over 8 sets of images, or as many as an entry states"
+    )
+    assert f"| η=0.0 | {statistics.fmean(numbers):.2f} ± {statistics.stdev(numbers):.2f} | 5.50 ± 0.71 (of 2) |" in (
+        table.markdown()
+    )
+    assert dict(table.describe_protocol(full=False))["seed"] == "8 seeds: 0, 1, 2, 3, …, 6, 7"
+    assert dict(table.describe_protocol(full=True))["seed"] == "8 seeds: 0, 1, 2, 3, 4, 5, 6, 7"
+
+
 def test_overlapping_ranges_are_not_averaged() -> None:
     tables = build_tables([record("η=0.0", 10, 1.0, n=1000, first=first) for first in (0, 500, 1000)])
     assert sorted(table.ranges for table in tables) == [1, 2]
@@ -203,7 +221,7 @@ def test_sigma_hat_variants_share_a_table() -> None:
     [two] = sigma_hat_variants([r | {"paper": None} for r in records if "clip" not in r["label"]])
     assert (two.heading, two.paper) == ("σ̂: two variants", None)
     assert sigma_hat_variants([r for r in records if r["label"] != clipped and r["spacing"] != "uniform"]) == []
-    other = [r | {"seed": 1} if r["spacing"] == "uniform" else r for r in records if "clip" not in r["label"]]
+    other = [r | {"n": 10_000} if r["spacing"] == "uniform" else r for r in records if "clip" not in r["label"]]
     assert sigma_hat_variants(other) == []  # another protocol is not another variant
 
 

@@ -15,6 +15,8 @@ import pytest
 from made_records import FID, RECORDS, compared, record
 
 from ddim.results import text
+from ddim.results.escape import LATEX, escape_csv, escape_markdown
+from ddim.results.html import render_page
 from ddim.results.protocol import completed
 from ddim.results.records import Record
 from ddim.results.report import build_tables, sigma_hat_variants, write_report
@@ -169,6 +171,82 @@ def test_latex_escapes_every_character() -> None:
         r"50\%\_of \& \{set\}\#1\$ \textasciitilde{}\textasciicircum{}\textbackslash{} "
         r"\textless{}b\textgreater{}\textbar{}[U+00FC][U+4E2D]"
     )
+
+
+FROM_OUTSIDE = [
+    "<script>alert(1)</script>",
+    "</b> <img src=x>",
+    "a](javascript:x) [b](http://a.b)",
+    "**x** `y` _z_ ~~w~~",
+    "a | b",
+    "line\n# heading\r\n\x1b[31m \ud800",
+    "=cmd|' /C calc'!A0",
+    "+1+cmd",
+    "-2+3",
+    "@SUM(A1)",
+    "[2cm] x",
+    r"\input{/etc/passwd} % $x$ & # {",
+    "&lt;b&gt; &amp;",
+]
+
+
+def written(kind: str, outside: str, folder: Path) -> str:
+    """Return a table of records with this text wherever text can come from outside."""
+    changes: dict[str, Any] = {
+        **{"reference__name": outside, "model__schedule": outside, "sampler__clip": outside, "trained_on": outside},
+        **{"metric__extractor": outside, "revision": outside, "paper": outside, "config": {"name": outside}},
+        **{"compute": {"device": outside}, "metrics": {outside: 1.0}, "versions": {outside: outside}},
+    }
+    records = [record(outside, S, 1.0, outside, **changes) for S in (10, 20)]
+    tables = build_tables(records)
+    if kind == "html":
+        page = render_page([], [], records, folder, outside, [(outside, outside)])
+        return page[page.index("</style>") :]
+    if kind == "timing":
+        return text.timing_csv([completed(r) for r in records])
+    return {"md": text.markdown, "csv": text.as_csv, "json": text.as_json, "tex": text.latex}[kind](tables)
+
+
+@pytest.mark.parametrize("outside", FROM_OUTSIDE)
+@pytest.mark.parametrize("kind", ["md", "csv", "timing", "tex", "html", "json"])
+def test_text_from_outside_is_only_text(kind: str, outside: str, tmp_path: Path) -> None:
+    shown, plain = written(kind, outside, tmp_path), written(kind, "plain", tmp_path)
+    if kind == "md":
+        assert len(shown.splitlines()) == len(plain.splitlines())
+        assert not re.search(
+            r"<[A-Za-z/!?]|&(?=[#\w])(?!amp;|lt;)|(?<!\\)\][(\[:]|(?<!\\)`|[\x00-\x09\x0b-\x1f]", shown
+        )
+        assert re.findall(r"(?<!\\)\*", shown) == ["*"] * 4  # of the title
+        cells = [re.split(r"(?<!\\)\|", line) for line in shown.splitlines() if line.startswith("|")]
+        assert {len(line) for line in cells} == {5}
+    elif kind in ("csv", "timing"):
+        rows = list(csv.DictReader(io.StringIO(shown, newline="")))
+        assert not [value for row in rows for value in row.values() if re.match(r"[=+@\t\r]|-(?![\d.]+$)", value)]
+        assert {row["sampler"] for row in rows} == {"'" * (outside[0] in "=+-@") + outside}
+    elif kind == "tex":
+        assert balanced(shown)
+        commands = r"\\[A-Za-z]+"
+        allowed = {r"\hat", *(piece.rstrip("{}") for piece in LATEX.values())} | set(re.findall(commands, plain))
+        assert set(re.findall(commands, shown)) <= allowed
+        assert not re.search(r"\\\\\s*[\[*]|space\s*[\[*]|[^ -~\n]", shown)
+    elif kind == "html":
+        assert re.findall(r"</?\w+", shown) == re.findall(r"</?\w+", plain)
+    else:
+        assert json.loads(shown)[0]["protocol"]["reference"]["name"] == outside
+
+
+def test_legends_and_numbers_are_not_escaped() -> None:
+    """Formulas of the paper's notes, and negative numbers."""
+    for plain in (
+        "ends at alpha_bar[1]",
+        "quadratic for S < T (section D.2)",
+        "σ̂ (clip x0_and_eps)",
+        "fid_50k",
+        "a & b",
+    ):
+        assert escape_markdown(plain) == plain
+    for plain in ("-0.1316", "-2e-05", "η=0.0", -3, 2.5, ""):
+        assert escape_csv(plain) == plain
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no LaTeX here")

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,7 +156,8 @@ def test_impossible_evaluations_are_named_first_and_last(run: Run, checkpoint: P
     assert outcome.out.splitlines()[-1] == f"failed: η=0.0 S=2000 linear: {NOT_POSSIBLE}"
     again = run("evaluate", *arguments[:4], "n=60", *arguments[5:-2], "sampler.S=2", "output_dir=out")
     assert again.code == 0
-    assert [job["state"] for job in jobs(tmp_path / "out")] == ["failed", "done", "done"]
+    assert "failed" not in again.out  # what could not start was no result
+    assert [job["state"] for job in jobs(tmp_path / "out")] == ["done", "done"]
 
 
 def test_a_sweep_runs_without_a_plan_if_hydra_changes(
@@ -198,6 +200,40 @@ def test_a_single_mistake_leaves_the_report_of_a_folder(run: Run, checkpoint: Pa
     assert outcome.code == 2
     assert "failed: " not in outcome.out
     assert "0 failed" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("flags", [(), ("-m",)])
+@pytest.mark.parametrize("typo", ["checkpoint=nowhere.ckpt", "checkpoint=."])
+def test_a_mistyped_path_changes_nothing_in_a_folder(
+    run: Run, sweep: tuple[Any, Path], tmp_path: Path, typo: str, flags: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(sweep[1], folder, ignore=shutil.ignore_patterns("hydra", "*.lock"))
+
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".html", ".json", ".md")}
+
+    before = content()
+    outcome = run("evaluate", *flags, *OPTIONS, "sampler.S=4", "output_dir=out", typo)
+    assert outcome.code == 2
+    assert content() == before
+    assert outcome.out.count("failed: η=0.0 S=4 linear: ") == len(flags)  # a single evaluation only ends with the error
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "records.jsonl"])
+@pytest.mark.parametrize("damage", [b"5\n", b"{}\n", None], ids=["5", "{}", "fifo"])
+def test_a_damaged_file_of_a_sweep_is_one_sentence(
+    run: Run, checkpoint: Path, tmp_path: Path, name: str, damage: bytes | None
+) -> None:
+    (tmp_path / "out").mkdir()
+    if damage is None:
+        os.mkfifo(tmp_path / "out" / name)
+    else:
+        (tmp_path / "out" / name).write_bytes(damage)
+    for flags in ((), ("-m",)):
+        outcome = run("evaluate", *flags, *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2", "output_dir=out")
+        assert outcome.code == 2
+        assert re.fullmatch(r"error: [^\n]*(is damaged|is a fifo)[^\n]*\n", outcome.err)
 
 
 def test_the_session_is_that_of_the_processes_of_a_job(
