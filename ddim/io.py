@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,33 @@ from torch import Tensor
 from ddim.errors import UserError
 
 Tensors = dict[str, Tensor]
+NOT_REGULAR = {
+    stat.S_IFDIR: "folder",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+def check_regular_file(path: Path, what: str) -> None:
+    """Check, without opening it, that a path leads to a regular file: a fifo or a device could be read for ever.
+
+    A path that does not exist passes; whoever opens it has the better message.
+
+    Args:
+        path: symbolic links are followed.
+        what: the file should be, for the message, such as "checkpoint".
+
+    Raises:
+        UserError: it is a folder, fifo, socket or device.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (OSError, ValueError):  # missing, not permitted, or no path at all: opening it fails in the same way
+        return
+    if kind in NOT_REGULAR:
+        raise UserError(f"the {what} {path} is a {NOT_REGULAR[kind]}, not a regular file; give the path of a file.")
 
 
 @contextmanager

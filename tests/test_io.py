@@ -1,14 +1,18 @@
 """Atomic writes: readers see the old file or the complete new one. Tensors of any layout in safetensors files."""
 
+import os
 import resource
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from layouts import same
 
-from ddim.io import atomic_write, read_safetensors, write_safetensors
+from ddim.errors import UserError
+from ddim.io import atomic_write, check_regular_file, read_safetensors, write_safetensors
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):
@@ -135,6 +139,42 @@ def test_two_processes_that_write_at_once_do_not_mix(tmp_path):
     assert set(seen) <= {50_000 * "a", 50_000 * "b"}
     assert len(seen) > 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+# Files that are none.
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+NOT_FILES = {
+    "folder": Path.mkdir,
+    "fifo": os.mkfifo,
+    "socket": make_socket,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("kind", NOT_FILES)
+def test_only_regular_files_pass(tmp_path, monkeypatch, kind, linked):
+    monkeypatch.chdir(tmp_path)  # the name of a socket is short
+    path = Path("it")
+    NOT_FILES[kind](path)
+    if linked:
+        (path := Path("link")).symlink_to("it")
+    with pytest.raises(UserError, match=rf"^the statistics {path} is a {kind}, not a regular file; [^\n]*\.$"):
+        check_regular_file(path, "statistics")
+
+
+@pytest.mark.parametrize("name", ["file", "link", "missing", "dangling", "file/below", "\0", "n" * 5000])
+def test_files_and_what_cannot_be_opened_pass(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    check_regular_file(tmp_path / name, "statistics")
 
 
 # Tensors.
