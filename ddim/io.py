@@ -207,8 +207,9 @@ def _check_zip(path: Path) -> bool:
 
 
 def _check_is_file(path: Path) -> None:
-    check_regular_file(path, "checkpoint")
     if not path.is_file():
+        if not path.is_dir():
+            check_regular_file(path, "checkpoint")
         raise UserError(
             f"there is no checkpoint {path}; give the path of a file that exists, such as one that scripts/train.py "
             "or scripts/import_checkpoint.py wrote."
