@@ -165,7 +165,7 @@ def _read(path: Path, size: tuple[int, int], channels: int, resize: bool, conver
             raise UserError(f"{name} has transparent pixels; put it on a background first.")
         # Cameras store the orientation as metadata. ImageOps.exif_transpose writes all metadata anew, and fails for
         # other entries that are malformed.
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         upright = image if turn is None else image.transpose(turn)
         if (upright.height, upright.width) != size and not resize:
             raise UserError(

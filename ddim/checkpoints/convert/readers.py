@@ -195,9 +195,9 @@ def _read_networks(path: Path, state: Tensors, has_ema: bool = False) -> Source:
     schedule = None
     if betas is not None:
         schedule = build(ScheduleSpec, {"name": "custom", "betas": betas.tolist()}, f"betas in {path}").build()
-    names = any(map(_has_diffusers_names, sets.values()))
+    diffusers_names = any(map(_has_diffusers_names, sets.values()))
     notes = ("its EMA weights are stored in another way and were not read",) if has_ema and "ema" not in sets else ()
-    return Source("nested", path, sets, schedule=schedule, diffusers_names=names, notes=notes)
+    return Source("nested", path, sets, schedule=schedule, diffusers_names=diffusers_names, notes=notes)
 
 
 def _prefixes(state: Mapping[str, Tensor]) -> list[str]:
