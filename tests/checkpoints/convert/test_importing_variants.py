@@ -261,10 +261,10 @@ def test_sharded_weights_are_read_through_their_index(folder, state, write):
     content = load_file(folder / WEIGHTS_FILE)
     kind = "safetensors" if write is save_file else "bin"
     names, files = list(content), {}
-    for i, part in enumerate((names[::2], names[1::2])):
+    for i, half in enumerate((names[::2], names[1::2])):
         file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.{kind}"
-        write({name: content[name] for name in part}, folder / "unet" / file)
-        files |= dict.fromkeys(part, file)
+        write({name: content[name] for name in half}, folder / "unet" / file)
+        files |= dict.fromkeys(half, file)
     (folder / WEIGHTS_FILE).unlink()
     index = folder / "unet" / f"diffusion_pytorch_model.{kind}.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
@@ -272,7 +272,7 @@ def test_sharded_weights_are_read_through_their_index(folder, state, write):
     hashes = {bring(path, out=out, overwrite=True).model.origin["sha256"] for path in (folder, index)}
     assert same(bring(folder, out=out, overwrite=True).model.state, state)
     shard = folder / "unet" / file
-    write({name: content[name] + 1 for name in part}, shard)
+    write({name: content[name] + 1 for name in half}, shard)
     assert bring(folder, out=out, overwrite=True).model.origin["sha256"] not in hashes  # it covers the shards
     shard.unlink()
     assert f"there is no checkpoint {shard}" in import_refusal(folder)
