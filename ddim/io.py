@@ -22,6 +22,7 @@ from ddim.errors import UserError
 log = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 PARTIAL = re.compile(r"\.([0-9a-f]{16}|\d+)_.+")  # earlier versions used the number of the process
+MAX_UNFOLDED = 1 << 28  # bytes; a zip archive may unfold to more if it is not small itself
 NOT_REGULAR = {
     stat.S_IFDIR: "folder",
     stat.S_IFIFO: "fifo",
@@ -91,9 +92,10 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
     """
     _check_is_file(path)
     try:
+        uncompressed = _check_zip(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about files that it then refuses
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and _is_uncompressed_zip(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and uncompressed)
     except Exception as error:  # a damaged or unknown file can make the reader raise anything
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
@@ -103,9 +105,24 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
         raise _unreadable(path, error) from error
 
 
+def explain_content(path: Path) -> str:
+    """Return what a file is that was meant to be an image or a checkpoint, by its first bytes; "" if it is unknown."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").lower()  # a byte order mark and blanks
+    except OSError:
+        return ""
+    if start.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "it is a web page, so its download failed: download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file itself: run git lfs pull where it is from"
+    return ""
+
+
 def printable(name: object) -> str:
     """Return a name from an untrusted file as text; names with control characters are quoted and escaped."""
-    return str(name) if str(name).isprintable() else repr(name)
+    text = str(name)
+    return text if text.isprintable() else repr(text)
 
 
 @contextmanager
@@ -198,16 +215,26 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_uncompressed_zip(path: Path) -> bool:
-    """Whether a file is a zip archive that can be memory-mapped; repacked archives are often compressed."""
+def _check_zip(path: Path) -> bool:
+    """Return whether a file is a zip archive that can be memory-mapped; repacked archives are often compressed.
+
+    Raises:
+        ValueError: the archive would take far more memory than its size on the disk.
+    """
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+        entries = archive.infolist()
+    unfolded = sum(entry.file_size for entry in entries)
+    if unfolded > max(MAX_UNFOLDED, 10 * path.stat().st_size):  # compressed weights take about 0.9 of their size
+        raise ValueError(f"its {path.stat().st_size:,} bytes unfold to {unfolded:,}")
+    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
 def _check_is_file(path: Path) -> None:
     if not path.is_file():
+        if not path.is_dir():
+            check_regular_file(path, "checkpoint")
         raise UserError(
             f"there is no checkpoint {path}; give the path of a file that exists, such as one that scripts/train.py "
             "or scripts/import_checkpoint.py wrote."
@@ -215,5 +242,7 @@ def _check_is_file(path: Path) -> None:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
+    if content := explain_content(path):
+        return UserError(f"{path} cannot be read as a checkpoint: {content}.")
     reason = re.split(r"\.\s|\n", str(error).strip())[0].rstrip(".") or type(error).__name__
     return UserError(f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind ({reason}).")

@@ -90,13 +90,17 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
             description.
     """
     stored = read_model(path, weights)
-    with explain_read_errors(path):
+    with explain_read_errors(path), torch.device("meta"):  # without memory: a description may claim any size
         network = build_network(stored.spec.network, stored.spec.network_spec)
+        state = {name: value.to("meta") for name, value in stored.state.items()}
     try:
-        network.load_state_dict(stored.state)
+        network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
         raise UserError(f"the weights in {path} do not fit the network it describes: {reason}.") from error
+    with explain_read_errors(path):
+        network = build_network(stored.spec.network, stored.spec.network_spec)
+        network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
     return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step)
 

@@ -98,6 +98,12 @@ class ImageDataModule(LightningDataModule):
             pin_memory=_free_memory(trainer.strategy.root_device) is not None,
         )
 
+    def on_before_batch_transfer(self, batch: "_Item | UserError", dataloader_idx: int) -> "_Item":
+        """Raise what prevented reading."""
+        if isinstance(batch, UserError):
+            raise batch
+        return batch
+
     def on_after_batch_transfer(self, batch: "_Item", dataloader_idx: int) -> Batch:
         """Gather, flip and scale the images on the device."""
         step, positions = batch["step"], batch["positions"]
@@ -124,16 +130,22 @@ class _Item(MicroBatch):
     images: NotRequired[Tensor]
 
 
-class _Reader(Dataset[_Item]):
-    """Item k is micro-batch k; `images` is None where none are to be read (worker processes would copy them)."""
+class _Reader(Dataset[_Item | UserError]):
+    """Item k is micro-batch k, or the error of an image that cannot be read.
+
+    `images` is None where none are to be read (worker processes would copy them).
+    """
 
     def __init__(self, batches: MicroBatches, images: Images | None) -> None:
         self.batches, self.images = batches, images
 
-    def __getitem__(self, k: int) -> _Item:
+    def __getitem__(self, k: int) -> _Item | UserError:
         item = _Item(**self.batches[k])
         if self.images is not None:
-            item["images"] = self.images.batch(item["indices"])
+            try:
+                item["images"] = self.images.batch(item["indices"])
+            except UserError as error:  # a worker process would raise it again with its traceback as the message
+                return error
         return item
 
 

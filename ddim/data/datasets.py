@@ -32,6 +32,7 @@ class DataSpec:
         download: fetch missing files where torchvision can (cifar10, celeba).
         category: of lsun, for example "bedroom".
         resize: of folder: resize the shorter side and centre-crop images of another size, instead of refusing them.
+        convert: of folder: convert grey and colour images to `channels`, instead of refusing them.
         in_memory: of celeba and folder: decode all files at the start; false reads them on demand, for large data sets.
 
     Raises:
@@ -46,6 +47,7 @@ class DataSpec:
     download: bool = True
     category: str | None = None
     resize: bool = False
+    convert: bool = False
     in_memory: bool = True
 
     def __post_init__(self) -> None:
@@ -55,8 +57,9 @@ class DataSpec:
             raise ValueError(f"channels={self.channels} must be 1 (grey) or 3 (RGB).")
         if self.category is not None and self.name != "lsun":
             raise ValueError(f"category={self.category} is an option of lsun alone; leave it out for {self.name}.")
-        if self.resize and self.name != "folder":
-            raise ValueError(f"resize=true is an option of folder alone; leave it out for {self.name}.")
+        for option in ("resize", "convert"):
+            if getattr(self, option) and self.name != "folder":
+                raise ValueError(f"{option}=true is an option of folder alone; leave it out for {self.name}.")
         if not self.in_memory and self.name not in ("celeba", "folder"):
             raise ValueError(f"in_memory=false is an option of celeba and folder; leave it out for {self.name}.")
 
@@ -134,12 +137,20 @@ def digits(spec: DataSpec, split: Split) -> Images:
 
 def folder(spec: DataSpec, split: Split) -> Images:
     """A folder of your own images; see `folder_images`."""
-    images = folder_images(_root(spec), split, spec.size, spec.channels, spec.resize)
+    images = folder_images(_root(spec), split, spec.size, spec.channels, spec.resize, spec.convert)
     return images if not spec.in_memory else images.load()
 
 
 def _root(spec: DataSpec) -> Path:
-    return Path(spec.root).expanduser()
+    """Return the root with ~ expanded.
+
+    Raises:
+        UserError: it is a file, such as an archive.
+    """
+    root = Path(spec.root).expanduser()
+    if root.exists() and not root.is_dir():
+        raise UserError(f"data.root={spec.root} is not a folder; unpack it if it is an archive, and give the folder.")
+    return root
 
 
 def _require(spec: DataSpec, holds: bool, what: str) -> None:

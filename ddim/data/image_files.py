@@ -4,8 +4,9 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,25 +18,60 @@ from tqdm import tqdm
 
 from ddim.data.images import LazyImages, MemoryImages
 from ddim.errors import UserError
-from ddim.io import atomic_write
+from ddim.io import atomic_write, check_regular_file, explain_content, printable
 
 log = logging.getLogger(__name__)
 _SHOW_PROGRESS_ABOVE = 5000  # files
 _DECODED_AT_ONCE = 1024  # files, so that only these are in memory
 _CLOCK_TICK = 2_000_000_000  # nanoseconds; no file system's times are coarser
-_UNDECODABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # of one image; Pillow opens none that is larger
+
+
+class DamagedImage(UserError):
+    """The content of an image file cannot be decoded."""
+
+
+@contextmanager
+def explain_damage(what: str, file: Path | None = None) -> Iterator[None]:
+    """Turn whatever Pillow raises in the block on a damaged image into one sentence.
+
+    Args:
+        what: names the image, for the message.
+        file: that holds it and nothing else, if there is one.
+
+    Raises:
+        DamagedImage: the image cannot be decoded.
+        UserError: it has too many pixels, or the block refused it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{what} has more than {_MAX_PIXELS:,} pixels, the most that are read; scale it down."
+        ) from error
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        reason = (explain_content(file) if file else "") or reason
+        raise DamagedImage(f"{what} cannot be read ({reason}); replace it.") from error
 
 
 def resize_and_center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale `image` to the smallest size that covers `size` = (H, W), with Pillow's bilinear filter; crop the centre.
 
     For a square size this is torchvision's Resize(size) followed by CenterCrop(size).
+
+    Raises:
+        ValueError: the image is so long and narrow that it would have too many pixels.
     """
     height, width = size
     if image.width * height <= image.height * width:  # the width decides
         scaled = (width, image.height * width // image.width)
     else:
         scaled = (image.width * height // image.height, height)
+    if scaled[0] * scaled[1] > _MAX_PIXELS:
+        raise ValueError(f"{image.height} x {image.width} pixels are too narrow to cover {height} x {width}")
     image = image.resize(scaled, Image.Resampling.BILINEAR)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
@@ -54,7 +90,7 @@ class FileImages(LazyImages):
         name: see `Images`.
         files: one per image.
         read: opens a file and returns the prepared image, grey or RGB and of the size in `shape`. What Pillow raises on
-            a damaged file becomes a UserError here.
+            a damaged file becomes a DamagedImage here.
         shape: (C, H, W).
         transform: see `LazyImages`.
     """
@@ -74,12 +110,18 @@ class FileImages(LazyImages):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        try:
-            return torch.from_numpy(to_array(self._read(self.files[index])))
-        except UserError:
-            raise
-        except _UNDECODABLE as error:
-            raise UserError(f"the image file {self.files[index]} cannot be read ({error}); replace it.") from error
+        return torch.from_numpy(self._decode(self.files[index]))
+
+    def _decode(self, file: Path) -> np.ndarray:
+        """Return an image, uint8 (C, H, W).
+
+        Raises:
+            DamagedImage: the file cannot be decoded.
+            UserError: `read` refused it, or it is no regular file.
+        """
+        check_regular_file(file, "image")
+        with explain_damage(f"the image file {printable(file)}", file):
+            return to_array(self._read(file))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the pixels, as for the same images in memory.
@@ -96,7 +138,11 @@ class FileImages(LazyImages):
             if file.exists():  # otherwise decoding names it
                 stat = file.stat()
                 newest = max(newest, stat.st_ctime_ns)
-                state.update(f"|{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode())
+                state.update(
+                    f"|{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}".encode(
+                        errors="surrogateescape"
+                    )
+                )
         kept = Path(torch.hub.get_dir()).parent / "ddim" / "fingerprints" / state.hexdigest()
         before = kept.read_text(encoding="ascii", errors="replace") if os.access(kept, os.R_OK) else ""
         if len(before) == 64:
@@ -130,22 +176,22 @@ class FileImages(LazyImages):
             UserError: `read` refused a file, or some cannot be decoded; the message gives their number and five names.
         """
         pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
-        damaged: list[Path] = []
+        damaged: dict[Path, DamagedImage] = {}
 
         def decode(index: int) -> None:
             try:
-                pixels[index] = to_array(self._read(self.files[index]))
-            except UserError:
-                raise
-            except _UNDECODABLE:
-                damaged.append(self.files[index])
+                pixels[index] = self._decode(self.files[index])
+            except DamagedImage as error:
+                damaged[self.files[index]] = error
 
         with ThreadPoolExecutor() as pool:
             hidden = None if len(self) > _SHOW_PROGRESS_ABOVE else True  # None: hidden unless stderr is a terminal
             for _ in tqdm(pool.map(decode, range(len(self))), self.name, len(self), unit="image", disable=hidden):
                 pass
+        if len(damaged) == 1:
+            raise next(iter(damaged.values()))
         if damaged:
-            first = ", ".join(str(file) for file in sorted(damaged)[:5])
+            first = ", ".join(printable(file) for file in sorted(damaged)[:5])
             raise UserError(
                 f"{len(damaged)} of {len(self)} image files cannot be read: {first}"
                 f"{', ...' * (len(damaged) > 5)}; replace or remove them."

@@ -1,26 +1,44 @@
 """A folder of your own images, one file each."""
 
+import logging
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from ddim.data.image_files import FileImages, resize_and_center_crop
 from ddim.errors import UserError
+from ddim.io import printable
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _IGNORED = {"Thumbs.db", "desktop.ini"}  # written by file managers; hidden files are ignored as well
 # Channels of an image by its Pillow mode. The modes of more than 8 bits are left out: converting would clip them.
 _CHANNELS = {"1": 1, "L": 1, "LA": 1, "P": 3, "PA": 3, "RGB": 3, "RGBA": 3, "CMYK": 3, "YCbCr": 3}
 _MODES = {1: "L", 3: "RGB"}
+_OTHER_SPLITS = {"val", "valid", "validation"}  # left out beside train and test, with a warning
+# EXIF orientation -> what makes such an image upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def folder_images(root: Path, split: str, size: tuple[int, int], channels: int, resize: bool) -> FileImages:
+def folder_images(
+    root: Path, split: str, size: tuple[int, int], channels: int, resize: bool, convert: bool = False
+) -> FileImages:
     """List the images under `root`, sub-folders included, in the order of their relative paths.
 
-    When `root` has a sub-folder `train` or `test`, `split` names the one to read; otherwise the whole folder serves as
-    both. Hidden files and folders are ignored.
+    When `root` has a sub-folder `train` or `test` and no images elsewhere, `split` names the one to read; otherwise the
+    whole folder serves as both. Hidden files and folders are ignored.
 
     Args:
         root: the folder.
@@ -28,38 +46,99 @@ def folder_images(root: Path, split: str, size: tuple[int, int], channels: int, 
         size: (H, W) of the images returned.
         channels: 1 or 3; the files must have as many.
         resize: scale the shorter side and centre-crop images of another size instead of refusing them.
+        convert: convert grey and colour images to `channels` instead of refusing them.
 
     Raises:
-        UserError: the folder is missing, has no images, or holds files that are not images.
+        UserError: the folder is missing, has no images, holds files that are not images or sub-folders that may be
+            splits or classes, or is linked into itself.
     """
     if not root.is_dir():
         raise UserError(f"the folder {root} does not exist; set data.root to a folder of images.")
-    folder = root
-    if (root / "train").is_dir() or (root / "test").is_dir():
-        folder = root / split
-        if not folder.is_dir():
-            raise UserError(f"{root} is divided into train and test, but {folder} does not exist; add it.")
+    folder = _split_folder(root, split)
     files = _list_images(folder)
+    steps = ["shorter side bilinear, centre crop"] * resize + ["converted"] * convert
     return FileImages(
-        name=f"{root.resolve().name}-{split}",
+        # as text even if the folder's name is no UTF-8
+        name=f"{root.resolve().name}-{split}".encode(errors="replace").decode(),
         files=files,
-        read=partial(_read, size=size, channels=channels, resize=resize),
+        read=partial(_read, size=size, channels=channels, resize=resize, convert=convert),
         shape=(channels, *size),
-        transform=f"{'shorter side bilinear, centre crop' if resize else 'none'}, {_MODES[channels]}",
+        transform=f"{', '.join(steps) or 'none'}, {_MODES[channels]}",
     )
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    """Return the folder to read: a split of `root`, or `root`.
+
+    Raises:
+        UserError: the split is missing, or sub-folders may be splits or classes.
+    """
+    entries = sorted(_entries(root))
+    splits = [path.name for path, is_folder in entries if is_folder and path.name.lower() in ("train", "test")]
+    if not splits:
+        return root
+    others = [path.name for path, is_folder in entries if path.name not in splits and _holds_images(path, is_folder)]
+    left_out = [name for name in others if name.lower() in _OTHER_SPLITS]
+    if others != left_out or set(splits) - {"train", "test"}:
+        beside = f" beside {', '.join(map(printable, others[:5]))}{', ...' * (len(others) > 5)}" if others else ""
+        raise UserError(
+            f"{root} holds {' and '.join(splits)}{beside}, which may be splits or classes; for splits name them train "
+            "and test and move all other images away, for classes give them other names, or set data.root to the "
+            "folder that you mean."
+        )
+    folder = root / split
+    if not folder.is_dir():
+        raise UserError(f"{root} is divided into train and test, but {folder} does not exist; add it.")
+    if left_out:
+        log.warning("%s is read; %s beside it is left out.", folder, " and ".join(left_out))
+    return folder
+
+
+def _holds_images(path: Path, is_folder: bool) -> bool:
+    files = _walk(path) if is_folder else [path]
+    return any(file.suffix.lower() in EXTENSIONS for file in files)
+
+
+def _entries(folder: Path) -> list[tuple[Path, bool]]:
+    """Return what is in a folder and not hidden, and whether it is a folder itself.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in _IGNORED]
+            return [(Path(entry.path), entry.is_dir()) for entry in visible]
+    except OSError as error:
+        raise UserError(f"{printable(error.filename)} cannot be read ({error.strerror}); move it away.") from error
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files under a folder, sub-folders and links included, without what is hidden.
+
+    Raises:
+        UserError: a folder is linked into itself, or cannot be read.
+    """
+    waiting: list[tuple[Path, frozenset[Path]]] = [(folder, frozenset())]
+    while waiting:
+        parent, above = waiting.pop()
+        real = parent.resolve()
+        if real in above:
+            raise UserError(f"{printable(parent)} is a link to {printable(real)}, which contains it; remove the link.")
+        for path, is_folder in _entries(parent):
+            if is_folder:
+                waiting.append((path, above | {real}))
+            else:
+                yield path
 
 
 def _list_images(folder: Path) -> list[Path]:
     images: list[Path] = []
     others: list[Path] = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith(".") and name not in _IGNORED:
-                path = Path(parent, name)
-                (images if path.suffix.lower() in EXTENSIONS else others).append(path)
+    for path in _walk(folder):
+        (images if path.suffix.lower() in EXTENSIONS else others).append(path)
     if others:
-        named = ", ".join(str(path) for path in sorted(others)[:5])
+        named = ", ".join(printable(path) for path in sorted(others)[:5])
         raise UserError(
             f"{folder} holds {len(others)} files that are not images: {named}{', ...' * (len(others) > 5)}; "
             f"move them away (images end in {' '.join(EXTENSIONS)})."
@@ -69,22 +148,29 @@ def _list_images(folder: Path) -> list[Path]:
     return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read(path: Path, size: tuple[int, int], channels: int, resize: bool) -> Image.Image:
+def _read(path: Path, size: tuple[int, int], channels: int, resize: bool, convert: bool) -> Image.Image:
     """Open a file and return it in mode L or RGB and of size (H, W)."""
+    name = printable(path)
     with Image.open(path) as image:
         has = _CHANNELS.get(image.mode)
         if has is None:
-            raise UserError(f"{path} has pixels of mode {image.mode}, not 8 bits per channel; convert it.")
-        if has != channels:
+            raise UserError(f"{name} has pixels of mode {image.mode}, not 8 bits per channel; convert it.")
+        if has != channels and not convert:
             kind = {1: "grey", 3: "in colour"}[has]
-            raise UserError(f"{path} is {kind}, but data.channels={channels}; set data.channels={has} or convert it.")
-        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-            raise UserError(f"{path} has transparent pixels; put it on a background first.")
-        ImageOps.exif_transpose(image, in_place=True)  # cameras store the orientation as metadata
-        if (image.height, image.width) != size and not resize:
             raise UserError(
-                f"{path} is {image.height} x {image.width} pixels (height x width), but data.size={list(size)}; "
+                f"{name} is {kind}, but data.channels={channels}; set data.channels={has} if all images are {kind}, or "
+                "data.convert=true to convert those that are not."
+            )
+        if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise UserError(f"{name} has transparent pixels; put it on a background first.")
+        # Cameras store the orientation as metadata. ImageOps.exif_transpose writes all metadata anew, and fails for
+        # other entries that are malformed.
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        upright = image if turn is None else image.transpose(turn)
+        if (upright.height, upright.width) != size and not resize:
+            raise UserError(
+                f"{name} is {upright.height} x {upright.width} pixels (height x width), but data.size={list(size)}; "
                 "set data.resize=true to resize the shorter side and centre-crop."
             )
-        upright = image.convert(_MODES[channels])
+        upright = upright.convert(_MODES[channels])
     return upright if upright.size == size[::-1] else resize_and_center_crop(upright, size)

@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ddim.data.image_files import resize_and_center_crop, to_array
+from ddim.data.image_files import explain_damage, resize_and_center_crop, to_array
 from ddim.data.images import LazyImages
 from ddim.errors import UserError
+from ddim.io import check_regular_file, printable
+
+_SPARE_PAGES = 16  # that were allocated last and never written, which an intact database may lack
 
 
 class LSUNImages(LazyImages):
@@ -26,13 +29,14 @@ class LSUNImages(LazyImages):
         size: (H, W).
 
     Raises:
-        UserError: the package lmdb or the folder is missing.
+        UserError: the package lmdb or the folder is missing, or the database is damaged.
     """
 
     transform = "shorter side bilinear, centre crop, RGB"
 
     def __init__(self, name: str, folder: Path, size: tuple[int, int]) -> None:
-        if not (folder / "data.mdb").is_file():
+        check_regular_file(folder / "data.mdb", "LSUN database")
+        if not (folder / "data.mdb").exists():
             raise UserError(
                 f"the LSUN database {folder / 'data.mdb'} does not exist; download {folder.name}.zip with the data "
                 "set's own script and unzip it there, or use data=folder."
@@ -40,7 +44,7 @@ class LSUNImages(LazyImages):
         self.name, self.shape = name, (3, *size)
         self._folder = folder
         self._environment: Any = None
-        with self._open().begin() as transaction:
+        with explain_damage(f"the LSUN database {folder}"), self._open().begin() as transaction:
             # an array, because worker processes would copy a list of millions of objects page by page
             self._keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)))
         self.close()
@@ -51,9 +55,11 @@ class LSUNImages(LazyImages):
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Tensor:
-        with self._open().begin(buffers=True) as transaction:
-            image = Image.open(io.BytesIO(transaction.get(bytes(self._keys[index])))).convert("RGB")
-        return torch.from_numpy(to_array(resize_and_center_crop(image, self.shape[1:])))
+        key = bytes(self._keys[index])
+        with explain_damage(f"the image {printable(key.decode(errors='replace'))} of the LSUN database {self._folder}"):
+            with self._open().begin(buffers=True) as transaction:
+                image = Image.open(io.BytesIO(transaction.get(key))).convert("RGB")
+            return torch.from_numpy(to_array(resize_and_center_crop(image, self.shape[1:])))
 
     def close(self) -> None:
         """Close the database; reading an image opens it again."""
@@ -72,5 +78,10 @@ class LSUNImages(LazyImages):
             except ImportError as error:
                 raise UserError("reading LSUN needs the package lmdb; install ddim with the extra 'lsun'.") from error
             # Without locks: works on read-only media and in forked processes.
-            self._environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=False, meminit=False)
+            environment = lmdb.open(str(self._folder), readonly=True, lock=False, readahead=False, meminit=False)
+            pages = (self._folder / "data.mdb").stat().st_size // environment.stat()["psize"]
+            if environment.info()["last_pgno"] - pages > _SPARE_PAGES:  # reading a missing page ends the process
+                environment.close()
+                raise UserError(f"the LSUN database {self._folder} is cut short; copy or download it again.")
+            self._environment = environment
         return self._environment

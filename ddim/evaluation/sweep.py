@@ -39,6 +39,8 @@ def job_id(spec: JobSpec) -> str:
     """
     values = dataclasses.asdict(spec)
     values["compute"] = values["compute"]["bf16"]
+    if not spec.data.convert:
+        del values["data"]["convert"]  # the names of before this option
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ddim.errors import UserError
-from ddim.networks.compiler import find_compiler
+from ddim.networks.compiler import find_compiler, is_private
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: the folder of compiled code
 MAX_COMPILED_SIZES = 64  # batch sizes that a network is compiled for; torch runs further ones uncompiled
@@ -79,12 +79,12 @@ def _keep_compiled_code() -> None:
 
     torch's default is the temporary folder, which clusters empty after each job. Here it is `~/.cache/torch/inductor`
     (next to torch's other downloads; TORCH_HOME moves it), unless TORCHINDUCTOR_CACHE_DIR names another folder or this
-    one is not writable.
+    one is not writable, or writable by others: torch loads and runs what is in it.
     """
     folder = Path(torch.hub.get_dir()).parent / "inductor"
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     # Parts of torch set the variable to the temporary folder when they are imported.
     value = os.environ.get(CACHE)
     set_by_user = value is not None and not value.startswith(os.path.join(tempfile.gettempdir(), "torchinductor_"))
-    if not set_by_user and os.access(existing, os.W_OK):
+    if not set_by_user and os.access(existing, os.W_OK) and is_private(folder):
         os.environ[CACHE] = str(folder)

@@ -3,7 +3,9 @@
 import os
 import shlex
 import shutil
+import stat
 import sys
+from pathlib import Path
 
 from ddim.errors import UserError
 
@@ -28,3 +30,13 @@ def find_compiler() -> list[str]:
             "(apt install g++, conda install gxx), name another one in the variable CXX, or leave both false."
         )
     return command
+
+
+def is_private(path: Path) -> bool:
+    """Whether code may be run from a path: it is not there, or this user's, no link, and nobody else can write."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return True
+    is_own = os.name != "posix" or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+    return is_own and (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode))

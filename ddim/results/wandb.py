@@ -1,5 +1,6 @@
 """Logging a sweep to Weights & Biases: a group with a run for each evaluation and a run for the report."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ddim.results.records import RECORDS, Record
 from ddim.results.report import build_tables
 from ddim.results.schema import evaluation_records
 
+_NOT_IN_NAMES = "/\\#?%:"  # characters that W&B takes neither in a project nor in an entity
 RUNS = "wandb/runs"  # in a sweep's folder: the ids of its W&B runs, each in a file named by the key of its record
 
 
@@ -23,6 +25,9 @@ class LoggerSpec:
         wandb, tensorboard: also log there.
         project, entity, group, tags: of the W&B run.
         offline: keep the W&B run on this disk, without an account; `wandb sync` uploads it later.
+
+    Raises:
+        ValueError: W&B would refuse the project, the entity or a tag.
     """
 
     wandb: bool = False
@@ -32,6 +37,19 @@ class LoggerSpec:
     group: str | None = None
     tags: tuple[str, ...] = ()
     offline: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.wandb:
+            return
+        for key, name in (("project", self.project), ("entity", self.entity)):
+            if name is not None and not re.fullmatch(rf"[^{re.escape(_NOT_IN_NAMES)}]{{1,128}}", name):
+                raise ValueError(
+                    f"{key}={name!r} must have 1 to 128 characters, none of them {' '.join(_NOT_IN_NAMES)}; choose "
+                    "another name."
+                )
+        for tag in self.tags:
+            if not 1 <= len(tag) <= 64:
+                raise ValueError(f"tags: {tag!r} has {len(tag)} characters; W&B takes tags of 1 to 64.")
 
 
 @contextmanager

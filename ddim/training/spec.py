@@ -142,6 +142,8 @@ class TrainSpec:
     def recipe(self) -> dict[str, Any]:
         """Return what else determines the weights after a number of steps, besides the model: plain values by key."""
         data = {key: getattr(self.data, key) for key in ("name", "category", "flip", "resize")}
+        if self.data.convert:
+            data["convert"] = True  # only then: checkpoints of before this option can be resumed
         groups = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
         groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
         groups["trainer"] = {"batch_size": self.trainer.batch_size}

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import warnings
 import zipfile
@@ -25,6 +26,7 @@ from layouts import (
 )
 from safetensors.torch import save_file
 
+from ddim import io
 from ddim.checkpoints import load_model, save_model
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import UserError
@@ -207,6 +209,35 @@ def test_content_of_another_kind_is_one_sentence(tmp_path, content, suffix):
         assert f"{path} cannot be read as a checkpoint: it is cut short, damaged or of another kind" in message
 
 
+# What a failed download leaves -> what the message says it is.
+DOWNLOADS = {
+    b"\n<!DOCTYPE html>\n<html><head>": "it is a web page, so its download failed: download it again",
+    b"<HTML><BODY>404 Not Found": "it is a web page, so its download failed: download it again",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n": "it is a pointer of Git LFS, not the file ",
+}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+@pytest.mark.parametrize("content", DOWNLOADS)
+def test_a_failed_download_is_called_what_it_is(tmp_path, content, suffix):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    for message in (import_refusal(path), refusal(load_model, path), refusal(read_checkpoint, path)):
+        assert message.startswith(f"{path} cannot be read as a checkpoint: {DOWNLOADS[content]}")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_an_archive_that_unfolds_to_gigabytes_is_not_read(tmp_path, monkeypatch, compression):
+    path, size = tmp_path / "bomb.ckpt", 1 << 21
+    monkeypatch.setattr(io, "MAX_UNFOLDED", size)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("read"))
+    with zipfile.ZipFile(path, "w", compression) as made:
+        for i in range(2):
+            made.writestr(f"bomb/data/{i}", bytes(size))
+    for message in (import_refusal(path), refusal(load_model, path), refusal(read_checkpoint, path)):
+        assert re.search(rf"cannot be read as a checkpoint: .* bytes unfold to {2 * size:,}\)\.$", message)
+
+
 @pytest.mark.parametrize(
     "content",
     [{"model_state": {}, "epoch": 3}, {"a": torch.zeros(1), "b": 1}, {}, torch.zeros(3), "text", 7],
@@ -246,7 +277,9 @@ def test_a_path_without_a_file_is_one_sentence(tmp_path, name):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     for overwrite in (False, True):
-        assert name in import_refusal(tmp_path / name, overwrite=overwrite)
+        message = import_refusal(tmp_path / name, overwrite=overwrite)
+        assert name in message
+        assert ("is a fifo, not a regular file" in message) is (name == "pipe")
 
 
 @pytest.mark.parametrize("name", ["x.ckpt", "x.safetensors", "diffusion_pytorch_model.bin"])

@@ -167,3 +167,9 @@ def test_the_old_label_raw_loads_a_training_checkpoint(make_checkpoint, tmp_path
     assert load_model(path, weights).weights_hash == load_model(path, "online").weights_hash
     assert load_model(path, weights).weights == "online"
     assert load_model(path, weights).weights_hash != load_model(path, "ema").weights_hash
+
+
+def test_a_description_of_a_huge_network_takes_no_memory(model, path):
+    """Before, 39 TB were asked for."""
+    save_model(replace(model, spec=replace(model.spec, network_spec=replace(NETWORK, ch=1 << 20))), path)
+    assert f"the weights in {path} do not fit the network it describes: " in refusal(load_model, path)

@@ -125,6 +125,21 @@ def test_images_stay_off_a_device_that_they_would_fill(images, monkeypatch):
         assert data._fits(images.images, torch.device("meta")) is fits
 
 
+class Unreadable(Lazy):
+    """Images of which none can be read."""
+
+    def batch(self, indices):
+        raise UserError("x.png cannot be read; replace it.")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_sentence(train, images, workers):
+    with pytest.raises(UserError) as caught:
+        train(1, source=Unreadable(images.images), num_workers=workers)
+    assert str(caught.value) == "x.png cannot be read; replace it."
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(("accumulate", "workers"), [(1, 0), (2, 0), (2, 1)])
 @pytest.mark.parametrize("total", [3, 7], ids=["extended", "interrupted"])

@@ -1,6 +1,7 @@
 """The named data sets, read from small files in the layout of the real ones."""
 
 import io
+import os
 import pickle
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def test_digits_are_not_mirrored():
         ({"name": "digits", "size": [8, 8], "channels": 2}, r"channels=2 must be 1 \(grey\) or 3"),
         ({"name": "digits", "size": [8, 8], "channels": 1, "category": "tower"}, "category=tower is an option of lsun"),
         ({"name": "digits", "size": [8, 8], "channels": 1, "resize": True}, "resize=true is an option of folder"),
+        ({"name": "digits", "size": [8, 8], "channels": 1, "convert": True}, "convert=true is an option of folder"),
         ({"name": "lsun", "size": [8, 8], "channels": 3, "in_memory": False}, "in_memory=false is an option of celeba"),
         ({"name": "folders", "size": [8, 8], "channels": 3}, "unknown data set 'folders' .did you mean folder?"),
         ({"name": "digits", "size": [16, 16], "channels": 1}, r"digits needs size=\[8, 8\] and channels=1, not size="),
@@ -229,6 +231,48 @@ def test_lsun_is_resized_also_in_worker_processes(lsun_root):
         loader = DataLoader(images, batch_size=None, sampler=[1, 0], num_workers=1, multiprocessing_context=context)
         assert torch.equal(torch.stack(list(loader)), expected.flip(0))
     images.close()
+
+
+def cut_short(database):
+    with database.open("r+b") as file:
+        file.truncate(database.stat().st_size // 2)
+
+
+# What happens to data.mdb -> what the message says about it.
+DAMAGED_DATABASES = {
+    "another file": (lambda database: database.write_bytes(b"x" * 100_000), r"bedroom_train_lmdb cannot be read \("),
+    "cut short": (cut_short, "bedroom_train_lmdb is cut short; copy or download it again"),
+    "fifo": (
+        lambda database: (database.unlink(), os.mkfifo(database)),
+        "the LSUN database .* is a fifo, not a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED_DATABASES)
+def test_a_damaged_lsun_database_is_refused(tmp_path, case):
+    lmdb = pytest.importorskip("lmdb")
+    folder = tmp_path / "bedroom_train_lmdb"
+    with lmdb.open(str(folder), map_size=1 << 20) as database, database.begin(write=True) as writing:
+        for i in range(40):
+            writing.put(b"%d" % i, bytes(5000))
+    damage, message = DAMAGED_DATABASES[case]
+    damage(folder / "data.mdb")
+    with pytest.raises(UserError, match=message):
+        load_images(spec(name="lsun", size=[8, 8], channels=3, category="bedroom", root=str(tmp_path)))
+
+
+def test_a_damaged_lsun_image_is_named(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    Image.effect_noise((32, 32), 50).save(stored := io.BytesIO(), "PNG")
+    for content in (stored.getvalue()[:-100], b"", b"no image"):
+        folder = str(tmp_path / "tower_train_lmdb")
+        with lmdb.open(folder, map_size=1 << 20) as database, database.begin(write=True) as writing:
+            writing.put(b"abc", content)
+        images = load_images(spec(name="lsun", size=[8, 8], channels=3, category="tower", root=str(tmp_path)))
+        with pytest.raises(UserError, match=r"^the image abc of the LSUN database \S+ cannot be read \([^\n]*\); "):
+            images[0]
+        images.close()
 
 
 def test_missing_lsun_files_are_named(tmp_path, monkeypatch):

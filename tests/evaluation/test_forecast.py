@@ -19,8 +19,9 @@ from ddim.evaluation.job import Job
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
-from ddim.evaluation.sweep import MANIFEST, Manifest, Timing, forecast, job_id, outline
+from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Timing, forecast, job_id, outline
 from ddim.inference.compute import ComputeSpec
+from ddim.results.records import record_key
 from ddim.results.wandb import LoggerSpec
 
 pytestmark = pytest.mark.integration
@@ -100,6 +101,15 @@ def test_job_ids_depend_on_what_decides_a_number(spec: EvaluateSpec) -> None:
         {"checkpoint": "another.ckpt"},
     ]
     assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 8  # type: ignore[arg-type]
+
+
+def test_job_ids_of_before_the_option_convert_stay(spec: EvaluateSpec) -> None:
+    values = dataclasses.asdict(spec) | {"compute": spec.compute.bf16}
+    del values["data"]["convert"]
+    assert job_id(spec) == record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
+    data = dataclasses.replace(spec.data, name="folder")
+    jobs = [dataclasses.replace(spec, data=dataclasses.replace(data, convert=on)) for on in (False, True)]
+    assert job_id(jobs[0]) != job_id(jobs[1])
 
 
 def test_concurrent_notes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:

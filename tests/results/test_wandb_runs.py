@@ -12,6 +12,7 @@ import wandb
 from made_records import FID, record
 from PIL import Image
 
+from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.results.records import RecordFile
@@ -138,3 +139,31 @@ def test_failed_run_is_reported_and_logged_again(
 def test_tensorboard_is_refused_for_evaluation(spec: EvaluateSpec) -> None:
     with pytest.raises(ValueError, match="tensorboard is for training"):
         dataclasses.replace(spec, logger=LoggerSpec(tensorboard=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tags": ["x" * 65]}, "logger: tags: 'x+' has 65 characters; W&B takes tags of 1 to 64"),
+        ({"tags": ["a", ""]}, "logger: tags: '' has 0 characters; W&B takes tags of 1 to 64"),
+        *(
+            ({"project": f"a{mark}b"}, "logger: project='a.+b' must have 1 to 128 characters, none")
+            for mark in "/\\#?%:"
+        ),
+        ({"project": ""}, "logger: project='' must have 1 to 128 characters"),
+        ({"project": "x" * 129}, "logger: project='x+' must have 1 to 128 characters"),
+        ({"entity": "team/x"}, "logger: entity='team/x' must have 1 to 128 characters"),
+    ],
+)
+def test_what_wandb_would_refuse_is_refused_at_once(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(LoggerSpec, {"wandb": True, **values}, "logger")
+    build(LoggerSpec, values, "logger")  # without W&B nobody minds
+
+
+def test_the_limits_of_names_are_those_of_wandb() -> None:
+    spec = LoggerSpec(wandb=True, project="p" * 128, tags=("t" * 64,))
+    wandb.Settings(project=spec.project, run_tags=spec.tags)
+    for refused in ({"project": "p" * 129}, {"project": "a/b"}, {"run_tags": ("t" * 65,)}):
+        with pytest.raises((ValueError, wandb.errors.UsageError)):
+            wandb.Settings(**refused)  # type: ignore[arg-type]

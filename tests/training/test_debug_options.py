@@ -16,10 +16,12 @@ def test_overfit_keeps_the_first_batch_only(config):
     assert torch.equal(kept.images, every.images[: len(kept)])
 
 
-def test_overfit_is_part_of_the_recipe_only_if_on(config):
+@pytest.mark.parametrize(("group", "option"), [("trainer", {}), ("data", {"name": "folder"})])
+def test_newer_options_are_part_of_the_recipe_only_if_on(config, group, option):
     """Checkpoints from before the option must resume."""
-    recipes = [build(TrainSpec, config(trainer={"overfit": on}), "").recipe() for on in (False, True)]
-    assert recipes[1] == recipes[0] | {"trainer.overfit": True}
+    name = {"trainer": "overfit", "data": "convert"}[group]
+    recipes = [build(TrainSpec, config(**{group: option | {name: on}}), "").recipe() for on in (False, True)]
+    assert recipes[1] == recipes[0] | {f"{group}.{name}": True}
 
 
 @pytest.mark.integration

@@ -14,12 +14,21 @@ import torch
 from ddim.config import build, choose
 from ddim.diffusion.schedule import NoiseSchedule, ScheduleSpec
 from ddim.errors import UserError
+from ddim.io import check_regular_file, explain_content
 from ddim.networks import UNetSpec
 
 VERSION = "0.42.1"  # of diffusers, with which exported files are tested
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# All names of weights, the preferred ones first: an index lists the shards of large weights, fp16 is half precision.
+WEIGHTS_NAMES = tuple(
+    f"diffusion_pytorch_model.{suffix}"
+    for suffix in (
+        *("safetensors", "safetensors.index.json", "bin", "bin.index.json"),
+        *("fp16.safetensors", "safetensors.index.fp16.json", "fp16.bin", "bin.index.fp16.json"),
+    )
+)
 
 # Option of UNet2DModel -> (its value for DDPM's U-Net, its default).
 _UNET = {
@@ -190,10 +199,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the file does not exist, or does not hold a JSON object.
     """
+    check_regular_file(path, "file")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}).") from error
+        raise UserError(f"{path} cannot be read ({explain_content(path) or error}).") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} does not hold a JSON object.")
     return values

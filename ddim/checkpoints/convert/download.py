@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from ddim.checkpoints.convert.model_zoo import PublishedFile, file_checksums
 from ddim.errors import UserError
+from ddim.io import check_regular_file
 
 _BLOCK = 1 << 18  # bytes
 TIMEOUT = 30  # seconds without a byte
@@ -64,6 +65,7 @@ def _download(url: str, part: Path) -> None:
     Raises:
         OSError, http.client.HTTPException: the connection failed or broke off.
     """
+    check_regular_file(part, "unfinished download")
     present = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={present}-"} if present else {})
     try:

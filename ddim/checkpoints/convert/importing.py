@@ -66,7 +66,7 @@ class ImportSpec:
     checkpoint: FilePath | None = None
     download: str | None = None
     name: str | None = None
-    layout: Literal["auto", "flat", "official", "diffusers", "lightning", "safetensors"] = "auto"
+    layout: Literal["auto", "flat", "official", "diffusers", "nested", "lightning", "safetensors"] = "auto"
     weights: str = "auto"
     preset: str | None = None
     network: dict[str, Any] | None = None
@@ -127,7 +127,7 @@ def import_checkpoint(spec: ImportSpec) -> Imported:
     if spec.download:
         path = fetch(DOWNLOADS[spec.download], Path(spec.download_dir))
     with explain_read_errors(path):
-        source = read_source(path)
+        source = read_source(path, spec.weights)
         if spec.layout not in ("auto", source.layout):
             raise UserError(f"{path} has the layout {source.layout}, not {spec.layout}; leave layout=auto.")
         imported = _convert(spec, source, output)
@@ -144,7 +144,7 @@ def _output_path(spec: ImportSpec, path: Path) -> Path:
 
 def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
     """Choose the weights, match them with a network, and describe the model."""
-    sums = file_checksums(source.file)
+    sums = file_checksums(source.file, *source.shards)
     known = sums.published
     label, warnings = _choose_weights(spec, source, known)
     state = source.sets[label if label in source.sets else UNLABELLED]

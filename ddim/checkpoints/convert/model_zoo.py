@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ddim.io import check_regular_file
 from ddim.networks import UNetSpec
 
 # The same as configs/network/unet_*.yaml at the sizes of configs/data; a test compares them.
@@ -98,11 +99,17 @@ class Checksums:
         return KNOWN_FILES.get(self.md5) or KNOWN_FILES.get(self.sha256)
 
 
-def file_checksums(path: Path) -> Checksums:
-    """Return both checksums of a file, which is read once."""
+def file_checksums(*paths: Path) -> Checksums:
+    """Return both checksums of a file, or of several one after the other; each is read once.
+
+    Raises:
+        UserError: a path is no regular file.
+    """
     md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            md5.update(block)
-            sha256.update(block)
+    for path in paths:
+        check_regular_file(path, "checkpoint")
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                md5.update(block)
+                sha256.update(block)
     return Checksums(md5.hexdigest(), sha256.hexdigest())

@@ -7,6 +7,7 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 
 from ddim.errors import UserError
-from ddim.networks.compiler import compiler_command, find_compiler
+from ddim.networks.compiler import compiler_command, find_compiler, is_private
+
+log = logging.getLogger(__name__)
 
 OPTIONS = ("-O3", "-std=c++17", "-shared", "-fPIC", *(() if sys.platform == "darwin" else ("-fopenmp",)))
 VECTOR_OPTIONS = {
@@ -68,8 +71,9 @@ def to_nhwc(x: Tensor) -> Tensor:
 def load(source: Path) -> ctypes.CDLL:
     """Return the functions of a C++ file, compiled unless that was done before for this kind of processor.
 
-    Libraries are kept in `~/.cache/torch/ddim` (TORCH_HOME moves it); if that is not writable, each process compiles
-    for itself. Several processes may load the same file at the same time.
+    Libraries are kept in `~/.cache/torch/ddim` (TORCH_HOME moves it) under a hash of source and compiler options; if
+    that is not writable, or others than this user could have written to it, each process compiles for itself. Several
+    processes may load the same file at the same time.
 
     Raises:
         UserError: the compiler is missing or fails (with the end of its output), or a kept library cannot be loaded.
@@ -79,7 +83,13 @@ def load(source: Path) -> ctypes.CDLL:
     target = " ".join((*compiler_command(), *options, sys.platform, platform.machine()))
     key = hashlib.sha256(b"".join((*content, target.encode()))).hexdigest()[:16]
     library = Path(torch.hub.get_dir()).parent / "ddim" / f"{source.stem}-{key}.so"
-    if not library.exists():
+    if shared := [path for path in (library.parent, library) if not is_private(path)]:
+        log.warning(
+            "%s is a link, or not of this user alone, so code in it is not loaded but compiled anew; remove it.",
+            shared[0],
+        )
+        library = _compile(source, options, None)
+    elif not os.path.isfile(library):
         library = _compile(source, options, library)
     try:
         return ctypes.CDLL(str(library))
@@ -89,17 +99,17 @@ def load(source: Path) -> ctypes.CDLL:
         ) from error
 
 
-def _compile(source: Path, options: tuple[str, ...], library: Path) -> Path:
-    """Write the library atomically; return its path, which is a temporary one if `library` is not writable."""
+def _compile(source: Path, options: tuple[str, ...], library: Path | None) -> Path:
+    """Write the library atomically; return its path, which is a temporary one if `library` is None or not writable."""
     command = [*find_compiler(), *options, str(source)]
     try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=library.parent))
+        if library is not None:
+            library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="ddim-", dir=library and library.parent))
     except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="ddim-"))
-        library = folder / library.name
+        folder, library = Path(tempfile.mkdtemp(prefix="ddim-")), None
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    compiled = folder / "compiled.so"
+    compiled = folder / f"{source.stem}.so"
     done = subprocess.run(
         [*command, "-o", str(compiled)], capture_output=True, text=True, encoding="utf-8", errors="replace"
     )
@@ -108,7 +118,9 @@ def _compile(source: Path, options: tuple[str, ...], library: Path) -> Path:
             f"{shlex.join(command)} failed; name another compiler in the variable CXX, or use winograd=false. "
             f"Its output: {(done.stdout + done.stderr)[-500:].strip()}"
         )
+    if library is None:
+        return compiled
+    compiled.chmod(0o700)  # whatever the umask is
     os.replace(compiled, library)
-    if library.parent != folder:
-        folder.rmdir()
+    folder.rmdir()
     return library

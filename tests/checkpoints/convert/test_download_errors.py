@@ -83,8 +83,12 @@ def test_a_folder_or_file_in_the_way_is_refused(site, tmp_path):
     (tmp_path / "taken").write_text("")
     for folder in (tmp_path / "taken", tmp_path / "taken" / "below"):
         assert explains_manual_download(refusal(site.published(), folder), site.url, folder)
-    (tmp_path / "toy.ckpt").mkdir()
-    assert "Is a directory" in refusal(site.published(), tmp_path)
+    for make, kind in ((Path.mkdir, "folder"), (os.mkfifo, "fifo")):
+        for name, what in (("toy.ckpt", "checkpoint"), ("toy.ckpt.part", "unfinished download")):
+            folder = tmp_path / f"{kind} {what}"
+            folder.mkdir()
+            make(folder / name)
+            assert f"the {what} {folder / name} is a {kind}, not a regular file" in refusal(site.published(), folder)
     assert site.requests == []
 
 

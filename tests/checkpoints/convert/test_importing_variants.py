@@ -1,5 +1,6 @@
 """Import: variants of the files of one layout."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -220,3 +221,84 @@ def test_a_missing_scheduler_is_noted_or_replaced(folder):
     spec = bring(folder, schedule=ScheduleSpec("cosine", T=20), prediction="x0", overwrite=True).model.spec
     assert torch.equal(spec.schedule.alpha_bar, cosine_schedule(20).alpha_bar)
     assert spec.prediction == "x0"
+
+
+# Folders of diffusers.
+
+
+@pytest.fixture
+def both(folder, state):
+    """A checkpoint of diffusers' training example: unet/ with online weights and unet_ema/; return the online ones."""
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    online = {name: -value for name, value in load_file(folder / WEIGHTS_FILE).items()}
+    save_file(online, folder / WEIGHTS_FILE)
+    return {name: -value for name, value in state.items()}
+
+
+def test_the_ema_of_a_training_folder_is_in_unet_ema(folder, both, state):
+    out = folder.parent / "out.safetensors"
+    note = f"{folder / 'unet_ema'} was taken; weights=online takes {folder / 'unet'}"
+    for asked, label, notes in (("auto", "ema", [note]), ("ema", "ema", []), ("online", "online", [])):
+        done = bring(folder, weights=asked, out=out, overwrite=True)
+        assert same(done.model.state, {"ema": state, "online": both}[label])
+        assert (done.model.weights, done.warnings) == (label, notes)
+        assert str(folder / {"ema": "unet_ema", "online": "unet"}[label]) in done.lines[0]
+
+
+def test_a_label_does_not_overrule_the_folder_of_weights(folder, both):
+    for name, label, other in (("unet_ema", "ema", "online"), ("unet", "online", "ema")):
+        for path in (folder / name, folder / name / "diffusion_pytorch_model.safetensors"):
+            assert bring(path, overwrite=True).model.weights == label
+            message = import_refusal(path, weights=other, overwrite=True)
+            assert message.endswith(f"holds {label} weights only; choose weights=auto.")
+    (folder / "unet").rename(folder / "elsewhere")
+    assert bring(folder, overwrite=True).model.weights == "ema"
+    assert "holds ema weights only" in import_refusal(folder, weights="online", overwrite=True)
+
+
+@pytest.mark.parametrize("write", [save_file, torch.save])
+def test_sharded_weights_are_read_through_their_index(folder, state, write):
+    content = load_file(folder / WEIGHTS_FILE)
+    kind = "safetensors" if write is save_file else "bin"
+    names, files = list(content), {}
+    for i, half in enumerate((names[::2], names[1::2])):
+        file = f"diffusion_pytorch_model-0000{i + 1}-of-00002.{kind}"
+        write({name: content[name] for name in half}, folder / "unet" / file)
+        files |= dict.fromkeys(half, file)
+    (folder / WEIGHTS_FILE).unlink()
+    index = folder / "unet" / f"diffusion_pytorch_model.{kind}.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    out = folder.parent / "out.safetensors"
+    hashes = {bring(path, out=out, overwrite=True).model.origin["sha256"] for path in (folder, index)}
+    assert same(bring(folder, out=out, overwrite=True).model.state, state)
+    shard = folder / "unet" / file
+    write({name: content[name] + 1 for name in half}, shard)
+    assert bring(folder, out=out, overwrite=True).model.origin["sha256"] not in hashes  # it covers the shards
+    shard.unlink()
+    assert f"there is no checkpoint {shard}" in import_refusal(folder)
+    for broken in ({}, {"weight_map": {"a": "../x"}}, {"weight_map": {"a": 1}}, {"weight_map": []}):
+        index.write_text(json.dumps(broken))
+        assert import_refusal(folder).startswith(f"{index} is no index of weights")
+
+
+def test_half_precision_is_taken_where_there_is_no_other(folder):
+    content = {name: value.clamp(-9, 9) for name, value in load_file(folder / WEIGHTS_FILE).items()}
+    half = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    save_file({name: value.half() for name, value in content.items()}, half)
+    assert bring(folder).model.origin["file"] == "diffusion_pytorch_model.safetensors"
+    (folder / WEIGHTS_FILE).unlink()
+    done = bring(folder, overwrite=True)
+    assert done.model.origin["file"] == half.name
+    assert done.lines[-1].endswith("(stored as float16, written as float32)")
+
+
+def test_weights_that_are_called_non_ema_are_online(folder):
+    path = (folder / WEIGHTS_FILE).rename(folder / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    assert bring(path).model.weights == "online"
+
+
+def test_configurations_may_begin_with_a_byte_order_mark(folder, state):
+    for path in (folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"):
+        path.write_text(path.read_text(), encoding="utf-8-sig")
+        assert path.read_bytes().startswith(b"\xef\xbb\xbf{")
+    assert same(bring(folder).model.state, state)

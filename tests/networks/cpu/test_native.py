@@ -1,9 +1,12 @@
 """C++ loops: compiled when needed, cached, and one clear error for a missing or failing compiler."""
 
 import ctypes
+import os
 import re
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,62 @@ def test_a_kept_library_needs_no_compiler(source, compilations, monkeypatch, tmp
     twice(source)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert twice(source) == 42
+    assert len(compilations) == 1
+
+
+def foreign(path, monkeypatch):
+    """Let a path belong to another user."""
+    owner, lstat = os.getuid() + 1, Path.lstat
+
+    def fake(self):
+        status = list(lstat(self))
+        status[stat.ST_UID] = owner if self == path else status[stat.ST_UID]
+        return os.stat_result(status)
+
+    monkeypatch.setattr(Path, "lstat", fake)
+
+
+def linked(path, monkeypatch):
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+# What may not be loaded: a library or its folder that ...
+UNTRUSTED = {
+    "others can write to": lambda path, monkeypatch: path.chmod(0o777),
+    "a group can write to": lambda path, monkeypatch: path.chmod(0o720),
+    "belongs to another user": foreign,
+    "is a link": linked,
+}
+
+
+@pytest.mark.parametrize("which", ["library", "folder"])
+@pytest.mark.parametrize("case", UNTRUSTED)
+def test_code_that_others_could_have_written_is_not_loaded(case, which, source, compilations, monkeypatch, caplog):
+    twice(source)
+    folder = source.parent / "home" / "ddim"
+    (library,) = folder.iterdir()
+    trap = source.with_name("trap.cpp")
+    trap.write_text(SOURCE.replace("2 *", "666 *"))
+    twice(trap)
+    os.replace(next(folder.glob("trap-*.so")), library)
+    assert len(compilations) == 2
+    path = library if which == "library" else folder
+    UNTRUSTED[case](path, monkeypatch)
+    assert twice(source) == 42
+    assert len(compilations) == 3
+    [warning] = caplog.messages
+    assert warning.startswith(f"{path} is a link, or not of this user alone, so code in it is not loaded")
+
+
+def test_kept_code_is_private_whatever_the_umask(source, compilations):
+    before = os.umask(0)
+    try:
+        assert [twice(source), twice(source)] == [42, 42]
+    finally:
+        os.umask(before)
+    folder = source.parent / "home" / "ddim"
+    assert [path.stat().st_mode & 0o777 for path in (folder, *folder.iterdir())] == [0o700, 0o700]
     assert len(compilations) == 1
 
 
