@@ -56,28 +56,21 @@ def measure_reference(
         features, _ = read_safetensors(stored)
         return FeatureSet(len(features[extractor.layers[0]]), stats.mean, stats.covariance, features)
 
-    def is_measured() -> bool:
+    def find(level: int) -> FeatureSet | None:
         if not statistics.exists() or (with_features and not stored.exists()):
-            return False
-        try:
-            load()
-        except UserError as error:
-            log.warning("%s It is measured again.", error)
-            return False
-        return True
-
-    def find() -> FeatureSet | None:
+            return None
         try:
             return load()
-        except UserError:
+        except UserError as error:
+            log.log(level, "%s It is measured again.", error)
             return None
 
     with processes.barrier():
-        found = find()
+        found = find(logging.DEBUG)
     if all(processes.gather(found is not None)) and found is not None:
         return found
     with shards.lock(processes, wait=True):  # the jobs of a sweep start together
-        if not processes.run_on_main(is_measured):
+        if not processes.run_on_main(lambda: find(logging.WARNING) is not None):
             _measure(images, extractor, shards, statistics, stored if with_features else None, processes)
         elif processes.is_main:
             shards.delete()
