@@ -3,7 +3,8 @@
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.diffusion.objective import antithetic_times, per_sample_loss, q_sample, uniform_times
-from ddim.diffusion.sampling import DDIM, SigmaHat, State, encode, sample, step, trajectory
+from ddim.diffusion.rules import DDIM, SigmaHat
+from ddim.diffusion.sampling import State, encode, sample, step, trajectory
 from ddim.diffusion.schedule import (
     SCHEDULES,
     NoiseSchedule,

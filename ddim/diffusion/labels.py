@@ -1,5 +1,8 @@
 """How a sampler is named in tables, titles and file names."""
 
+from collections.abc import Callable
+from typing import Any
+
 from ddim.diffusion.spec import SamplerSpec
 
 
@@ -13,10 +16,24 @@ def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
 
 
 def row_label(sampler: SamplerSpec) -> str:
-    """Return how a sampler is named in a table's first column: η=0.5, or σ̂, with a clip policy if there is one."""
-    plain = sampler.rule if sampler.eta is None else f"{sampler.rule} η={sampler.eta}"
-    name = {"ddim": f"η={sampler.eta}", "sigma_hat": "σ̂"}.get(sampler.rule, plain)
+    """Return how a table's first column names a sampler: η=0.5, or UniPC-2 B2, with a clip policy if there is one."""
+    rule = sampler.build_rule()
+    name = LABELS[sampler.rule](rule) if sampler.rule in LABELS else str(rule)
     return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
+
+
+LABELS: dict[str, Callable[[Any], str]] = {
+    "ddim": lambda rule: f"η={rule.eta}",
+    "sigma_hat": lambda rule: "σ̂",
+    "probability_flow": lambda rule: "Euler in σ̄² (Eq. 15)",
+    "heun": lambda rule: "Heun",
+    "adams_bashforth": lambda rule: f"AB{rule.order}",
+    "ipndm": lambda rule: f"iPNDM-{rule.order}",
+    "deis": lambda rule: f"{'t' if rule.variable == 't' else 'log ρ '}AB{rule.order}-DEIS",
+    "dpm_solver_pp": lambda rule: f"DPM-Solver++ {rule.order}M",
+    "sde_dpm_solver_pp": lambda rule: f"SDE-DPM-Solver++ {rule.order}M",
+    "unipc": lambda rule: f"Uni{'PC' if rule.corrector else 'P'}-{rule.order} {rule.variant}",
+}
 
 
 def title(sampler: SamplerSpec) -> str:

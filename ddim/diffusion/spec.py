@@ -1,13 +1,26 @@
 """A sampler as configurations name it: the rule, the times and the clip policy."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ddim.diffusion.prediction import CLIP_POLICIES
-from ddim.diffusion.sampling import DDIM, Model, Rule, SigmaHat, State, trajectory
+from ddim.diffusion.rules import DDIM, Rule, SigmaHat
+from ddim.diffusion.sampling import Model, State, count_evaluations, trajectory
 from ddim.diffusion.schedule import NoiseSchedule
+from ddim.diffusion.solvers import (
+    DEIS,
+    IPNDM,
+    AdamsBashforth,
+    DPMSolverPP,
+    Heun,
+    ProbabilityFlow,
+    SDEDPMSolverPP,
+    UniPC,
+)
 from ddim.diffusion.timesteps import SPACINGS, explicit_tau
 
 
@@ -17,7 +30,9 @@ class SamplerSpec:
 
     Attributes:
         rule: a key of RULES.
-        eta: η in [0, 1] for `ddim`; null for `sigma_hat`, which has none.
+        eta: η in [0, 1] for `ddim`; null for rules that have none.
+        order: of a rule that has one; null leaves its default.
+        kwargs: other arguments of the rule.
         S: the number of steps; null with explicit times.
         spacing: a key of SPACINGS, or `explicit`.
         times: the explicit times, increasing, in 1..T.
@@ -30,6 +45,8 @@ class SamplerSpec:
 
     rule: str = "ddim"
     eta: float | None = 0.0
+    order: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
     S: int | None = 50
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
@@ -45,10 +62,6 @@ class SamplerSpec:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
-        if (self.rule == "ddim") != (self.eta is not None):
-            raise ValueError(
-                f"eta={self.eta} does not go with rule={self.rule}: ddim needs an eta in [0, 1], sigma_hat has none."
-            )
         explicit = self.spacing == "explicit"
         if explicit != (self.times is not None) or explicit != (self.S is None):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
@@ -57,8 +70,29 @@ class SamplerSpec:
         self.build_rule()
 
     def build_rule(self) -> Rule:
-        """Return the choice of σ."""
-        return RULES[self.rule](self.eta)
+        """Return the rule.
+
+        Raises:
+            ValueError: the rule does not take these arguments.
+        """
+        rule = RULES[self.rule]
+        takes = inspect.signature(rule).parameters
+        named = {"eta": self.eta, "order": self.order}
+        arguments = {name: value for name, value in named.items() if value is not None} | self.kwargs
+        if unknown := [name for name in arguments if name not in takes]:
+            raise ValueError(
+                f"rule={self.rule} does not take {', '.join(unknown)}; it takes "
+                f"{', '.join(takes) or 'no arguments'}. Set eta and order to null where it has none."
+            )
+        if "eta" in takes and self.eta is None:
+            raise ValueError(f"rule={self.rule} needs an eta in [0, 1]; eta is null.")
+        return rule(**arguments)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers besides the times, as records state it; new fields where they are set."""
+        chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
+        added = {"order": self.order, "kwargs": self.kwargs}
+        return chosen | {name: value for name, value in added.items() if value}
 
     def trajectory(
         self,
@@ -71,18 +105,25 @@ class SamplerSpec:
         indices: Sequence[int] | Tensor | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
-        times = (*reversed(self.tau(schedule.T)), self.last_time)
         return trajectory(
             model,
             schedule,
             x_T,
-            times,
+            self.descending_times(schedule.T),
             self.build_rule(),
             prediction=prediction,
             clip=self.clip,
             seed=seed,
             indices=indices,
         )
+
+    def evaluations(self, schedule: NoiseSchedule) -> int:
+        """Return how often a sample evaluates the network (NFE)."""
+        return count_evaluations(self.build_rule(), schedule, self.descending_times(schedule.T))
+
+    def descending_times(self, T: int) -> tuple[int, ...]:
+        """Return the times of a trajectory, from tau's last to `last_time`."""
+        return (*reversed(self.tau(T)), self.last_time)
 
     def tau(self, T: int) -> tuple[int, ...]:
         """Return the increasing times in 1..T.
@@ -96,7 +137,15 @@ class SamplerSpec:
         return SPACINGS[self.spacing](T, self.S)
 
 
-RULES: dict[str, Callable[[float | None], Rule]] = {
-    "ddim": lambda eta: DDIM(eta=0.0 if eta is None else eta),
-    "sigma_hat": lambda eta: SigmaHat(),
+RULES: dict[str, type[Rule]] = {
+    "ddim": DDIM,
+    "sigma_hat": SigmaHat,
+    "probability_flow": ProbabilityFlow,
+    "heun": Heun,
+    "adams_bashforth": AdamsBashforth,
+    "ipndm": IPNDM,
+    "deis": DEIS,
+    "dpm_solver_pp": DPMSolverPP,
+    "sde_dpm_solver_pp": SDEDPMSolverPP,
+    "unipc": UniPC,
 }

@@ -122,7 +122,7 @@ class EvaluateSpec(JobSpec):
             settings=settings,
             metadata=metadata | table_position(model, self.sampler, tau),
             indices=self.indices,
-            steps=len(tau),
+            steps=self.sampler.evaluations(model.spec.schedule),
             model=model,
             compute=compute,
             extractor=extractor,

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from ddim.checkpoints import LoadedModel
 from ddim.data.images import Images, normalize
 from ddim.diffusion.labels import asked_steps, title
-from ddim.diffusion.sampling import DDIM, trajectory
+from ddim.diffusion.rules import DDIM
+from ddim.diffusion.sampling import trajectory
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.errors import UserError

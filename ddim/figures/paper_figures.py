@@ -179,8 +179,8 @@ def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[
 
 def _check_deterministic(spec: FigureSpec, context: SamplingContext) -> None:
     check_sampler(context.model, spec.sampler)
-    if spec.sampler.rule != "ddim" or spec.sampler.eta != 0:
-        raise UserError("interpolation needs a deterministic sampler; choose sampler=ddim with sampler.eta=0.")
+    if spec.sampler.build_rule().convergence is None:
+        raise UserError("interpolation needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
 
 
 FIGURES: dict[str, Callable[[FigureSpec, SamplingContext], Plan]] = {

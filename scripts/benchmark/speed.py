@@ -32,7 +32,8 @@ from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.config import choose
 from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.diffusion.prediction import x0_and_eps
-from ddim.diffusion.sampling import DDIM, step
+from ddim.diffusion.rules import DDIM
+from ddim.diffusion.sampling import step
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation.features import FeatureExtractor

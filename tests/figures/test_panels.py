@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ddim
 from ddim.checkpoints.model import LoadedModel
-from ddim.diffusion.sampling import Rule
+from ddim.diffusion.rules import Rule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.figures import panels
