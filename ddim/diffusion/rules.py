@@ -127,6 +127,11 @@ class SigmaHat(Rule):
         return Coefficients(math.sqrt(a_s), _direction(a_s, std), sigma_hat)
 
 
+def sigma_bar(a: float) -> float:
+    """Return σ̄ = sqrt((1 - a) / a), the paper's variable (Eq. 14); infinite at a = 0."""
+    return math.sqrt((1 - a) / a) if a else math.inf
+
+
 def posterior_std(a_t: float, a_s: float, name: str) -> float:
     """Return the σ of η = 1, the standard deviation of DDPM's posterior (Eq. 16).
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from ddim.diffusion.quadrature import lagrange_integrals
-from ddim.diffusion.rules import DDIM, Coefficients, Rule
+from ddim.diffusion.rules import DDIM, Coefficients, Rule, sigma_bar
 
 
 @dataclass(frozen=True)
@@ -260,11 +260,6 @@ class UniPC(Multistep):
 
     def _B(self, h: float) -> float:
         return h if self.variant == "B1" else -math.expm1(-h)
-
-
-def sigma_bar(a: float) -> float:
-    """Return σ̄ = sqrt((1 - a) / a), the paper's variable (Eq. 14); infinite at a = 0."""
-    return math.sqrt((1 - a) / a) if a else math.inf
 
 
 def _sde_time(s: float) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, trajectory
 from ddim.diffusion.quadrature import lagrange_integrals
-from ddim.diffusion.rules import Estimate, Rule, apply
+from ddim.diffusion.rules import Estimate, Rule, apply, sigma_bar
 from ddim.diffusion.sampling import count_evaluations, last_state
 from ddim.diffusion.solvers import (
     DEIS,
@@ -18,7 +18,6 @@ from ddim.diffusion.solvers import (
     ProbabilityFlow,
     SDEDPMSolverPP,
     UniPC,
-    sigma_bar,
 )
 from ddim.diffusion.spec import RULES
 from ddim.diffusion.timesteps import reference_quad_tau
