@@ -1,8 +1,9 @@
 """A tau for one network and one rule: the times whose steps leave a fine trajectory least (as GITS, Chen et al. 2024).
 
-Along a trajectory of many steps, the states and predictions at all candidate times are known. A step of the rule between
-two candidates, with the predictions that it remembers, needs no network then: its deviation is the distance of where it
-leads to the state of the fine trajectory there. Dynamic programming finds the S steps with the least sum of deviations.
+Along a trajectory of many steps, the states and predictions at all candidate times are known. A step of the rule
+between two candidates, with the predictions that it remembers, needs no network then: its deviation is the distance of
+where it leads to the state of the fine trajectory there. Dynamic programming finds the S steps with the least sum of
+deviations.
 """
 
 import math
@@ -52,15 +53,14 @@ def fine_trajectory(
         last_time: where sampling ends, 0 or 1.
     """
     wanted = sorted({*candidates, schedule.T}, reverse=True)
-    times = tuple(t for t in wanted if t > last_time) + (last_time,)
+    times = (*(t for t in wanted if t > last_time), last_time)
     x = x_T
     states: list[Tensor] = []
     x0: list[Tensor] = []
     eps: list[Tensor] = []
     fine = range(schedule.T, last_time - 1, -1)
-    for t, state in zip(
-        fine, trajectory(model, schedule, x_T, fine, AdamsBashforth(3), prediction=prediction, clip=clip)
-    ):
+    steps = trajectory(model, schedule, x_T, fine, AdamsBashforth(3), prediction=prediction, clip=clip)
+    for t, state in zip(fine[:-1], steps, strict=True):
         if t in times:
             for kept, value in ((states, x), (x0, state.x0), (eps, state.eps)):
                 kept.append(value.double().flatten())
@@ -118,7 +118,7 @@ def _deviations(fine: FineTrajectory, rule: Rule, S: int) -> tuple[Tensor, Tenso
 def _deviation(fine: FineTrajectory, rule: Rule, remembered: tuple[int, ...], k: int, S: int) -> float:
     """Return the root mean square of what the step to candidate k misses; predictions at `remembered`, newest first."""
     is_last = k == len(fine.times) - 1
-    used = remembered[:1] if is_last and S < rule.lower_order_below else remembered
+    used = remembered[:1] if is_last and rule.lower_order_below > S else remembered
     levels = [fine.levels[i] for i in used]
     row, at = rule.coefficients(levels, fine.levels[k]), used
     if not is_last and (correction := rule.correction((fine.levels[k], *levels))) is not None:
