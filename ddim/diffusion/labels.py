@@ -1,9 +1,11 @@
 """How a sampler is named in tables, titles and file names."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.timesteps import respaced_count
 
 
 def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
@@ -19,7 +21,13 @@ def row_label(sampler: SamplerSpec) -> str:
     """Return how a table's first column names a sampler: η=0.5, or UniPC-2 B2, with a clip policy if there is one."""
     rule = sampler.build_rule()
     name = LABELS[sampler.rule](rule) if sampler.rule in LABELS else str(rule)
-    return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
+    if sampler.clip == "none":
+        return name
+    limit = "" if sampler.clip_range == 1 else f" to ±{sampler.clip_range}"
+    if sampler.threshold_ratio is not None:
+        limit = f", threshold {sampler.threshold_ratio}"
+        limit += "" if sampler.threshold_max is None else f" up to {sampler.threshold_max}"
+    return f"{name} (clip {sampler.clip}{limit})"
 
 
 LABELS: dict[str, Callable[[Any], str]] = {
@@ -44,4 +52,18 @@ def title(sampler: SamplerSpec) -> str:
 
 def asked_steps(sampler: SamplerSpec) -> int:
     """Return the number of steps asked for; `uniform` may take more."""
-    return len(sampler.times) if sampler.times is not None else sampler.S or 0
+    if sampler.times is not None:
+        return len(sampler.times)
+    return sampler.S or respaced_count(sampler.spacing) or 0
+
+
+def changes(sampler: SamplerSpec, names: Collection[str] | None = None) -> str:
+    """Return what differs from the defaults, as the scripts take it: "sampler.spacing=leading sampler.clip=x0".
+
+    Args:
+        sampler: how to sample.
+        names: the fields to look at; None for all.
+    """
+    ours, default = dataclasses.asdict(sampler), dataclasses.asdict(SamplerSpec())
+    values = {name: value for name, value in ours.items() if value != default[name] and name in (names or ours)}
+    return " ".join(f"sampler.{name}={'null' if value is None else value}" for name, value in values.items())

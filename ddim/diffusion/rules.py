@@ -54,12 +54,14 @@ class Rule:
         two_evaluations: `correction` is followed by an evaluation at the corrected state (Heun); a step then costs two.
         lower_order_below: in a trajectory of fewer steps than this, a step uses no more predictions than there are
             steps left, which is more stable.
+        zero_snr: a step can start at alpha_bar = 0, where the variables of most rules are infinite.
     """
 
     memory: int = 1
     convergence: int | None = None
     two_evaluations: bool = False
     lower_order_below: float = 0
+    zero_snr: bool = False
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:
         """Return the coefficients of the step to the noise level a_s.
@@ -95,6 +97,7 @@ class DDIM(Rule):
     """
 
     eta: float = 0.0
+    zero_snr = True
 
     @property
     def convergence(self) -> int | None:  # type: ignore[override]
@@ -119,6 +122,8 @@ class SigmaHat(Rule):
     implementation adds none from its first time, index 0, with which both of its spacings end; so with `uniform` and
     `quad` both agree in every step. It also clips x̂0 and derives ε̂ again: the clip policy `x0_and_eps`.
     """
+
+    zero_snr = True
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:
         """Return the factors of section D.3; there are no upward steps."""

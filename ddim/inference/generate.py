@@ -21,10 +21,10 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
     """Return the times tau of a sampler on this model's schedule.
 
     Raises:
-        UserError: the sampler does not fit the schedule.
+        UserError: the sampler does not fit the schedule, or what the network predicts.
     """
     with config_context("sampler"):
-        sampler.evaluations(model.spec.schedule)  # refuses steps that the rule cannot take
+        sampler.check(model.spec.schedule, model.spec.prediction)
         return sampler.tau(model.spec.schedule.T)
 
 
