@@ -5,7 +5,7 @@ diffusers counts times from 0 and stores its tables as float32. Its DDIM schedul
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def read_scheduler(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule
         UserError: an entry is invalid or not supported.
     """
     predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
-    prediction = choose(f"prediction_type in {path}:", str(config.get("prediction_type", "epsilon")), predictions)
+    prediction = predictions[_one_of("prediction_type", config.get("prediction_type", "epsilon"), predictions, path)]
     try:
         schedule = _named_schedule(config, config.get("num_train_timesteps", 1000))
         return zero_terminal_snr(schedule) if config.get("rescale_betas_zero_snr") else schedule, prediction
@@ -197,7 +197,7 @@ def read_sampler(config: Mapping[str, Any], path: Path) -> SamplerSpec:
         names = {"clip_range": ("clip_sample_range", 1.0)} if config.get("clip_sample", True) else {}
     values = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
     spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
-    values |= {"spacing": choose(f"timestep_spacing in {path}:", str(spacing), {n: n for n in TIMESTEP_SPACINGS})}
+    values |= {"spacing": _one_of("timestep_spacing", spacing, TIMESTEP_SPACINGS, path)}
     if spacing == "leading" and offset:
         values["steps_offset"] = offset
     if config.get("_class_name") == "DDPMScheduler":
@@ -207,6 +207,12 @@ def read_sampler(config: Mapping[str, Any], path: Path) -> SamplerSpec:
         return build(SamplerSpec, values | {"clip": "x0_and_eps" if names else "none"}, str(path))
     last_time = 0 if config.get("set_alpha_to_one", True) else 1
     return build(SamplerSpec, values | {"last_time": last_time, "clip": "x0" if names else "none"}, str(path))
+
+
+def _one_of(key: str, value: Any, allowed: Collection[str], path: Path) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{path}: {key}={value!r} is not supported; supported are {', '.join(allowed)}.")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
