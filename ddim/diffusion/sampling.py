@@ -212,8 +212,10 @@ def sample(
     `last_time` = 0 ends at alpha_bar = 1, as the paper does; 1 ends at alpha_bar[1], as some code bases do.
     """
     times = (*reversed(tau), last_time)
-    options = {"prediction": prediction, "clip": clip, "seed": seed, "indices": indices, "noise": noise}
-    return last_state(trajectory(model, schedule, x_T, times, rule, **options))
+    states = trajectory(
+        model, schedule, x_T, times, rule, prediction=prediction, clip=clip, seed=seed, indices=indices, noise=noise
+    )
+    return last_state(states)
 
 
 def encode(

@@ -129,8 +129,8 @@ def respaced_tau(T: int, name: str) -> tuple[int, ...]:
         size = T // len(counts) + (section < T % len(counts))
         if not 1 <= count <= size:
             raise ValueError(f"spacing={name}: a section of {size} of the T={T} times cannot give {count} of them.")
-        stride = (size - 1) / max(count - 1, 1)
-        distances = itertools.accumulate([stride] * (count - 1), initial=0.0)
+        apart = (size - 1) / max(count - 1, 1)
+        distances = itertools.accumulate([apart] * (count - 1), initial=0.0)
         tau += [start + round(distance) for distance in distances]
         start += size
     return tuple(tau)
