@@ -19,6 +19,7 @@ from ddim import (
     trajectory,
     zero_terminal_snr,
 )
+from ddim.diffusion.spec import RULES
 
 SCHEDULE = linear_schedule(1000)
 SHAPE = (3, 4, 4)
@@ -74,3 +75,12 @@ def test_encoding_to_alpha_bar_zero_asks_no_network_there():
 
     assert torch.isfinite(encode(model, schedule, x_0, (1, 500, 1000))).all()
     assert asked == [1, 1, 500]
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("ddim", "sigma_hat")])
+def test_other_rules_refuse_the_step_from_alpha_bar_zero(name):
+    """Their variables are infinite there; from the time before T on they work."""
+    schedule = zero_terminal_snr(SCHEDULE)
+    with pytest.raises(ValueError, match=r"no step from alpha_bar=0 .*take ddim"):
+        SamplerSpec(rule=name, eta=None, S=8).check(schedule, "v")
+    SamplerSpec(rule=name, eta=None, S=8, spacing="leading").check(schedule, "v")
