@@ -117,7 +117,13 @@ class SamplerSpec:
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers besides the times, as records state it; new fields where they are set."""
         chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
-        unset = {"order": None, "kwargs": {}, "clip_range": 1.0, "threshold_ratio": None, "threshold_max": None}
+        unset: dict[str, Any] = {
+            "order": None,
+            "kwargs": {},
+            "clip_range": 1.0,
+            "threshold_ratio": None,
+            "threshold_max": None,
+        }
         added = {name: getattr(self, name) for name in unset}
         return chosen | {name: value for name, value in added.items() if value != unset[name]}
 
