@@ -14,6 +14,8 @@ def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
         return "full"
     if sampler.spacing == "quad_or_full":
         return "quad"
+    if sampler.steps_offset:
+        return f"{sampler.spacing}+{sampler.steps_offset}"
     return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
 
 
