@@ -187,6 +187,20 @@ def test_each_option_of_ddpm_makes_diffusers_trajectory(hf, case):
         assert difference(ours, states_there(scheduler, S, generator=draws[1])) < 1e-8, S
 
 
+def test_noise_after_the_last_step_is_ddpms_only_difference(hf):
+    """Their DDPM adds noise in every step but one from index 0, with which trailing times do not end."""
+    entries = {"variance_type": "fixed_large", "timestep_spacing": "trailing"}
+    scheduler, seed = scheduler_of(hf, LINEAR, "eps", entries, "DDPMScheduler"), torch.Generator().manual_seed(0)
+    theirs = states_there(scheduler, 7, generator=torch.Generator().manual_seed(0))
+    noise = [torch.randn(X_T.shape, generator=seed, dtype=torch.float64) for _ in range(7)]
+    sampler = SamplerSpec("sigma_hat", None, S=7, spacing="trailing", clip="x0_and_eps")
+    ours = states_here(sampler, LINEAR, "eps", noise)
+    assert difference(ours[:-1], theirs[:-1]) < 1e-9
+    std = (1 - LINEAR[sampler.tau(1000)[0]]) ** 0.5
+    assert std > 0.4
+    assert torch.allclose(theirs[-1] - ours[-1], std * noise[-1])
+
+
 def test_add_noise_and_velocity_are_diffusers(hf):
     x0, eps = z(1), z(2)
     scheduler = scheduler_of(hf, LINEAR, "v", {})
