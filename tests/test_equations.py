@@ -69,8 +69,8 @@ def test_the_document_covers(equation: str) -> None:
 
 def test_a_wrong_row_is_found() -> None:
     good = "`tests/test_equations.py::test_a_wrong_row_is_found`"
-    assert problems(["1", "x", "`ddim.diffusion.sampling.DDIM.coefficients` and `ddim.sample`", good]) == []
-    assert problems(["1", "x", "`ddim.diffusion.sampling.DDIM.coefficient`", good])
+    assert problems(["1", "x", "`ddim.diffusion.rules.DDIM.coefficients` and `ddim.sample`", good]) == []
+    assert problems(["1", "x", "`ddim.diffusion.rules.DDIM.coefficient`", good])
     assert problems(["1", "x", "`ddim.diffusion.samplings`", good])
     assert problems(["1", "x", "", good])
     assert problems(["1", "x", "`ddim.sample`", "`tests/test_equations.py::test_nothing`"])

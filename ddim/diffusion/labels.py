@@ -1,6 +1,11 @@
 """How a sampler is named in tables, titles and file names."""
 
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Any
+
 from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.timesteps import respaced_count
 
 
 def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
@@ -9,14 +14,36 @@ def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
         return "full"
     if sampler.spacing == "quad_or_full":
         return "quad"
+    if sampler.steps_offset:
+        return f"{sampler.spacing}+{sampler.steps_offset}"
     return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
 
 
 def row_label(sampler: SamplerSpec) -> str:
-    """Return how a sampler is named in a table's first column: η=0.5, or σ̂, with a clip policy if there is one."""
-    plain = sampler.rule if sampler.eta is None else f"{sampler.rule} η={sampler.eta}"
-    name = {"ddim": f"η={sampler.eta}", "sigma_hat": "σ̂"}.get(sampler.rule, plain)
-    return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
+    """Return how a table's first column names a sampler: η=0.5, or UniPC-2 B2, with a clip policy if there is one."""
+    rule = sampler.build_rule()
+    name = LABELS[sampler.rule](rule) if sampler.rule in LABELS else str(rule)
+    if sampler.clip == "none":
+        return name
+    limit = "" if sampler.clip_range == 1 else f" to ±{sampler.clip_range}"
+    if sampler.threshold_ratio is not None:
+        limit = f", threshold {sampler.threshold_ratio}"
+        limit += "" if sampler.threshold_max is None else f" up to {sampler.threshold_max}"
+    return f"{name} (clip {sampler.clip}{limit})"
+
+
+LABELS: dict[str, Callable[[Any], str]] = {
+    "ddim": lambda rule: f"η={rule.eta}",
+    "sigma_hat": lambda rule: "σ̂",
+    "probability_flow": lambda rule: "Euler in σ̄² (Eq. 15)",
+    "heun": lambda rule: "Heun",
+    "adams_bashforth": lambda rule: f"AB{rule.order}",
+    "ipndm": lambda rule: f"iPNDM-{rule.order}",
+    "deis": lambda rule: f"{'t' if rule.variable == 't' else 'log ρ '}AB{rule.order}-DEIS",
+    "dpm_solver_pp": lambda rule: f"DPM-Solver++ {rule.order}M",
+    "sde_dpm_solver_pp": lambda rule: f"SDE-DPM-Solver++ {rule.order}M",
+    "unipc": lambda rule: f"Uni{'PC' if rule.corrector else 'P'}-{rule.order} {rule.variant}",
+}
 
 
 def title(sampler: SamplerSpec) -> str:
@@ -27,4 +54,18 @@ def title(sampler: SamplerSpec) -> str:
 
 def asked_steps(sampler: SamplerSpec) -> int:
     """Return the number of steps asked for; `uniform` may take more."""
-    return len(sampler.times) if sampler.times is not None else sampler.S or 0
+    if sampler.times is not None:
+        return len(sampler.times)
+    return sampler.S or respaced_count(sampler.spacing) or 0
+
+
+def changes(sampler: SamplerSpec, names: Collection[str] | None = None) -> str:
+    """Return what differs from the defaults, as the scripts take it: "sampler.spacing=leading sampler.clip=x0".
+
+    Args:
+        sampler: how to sample.
+        names: the fields to look at; None for all.
+    """
+    ours, default = dataclasses.asdict(sampler), dataclasses.asdict(SamplerSpec())
+    values = {name: value for name, value in ours.items() if value != default[name] and name in (names or ours)}
+    return " ".join(f"sampler.{name}={'null' if value is None else value}" for name, value in values.items())

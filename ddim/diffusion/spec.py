@@ -1,14 +1,27 @@
 """A sampler as configurations name it: the rule, the times and the clip policy."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
-from ddim.diffusion.prediction import CLIP_POLICIES
-from ddim.diffusion.sampling import DDIM, Model, Rule, SigmaHat, State, trajectory
+from ddim.diffusion.prediction import Clip, check_level
+from ddim.diffusion.rules import DDIM, Rule, SigmaHat
+from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
 from ddim.diffusion.schedule import NoiseSchedule
-from ddim.diffusion.timesteps import SPACINGS, explicit_tau
+from ddim.diffusion.solvers import (
+    DEIS,
+    IPNDM,
+    AdamsBashforth,
+    DPMSolverPP,
+    Heun,
+    ProbabilityFlow,
+    SDEDPMSolverPP,
+    UniPC,
+)
+from ddim.diffusion.timesteps import SPACINGS, explicit_tau, leading_tau, respaced_count, respaced_tau
 
 
 @dataclass(frozen=True)
@@ -17,11 +30,15 @@ class SamplerSpec:
 
     Attributes:
         rule: a key of RULES.
-        eta: η in [0, 1] for `ddim`; null for `sigma_hat`, which has none.
+        eta: η in [0, 1] for `ddim`; null for rules that have none.
+        order: of a rule that has one; null leaves its default.
+        kwargs: other arguments of the rule.
         S: the number of steps; null with explicit times.
-        spacing: a key of SPACINGS, or `explicit`.
+        spacing: a key of SPACINGS; `explicit`; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
+            the number of times in it.
         times: the explicit times, increasing, in 1..T.
-        clip: one of CLIP_POLICIES.
+        steps_offset: for `leading`, added to each time; null is 0.
+        clip, clip_range, threshold_ratio, threshold_max: the clip policy, see `Clip`.
         last_time: 0 ends at alpha_bar = 1 (paper); 1 ends at alpha_bar[1] (some code bases).
 
     Raises:
@@ -30,35 +47,85 @@ class SamplerSpec:
 
     rule: str = "ddim"
     eta: float | None = 0.0
+    order: int | None = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
     S: int | None = 50
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
+    steps_offset: int | None = None
     clip: str = "none"
+    clip_range: float = 1.0
+    threshold_ratio: float | None = None
+    threshold_max: float | None = None
     last_time: int = 0
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("rule", self.rule, tuple(RULES)),
-            ("spacing", self.spacing, (*SPACINGS, "explicit")),
-            ("clip", self.clip, CLIP_POLICIES),
-            ("last_time", self.last_time, (0, 1)),
-        ):
+        respaced = respaced_count(self.spacing)
+        explicit = self.spacing == "explicit"
+        if self.spacing not in (*SPACINGS, "explicit") and respaced is None:
+            raise ValueError(
+                f"spacing={self.spacing!r} is not known; allowed: {', '.join(SPACINGS)}, explicit, and Improved DDPM's "
+                "ddimN and N1,N2,..."
+            )
+        for name, value, allowed in (("rule", self.rule, tuple(RULES)), ("last_time", self.last_time, (0, 1))):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
-        if (self.rule == "ddim") != (self.eta is not None):
-            raise ValueError(
-                f"eta={self.eta} does not go with rule={self.rule}: ddim needs an eta in [0, 1], sigma_hat has none."
-            )
-        explicit = self.spacing == "explicit"
-        if explicit != (self.times is not None) or explicit != (self.S is None):
+        if respaced is not None and self.S not in (None, respaced):
+            raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
+        if explicit != (self.times is not None) or (respaced is None and explicit != (self.S is None)):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
         if self.S is not None and self.S < 1:
             raise ValueError(f"S={self.S} must be at least 1.")
+        if self.steps_offset is not None and self.spacing != "leading":
+            raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
         self.build_rule()
+        self.build_clip()
+
+    def build_clip(self) -> Clip:
+        """Return the clip policy."""
+        return Clip(self.clip, self.clip_range, self.threshold_ratio, self.threshold_max)
+
+    def check(self, schedule: NoiseSchedule, prediction: str) -> None:
+        """Check before work starts that the sampler fits a schedule and what the network predicts.
+
+        Raises:
+            ValueError: it does not; see `tau`, `rows` and `check_level`.
+        """
+        for t in self.tau(schedule.T):
+            check_level(prediction, schedule[t])
+        self.evaluations(schedule)  # refuses steps that the rule cannot take
 
     def build_rule(self) -> Rule:
-        """Return the choice of σ."""
-        return RULES[self.rule](self.eta)
+        """Return the rule.
+
+        Raises:
+            ValueError: the rule does not take these arguments.
+        """
+        rule = RULES[self.rule]
+        takes = inspect.signature(rule).parameters
+        named = {"eta": self.eta, "order": self.order}
+        arguments = {name: value for name, value in named.items() if value is not None} | self.kwargs
+        if unknown := [name for name in arguments if name not in takes]:
+            raise ValueError(
+                f"rule={self.rule} does not take {', '.join(unknown)}; it takes "
+                f"{', '.join(takes) or 'no arguments'}. Set eta and order to null where it has none."
+            )
+        if "eta" in takes and self.eta is None:
+            raise ValueError(f"rule={self.rule} needs an eta in [0, 1]; eta is null.")
+        return rule(**arguments)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the numbers besides the times, as records state it; new fields where they are set."""
+        chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
+        unset: dict[str, Any] = {
+            "order": None,
+            "kwargs": {},
+            "clip_range": 1.0,
+            "threshold_ratio": None,
+            "threshold_max": None,
+        }
+        added = {name: getattr(self, name) for name in unset}
+        return chosen | {name: value for name, value in added.items() if value != unset[name]}
 
     def trajectory(
         self,
@@ -69,20 +136,29 @@ class SamplerSpec:
         prediction: str = "eps",
         seed: int = 0,
         indices: Sequence[int] | Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
-        times = (*reversed(self.tau(schedule.T)), self.last_time)
         return trajectory(
             model,
             schedule,
             x_T,
-            times,
+            self.descending_times(schedule.T),
             self.build_rule(),
             prediction=prediction,
-            clip=self.clip,
+            clip=self.build_clip(),
             seed=seed,
             indices=indices,
+            noise=noise,
         )
+
+    def evaluations(self, schedule: NoiseSchedule) -> int:
+        """Return how often a sample evaluates the network (NFE)."""
+        return count_evaluations(self.build_rule(), schedule, self.descending_times(schedule.T))
+
+    def descending_times(self, T: int) -> tuple[int, ...]:
+        """Return the times of a trajectory, from tau's last to `last_time`."""
+        return (*reversed(self.tau(T)), self.last_time)
 
     def tau(self, T: int) -> tuple[int, ...]:
         """Return the increasing times in 1..T.
@@ -92,11 +168,23 @@ class SamplerSpec:
         """
         if self.times is not None:
             return explicit_tau(T, self.times)
+        if respaced_count(self.spacing) is not None:
+            return respaced_tau(T, self.spacing)
         assert self.S is not None
+        if self.steps_offset is not None:
+            return leading_tau(T, self.S, self.steps_offset)
         return SPACINGS[self.spacing](T, self.S)
 
 
-RULES: dict[str, Callable[[float | None], Rule]] = {
-    "ddim": lambda eta: DDIM(eta=0.0 if eta is None else eta),
-    "sigma_hat": lambda eta: SigmaHat(),
+RULES: dict[str, type[Rule]] = {
+    "ddim": DDIM,
+    "sigma_hat": SigmaHat,
+    "probability_flow": ProbabilityFlow,
+    "heun": Heun,
+    "adams_bashforth": AdamsBashforth,
+    "ipndm": IPNDM,
+    "deis": DEIS,
+    "dpm_solver_pp": DPMSolverPP,
+    "sde_dpm_solver_pp": SDEDPMSolverPP,
+    "unipc": UniPC,
 }

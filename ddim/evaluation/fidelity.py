@@ -116,7 +116,7 @@ class EvaluateSpec(JobSpec):
             settings=settings,
             metadata=metadata | table_position(model, self.sampler, tau),
             indices=self.indices,
-            steps=len(tau),
+            steps=self.sampler.evaluations(model.spec.schedule),
             model=model,
             compute=compute,
             extractor=session.extractor(self.metric, compute.device),

@@ -203,8 +203,7 @@ def model_settings(model: LoadedModel) -> dict[str, Any]:
 
 def sampler_settings(sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
     """Return what a record states about the sampler: what decides the numbers, not how it was named."""
-    chosen = {name: getattr(sampler, name) for name in ("rule", "eta", "clip", "last_time")}
-    return {**chosen, "tau": list(tau)}
+    return {**sampler.settings(), "tau": list(tau)}
 
 
 def table_position(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
@@ -212,6 +211,7 @@ def table_position(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...
     return {
         "trained_on": model.spec.data,
         "S": len(tau),
+        "nfe": sampler.evaluations(model.spec.schedule),
         "label": row_label(sampler),
         "spacing": spacing_name(sampler, tau, model.spec.schedule.T),
         "distinct_evaluations": distinct_evaluations(tau),

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from ddim.checkpoints import LoadedModel
 from ddim.data.images import Images, normalize
 from ddim.diffusion.labels import asked_steps, title
-from ddim.diffusion.sampling import DDIM, trajectory
+from ddim.diffusion.rules import DDIM
+from ddim.diffusion.sampling import trajectory
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.errors import UserError
@@ -156,7 +157,13 @@ def reconstruct(
     with autocast(compute):
         for times in ((0, *tau), (*reversed(tau), 0)):
             states = trajectory(
-                model, model.spec.schedule, x, times, DDIM(), prediction=model.spec.prediction, clip=sampler.clip
+                model,
+                model.spec.schedule,
+                x,
+                times,
+                DDIM(),
+                prediction=model.spec.prediction,
+                clip=sampler.build_clip(),
             )
             for state in states:
                 x = state.x

@@ -189,8 +189,10 @@ def load_panel(path: str | Path) -> Panel:
 
 def _from_starts(title: str, context: SamplingContext, sampler: SamplerSpec, starts: Tensor) -> Tensor:
     """Sample from x_T in rows and columns. These have no image number, which noise in the steps would need."""
-    if sampler.rule != "ddim" or sampler.eta != 0:
-        raise ValueError(f"interpolation needs a deterministic sampler; choose eta=0, not {row_label(sampler)}.")
+    if sampler.build_rule().convergence is None:
+        raise ValueError(
+            f"interpolation needs a deterministic sampler such as ddim with eta=0, not {row_label(sampler)}."
+        )
     x_T = starts.flatten(0, 1)
     with progress(_network_evaluations(context, [sampler], len(x_T)), title) as bar:
         return sample_from(context, sampler, x_T, range(len(x_T)), bar.update).unflatten(0, starts.shape[:2])
@@ -209,7 +211,7 @@ def _predictions_and_states(
 
 
 def _network_evaluations(context: SamplingContext, samplers: Sequence[SamplerSpec], images: int) -> int:
-    return images * sum(len(context.tau(sampler)) for sampler in samplers)
+    return images * sum(sampler.evaluations(context.model.spec.schedule) for sampler in samplers)
 
 
 def _image_labels(indices: Sequence[int]) -> Axis:

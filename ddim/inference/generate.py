@@ -21,9 +21,10 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
     """Return the times tau of a sampler on this model's schedule.
 
     Raises:
-        UserError: the sampler does not fit the schedule.
+        UserError: the sampler does not fit the schedule, or what the network predicts.
     """
     with config_context("sampler"):
+        sampler.check(model.spec.schedule, model.spec.prediction)
         return sampler.tau(model.spec.schedule.T)
 
 
@@ -41,7 +42,8 @@ def generate(
         raise UserError(f"n={len(indices)} images were asked for; n must be at least 1.")
     if compute.batch_size < 1:
         raise UserError("batch_size=0 was not replaced by a number; see with_batch_size.")
-    with progress(len(indices) * len(check_sampler(model, sampler)), title) as bar:
+    check_sampler(model, sampler)
+    with progress(len(indices) * sampler.evaluations(model.spec.schedule), title) as bar:
 
         def generate_part(part: range) -> Tensor:
             return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar)
@@ -78,9 +80,13 @@ def generate_batch(
         UserError: the samples are not finite.
     """
     x_T = initial_noise(indices, model.spec.image_shape, seed, device=compute.device)
+    counted = 0
     with autocast(compute):
         for state in sample_steps(model, sampler, x_T, indices, seed):
-            bar.update(len(state.x))
+            bar.update(len(state.x) * (state.evaluations - counted))
+            counted = state.evaluations
+    # Records state this number; it must be what was computed.
+    assert counted == sampler.evaluations(model.spec.schedule), (counted, sampler)
     return to_pixels(state.x)
 
 

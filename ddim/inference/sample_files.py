@@ -137,7 +137,7 @@ def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor
     context = SamplingContext(model, spec.seed, spec.compute)
     x_T, count = context.x_T(indices), len(check_sampler(model, spec.sampler))
     steps = range(1, count + 1)
-    with progress(len(indices) * count, "sampling") as bar:
+    with progress(len(indices) * spec.sampler.evaluations(model.spec.schedule), "sampling") as bar:
         frames = record_steps(
             context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update
         )  # pixels: a long trajectory of floats would be large

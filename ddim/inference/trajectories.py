@@ -59,7 +59,7 @@ def record_steps(
         indices: (N,) image numbers, which the noise of the steps depends on.
         steps: which steps, increasing, of 1..len(tau).
         record: called as record(x_t, state) with x_t before the step and the state after it; returns (B, ...).
-        advance: called with the number of images after each step.
+        advance: called after each step with its number of network evaluations of single images.
 
     Returns:
         (N, len(steps), ...) on the CPU.
@@ -68,12 +68,14 @@ def record_steps(
     def record_batch(batch: range) -> Tensor:
         x_t, images = x_T[batch.start : batch.stop].to(context.compute.device), indices[batch.start : batch.stop]
         recorded: list[Tensor] = []
+        counted = 0
         with autocast(context.compute):
             for state in sample_steps(context.model, sampler, x_t, images, context.seed):
                 if state.k in steps:
                     recorded.append(record(x_t, state).cpu())
                 x_t = state.x
-                advance(len(x_t))
+                advance(len(x_t) * (state.evaluations - counted))
+                counted = state.evaluations
         return torch.stack(recorded, dim=1)
 
     batches = split(range(len(x_T)), context.compute.batch_size)

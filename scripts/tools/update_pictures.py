@@ -42,6 +42,7 @@ SOURCES = (
     "ddim/diffusion/interpolation.py",
     "ddim/diffusion/noise.py",
     "ddim/diffusion/prediction.py",
+    "ddim/diffusion/rules.py",
     "ddim/diffusion/sampling.py",
     "ddim/diffusion/timesteps.py",
     "ddim/figures/layout.py",

@@ -20,6 +20,7 @@ from ddim import (
     step,
     step_noise,
     trajectory,
+    zero_terminal_snr,
 )
 from ddim.diffusion.spec import RULES
 from ddim.diffusion.timesteps import quadratic_tau
@@ -53,13 +54,13 @@ def test_step_is_equations_12_and_16(t, s, eta):
 @pytest.mark.parametrize(("t", "s"), PAIRS)
 def test_direction_and_noise_have_the_variance_of_the_marginal(t, s):
     for eta in (0.0, 0.3, 1.0):
-        c = DDIM(eta).coefficients(SCHEDULE[t], SCHEDULE[s])
+        c = DDIM(eta).coefficients((SCHEDULE[t],), SCHEDULE[s])
         assert c.x0**2 == pytest.approx(SCHEDULE[s])
         assert c.eps**2 + c.noise**2 == pytest.approx(1 - SCHEDULE[s], abs=1e-15)
 
 
 def test_noise_is_linear_in_eta():
-    noise = [DDIM(eta).coefficients(SCHEDULE[700], SCHEDULE[300]).noise for eta in (0.25, 0.5, 1.0)]
+    noise = [DDIM(eta).coefficients((SCHEDULE[700],), SCHEDULE[300]).noise for eta in (0.25, 0.5, 1.0)]
     assert noise[2] == pytest.approx(2 * noise[1])
     assert noise[1] == pytest.approx(2 * noise[0])
 
@@ -77,7 +78,7 @@ def test_eta_one_on_consecutive_times_is_ddpms_posterior():
 
 @pytest.mark.parametrize(("t", "s"), PAIRS)
 def test_sigma_hat_keeps_the_direction_of_eta_one(t, s):
-    hat, one = (rule.coefficients(SCHEDULE[t], SCHEDULE[s]) for rule in (SigmaHat(), DDIM(1.0)))
+    hat, one = (rule.coefficients((SCHEDULE[t],), SCHEDULE[s]) for rule in (SigmaHat(), DDIM(1.0)))
     assert (hat.x0, hat.eps) == (one.x0, one.eps)
     assert hat.noise == (pytest.approx(math.sqrt(1 - SCHEDULE[t] / SCHEDULE[s])) if s else 0)
     assert hat.noise >= one.noise
@@ -86,7 +87,7 @@ def test_sigma_hat_keeps_the_direction_of_eta_one(t, s):
 @pytest.mark.parametrize("rule", [DDIM(1.0), SigmaHat()])
 def test_rounding_does_not_make_a_radicand_negative(rule):
     for a_s in np.random.default_rng(0).uniform(0.01, 1, 200):
-        assert rule.coefficients(1e-20, float(a_s)).eps < 1e-7
+        assert rule.coefficients((1e-20,), float(a_s)).eps < 1e-7
 
 
 def test_a_repeated_time_is_no_step():
@@ -173,7 +174,7 @@ def test_sampling_ends_at_x0_hat_or_at_the_first_noise_level():
     last = list(trajectory(wobbly, SCHEDULE, x_T, (*reversed(linear_tau(1000, 5)), 0), DDIM(1.0)))[-1]
     assert torch.equal(last.x, last.x0)  # alpha_bar[0] = 1: no noise is left, none is added
     stopped = sample(wobbly, SCHEDULE, x_T, linear_tau(1000, 5), DDIM(1.0), last_time=1)
-    c = DDIM(1.0).coefficients(SCHEDULE[200], SCHEDULE[1])
+    c = DDIM(1.0).coefficients((SCHEDULE[200],), SCHEDULE[1])
     expected = c.x0 * last.x0 + c.eps * last.eps + c.noise * step_noise(range(2), SHAPE, 0, step=5)
     assert torch.allclose(stopped, expected, atol=1e-6)
     assert c.noise > 0
@@ -203,9 +204,11 @@ def test_state_keeps_its_dtype_and_the_gradient_mode():
     [
         ({"times": (1001, 0)}, r"t=1001 lies outside 0\.\.1000"),
         ({"times": (5,)}, "a start and an end"),
-        ({"times": (5, 0), "clip": "always"}, "one of none, x0, x0_and_eps"),
+        ({"times": (5, 0), "clip": "always"}, "allowed: none, x0, x0_and_eps"),
         ({"times": (5, 0), "prediction": "score"}, "one of eps, x0, v"),
         ({"times": (0, 5), "prediction": "x0"}, "start encoding at t=1"),
+        ({"times": (5, 3, 0), "noise": [torch.zeros(1, *SHAPE)] * 3}, "given for 3 steps, but the trajectory has 2"),
+        ({"times": (1000, 0), "schedule": zero_terminal_snr(SCHEDULE)}, r"no x0 at alpha_bar=0 .*prediction=v or x0"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_is_asked(arguments, message):
@@ -213,7 +216,7 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(arguments, message)
         raise AssertionError("asked")
 
     with pytest.raises(ValueError, match=message):
-        trajectory(model, SCHEDULE, torch.zeros(1, *SHAPE), **arguments)
+        trajectory(model, x=torch.zeros(1, *SHAPE), **{"schedule": SCHEDULE} | arguments)
 
 
 # ---------------------------------------------------------------- against exact solutions
@@ -257,7 +260,7 @@ def test_every_eta_reaches_the_variance_of_gaussian_data(eta):
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_reaches_the_variance_of_gaussian_data(name):
     x_T = initial_noise(range(2000), (1, 2, 2), seed=1)
-    x_0 = sample(gaussian_eps, SCHEDULE, x_T, linear_tau(1000, 1000), RULES[name](1.0))
+    x_0 = sample(gaussian_eps, SCHEDULE, x_T, linear_tau(1000, 1000), RULES[name]())
     assert float(x_0.std()) == pytest.approx(STD, rel=0.04)
 
 
