@@ -166,7 +166,7 @@ def test_sampler_spec_chooses_the_rule():
         ({"eta": -1.0}, r"eta=-1.0 must lie in \[0, 1\]"),
         ({"eta": 1.5}, "must lie in"),
         ({"eta": None}, "ddim needs an eta"),
-        ({"rule": "sigma_hat", "eta": 0.5}, "sigma_hat has none"),
+        ({"rule": "sigma_hat", "eta": 0.5}, "sigma_hat does not take eta"),
         ({"rule": "euler"}, "rule='euler' is not known; allowed: ddim, sigma_hat"),
         ({"spacing": "lead"}, "allowed: linear, quadratic, cosine, uniform, quad, quad_or_full, leading, trailing, li"),
         ({"spacing": "ddim"}, "explicit, and Improved DDPM's ddimN and N1,N2"),

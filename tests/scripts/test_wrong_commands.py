@@ -47,7 +47,7 @@ TRAIN data=digits schedule.zero_terminal_snr=true -> objective: a network that p
 SAMPLE like=oficial -> like=oficial | did you mean official? | allowed: diffusers, official, paper
 SAMPLE sampler.eta=-1 -> eta=-1.0 | must lie in [0, 1]
 SAMPLE sampler.eta=abc -> sampler.eta='abc' | must be a number, not text
-SAMPLE sampler=sigma_hat sampler.eta=0.5 -> eta=0.5 does not go with rule=sigma_hat | has none
+SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | takes no arguments
 SAMPLE seed=abc -> seed='abc' | must be an integer, not text
 EVALUATE seed=-1 -> seed=-1 must lie in 0 .. 2**64 - 1
 EVALUATE n=0 -> n=0 must be at least 1
