@@ -54,12 +54,14 @@ class Rule:
         two_evaluations: `correction` is followed by an evaluation at the corrected state (Heun); a step then costs two.
         lower_order_below: in a trajectory of fewer steps than this, a step uses no more predictions than there are
             steps left, which is more stable.
+        label: of a rule of another package: its name in tables; None for the name of the class.
     """
 
     memory: int = 1
     convergence: int | None = None
     two_evaluations: bool = False
     lower_order_below: float = 0
+    label: str | None = None
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:
         """Return the coefficients of the step to the noise level a_s.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddim.checkpoints import load_model
+from ddim.config import config_context
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.figures import panels
@@ -97,7 +98,8 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
     context = SamplingContext(model, spec.seed, spec.compute)
     names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
-    plans = {name: FIGURES[name](spec, context) for name in names}
+    with config_context("sampler"):
+        plans = {name: FIGURES[name](spec, context) for name in names}
     files = {name: targets(name, Path(spec.output_dir)) for name in names}
     present = [path for paths in files.values() for path in paths if path.exists()]
     if present and not spec.overwrite:

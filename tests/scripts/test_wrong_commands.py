@@ -39,7 +39,7 @@ FIGURES figure=consistency S=[10,2000] -> sampler: S=2000 | T=50 | must lie in 1
 TRAIN data=digits grid.sampler.S=2000 -> grid.sampler: S=2000 | T=1000
 SAMPLE sampler.eta=-1 -> eta=-1.0 | must lie in [0, 1]
 SAMPLE sampler.eta=abc -> sampler.eta='abc' | must be a number, not text
-SAMPLE sampler=sigma_hat sampler.eta=0.5 -> eta=0.5 does not go with rule=sigma_hat | has none
+SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | null
 SAMPLE seed=abc -> seed='abc' | must be an integer, not text
 EVALUATE seed=-1 -> seed=-1 must lie in 0 .. 2**64 - 1
 EVALUATE n=0 -> n=0 must be at least 1
