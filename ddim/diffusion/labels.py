@@ -28,7 +28,7 @@ def row_label(sampler: SamplerSpec) -> str:
 
 
 def _with_arguments(name: str, sampler: SamplerSpec) -> str:
-    given = {"eta": sampler.eta, "order": sampler.order} | sampler.kwargs
+    given = {"eta": sampler.eta, "order": sampler.order} | (sampler.kwargs or {})
     listed = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
     return f"{name} ({listed})" if listed else name
 

@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
 from torch import Tensor
@@ -54,7 +54,7 @@ class SamplerSpec:
     clip: str = "none"
     last_time: int = 0
     order: int | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] | None = None
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class SamplerSpec:
         hints = get_type_hints(rule.__init__)
         takes = {name: hints.get(name) for name in inspect.signature(rule).parameters}
         named = {"eta": self.eta, "order": self.order}
-        arguments = {name: value for name, value in named.items() if value is not None} | self.kwargs
+        arguments = {name: value for name, value in named.items() if value is not None} | (self.kwargs or {})
         check_arguments(f"rule={self.rule}", arguments, takes)
         if "eta" in takes and self.eta is None:
             raise ValueError(f"rule={self.rule} needs an eta in [0, 1]; eta is null.")

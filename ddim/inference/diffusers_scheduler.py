@@ -146,11 +146,12 @@ def _build(
     """Return the scheduler with its timesteps, and those of the arguments that belong to its `step`."""
     kind = _scheduler_class(sampler.scheduler or "")
     constructor, step = _numbers_and_text(kind.__init__), _numbers_and_text(kind.step)
-    check_arguments(f"scheduler={sampler.scheduler}", sampler.kwargs, constructor | step)
+    kwargs = sampler.kwargs or {}
+    check_arguments(f"scheduler={sampler.scheduler}", kwargs, constructor | step)
     betas = (1 - schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]).tolist()
     given = {"trained_betas": betas, "num_train_timesteps": schedule.T, "prediction_type": _PREDICTIONS[prediction]}
     try:
-        scheduler = kind(**given, **{name: value for name, value in sampler.kwargs.items() if name in constructor})
+        scheduler = kind(**given, **{name: value for name, value in kwargs.items() if name in constructor})
         scheduler.set_timesteps(sampler.S, device=device)
     except Exception as error:
         raise _failure(sampler, error) from error
@@ -159,7 +160,7 @@ def _build(
         raise _other_schedule(sampler.scheduler)
     if float(scheduler.timesteps[0]) < float(scheduler.timesteps[-1]):
         raise ValueError(f"{sampler.scheduler} goes from images to noise; choose one that samples.")
-    return scheduler, {name: value for name, value in sampler.kwargs.items() if name in step}
+    return scheduler, {name: value for name, value in kwargs.items() if name in step}
 
 
 def _scheduler_class(name: str) -> Any:
