@@ -111,7 +111,7 @@ def _walk(
             with torch.autocast(x.device.type, enabled=False):  # the state is float32; UniPC multiplies matrices
                 x = scheduler.step(output, timestep, x, **arguments).prev_sample
             x_t = x if k + 1 == len(timesteps) else scheduler.scale_model_input(x, timesteps[k + 1])
-        yield State(k + 1, round(times[k + 1]), x_t, x0, eps, k + 1)
+        yield State(k + 1, round(times[k + 1]), x_t, x0, eps, k + 1)  # t of a state is an integer
 
 
 def _level(scheduler: Any, schedule: NoiseSchedule, k: int, t: float) -> float:

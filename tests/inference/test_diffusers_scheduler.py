@@ -1,7 +1,9 @@
 """Schedulers of diffusers through the adapter: their steps, the evaluations that they cost, their noise."""
 
+import dataclasses
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,11 @@ from ddim.diffusion.sampling import State
 from ddim.diffusion.solvers import DPMSolverPP, Heun
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 from ddim.inference.generate import check_sampler, generate, network_evaluations
+from ddim.results.report import write_report
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers with NumPy 2
 diffusers = pytest.importorskip("diffusers")
@@ -170,6 +174,15 @@ def test_settings_state_the_scheduler_and_the_version() -> None:
         "diffusers": diffusers.__version__,
     }
     assert title(sampler) == "DEISMultistepScheduler (solver_order=3) S=7 scheduler"
+
+
+def test_a_scheduler_has_its_row_with_its_evaluations(spec: EvaluateSpec, tmp_path: Path) -> None:
+    sampler = scheduler("HeunDiscreteScheduler", 3, timestep_spacing="leading")
+    record, _ = evaluate(dataclasses.replace(spec, sampler=sampler, n=4))
+    assert record["sampler"] == {**sampler.settings(), "tau": [1, 1, 17, 17, 33]}
+    assert (record["S"], record["nfe"], record["network_evaluations"]) == (3, 5, 20)
+    write_report([record], tmp_path / "report")
+    assert "| HeunDiscreteScheduler (timestep_spacing=leading) |" in (tmp_path / "report" / "table.md").read_text()
 
 
 class OwnNoise(diffusers.DDIMScheduler):
