@@ -74,7 +74,7 @@ def test_samples_share_x_T_across_rules_and_S(context: SamplingContext) -> None:
             i, S = column["index"], column["S"]
             close(image, sampled(context.model, noise(i), S, rule, i))
             assert column["tau"] == list(ddim.linear_tau(50, S))
-    assert panel.metadata["sampler"] == {"spacing": "linear", "times": None, "clip": "none", "last_time": 0}
+    assert panel.metadata["sampler"].items() >= {"spacing": "linear", "clip": "none", "last_time": 0}.items()
     assert panel.metadata["seed"] == SEED
     assert panel.metadata["weights_hash"] == context.model.weights_hash
 
@@ -128,9 +128,9 @@ def test_interpolation_grid_is_slerp_of_slerps(context: SamplingContext) -> None
 @pytest.mark.parametrize("sampler", [SamplerSpec(eta=0.5), SamplerSpec("sigma_hat", None)])
 def test_interpolation_needs_a_deterministic_sampler(model: LoadedModel, sampler: SamplerSpec) -> None:
     context = SamplingContext(model, SEED, ComputeSpec("cpu"))
-    with pytest.raises(ValueError, match="choose eta=0, not "):
+    with pytest.raises(ValueError, match="needs a deterministic sampler such as ddim with eta=0, not "):
         panels.interpolation(context, sampler, [(0, 1)], WEIGHTS)
-    with pytest.raises(ValueError, match="choose eta=0, not "):
+    with pytest.raises(ValueError, match="needs a deterministic sampler such as ddim with eta=0, not "):
         panels.interpolation_grid(context, sampler, (0, 1, 2, 3), WEIGHTS, WEIGHTS)
 
 

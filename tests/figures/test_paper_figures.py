@@ -128,8 +128,14 @@ def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, requ
         ({"figure": "interpolation", "n": 3}, "pairs of images, not 3; give an even number"),
         ({"figure": "interpolation", "indices": (4,)}, "pairs of images, not 1"),
         ({"figure": "interpolation_grid", "n": 3}, "two pairs of images, not 3 images; give four"),
-        ({"figure": "interpolation_grid", "sampler": SamplerSpec(eta=0.5)}, r"choose sampler=ddim with sampler.eta=0"),
-        ({"figure": "interpolation", "sampler": SamplerSpec("sigma_hat", None)}, r"choose sampler=ddim"),
+        (
+            {"figure": "interpolation_grid", "sampler": SamplerSpec(eta=0.5)},
+            r"deterministic sampler, such as sampler=ddim",
+        ),
+        (
+            {"figure": "interpolation", "sampler": SamplerSpec("sigma_hat", None)},
+            r"deterministic sampler, such as sampler=ddim",
+        ),
         (
             {"figure": "consistency", "sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))},
             r"vary S; give a named sampler.spacing",
