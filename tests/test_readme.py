@@ -216,7 +216,14 @@ def keys_of(spec: type) -> set[str]:
 
 def unknown_keys(text: str) -> list[str]:
     """Return the keys, as in `key=value` or `group.key`, that no command has; Hydra's are not checked."""
-    known = {"experiment", "debug", "network", "schedule", *(f"network.{name}" for name in get_type_hints(UNetSpec))}
+    known = {
+        "experiment",
+        "debug",
+        "like",
+        "network",
+        "schedule",
+        *(f"network.{name}" for name in get_type_hints(UNetSpec)),
+    }
     known |= {key for spec in SPECS.values() for key in keys_of(spec)}
     groups = {key.partition(".")[0] for key in known if "." in key}
     known |= {key.rpartition(".")[2] for key in known}  # `winograd=true` stands for that of compute and of trainer

@@ -1,9 +1,11 @@
 """How a sampler is named in tables, titles and file names."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.timesteps import respaced_count
 
 
 def spacing_name(sampler: SamplerSpec, tau: Sequence[float], T: int) -> str:
@@ -12,6 +14,8 @@ def spacing_name(sampler: SamplerSpec, tau: Sequence[float], T: int) -> str:
         return "full"
     if sampler.spacing == "quad_or_full":
         return "quad"
+    if sampler.steps_offset:
+        return f"{sampler.spacing}+{sampler.steps_offset}"
     return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
 
 
@@ -24,7 +28,13 @@ def row_label(sampler: SamplerSpec) -> str:
         name = LABELS[sampler.rule](rule)
     else:  # of another package
         name = rule.label or _with_arguments(type(rule).__name__, sampler)
-    return name if sampler.clip == "none" else f"{name} (clip {sampler.clip})"
+    if sampler.clip == "none":
+        return name
+    limit = "" if sampler.clip_range == 1 else f" to ±{sampler.clip_range}"
+    if sampler.threshold_ratio is not None:
+        limit = f", threshold {sampler.threshold_ratio}"
+        limit += "" if sampler.threshold_max is None else f" up to {sampler.threshold_max}"
+    return f"{name} (clip {sampler.clip}{limit})"
 
 
 def _with_arguments(name: str, sampler: SamplerSpec) -> str:
@@ -55,4 +65,18 @@ def title(sampler: SamplerSpec) -> str:
 
 def asked_steps(sampler: SamplerSpec) -> int:
     """Return the number of steps asked for; `uniform` may take more."""
-    return len(sampler.times) if sampler.times is not None else sampler.S or 0
+    if sampler.times is not None:
+        return len(sampler.times)
+    return sampler.S or respaced_count(sampler.spacing) or 0
+
+
+def changes(sampler: SamplerSpec, names: Collection[str] | None = None) -> str:
+    """Return what differs from the defaults, as the scripts take it: "sampler.spacing=leading sampler.clip=x0".
+
+    Args:
+        sampler: how to sample.
+        names: the fields to look at; None for all.
+    """
+    ours, default = dataclasses.asdict(sampler), dataclasses.asdict(SamplerSpec())
+    values = {name: value for name, value in ours.items() if value != default[name] and name in (names or ours)}
+    return " ".join(f"sampler.{name}={'null' if value is None else value}" for name, value in values.items())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
+from ddim.diffusion.schedule import NoiseSchedule
 from ddim.random import TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
 
 
@@ -21,6 +22,31 @@ def q_sample(x0: Tensor, eps: Tensor, a_t: Tensor) -> Tensor:
         a_t: alpha_bar at each image's time, float64, broadcastable to x0. The roots are rounded once.
     """
     return a_t.sqrt().to(x0.dtype) * x0 + (1 - a_t).sqrt().to(x0.dtype) * eps
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Return x_t (Eq. 4) of images x0 and noise ε, (B, C, H, W), at their times t in 0..T, int64 (B,).
+
+    Raises:
+        ValueError: a time outside 0..T.
+    """
+    return q_sample(x0, eps, _levels(schedule, t, x0))
+
+
+def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Return v = sqrt(a_t) ε - sqrt(1 - a_t) x_0, the target of prediction `v`; arguments as in `add_noise`.
+
+    Raises:
+        ValueError: a time outside 0..T.
+    """
+    return PREDICTIONS["v"].target(x0, eps, _levels(schedule, t, x0))
+
+
+def _levels(schedule: NoiseSchedule, t: Tensor, x0: Tensor) -> Tensor:
+    """Return alpha_bar at each image's time, float64, broadcastable to x0."""
+    if bool(((t < 0) | (t > schedule.T)).any()):
+        raise ValueError(f"t={t.tolist()} must hold times in 0..{schedule.T}.")
+    return schedule.alpha_bar.to(x0.device)[t].reshape(-1, *[1] * (x0.ndim - 1))
 
 
 def per_sample_loss(

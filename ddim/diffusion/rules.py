@@ -54,6 +54,7 @@ class Rule:
         two_evaluations: `correction` is followed by an evaluation at the corrected state (Heun); a step then costs two.
         lower_order_below: in a trajectory of fewer steps than this, a step uses no more predictions than there are
             steps left, which is more stable.
+        zero_snr: a step can start at alpha_bar = 0, where the variables of most rules are infinite.
         label: of a rule of another package: its name in tables; None for the name of the class.
     """
 
@@ -61,6 +62,7 @@ class Rule:
     convergence: int | None = None
     two_evaluations: bool = False
     lower_order_below: float = 0
+    zero_snr: bool = False
     label: str | None = None
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:
@@ -97,6 +99,7 @@ class DDIM(Rule):
     """
 
     eta: float = 0.0
+    zero_snr = True
 
     @property
     def convergence(self) -> int | None:  # type: ignore[override]
@@ -121,6 +124,8 @@ class SigmaHat(Rule):
     implementation adds none from its first time, index 0, with which both of its spacings end; so with `uniform` and
     `quad` both agree in every step. It also clips x̂0 and derives ε̂ again: the clip policy `x0_and_eps`.
     """
+
+    zero_snr = True
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:
         """Return the factors of section D.3; there are no upward steps."""

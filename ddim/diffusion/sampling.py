@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.noise import step_noise
-from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS, eps_from_x0, x0_and_eps
+from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps
 from ddim.diffusion.rules import DDIM, Coefficients, Estimate, Rule, apply
 from ddim.diffusion.schedule import NoiseSchedule
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W)
+Noise = Callable[[int], Tensor] | Sequence[Tensor]  # of step k = 1, 2, ...: by number, or one for each step
 
 
 def step(rule: Rule, x0: Tensor, eps: Tensor, a_t: float, a_s: float, noise: Tensor | None = None) -> Tensor:
@@ -25,7 +26,7 @@ def step(rule: Rule, x0: Tensor, eps: Tensor, a_t: float, a_s: float, noise: Ten
     Args:
         rule: the choice of σ.
         x0, eps: x̂0 and ε̂ at a_t, (B, C, H, W).
-        a_t, a_s: alpha_bar at both ends of the step, in (0, 1].
+        a_t, a_s: alpha_bar at both ends of the step, in [0, 1].
         noise: z, (B, C, H, W); needed when the rule's factor of it is not 0.
 
     Raises:
@@ -79,6 +80,8 @@ def rows(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> list[Row]
     levels: list[float] = []
     for k, (t, s) in enumerate(pairwise(times), start=1):
         a_t, a_s, left = schedule[t], schedule[s], len(times) - k
+        if a_t == 0 and not rule.zero_snr:
+            raise ValueError(f"{rule} has no step from alpha_bar=0 (zero terminal SNR); take ddim, or times below T.")
         levels = [a_t, *(a for a in levels if a != a_t)][: rule.memory]
         used = levels[:left] if len(times) - 1 < rule.lower_order_below else levels
         corrects = left > 1 and a_s != a_t
@@ -100,9 +103,10 @@ def trajectory(
     rule: Rule | None = None,
     *,
     prediction: str = "eps",
-    clip: str = "none",
+    clip: str | Clip = "none",
     seed: int = 0,
     indices: Sequence[int] | Tensor | None = None,
+    noise: Noise | None = None,
 ) -> Iterator[State]:
     """Walk x through `times` and yield the state after each step; a step costs one network evaluation, or two (Heun).
 
@@ -114,26 +118,45 @@ def trajectory(
         times: descending to sample, (*reversed(tau), 0); ascending to encode, (0, *tau).
         rule: DDIM(eta=0) by default.
         prediction: what the model returns, a key of PREDICTIONS.
-        clip: one of CLIP_POLICIES.
+        clip: a clip policy, or its name, one of CLIP_POLICIES.
         seed, indices: decide the noise: image `indices[i]` gets the noise (seed, indices[i], k) at step k.
             The indices default to 0..B-1, as in `initial_noise(range(B), ...)`.
+        noise: the fresh noise instead, z of step k with the shape of x: noise(k), or noise[k - 1]; a step that adds
+            none does not ask for it.
 
     Raises:
-        ValueError: an unknown name, a time outside 0..T, or a step that the rule cannot take; before the first
-            network evaluation.
+        ValueError: an unknown name, a time outside 0..T, a step that the rule cannot take, a noise level at which the
+            prediction gives no x̂0 or ε̂, or noise for another number of steps; before the first network evaluation.
+            Noise of another shape than x, when its step comes.
     """
     rule = rule or DDIM()
-    if prediction not in PREDICTIONS or clip not in CLIP_POLICIES:
-        raise ValueError(
-            f"prediction={prediction!r} must be one of {', '.join(PREDICTIONS)}, "
-            f"and clip={clip!r} one of {', '.join(CLIP_POLICIES)}."
-        )
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction={prediction!r} must be one of {', '.join(PREDICTIONS)}.")
     if len(times) < 2:
         raise ValueError(f"times={list(times)} must hold at least a start and an end.")
-    if prediction == "x0" and 0 in times[:-1]:
-        raise ValueError("a network that predicts x0 gives no ε at t=0; start encoding at t=1.")
-    indices = range(len(x)) if indices is None else indices
-    return _walk(model, schedule, x, rows(rule, schedule, times), rule, prediction, clip, seed, indices)
+    for t in times[:-1]:
+        check_level(prediction, schedule[t])
+    draw = _noise(noise, len(times) - 1, x, seed, range(len(x)) if indices is None else indices)
+    return _walk(model, schedule, x, rows(rule, schedule, times), rule, prediction, as_clip(clip), draw)
+
+
+def _noise(
+    noise: Noise | None, steps: int, x: Tensor, seed: int, indices: Sequence[int] | Tensor
+) -> Callable[[int], Tensor]:
+    """Return the noise of step k, as a function of k, in the dtype of x."""
+    if noise is None:
+        addresses = torch.as_tensor(indices, dtype=torch.int64, device=x.device)
+        return lambda k: step_noise(addresses, x.shape[1:], seed, k).to(x.dtype)
+    if not callable(noise) and len(noise) != steps:
+        raise ValueError(f"noise is given for {len(noise)} steps, but the trajectory has {steps}.")
+
+    def given(k: int) -> Tensor:
+        z = noise(k) if callable(noise) else noise[k - 1]
+        if z.shape != x.shape:
+            raise ValueError(f"the noise of step {k} has the shape {tuple(z.shape)}, x {tuple(x.shape)}.")
+        return z.to(x.dtype)
+
+    return given
 
 
 def _walk(
@@ -143,12 +166,9 @@ def _walk(
     steps: Sequence[Row],
     rule: Rule,
     prediction: str,
-    clip: str,
-    seed: int,
-    indices: Sequence[int] | Tensor,
+    clip: Clip,
+    noise: Callable[[int], Tensor],
 ) -> Iterator[State]:
-    indices = torch.as_tensor(indices, dtype=torch.int64, device=x.device)
-
     evaluations = 0
 
     def estimate(x: Tensor, t: int) -> Estimate:
@@ -164,8 +184,7 @@ def _walk(
             newest = corrected or estimate(x, t)
             corrected = None
             estimates = [newest, *(e for e in estimates if e.level != newest.level)][: rule.memory]
-            noise = step_noise(indices, x.shape[1:], seed, k).to(x.dtype) if row.noise else None
-            x = apply(row, estimates, noise)
+            x = apply(row, estimates, noise(k) if row.noise else None)
             if correction is not None:
                 ahead = estimate(x, s)
                 x = apply(correction, [ahead, *estimates])
@@ -183,16 +202,19 @@ def sample(
     *,
     last_time: int = 0,
     prediction: str = "eps",
-    clip: str = "none",
+    clip: str | Clip = "none",
     seed: int = 0,
     indices: Sequence[int] | Tensor | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
     """Return x_0, (B, C, H, W), for the starting points x_T over the increasing times tau; see `trajectory`.
 
     `last_time` = 0 ends at alpha_bar = 1, as the paper does; 1 ends at alpha_bar[1], as some code bases do.
     """
     times = (*reversed(tau), last_time)
-    states = trajectory(model, schedule, x_T, times, rule, prediction=prediction, clip=clip, seed=seed, indices=indices)
+    states = trajectory(
+        model, schedule, x_T, times, rule, prediction=prediction, clip=clip, seed=seed, indices=indices, noise=noise
+    )
     return last_state(states)
 
 
@@ -203,7 +225,7 @@ def encode(
     tau: Sequence[int],
     *,
     prediction: str = "eps",
-    clip: str = "none",
+    clip: str | Clip = "none",
 ) -> Tensor:
     """Return the x_T that deterministic sampling over the same tau leads back to x_0 (section 5.4), (B, C, H, W).
 

@@ -21,7 +21,8 @@ class NoiseSchedule:
     """A decreasing sequence of noise levels.
 
     Attributes:
-        alpha_bar: float64 (T+1,), alpha_bar[0] = 1, strictly decreasing, positive.
+        alpha_bar: float64 (T+1,), alpha_bar[0] = 1, strictly decreasing, positive; alpha_bar[T] may be 0, zero terminal
+            SNR: x_T is then noise and nothing else.
         name: how it was made; stored with every result.
 
     Raises:
@@ -35,8 +36,8 @@ class NoiseSchedule:
         a = self.alpha_bar
         if a.ndim != 1 or a.dtype != torch.float64 or len(a) < 2:
             raise ValueError(f"alpha_bar must be float64 of shape (T+1,), not {a.dtype} of shape {tuple(a.shape)}.")
-        if a[0] != 1 or not bool((a.diff() < 0).all()) or not a[-1] > 0:
-            raise ValueError("alpha_bar must start at 1, decrease strictly and stay positive.")
+        if a[0] != 1 or not bool((a.diff() < 0).all()) or not a[-1] >= 0:
+            raise ValueError("alpha_bar must start at 1, decrease strictly and never be negative.")
 
     @property
     def T(self) -> int:
@@ -53,14 +54,18 @@ class NoiseSchedule:
 def from_betas(betas: Sequence[float] | Tensor, name: str = "custom") -> NoiseSchedule:
     """Build a schedule from beta_1 .. beta_T, each in (0, 1): alpha_bar[t] = product of (1 - beta_i), i = 1..t.
 
+    beta_T may be 1: zero terminal SNR.
+
     Raises:
         ValueError: no betas, or one outside (0, 1); the message gives the first such index.
     """
     b = torch.as_tensor(betas, dtype=torch.float64)
     if b.ndim != 1 or len(b) == 0:
         raise ValueError("betas must be a list of at least one number.")
-    if not bool(((b > 0) & (b < 1)).all()):
-        i = int((~((b > 0) & (b < 1))).nonzero()[0])
+    allowed = (b > 0) & (b < 1)
+    allowed[-1] |= b[-1] == 1
+    if not bool(allowed.all()):
+        i = int((~allowed).nonzero()[0])
         raise ValueError(f"beta_{i + 1}={float(b[i])} must lie strictly between 0 and 1.")
     return NoiseSchedule(torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - b, 0)]), name)
 
@@ -86,6 +91,23 @@ def cosine_schedule(T: int = 1000, offset: float = 0.008, beta_max: float = 0.99
     return from_betas((1 - f[1:] / f[:-1]).clamp(max=beta_max), "cosine")
 
 
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """Rescale a schedule to alpha_bar[T] = 0 exactly, so that x_T is noise alone (Lin et al. 2024, Algorithm 1).
+
+    sqrt(alpha_bar[t]) is shifted and scaled so that it is 0 at T and unchanged at 1, as by `rescale_betas_zero_snr` of
+    diffusers.
+
+    Raises:
+        ValueError: T is 1, so that no time is left to stay unchanged.
+    """
+    if schedule.T < 2:
+        raise ValueError("T=1 cannot be rescaled to zero terminal SNR; T must be at least 2.")
+    roots = schedule.alpha_bar.sqrt()
+    rescaled = ((roots - roots[-1]) * (roots[1] / (roots[1] - roots[-1]))) ** 2
+    alpha_bar = torch.cat([schedule.alpha_bar[:2], rescaled[2:]])
+    return NoiseSchedule(alpha_bar, f"{schedule.name}_zero_terminal_snr")
+
+
 def _steps(T: int) -> int:
     if T < 1:
         raise ValueError(f"T={T} must be at least 1.")
@@ -108,6 +130,7 @@ class ScheduleSpec:
     Attributes:
         name: a key of SCHEDULES.
         T, beta_start, beta_end, betas: arguments of that schedule; null leaves its default.
+        zero_terminal_snr: rescale it to alpha_bar[T] = 0, for networks that predict v or x0.
 
     Raises:
         ValueError: an unknown name, an argument that this schedule does not take, or one out of range.
@@ -118,6 +141,7 @@ class ScheduleSpec:
     beta_start: float | None = None
     beta_end: float | None = None
     betas: tuple[float, ...] | None = None
+    zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
@@ -131,7 +155,8 @@ class ScheduleSpec:
 
     def build(self) -> NoiseSchedule:
         """Return the schedule."""
-        return SCHEDULES[self.name](**self._arguments())
+        schedule = SCHEDULES[self.name](**self._arguments())
+        return zero_terminal_snr(schedule) if self.zero_terminal_snr else schedule
 
     def _arguments(self) -> dict[str, object]:
         given = {"T": self.T, "beta_start": self.beta_start, "beta_end": self.beta_end, "betas": self.betas}

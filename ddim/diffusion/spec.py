@@ -9,9 +9,9 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from ddim.diffusion.prediction import CLIP_POLICIES
+from ddim.diffusion.prediction import Clip, check_level
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
-from ddim.diffusion.sampling import Model, State, count_evaluations, trajectory
+from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.diffusion.solvers import (
     DEIS,
@@ -23,7 +23,7 @@ from ddim.diffusion.solvers import (
     SDEDPMSolverPP,
     UniPC,
 )
-from ddim.diffusion.timesteps import SPACINGS, explicit_tau
+from ddim.diffusion.timesteps import SPACINGS, explicit_tau, leading_tau, respaced_count, respaced_tau
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,11 @@ class SamplerSpec:
         rule: a key of RULES, the name of an installed package's rule (`find_rule`), or `diffusers`.
         eta: η in [0, 1] for `ddim`; null for rules that have none.
         S: the number of steps; null with explicit times.
-        spacing: a key of SPACINGS, `explicit`, or `scheduler` where the times are those of a scheduler.
+        spacing: a key of SPACINGS; `explicit`; `scheduler` where the times are a scheduler's; or a name of Improved DDPM's
+            respacing (`respaced_tau`), with S=null or the number of times in it.
         times: the explicit times, increasing, in 1..T.
-        clip: one of CLIP_POLICIES.
+        steps_offset: for `leading`, added to each time; null is 0.
+        clip, clip_range, threshold_ratio, threshold_max: the clip policy, see `Clip`.
         last_time: 0 ends at alpha_bar = 1 (paper); 1 ends at alpha_bar[1] (some code bases).
         order: of a rule that has one; null leaves its default.
         kwargs: other arguments of the rule, or those of the scheduler and of its `step`.
@@ -51,30 +53,40 @@ class SamplerSpec:
     S: int | None = 50
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
+    steps_offset: int | None = None
     clip: str = "none"
+    clip_range: float = 1.0
+    threshold_ratio: float | None = None
+    threshold_max: float | None = None
     last_time: int = 0
     order: int | None = None
     kwargs: dict[str, Any] | None = None
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("spacing", self.spacing, (*SPACINGS, "explicit", "scheduler")),
-            ("clip", self.clip, CLIP_POLICIES),
-            ("last_time", self.last_time, (0, 1)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
+        respaced = respaced_count(self.spacing)
         explicit = self.spacing == "explicit"
-        if explicit != (self.times is not None) or explicit != (self.S is None):
+        if self.spacing not in (*SPACINGS, "explicit", "scheduler") and respaced is None:
+            raise ValueError(
+                f"spacing={self.spacing!r} is not known; allowed: {', '.join(SPACINGS)}, scheduler, explicit, and "
+                "Improved DDPM's ddimN and N1,N2,..."
+            )
+        if self.last_time not in (0, 1):
+            raise ValueError(f"last_time={self.last_time!r} is not known; allowed: 0, 1.")
+        if respaced is not None and self.S not in (None, respaced):
+            raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
+        if explicit != (self.times is not None) or (respaced is None and explicit != (self.S is None)):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
         if self.S is not None and self.S < 1:
             raise ValueError(f"S={self.S} must be at least 1.")
+        if self.steps_offset is not None and self.spacing != "leading":
+            raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
+        self.build_clip()
         if self.rule == DIFFUSERS or self.scheduler is not None or self.spacing == "scheduler":
             self._check_scheduler_fields()
             return
-        rule, steps = self.build_rule(), len(self.times) if self.times is not None else self.S
-        if rule.memory > (steps or 0):
+        rule, steps = self.build_rule(), len(self.times) if self.times is not None else self.S or respaced or 0
+        if steps and rule.memory > steps:
             raise ValueError(
                 f"rule={self.rule} uses {rule.memory} predictions, which {steps} steps never have; take a lower order "
                 f"or at least {rule.memory} steps."
@@ -89,6 +101,20 @@ class SamplerSpec:
                 "everything else, as sampler=diffusers sets them; give scheduler=NAME, S, and its own options as "
                 "kwargs."
             )
+
+    def build_clip(self) -> Clip:
+        """Return the clip policy."""
+        return Clip(self.clip, self.clip_range, self.threshold_ratio, self.threshold_max)
+
+    def check(self, schedule: NoiseSchedule, prediction: str) -> None:
+        """Check before work starts that the sampler fits a schedule and what the network predicts.
+
+        Raises:
+            ValueError: it does not; see `tau`, `rows` and `check_level`.
+        """
+        for t in self.tau(schedule.T):
+            check_level(prediction, schedule[t])
+        self.evaluations(schedule)  # refuses steps that the rule cannot take
 
     def build_rule(self) -> Rule:
         """Return the rule.
@@ -117,10 +143,18 @@ class SamplerSpec:
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers besides the times, as records state it; new fields where they are set."""
         chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
-        added = {"order": self.order, "kwargs": self.kwargs, "scheduler": self.scheduler}
+        unset: dict[str, Any] = {
+            "order": None,
+            "kwargs": None,
+            "scheduler": None,
+            "clip_range": 1.0,
+            "threshold_ratio": None,
+            "threshold_max": None,
+        }
+        added = {name: getattr(self, name) for name in unset} | {"kwargs": self.kwargs or None}
         if self.scheduler is not None:
-            added[DIFFUSERS] = importlib.metadata.version(DIFFUSERS)
-        return chosen | {name: value for name, value in added.items() if value}
+            chosen[DIFFUSERS] = importlib.metadata.version(DIFFUSERS)
+        return chosen | {name: value for name, value in added.items() if value != unset[name]}
 
     def trajectory(
         self,
@@ -131,6 +165,7 @@ class SamplerSpec:
         prediction: str = "eps",
         seed: int = 0,
         indices: Sequence[int] | Tensor | None = None,
+        noise: Noise | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
         return trajectory(
@@ -140,9 +175,10 @@ class SamplerSpec:
             self.descending_times(schedule.T),
             self.build_rule(),
             prediction=prediction,
-            clip=self.clip,
+            clip=self.build_clip(),
             seed=seed,
             indices=indices,
+            noise=noise,
         )
 
     def evaluations(self, schedule: NoiseSchedule) -> int:
@@ -162,7 +198,11 @@ class SamplerSpec:
         self._refuse_scheduler()
         if self.times is not None:
             return explicit_tau(T, self.times)
+        if respaced_count(self.spacing) is not None:
+            return respaced_tau(T, self.spacing)
         assert self.S is not None
+        if self.steps_offset is not None:
+            return leading_tau(T, self.S, self.steps_offset)
         return SPACINGS[self.spacing](T, self.S)
 
 

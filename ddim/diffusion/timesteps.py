@@ -3,10 +3,13 @@
 A rule takes (T, S) and returns the times in increasing order. The paper's rules and `cosine` return exactly S times,
 strictly increasing, ending at T. The two rules of the official implementation keep their quirks, because published
 numbers were made with them: `uniform` returns more than S times when S does not divide T; `quad` stops at 0.8 T and
-repeats small times, and a repeated time is a step that costs a network evaluation and changes nothing.
+repeats small times, and a repeated time is a step that costs a network evaluation and changes nothing. `leading`,
+`trailing` and `linspace` are diffusers' `timestep_spacing`, whose index i is the time i + 1; they return S times.
 """
 
+import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 
 
@@ -67,6 +70,72 @@ def quad_or_full_tau(T: int, S: int) -> tuple[int, ...]:
     return linear_tau(T, S) if S == T else reference_quad_tau(T, S)
 
 
+def leading_tau(T: int, S: int, steps_offset: int = 0) -> tuple[int, ...]:
+    """diffusers' `leading`: S times, T // S apart, from 1 + steps_offset on. `uniform` without its surplus times.
+
+    Raises:
+        ValueError: S is not in 1..T, or steps_offset is negative or leads beyond T.
+    """
+    _check(T, S)
+    tau = tuple(1 + steps_offset + i * (T // S) for i in range(S))
+    if steps_offset < 0 or tau[-1] > T:
+        raise ValueError(
+            f"steps_offset={steps_offset} must be 0 or more, and S={S} times from it on must end by T={T}."
+        )
+    return tau
+
+
+def trailing_tau(T: int, S: int) -> tuple[int, ...]:
+    """diffusers' `trailing`: T, T - T/S, T - 2 T/S, ..., each rounded. In its floating point, for the same ties."""
+    _check(T, S)
+    stride = T - T / S - T
+    return tuple(round(T + i * stride) for i in reversed(range(S)))
+
+
+def linspace_tau(T: int, S: int) -> tuple[int, ...]:
+    """diffusers' `linspace`: S equal distances from 1 to T, rounded as its indices are; S=1 gives time 1 alone."""
+    _check(T, S)
+    stride = (T - 1) / max(S - 1, 1)
+    return tuple(1 + round(i * stride) for i in range(S))
+
+
+def respaced_count(name: str) -> int | None:
+    """Return how many times a name of Improved DDPM's respacing asks for, None if it is no such name."""
+    if not re.fullmatch(r"ddim\d+|\d+(,\d+)*", name):
+        return None
+    return sum(map(int, name.removeprefix("ddim").split(",")))
+
+
+def respaced_tau(T: int, name: str) -> tuple[int, ...]:
+    """Improved DDPM's respacing by its names (Nichol and Dhariwal 2021; openai/improved-diffusion, `space_timesteps`).
+
+    `ddimN`: every i-th time from 1 on, with the least i that gives exactly N times. `N1,N2,...`: 1..T is cut into equal
+    sections, of which the first are longer by one where T does not divide; each has N_i times at equal distances from
+    its first to its last, added up in floating point and rounded.
+
+    Raises:
+        ValueError: there is no such stride, or a section has fewer times than it is to give.
+    """
+    if name.startswith("ddim"):
+        N = int(name.removeprefix("ddim"))
+        stride = next((i for i in range(1, T) if len(range(0, T, i)) == N), None)
+        if stride is None:
+            raise ValueError(f"spacing={name} does not exist for T={T}: no stride gives exactly {N} times.")
+        return tuple(range(1, T + 1, stride))
+    counts = [int(count) for count in name.split(",")]
+    tau: list[int] = []
+    start = 1
+    for section, count in enumerate(counts):
+        size = T // len(counts) + (section < T % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"spacing={name}: a section of {size} of the T={T} times cannot give {count} of them.")
+        apart = (size - 1) / max(count - 1, 1)
+        distances = itertools.accumulate([apart] * (count - 1), initial=0.0)
+        tau += [start + round(distance) for distance in distances]
+        start += size
+    return tuple(tau)
+
+
 def explicit_tau(T: int, times: Sequence[int]) -> tuple[int, ...]:
     """Return the user's own times.
 
@@ -105,4 +174,7 @@ SPACINGS: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "uniform": reference_uniform_tau,
     "quad": reference_quad_tau,
     "quad_or_full": quad_or_full_tau,
+    "leading": leading_tau,
+    "trailing": trailing_tau,
+    "linspace": linspace_tau,
 }

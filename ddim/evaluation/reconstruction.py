@@ -156,7 +156,13 @@ def reconstruct(
     with autocast(compute):
         for times in ((0, *tau), (*reversed(tau), 0)):
             states = trajectory(
-                model, model.spec.schedule, x, times, DDIM(), prediction=model.spec.prediction, clip=sampler.clip
+                model,
+                model.spec.schedule,
+                x,
+                times,
+                DDIM(),
+                prediction=model.spec.prediction,
+                clip=sampler.build_clip(),
             )
             for state in states:
                 x = state.x

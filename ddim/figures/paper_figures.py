@@ -9,6 +9,7 @@ from typing import Literal
 from ddim.checkpoints import load_model
 from ddim.config import config_context
 from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
 from ddim.figures import panels
 from ddim.figures.layout import animate, draw
@@ -170,8 +171,8 @@ def _weights(spec: FigureSpec) -> list[float]:
 
 def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the given S, or else the default ones up to the model's T, or T if there are none."""
-    if spec.sampler.times is not None:
-        raise UserError("samples and consistency vary S; give a named sampler.spacing, not explicit times.")
+    if spec.sampler.spacing not in (*SPACINGS, "scheduler"):
+        raise UserError("samples and consistency vary S; give a named sampler.spacing, which takes any S.")
     T = context.model.spec.schedule.T
     S = spec.S or tuple(count for count in default if count <= T) or (T,)
     for count in S:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddim.config import suggest
 from ddim.diffusion.noise import initial_noise
-from ddim.diffusion.prediction import x0_and_eps
+from ddim.diffusion.prediction import check_level, x0_and_eps
 from ddim.diffusion.sampling import Model, State, last_state
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.diffusion.spec import SamplerSpec, check_arguments
@@ -47,6 +47,7 @@ def check_scheduler(sampler: SamplerSpec, schedule: NoiseSchedule, prediction: s
             not take these arguments, or fails with them; or its noise cannot be tied to the number of an image.
     """
     scheduler, _ = _build(sampler, schedule, prediction)  # with all the steps
+    check_level(prediction, schedule[int(max(_times(scheduler)))])
     order = scheduler.config.get("solver_order", 1)
     if order > len(scheduler.timesteps):
         raise ValueError(f"solver_order={order} needs at least {order} steps, not S={sampler.S}.")

@@ -22,13 +22,13 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
     """Return the times tau of a sampler on this model's schedule; they can be fractions where a scheduler's are.
 
     Raises:
-        UserError: the sampler does not fit the schedule.
+        UserError: the sampler does not fit the schedule, or what the network predicts.
     """
     with config_context("sampler"):
         if sampler.scheduler is not None:
             check_scheduler(sampler, model.spec.schedule, model.spec.prediction)
             return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
-        sampler.evaluations(model.spec.schedule)  # refuses steps that the rule cannot take
+        sampler.check(model.spec.schedule, model.spec.prediction)
         return sampler.tau(model.spec.schedule.T)
 
 

@@ -142,8 +142,13 @@ def _times(records: list[Record], own: str, full: bool) -> str:
 def _clip(rows: dict[str, list[Record]]) -> str:
     members: dict[str, list[str]] = {}
     for row, records in rows.items():
-        members.setdefault(distinct(r["sampler"].get("clip") for r in records), []).append(row)
+        members.setdefault(distinct(_clip_policy(r["sampler"]) for r in records), []).append(row)
     return "; ".join(f"{clip} ({', '.join(rows)})" if len(members) > 1 else clip for clip, rows in members.items())
+
+
+def _clip_policy(sampler: dict[str, Any]) -> str:
+    limits = (_named(key, sampler.get(key)) for key in ("clip_range", "threshold_ratio", "threshold_max"))
+    return " ".join([sampler.get("clip") or "", *filter(None, limits)])
 
 
 def _ranges(records: list[Record]) -> str:

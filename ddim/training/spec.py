@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ddim.checkpoints import ModelSpec
 from ddim.config import build, choose, config_context
 from ddim.data.datasets import DataSpec
+from ddim.diffusion.prediction import check_level
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
 from ddim.networks import NETWORKS
@@ -141,7 +142,8 @@ class TrainSpec:
         """Return the description of the model that this run trains.
 
         Raises:
-            UserError: the network's fields are wrong or do not fit the data, or the grid's sampler does not fit T.
+            UserError: the network's fields are wrong or do not fit the data, the network is to learn ε where nothing
+                but ε is left (zero terminal SNR), or the grid's sampler does not fit T.
         """
         fields = dict(self.network)
         name = fields.pop("name", "unet")
@@ -152,6 +154,8 @@ class TrainSpec:
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
                 f"{(self.data.channels, *self.data.size)}; leave network.channels and network.image_size to the data."
             )
+        with config_context("objective"):
+            check_level(model.prediction, model.schedule[model.schedule.T])
         with config_context("grid.sampler"):
-            self.grid.sampler.tau(model.schedule.T)
+            self.grid.sampler.check(model.schedule, model.prediction)
         return model

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from ddim.diffusion.objective import q_sample
-from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS, eps_from_x0, x0_and_eps, x0_from_eps
+from ddim.diffusion.prediction import (
+    CLIP_POLICIES,
+    PREDICTIONS,
+    Clip,
+    check_level,
+    eps_from_x0,
+    x0_and_eps,
+    x0_from_eps,
+)
 
 
 @pytest.fixture
@@ -62,3 +70,26 @@ def test_nothing_is_rederived_where_there_is_no_noise(data):
     x0_hat, eps_hat = x0_and_eps("eps", "x0_and_eps", eps, x0, 1.0)
     assert torch.equal(eps_hat, eps)
     assert torch.equal(x0_hat, x0.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.75, 0.995, 1.0])
+@pytest.mark.parametrize("maximum", [None, 1.2])
+def test_dynamic_thresholding_is_imagens(ratio, maximum, data):
+    x0 = 2 * data[0] * torch.tensor([0.1, 1.0, 2.0, 4.0]).reshape(-1, 1, 1, 1)
+    limited = Clip("x0", threshold_ratio=ratio, threshold_max=maximum).limit(x0)
+    for image, result in zip(x0, limited, strict=True):  # each image has its own s
+        s = min(max(float(torch.quantile(image.abs(), ratio)), 1), maximum or 1e9)
+        assert torch.allclose(result, image.clamp(-s, s) / s)
+    assert torch.equal(limited[0], x0[0])  # within [-1, 1]: unchanged
+
+
+def test_clip_range_is_symmetric(data):
+    assert torch.equal(Clip("x0", clip_range=0.5).limit(data[0]), data[0].clamp(-0.5, 0.5))
+
+
+def test_levels_that_determine_nothing_are_refused():
+    for prediction, a_t, words in (("eps", 0.0, "zero terminal SNR"), ("x0", 1.0, "no ε at t=0")):
+        with pytest.raises(ValueError, match=words):
+            check_level(prediction, a_t)
+    for prediction, a_t in (("eps", 1.0), ("x0", 0.0), ("v", 0.0), ("v", 1.0)):
+        check_level(prediction, a_t)

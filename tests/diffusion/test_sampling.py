@@ -20,6 +20,7 @@ from ddim import (
     step,
     step_noise,
     trajectory,
+    zero_terminal_snr,
 )
 from ddim.diffusion.spec import RULES
 from ddim.diffusion.timesteps import quadratic_tau
@@ -203,9 +204,11 @@ def test_state_keeps_its_dtype_and_the_gradient_mode():
     [
         ({"times": (1001, 0)}, r"t=1001 lies outside 0\.\.1000"),
         ({"times": (5,)}, "a start and an end"),
-        ({"times": (5, 0), "clip": "always"}, "one of none, x0, x0_and_eps"),
+        ({"times": (5, 0), "clip": "always"}, "allowed: none, x0, x0_and_eps"),
         ({"times": (5, 0), "prediction": "score"}, "one of eps, x0, v"),
         ({"times": (0, 5), "prediction": "x0"}, "start encoding at t=1"),
+        ({"times": (5, 3, 0), "noise": [torch.zeros(1, *SHAPE)] * 3}, "given for 3 steps, but the trajectory has 2"),
+        ({"times": (1000, 0), "schedule": zero_terminal_snr(SCHEDULE)}, r"no x0 at alpha_bar=0 .*prediction=v or x0"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_is_asked(arguments, message):
@@ -213,7 +216,7 @@ def test_bad_arguments_are_refused_before_the_model_is_asked(arguments, message)
         raise AssertionError("asked")
 
     with pytest.raises(ValueError, match=message):
-        trajectory(model, SCHEDULE, torch.zeros(1, *SHAPE), **arguments)
+        trajectory(model, x=torch.zeros(1, *SHAPE), **{"schedule": SCHEDULE} | arguments)
 
 
 # ---------------------------------------------------------------- against exact solutions

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from ddim import SCHEDULES, NoiseSchedule, cosine_schedule, from_betas, linear_schedule, scaled_linear_schedule
+from ddim import (
+    SCHEDULES,
+    NoiseSchedule,
+    cosine_schedule,
+    from_betas,
+    linear_schedule,
+    scaled_linear_schedule,
+    zero_terminal_snr,
+)
+from ddim.diffusion.schedule import ScheduleSpec
 
 ARGUMENTS = {"custom": {"betas": [0.1, 0.2, 0.3]}}
 
@@ -49,9 +58,31 @@ def test_cosine_is_the_published_curve_until_the_cap():
     assert 1 - schedule[1000] / schedule[999] == pytest.approx(0.999)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_zero_terminal_snr_is_lin_et_als_algorithm_1(name):
+    schedule = SCHEDULES[name](**ARGUMENTS.get(name, {"T": 1000}))
+    rescaled = zero_terminal_snr(schedule)
+    roots = np.sqrt(schedule.alpha_bar[1:].numpy())
+    first, last = roots[0], roots[-1]
+    assert np.allclose(np.sqrt(rescaled.alpha_bar[1:].numpy()), (roots - last) * first / (first - last), atol=1e-14)
+    assert (rescaled[0], rescaled[1], rescaled[schedule.T]) == (1, schedule[1], 0)
+    assert rescaled.name == f"{name}_zero_terminal_snr"
+    spec = ScheduleSpec(name, **ARGUMENTS.get(name, {}), zero_terminal_snr=True)
+    assert torch.equal(spec.build().alpha_bar, rescaled.alpha_bar)
+    assert from_betas([0.1, 1.0]).alpha_bar.tolist() == [1, 0.9, 0]
+
+
 def test_bad_schedules_are_refused():
     with pytest.raises(ValueError, match=r"beta_2=1.5 must lie strictly between 0 and 1"):
         from_betas([0.1, 1.5])
+    with pytest.raises(ValueError, match=r"beta_1=1.0 must lie strictly between 0 and 1"):
+        from_betas([1.0, 0.5])
+    with pytest.raises(ValueError, match="never be negative"):
+        NoiseSchedule(torch.tensor([1.0, 0.5, -0.5], dtype=torch.float64))
+    with pytest.raises(ValueError, match="never be negative"):
+        NoiseSchedule(torch.tensor([1.0, 0.5, math.nan], dtype=torch.float64))
+    with pytest.raises(ValueError, match="T must be at least 2"):
+        zero_terminal_snr(linear_schedule(1))
     with pytest.raises(ValueError, match="at least one"):
         from_betas([])
     with pytest.raises(ValueError, match="T=0"):

@@ -3,10 +3,21 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ddim import SPACINGS, SamplerSpec, linear_tau, quadratic_tau, reference_quad_tau, reference_uniform_tau
+from ddim import (
+    SPACINGS,
+    SamplerSpec,
+    leading_tau,
+    linear_tau,
+    linspace_tau,
+    quadratic_tau,
+    reference_quad_tau,
+    reference_uniform_tau,
+    respaced_tau,
+    trailing_tau,
+)
 from ddim.diffusion.timesteps import distinct_evaluations, explicit_tau
 
-EXACT = [name for name in SPACINGS if name not in ("uniform", "quad", "quad_or_full")]
+EXACT = [name for name in SPACINGS if name not in ("uniform", "quad", "quad_or_full", "leading", "linspace")]
 
 SCHEDULER = {"rule": "diffusers", "eta": None, "spacing": "scheduler", "scheduler": "DDIMScheduler"}
 
@@ -83,6 +94,62 @@ def test_uniform_keeps_its_surplus_steps(S, steps):
     assert len(tau) == steps
 
 
+def test_leading_trailing_and_linspace_are_their_lists():
+    """diffusers' indices plus one; that they agree for every S, tests/checkpoints/convert/test_diffusers_options.py."""
+    assert leading_tau(1000, 3) == (1, 334, 667)
+    assert leading_tau(1000, 3, steps_offset=2) == (3, 336, 669)
+    assert trailing_tau(1000, 3) == (333, 667, 1000)
+    assert trailing_tau(10, 4) == (2, 5, 8, 10)  # 2.5, 5, 7.5: half to even
+    assert linspace_tau(1000, 3) == (1, 501, 1000)  # index 499.5: half to even
+    assert linspace_tau(1000, 1) == (1,)
+    assert len(leading_tau(1000, 1000)) == 1000
+    for T, S, steps_offset in ((1000, 1000, 1), (1000, 10, 100), (10, 2, -1)):
+        with pytest.raises(ValueError, match=f"steps_offset={steps_offset} must be 0 or more"):
+            leading_tau(T, S, steps_offset)
+
+
+def released_sections(T, counts):
+    """Improved DDPM's respacing in its own indices, from its description."""
+    indices, first = [], 0
+    for i, count in enumerate(counts):
+        size = T // len(counts) + (1 if i < T % len(counts) else 0)
+        position = 0.0
+        for _ in range(count):
+            indices.append(first + int(np.round(position)))
+            position += (size - 1) / (count - 1) if count > 1 else 1
+        first += size
+    return indices
+
+
+def test_respacing_is_improved_ddpms():
+    assert respaced_tau(1000, "ddim50") == tuple(range(1, 1001, 20))
+    assert respaced_tau(1000, "ddim15") == tuple(range(1, 1001, 67))  # the least of the strides 67 to 71
+    assert respaced_tau(6, "3") == (1, 3, 6)  # 0, 2.5, 5: half to even
+    sections = respaced_tau(300, "10,15,20")
+    assert [sum(a < t <= a + 100 for t in sections) for a in (0, 100, 200)] == [10, 15, 20]
+    assert sections[:3] == (1, 12, 23)
+    assert sections[9:11] == (100, 101)
+    for T, name in ((300, "10,15,20"), (1000, "250"), (1000, "10,10,10,10,10,50"), (1001, "1,7,90"), (4000, "100,3,1")):
+        expected = [i + 1 for i in released_sections(T, [int(count) for count in name.split(",")])]
+        assert respaced_tau(T, name) == tuple(expected)
+        assert SamplerSpec(S=None, spacing=name).tau(T) == tuple(expected)
+    assert SamplerSpec(spacing="ddim50").tau(1000) == respaced_tau(1000, "ddim50")  # S=50 is the default
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ddim300", "no stride gives exactly 300 times"),
+        ("ddim0", "no stride"),
+        ("500,501", "a section of 500 of the T=1000 times cannot give 501"),
+        ("10,0", "cannot give 0"),
+    ],
+)
+def test_impossible_respacing_is_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerSpec(S=None, spacing=name).tau(1000)
+
+
 def test_explicit_times():
     assert explicit_tau(1000, [1, 5, 900]) == (1, 5, 900)
     for bad in ([], [0, 5], [5, 5], [9, 3], [5, 1001]):
@@ -122,10 +189,17 @@ def test_sampler_spec_chooses_the_rule():
         ({**SCHEDULER, "clip": "x0"}, "the defaults of everything else"),
         ({**SCHEDULER, "order": 2}, "its own options as kwargs"),
         ({"rule": "euler"}, "rule='euler' is not known; allowed: ddim, sigma_hat"),
-        (
-            {"spacing": "leading"},
-            "linear, quadratic, cosine, uniform, quad, quad_or_full, explicit, scheduler",
-        ),
+        ({"spacing": "lead"}, "allowed: linear, quadratic, cosine, uniform, quad, quad_or_full, leading, trailing, li"),
+        ({"spacing": "ddim"}, "explicit, and Improved DDPM's ddimN and N1,N2"),
+        ({"spacing": "10,20"}, "S=50 contradicts spacing=10,20, which is 30 times; set S=null"),
+        ({"steps_offset": 1}, "steps_offset=1 needs spacing=leading, not linear"),
+        ({"clip_range": 2.0}, "need clip=x0 or x0_and_eps"),
+        ({"threshold_ratio": 0.9}, "need clip=x0 or x0_and_eps"),
+        ({"clip": "x0", "clip_range": 0.0}, "clip_range=0.0 must be positive"),
+        ({"clip": "x0", "clip_range": 2.0, "threshold_ratio": 0.9}, "either clip_range or threshold_ratio"),
+        ({"clip": "x0", "threshold_ratio": 1.5}, r"threshold_ratio=1.5 must lie in \(0, 1\]"),
+        ({"clip": "x0", "threshold_ratio": 0.9, "threshold_max": 0.5}, "threshold_max=0.5 must be at least 1"),
+        ({"clip": "x0", "threshold_max": 2.0}, "threshold_max needs a threshold_ratio"),
         ({"clip": "yes"}, "allowed: none, x0, x0_and_eps"),
         ({"last_time": 2}, "last_time=2"),
         ({"S": 0}, "S=0"),

@@ -140,6 +140,7 @@ def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, requ
             {"figure": "consistency", "sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))},
             r"vary S; give a named sampler.spacing",
         ),
+        ({"figure": "samples", "sampler": SamplerSpec(S=None, spacing="ddim25")}, "which takes any S"),
         ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt"),
         ({"weights": "average"}, "weights 'average'"),
     ],

@@ -221,6 +221,11 @@ def test_protocol_is_described_completely() -> None:
     assert full["weights"] == "ema, hash 0123456789abcdef, step 800,000, trained on cifar10"
     assert full["extractor"] == "inception, layer 2048, resize TF1-style bilinear, weights aaaabbbbccccdddd"
     assert full["clip of x̂0"] == "none (η=0.0); x0_and_eps (σ̂ (clip x0_and_eps))"
+    records[1]["sampler"] |= {"clip_range": 2.0}
+    [table] = build_tables(records)
+    assert dict(table.describe_protocol(full=True))["clip of x̂0"].endswith(
+        "x0_and_eps clip_range 2.0 (σ̂ (clip x0_and_eps))"
+    )
     assert short["code revision"] == "65555dbe4f56, 999999999999+changes"
     expected = {
         "metric": "fid_50k (less is better)",

@@ -9,6 +9,7 @@ import torch
 from composed import CONFIGS, SPECS, compose, group_values, options, spec_of
 from omegaconf import OmegaConf
 
+from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
@@ -186,7 +187,19 @@ def test_comments_list_the_allowed_values() -> None:
 @pytest.mark.parametrize("main", SPECS)
 def test_help_shows_every_key_at_the_top(main: str) -> None:
     keys = set(OmegaConf.load(CONFIGS / f"{main}.yaml")) - {"defaults", "hydra"}
-    assert keys | set(group_of(main)) == fields(SPECS[main])
+    assert keys | set(group_of(main)) - {"like"} == fields(SPECS[main])  # like changes the sampler
+
+
+@pytest.mark.parametrize("main", ["sample", "evaluate", "reconstruct", "figures"])
+def test_like_is_one_word_for_the_other_choices_of_a_sampler(main: str) -> None:
+    assert spec_of(main, "like=paper").sampler == SamplerSpec()
+    assert spec_of(main, "like=official", "sampler.S=20").sampler == SamplerSpec(S=20, spacing="uniform")
+    assert spec_of(main, "like=diffusers").sampler == read_sampler({}, CONFIGS)
+    if main != "reconstruct":
+        clamped = spec_of(main, "sampler=sigma_hat_clamped", "like=official").sampler
+        assert clamped == SamplerSpec("sigma_hat", None, spacing="uniform", clip="x0_and_eps")
+    if main == "evaluate":  # more than an experiment says
+        assert spec_of(main, "experiment=table1_cifar10", "like=diffusers").sampler.spacing == "leading"
 
 
 def test_help_shows_every_key_below_the_top_of_training() -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from small import NETWORK, SPEC, weights
 
-from ddim import linear_schedule
+from ddim import linear_schedule, zero_terminal_snr
 from ddim.checkpoints import ModelSpec, StoredModel, save_model
 
 Run = Callable[..., Any]
@@ -37,6 +37,12 @@ SAMPLE sampler.S=0 -> S=0 | at least 1
 EVALUATE sampler.S=2000 -> S=2000 | T=50 | must lie in 1..50
 FIGURES figure=consistency S=[10,2000] -> sampler: S=2000 | T=50 | must lie in 1..50
 TRAIN data=digits grid.sampler.S=2000 -> grid.sampler: S=2000 | T=1000
+SAMPLE sampler.S=null sampler.spacing=ddim30 -> spacing=ddim30 does not exist for T=50
+SAMPLE sampler.spacing=ddim25 -> S=50 contradicts spacing=ddim25 | set S=null
+SAMPLE sampler.clip_range=2 -> need clip=x0
+SAMPLE checkpoint=zero_snr.safetensors -> a network that predicts ε gives no x0 | prediction=v or x0
+TRAIN data=digits schedule.zero_terminal_snr=true -> objective: a network that predicts ε | prediction=v or x0
+SAMPLE like=oficial -> like=oficial | did you mean official? | allowed: diffusers, official, paper
 SAMPLE sampler.eta=-1 -> eta=-1.0 | must lie in [0, 1]
 SAMPLE sampler.eta=abc -> sampler.eta='abc' | must be a number, not text
 SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | null
@@ -169,6 +175,8 @@ def template(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable
     torch.save(weights(SPEC), folder / "flat.ckpt")
     model = StoredModel(ModelSpec("unet", SPEC, linear_schedule()), weights(SPEC), "ema", None)
     save_model(model, folder / "m.safetensors")
+    zero_snr = ModelSpec("unet", SPEC, zero_terminal_snr(linear_schedule()))
+    save_model(StoredModel(zero_snr, weights(SPEC), "ema", None), folder / "zero_snr.safetensors")
     torch.save({"a": Evil()}, folder / "evil.ckpt")
     return folder
 

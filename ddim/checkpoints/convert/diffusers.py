@@ -1,24 +1,26 @@
 """The configuration files of Hugging Face's diffusers, without importing it; weights: see parameter_names.py.
 
 diffusers counts times from 0 and stores its tables as float32. Its DDIM scheduler samples as the paper does with
-`clip_sample: false`, `set_alpha_to_one: true` and `timestep_spacing: leading`.
+`clip_sample: false`, `set_alpha_to_one: true` and `timestep_spacing: leading`; docs/diffusers_options.md lists all.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddim.config import build, choose
-from ddim.diffusion.schedule import NoiseSchedule, ScheduleSpec
+from ddim.diffusion.schedule import NoiseSchedule, ScheduleSpec, zero_terminal_snr
+from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.networks import UNetSpec
 
 VERSION = "0.42.1"  # of diffusers, with which exported files are tested
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 WEIGHTS_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 # Option of UNet2DModel -> (its value for DDPM's U-Net, its default).
@@ -172,16 +174,45 @@ def read_scheduler(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule
         UserError: an entry is invalid or not supported.
     """
     predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
-    prediction = config.get("prediction_type", "epsilon")
-    if config.get("rescale_betas_zero_snr") or prediction not in predictions:
-        raise UserError(
-            f"{path}: prediction_type={prediction!r}, rescale_betas_zero_snr={config.get('rescale_betas_zero_snr')!r}; "
-            f"supported are {', '.join(predictions)}, without rescaling."
-        )
+    prediction = predictions[_one_of("prediction_type", config.get("prediction_type", "epsilon"), predictions, path)]
     try:
-        return _named_schedule(config, config.get("num_train_timesteps", 1000)), predictions[prediction]
+        schedule = _named_schedule(config, config.get("num_train_timesteps", 1000))
+        return zero_terminal_snr(schedule) if config.get("rescale_betas_zero_snr") else schedule, prediction
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def read_sampler(config: Mapping[str, Any], path: Path) -> SamplerSpec:
+    """Return how the scheduler of a `scheduler_config.json` samples, with as many steps as its pipeline takes.
+
+    A DDPMScheduler is DDPM with the variance of its name over all T times; every other one is read as the DDIMScheduler
+    that DDIMPipeline makes of it, with η = 0 and 50 steps.
+
+    Raises:
+        UserError: an entry is invalid.
+    """
+    if config.get("thresholding"):
+        names = {"threshold_ratio": ("dynamic_thresholding_ratio", 0.995), "threshold_max": ("sample_max_value", 1.0)}
+    else:
+        names = {"clip_range": ("clip_sample_range", 1.0)} if config.get("clip_sample", True) else {}
+    values = {ours: config.get(theirs, default) for ours, (theirs, default) in names.items()}
+    spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
+    values |= {"spacing": _one_of("timestep_spacing", spacing, TIMESTEP_SPACINGS, path)}
+    if spacing == "leading" and offset:
+        values["steps_offset"] = offset
+    if config.get("_class_name") == "DDPMScheduler":
+        values["S"] = config.get("num_train_timesteps", 1000)
+        large = str(config.get("variance_type")).startswith("fixed_large")
+        values |= {"rule": "sigma_hat", "eta": None} if large else {"eta": 1.0}
+        return build(SamplerSpec, values | {"clip": "x0_and_eps" if names else "none"}, str(path))
+    last_time = 0 if config.get("set_alpha_to_one", True) else 1
+    return build(SamplerSpec, values | {"last_time": last_time, "clip": "x0" if names else "none"}, str(path))
+
+
+def _one_of(key: str, value: Any, allowed: Collection[str], path: Path) -> str:
+    if not isinstance(value, str) or value not in allowed:
+        raise UserError(f"{path}: {key}={value!r} is not supported; supported are {', '.join(allowed)}.")
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -155,13 +155,16 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
     origin = {"file": source.file.name, "layout": source.layout, "sha256": sums.sha256}
     if known:
         origin["published"] = known.name
+    if source.sampler:
+        origin["sampler"] = source.sampler
     step = source.step if source.step is not None else known.step if known else None
     digest = weights_hash(state)
     lines = [
         f"source: {source.file} (layout {source.layout}, SHA-256 {sums.sha256[:16]}...)",
         f"known file: {known.name}, checksum {known.checksum}" if known else "known file: none that is published",
         f"network: {network_from}, {sum(v.numel() for v in state.values()):,} parameters, every name and shape checked",
-        f"schedule: {model_spec.schedule.name}, T={model_spec.schedule.T}; prediction: {model_spec.prediction}",
+        f"schedule: {model_spec.schedule.name}, T={model_spec.schedule.T}; prediction: {model_spec.prediction}"
+        + (f"; as its scheduler samples: {source.sampler}" if source.sampler else ""),
         f"weights: {label}{'' if step is None else f' at step {step:,}'}, hash {digest[:16]}{remark}",
     ]
     model = StoredModel(model_spec, state, label, step, origin)

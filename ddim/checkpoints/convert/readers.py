@@ -11,6 +11,7 @@ from ddim.checkpoints.convert import diffusers
 from ddim.checkpoints.convert.parameter_names import update_attention_names
 from ddim.checkpoints.model import UNLABELLED, decode_metadata, is_training_checkpoint, weight_sets
 from ddim.checkpoints.spec import KEY, ModelSpec
+from ddim.diffusion.labels import changes
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
 from ddim.io import Tensors, explain_read_errors, is_safetensors, printable, read_safetensors, read_torch
@@ -36,6 +37,7 @@ class Source:
         sets: label ("ema", "online" or "unlabelled") -> weights, without the prefixes of wrappers.
         step: number of optimiser steps; None if not stated.
         network, schedule, prediction, data: description of the model; None for what the source does not state.
+        sampler: the options of sample.py with which it is sampled as the source does, "" for what is not stated.
         diffusers_names: the weights have diffusers' parameter names.
         notes: warnings for the user.
     """
@@ -48,6 +50,7 @@ class Source:
     schedule: NoiseSchedule | None = None
     prediction: str | None = None
     data: str | None = None
+    sampler: str = ""
     diffusers_names: bool = False
     notes: tuple[str, ...] = ()
 
@@ -159,9 +162,14 @@ def _read_scheduler(source: Source) -> Source:
         return replace(source, notes=(note,))
     config = diffusers.read_json(path)
     schedule, prediction = diffusers.read_scheduler(config, path)
-    clips = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does the same"
-    notes = (clips,) if config.get("clip_sample", True) else ()
-    return replace(source, schedule=schedule, prediction=prediction, notes=notes)
+    sampler = diffusers.read_sampler(config, path)
+    clips = "its scheduler clips the predicted x0, which the paper does not; {} does the same"
+    notes = (
+        ()
+        if sampler.clip == "none"
+        else (clips.format(changes(sampler, ("clip", "clip_range", "threshold_ratio", "threshold_max"))),)
+    )
+    return replace(source, schedule=schedule, prediction=prediction, sampler=changes(sampler), notes=notes)
 
 
 def _has_diffusers_names(state: Mapping[str, Tensor]) -> bool:

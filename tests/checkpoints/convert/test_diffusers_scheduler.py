@@ -7,8 +7,8 @@ import pytest
 import torch
 from layouts import refusal
 
-from ddim import linear_schedule
-from ddim.checkpoints.convert.diffusers import read_scheduler, scheduler_config
+from ddim import SamplerSpec, linear_schedule
+from ddim.checkpoints.convert.diffusers import read_sampler, read_scheduler, scheduler_config
 from ddim.diffusion.schedule import NoiseSchedule, cosine_schedule, from_betas, scaled_linear_schedule
 
 HERE = Path("folder/scheduler_config.json")
@@ -112,9 +112,9 @@ def test_a_published_scheduler_config_is_read():
     ("config", "words"),
     [
         ({"prediction_type": "flow"}, "prediction_type='flow'"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True"),
+        ({"rescale_betas_zero_snr": True, "num_train_timesteps": 1}, "T must be at least 2"),
         ({"beta_schedule": "sigmoid"}, "unknown beta_schedule 'sigmoid'"),
-        ({"trained_betas": [0.1, 1.0]}, "beta_2=1.0 must lie strictly between 0 and 1"),
+        ({"trained_betas": [0.1, 1.0, 0.1]}, "beta_2=1.0 must lie strictly between 0 and 1"),
         ({"trained_betas": []}, "betas must be a list of at least one number"),
         ({"num_train_timesteps": 0}, "T=0 must be at least 1"),
         ({"num_train_timesteps": "many"}, "T="),
@@ -123,6 +123,42 @@ def test_a_published_scheduler_config_is_read():
 )
 def test_unsupported_schedulers_are_refused(config, words):
     message = refusal(read_scheduler, config, HERE)
+    assert str(HERE) in message
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ({}, {"clip": "x0"}),
+        ({"clip_sample": False, "steps_offset": 3}, {"steps_offset": 3}),
+        ({"clip_sample_range": 2}, {"clip": "x0", "clip_range": 2.0}),
+        ({"thresholding": True, "clip_sample": False}, {"clip": "x0", "threshold_ratio": 0.995, "threshold_max": 1.0}),
+        ({"clip_sample": False, "set_alpha_to_one": False}, {"last_time": 1}),
+        ({"_class_name": "PNDMScheduler", "clip_sample": False, "skip_prk_steps": True}, {}),
+        ({"clip_sample": False, "timestep_spacing": "trailing", "steps_offset": 1}, {"spacing": "trailing"}),
+        ({"_class_name": "DDPMScheduler"}, {"eta": 1.0, "S": 1000, "clip": "x0_and_eps"}),
+        (
+            {"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "num_train_timesteps": 20},
+            {"rule": "sigma_hat", "eta": None, "S": 20, "clip": "x0_and_eps"},
+        ),
+    ],
+)
+def test_a_schedulers_sampler_is_stated_by_our_options(config, fields):
+    assert read_sampler(config, HERE) == SamplerSpec(**{"spacing": "leading"} | fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"timestep_spacing": "quadratic"}, "timestep_spacing='quadratic' is not supported; supported are leading"),
+        ({"steps_offset": "one"}, "steps_offset='one' must be an integer"),
+        ({"clip_sample_range": -1}, "clip_range=-1.0 must be positive"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 2}, "threshold_ratio=2.0 must lie in (0, 1]"),
+    ],
+)
+def test_invalid_sampling_options_are_refused(config, words):
+    message = refusal(read_sampler, config, HERE)
     assert str(HERE) in message
     assert words in message
 

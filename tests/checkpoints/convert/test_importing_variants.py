@@ -208,6 +208,34 @@ def test_a_clipping_scheduler_is_noted(folder, clip):
     assert bring(folder, weights="ema").warnings == ([] if clip is False else [note])
 
 
+@pytest.mark.parametrize(
+    ("entries", "sampler", "clips"),
+    [
+        ({}, "sampler.spacing=leading", ""),
+        ({"clip_sample": True}, "sampler.spacing=leading sampler.clip=x0", "sampler.clip=x0"),
+        (
+            {"clip_sample_range": 2.0, "clip_sample": True, "timestep_spacing": "trailing", "set_alpha_to_one": False},
+            "sampler.spacing=trailing sampler.clip=x0 sampler.clip_range=2.0 sampler.last_time=1",
+            "sampler.clip=x0 sampler.clip_range=2.0",
+        ),
+        ({"rescale_betas_zero_snr": True, "steps_offset": 1}, "sampler.spacing=leading sampler.steps_offset=1", ""),
+        (
+            {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"},
+            "sampler.rule=sigma_hat sampler.eta=null sampler.S=1000 sampler.spacing=leading",
+            "",
+        ),
+    ],
+)
+def test_how_a_scheduler_samples_is_stated_and_kept(folder, entries, sampler, clips):
+    edit(folder / "scheduler" / "scheduler_config.json", **entries)
+    done = bring(folder, weights="ema")
+    assert done.lines[3].endswith(f"; as its scheduler samples: {sampler}")
+    assert read_model(done.path).origin["sampler"] == sampler
+    assert [warning.endswith(f"; {clips} does the same") for warning in done.warnings] == [True] * bool(clips)
+    schedule = read_model(done.path).spec.schedule
+    assert (schedule[schedule.T] == 0) == ("rescale_betas_zero_snr" in entries)
+
+
 def test_a_missing_scheduler_is_noted_or_replaced(folder):
     shutil.rmtree(folder / "scheduler")
     done = bring(folder, weights="ema")
