@@ -34,8 +34,8 @@ class SamplerSpec:
         rule: a key of RULES, the name of an installed package's rule (`find_rule`), or `diffusers`.
         eta: η in [0, 1] for `ddim`; null for rules that have none.
         S: the number of steps; null with explicit times.
-        spacing: a key of SPACINGS; `explicit`; `scheduler` where the times are a scheduler's; or a name of Improved DDPM's
-            respacing (`respaced_tau`), with S=null or the number of times in it.
+        spacing: a key of SPACINGS; `explicit`; `scheduler` where a scheduler has its own times; or a name of Improved
+            DDPM's respacing (`respaced_tau`), with S=null or the number of times in it.
         times: the explicit times, increasing, in 1..T.
         steps_offset: for `leading`, added to each time; null is 0.
         clip, clip_range, threshold_ratio, threshold_max: the clip policy, see `Clip`.
