@@ -47,7 +47,16 @@ TRAIN data=digits schedule.zero_terminal_snr=true -> objective: a network that p
 SAMPLE like=oficial -> like=oficial | did you mean official? | allowed: diffusers, official, paper
 SAMPLE sampler.eta=-1 -> eta=-1.0 | must lie in [0, 1]
 SAMPLE sampler.eta=abc -> sampler.eta='abc' | must be a number, not text
-SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | takes no arguments
+SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | null
+SAMPLE sampler.rule=dims -> rule='dims' is not known | sigma_hat | diffusers
+SAMPLE sampler=unipc sampler.kwargs={corrector:1} -> corrector=1 of rule=unipc must be true or false
+SAMPLE sampler=deis sampler.order=3 sampler.S=2 -> rule=deis uses 3 predictions | 2 steps | at least 3 steps
+SAMPLE sampler=diffusers -> sampler: | give scheduler=NAME
+SAMPLE sampler=diffusers sampler.scheduler=DDIMSchedule -> not known to diffusers | did you mean DDIMScheduler?
+EVALUATE sampler=diffusers sampler.scheduler=DDIMScheduler sampler.S=60 -> sampler: DDIMScheduler cannot sample
+FIGURES figure=interpolation sampler=diffusers sampler.scheduler=DDIMScheduler -> sampler: | choose a rule: ddim
+FIGURES figure=consistency S=[10,2] sampler=deis -> sampler: rule=deis uses 3 predictions | 2 steps
+TRAIN data=digits sampler@grid.sampler=diffusers grid.sampler.scheduler=DDIMScheduler -> grid.sampler: | choose a rule
 SAMPLE seed=abc -> seed='abc' | must be an integer, not text
 EVALUATE seed=-1 -> seed=-1 must lie in 0 .. 2**64 - 1
 EVALUATE n=0 -> n=0 must be at least 1
