@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 
-from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, trajectory
+from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, step_noise, trajectory
 from ddim.diffusion.quadrature import lagrange_integrals
 from ddim.diffusion.rules import Estimate, Rule, apply, sigma_bar
 from ddim.diffusion.sampling import count_evaluations, last_state
 from ddim.diffusion.solvers import (
     DEIS,
+    IPNDM,
     DPMSolverPP,
     Heun,
     Multistep,
@@ -194,7 +195,7 @@ def test_samples_do_not_depend_on_the_batch(rule):
 # ---------------------------------------------------------------- diffusers
 
 
-def run_diffusers(scheduler, S, x, model, noise=None):
+def run_diffusers(scheduler, S, x, model):
     """Return x_0 and our times; noise levels in double precision, which the schedulers round to single."""
     scheduler.set_timesteps(S)
     times = [round(float(t)) + 1 for t in scheduler.timesteps]
@@ -203,8 +204,12 @@ def run_diffusers(scheduler, S, x, model, noise=None):
     scheduler.sigmas = torch.tensor([sigma_bar(a) for a in levels], dtype=torch.float64)
     scheduler.alphas_cumprod = SCHEDULE.alpha_bar[1:]
     for k, t in enumerate(scheduler.timesteps):
-        kwargs = {"variance_noise": noise[k]} if noise is not None else {}
-        x = scheduler.step(model(x, torch.full((len(x),), times[k])), t, x, **kwargs).prev_sample
+        output = model(x, torch.full((len(x),), times[k]))
+        if scheduler.config.algorithm_type.startswith("sde"):
+            noise = step_noise(torch.arange(len(x)), SHAPE, 0, k + 1).double()
+            x = scheduler.step(output, t, x, variance_noise=noise).prev_sample
+        else:
+            x = scheduler.step(output, t, x).prev_sample
     return x, times, last
 
 
@@ -216,6 +221,12 @@ DIFFUSERS = {
         lambda p: {"final_sigmas_type": "sigma_min", "lower_order_final": False},
         lambda p: DPMSolverPP(p, 0),
         (2, 3),
+    ),
+    "sde 2m": (
+        "DPMSolverMultistepScheduler",
+        lambda p: {"algorithm_type": "sde-dpmsolver++"},
+        lambda p: SDEDPMSolverPP(p),
+        (1, 2),
     ),
     "unipc B2": ("UniPCMultistepScheduler", lambda p: {"solver_type": "bh2"}, lambda p: UniPC(p, "B2"), (1, 2, 3)),
     # With final_sigmas_type="zero", its default, bh1 gives NaN in diffusers: an infinite B(h) times 0.
@@ -245,3 +256,46 @@ def test_trajectories_equal_those_of_diffusers(name, spacing, S):
         expected, times, last = run_diffusers(scheduler, S, x_T, network)
         actual = last_state(trajectory(network, SCHEDULE, x_T, (*times, last), rule(order)))
         assert torch.allclose(actual, expected, atol=1e-5), (order, float((actual - expected).abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize("S", [5, 10, 50, 300])
+def test_heun_equals_that_of_diffusers(S):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.HeunDiscreteScheduler(beta_end=0.02, timestep_spacing="trailing")
+    scheduler.set_timesteps(S)
+    visited = [round(float(t)) + 1 for t in scheduler.timesteps]  # each but the first twice
+    times = (visited[0], *visited[1::2], 0)
+    first, *others = (sigma_bar(SCHEDULE[t]) for t in times)
+    scheduler.sigmas = torch.tensor([first, *(s for s in others[:-1] for _ in range(2)), 0.0], dtype=torch.float64)
+    x_T = initial_noise(range(2), SHAPE, seed=0).double()
+    x = x_T / math.sqrt(SCHEDULE[times[0]])  # x / sqrt(a), in which the scheduler works
+    for t, at in zip(scheduler.timesteps, visited, strict=True):
+        output = network(x * math.sqrt(SCHEDULE[at]), torch.full((2,), at))
+        x = scheduler.step(output, t, x).prev_sample
+    actual = last_state(trajectory(network, SCHEDULE, x_T, times, Heun()))
+    assert torch.allclose(actual, x, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("S", [5, 10, 50])
+def test_ipndm_is_the_multistep_part_of_pndm(S):
+    """Each step of PNDM with four predictions; its first steps, which this rule does not have, are left out."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.PNDMScheduler(beta_end=0.02, skip_prk_steps=True, set_alpha_to_one=True)
+    scheduler.set_timesteps(S)
+    scheduler.alphas_cumprod = SCHEDULE.alpha_bar[1:]
+    x, *history = (initial_noise(range(2), SHAPE, seed=i).double() for i in range(5))
+    for t in range(1000 // S, 1000 - 3 * (1000 // S), 1000 // S):
+        times = [t + i * (1000 // S) for i in range(4)]  # newest first
+        scheduler.counter, scheduler.ets = 9, history[:0:-1]
+        expected = scheduler.step(history[0], t - 1, x).prev_sample
+        levels = [SCHEDULE[time] for time in times]
+        x0 = (x - math.sqrt(1 - levels[0]) * history[0]) / math.sqrt(levels[0])
+        zero = torch.zeros_like(x)
+        estimates = [Estimate(levels[0], x0, history[0])]
+        estimates += [Estimate(a, zero, eps) for a, eps in zip(levels[1:], history[1:], strict=True)]
+        s = t - 1000 // S
+        actual = apply(IPNDM(4).coefficients(levels, SCHEDULE[s]), estimates)
+        assert torch.allclose(actual, expected, atol=1e-10)
