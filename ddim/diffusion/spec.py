@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ from ddim.diffusion.solvers import (
     SDEDPMSolverPP,
     UniPC,
 )
+from ddim.diffusion.tau_file import SUFFIX, TauFile, read_tau
 from ddim.diffusion.timesteps import SPACINGS, explicit_tau
 
 
@@ -33,14 +35,14 @@ class SamplerSpec:
         eta: η in [0, 1] for `ddim`; null for rules that have none.
         order: of a rule that has one; null leaves its default.
         kwargs: other arguments of the rule.
-        S: the number of steps; null with explicit times.
-        spacing: a key of SPACINGS, or `explicit`.
+        S: the number of steps; null with explicit times. With a file of times it may be null, and is then theirs.
+        spacing: a key of SPACINGS, the path of a file of times (.json, scripts/search_tau.py), or `explicit`.
         times: the explicit times, increasing, in 1..T.
         clip: one of CLIP_POLICIES.
         last_time: 0 ends at alpha_bar = 1 (paper); 1 ends at alpha_bar[1] (some code bases).
 
     Raises:
-        ValueError: an unknown name, or fields that contradict each other.
+        ValueError: an unknown name, fields that contradict each other, or a file that is not one of S times.
     """
 
     rule: str = "ddim"
@@ -56,18 +58,33 @@ class SamplerSpec:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("rule", self.rule, tuple(RULES)),
-            ("spacing", self.spacing, (*SPACINGS, "explicit")),
+            ("spacing", "explicit" if self.has_file else self.spacing, (*SPACINGS, "explicit")),
             ("clip", self.clip, CLIP_POLICIES),
             ("last_time", self.last_time, (0, 1)),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
+        if self.has_file:
+            count = len(self.file.tau)
+            if self.S not in (None, count):
+                raise ValueError(f"S={self.S} is not the number of times in {self.spacing}; take S={count} or S=null.")
+            object.__setattr__(self, "S", count)
         explicit = self.spacing == "explicit"
         if explicit != (self.times is not None) or explicit != (self.S is None):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
         if self.S is not None and self.S < 1:
             raise ValueError(f"S={self.S} must be at least 1.")
         self.build_rule()
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the times come from a file."""
+        return self.spacing.endswith(SUFFIX)
+
+    @cached_property
+    def file(self) -> TauFile:
+        """The file of times, as it was when this was created."""
+        return read_tau(self.spacing)
 
     def build_rule(self) -> Rule:
         """Return the rule.
@@ -129,8 +146,14 @@ class SamplerSpec:
         """Return the increasing times in 1..T.
 
         Raises:
-            ValueError: S or the explicit times do not fit T.
+            ValueError: S, the explicit times or the file do not fit T.
         """
+        if self.has_file:
+            if self.file.T != T:
+                raise ValueError(
+                    f"{self.spacing} holds times of T={self.file.T}, not of T={T}; search them for this model."
+                )
+            return self.file.tau
         if self.times is not None:
             return explicit_tau(T, self.times)
         assert self.S is not None

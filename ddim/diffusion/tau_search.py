@@ -1,80 +1,136 @@
-"""A tau for one network and one rule: the times whose steps leave a fine trajectory least (as GITS, Chen et al. 2024).
+"""A tau for one network and one rule: dynamic programming (as GITS, Chen et al. 2024), then coordinate descent.
 
 Along a trajectory of many steps, the states and predictions at all candidate times are known. A step of the rule
 between two candidates, with the predictions that it remembers, needs no network then: its deviation is the distance of
 where it leads to the state of the fine trajectory there. Dynamic programming finds the S steps with the least sum of
-deviations.
+deviations. The sum ignores how errors grow or shrink until the end; descent on the error at the end makes up for that.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
 
 from ddim.diffusion.rules import Rule
-from ddim.diffusion.sampling import Model, trajectory
+from ddim.diffusion.sampling import Model, last_state
 from ddim.diffusion.schedule import NoiseSchedule
-from ddim.diffusion.solvers import AdamsBashforth
+from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.timesteps import SPACINGS
+
+STRIDES = (8, 4, 2, 1, 1)  # how many candidates a time moves by, in each pass of the descent
 
 
 @dataclass(frozen=True, eq=False)
 class FineTrajectory:
-    """What the deviations of steps between candidate times follow from.
+    """What the deviations of steps between candidate times, and the errors at the end, follow from.
 
     Attributes:
-        times: the candidates, descending; the last one is where sampling ends.
+        times: the candidates, descending from T; the last one is where sampling ends.
         levels: alpha_bar at each.
         gram: float64 (3 N, 3 N): the mean products of x, x̂0 and ε̂ (in this order) at the N candidates.
+        end: the state at the last of `times`, (B, C, H, W).
     """
 
     times: tuple[int, ...]
     levels: tuple[float, ...]
     gram: Tensor
+    end: Tensor
+
+
+def search_tau(
+    model: Model,
+    schedule: NoiseSchedule,
+    x_T: Tensor,
+    sampler: SamplerSpec,
+    candidates: Sequence[int],
+    prediction: str = "eps",
+) -> tuple[tuple[int, ...], Tensor]:
+    """Return S increasing times whose trajectories from x_T end near the fine ones, and where those end.
+
+    Descends from two taus: the one of least deviation, and the best of the named spacings.
+
+    Args:
+        model, schedule, prediction: as in `trajectory`.
+        x_T: (B, C, H, W); the more, the less the times fit these alone.
+        sampler: deterministic, with S; its spacing does not count.
+        candidates: increasing times, at least S of them above `last_time`.
+
+    Raises:
+        ValueError: fewer candidates than S.
+    """
+    assert sampler.S is not None
+    fine = fine_trajectory(model, schedule, x_T, sampler, candidates, prediction)
+
+    @functools.cache
+    def error(tau: tuple[int, ...]) -> float:
+        return end_error(model, schedule, x_T, at_times(sampler, tau), fine.end, prediction)
+
+    named = [spec.tau(schedule.T) for spec in named_spacings(sampler, schedule.T).values()]
+    starts = [
+        least_deviation_tau(fine, sampler.build_rule(), sampler.S)[0],
+        min((tau for tau in named if len(set(tau)) == sampler.S), key=error),
+    ]
+    return min((descend(tau, candidates, error) for tau in starts), key=error), fine.end
+
+
+def named_spacings(sampler: SamplerSpec, T: int) -> dict[str, SamplerSpec]:
+    """Return the sampler with each named spacing that takes exactly S steps; one of those with the same times."""
+    named = {name: replace(sampler, spacing=name, times=None) for name in SPACINGS}
+    taus = {spec.tau(T): name for name, spec in reversed(named.items()) if len(spec.tau(T)) == sampler.S}
+    return {name: spec for name, spec in named.items() if name in taus.values()}
+
+
+def at_times(sampler: SamplerSpec, tau: Sequence[int]) -> SamplerSpec:
+    """Return the sampler with explicit times."""
+    return replace(sampler, S=None, spacing="explicit", times=tuple(tau))
 
 
 def fine_trajectory(
     model: Model,
     schedule: NoiseSchedule,
     x_T: Tensor,
-    candidates: Sequence[int],
-    *,
-    last_time: int = 0,
+    sampler: SamplerSpec,
+    candidates: Sequence[int] = (),
     prediction: str = "eps",
-    clip: str = "none",
 ) -> FineTrajectory:
     """Follow the deterministic trajectories of x_T, (B, C, H, W), through every time 1..T with a rule of order 3.
 
     Args:
-        model, schedule, prediction, clip: as in `trajectory`.
+        model, schedule, prediction: as in `trajectory`.
         x_T: the starting points; more of them estimate the deviations better.
-        candidates: increasing times in 1..T; T is added.
-        last_time: where sampling ends, 0 or 1.
+        sampler: its clip policy and `last_time` count; its rule and times do not.
+        candidates: times in 1..T; T is added.
     """
-    wanted = sorted({*candidates, schedule.T}, reverse=True)
-    times = (*(t for t in wanted if t > last_time), last_time)
-    x = x_T
+    last = sampler.last_time
+    times = (*sorted({t for t in candidates if t > last} | {schedule.T}, reverse=True), last)
+    fine = at_times(
+        SamplerSpec("adams_bashforth", None, 3, clip=sampler.clip, last_time=last), range(last + 1, schedule.T + 1)
+    )
+    t, x = schedule.T, x_T
     states: list[Tensor] = []
     x0: list[Tensor] = []
     eps: list[Tensor] = []
-    fine = range(schedule.T, last_time - 1, -1)
-    steps = trajectory(model, schedule, x_T, fine, AdamsBashforth(3), prediction=prediction, clip=clip)
-    for t, state in zip(fine[:-1], steps, strict=True):
+    for state in fine.trajectory(model, schedule, x_T, prediction=prediction):
         if t in times:
             for kept, value in ((states, x), (x0, state.x0), (eps, state.eps)):
                 kept.append(value.double().flatten())
-        x = state.x
-    states.append(x.double().flatten())
-    nothing = torch.zeros_like(states[0])  # no prediction is made at the end
-    vectors = torch.stack([*states, *x0, nothing, *eps, nothing])
-    return FineTrajectory(times, tuple(schedule[t] for t in times), vectors @ vectors.T / vectors.shape[1])
+        t, x = state.t, state.x
+    nothing = torch.zeros(x.numel(), dtype=torch.float64, device=x.device)  # no prediction is made at the end
+    vectors = torch.stack([*states, x.double().flatten(), *x0, nothing, *eps, nothing])
+    gram = (vectors @ vectors.T / vectors.shape[1]).cpu()
+    return FineTrajectory(times, tuple(schedule[t] for t in times), gram, x)
 
 
-def search_tau(fine: FineTrajectory, rule: Rule, S: int) -> tuple[tuple[int, ...], float]:
+def least_deviation_tau(fine: FineTrajectory, rule: Rule, S: int) -> tuple[tuple[int, ...], float]:
     """Return the increasing times of S steps with the least sum of deviations, and that sum.
 
-    Predictions older than the last two are left out, so that a rule of order 3 is searched as one of order 2.
+    A tau that starts below T deviates by what x_T differs from the state there. Predictions older than the last two
+    are left out, so that a rule of order 3 is searched as one of order 2.
 
     Raises:
         ValueError: S is not in 1..number of candidates.
@@ -82,51 +138,89 @@ def search_tau(fine: FineTrajectory, rule: Rule, S: int) -> tuple[tuple[int, ...
     N = len(fine.times)
     if not 1 <= S < N:
         raise ValueError(f"S={S} steps cannot be chosen from {N - 1} candidate times; S must lie in 1..{N - 1}.")
-    first, later = _deviations(fine, rule, S)
+    start, first, later = _deviations(fine, rule, S)
     # best[i, j]: least sum of deviations after some steps, of which the last goes from candidate i to j
-    best = torch.full((N, N), math.inf, dtype=torch.float64)
-    best[0] = first
+    best = start[:, None] + first
     choices: list[Tensor] = []
     for _ in range(S - 1):
         best, choice = (best[:, :, None] + later).min(dim=0)
         choices.append(choice)
-    end = N - 1
-    total, i = best[:, end].min(dim=0)
-    path = [end, int(i)]
+    total, i = best[:, N - 1].min(dim=0)
+    path = [N - 1, int(i)]
     for choice in reversed(choices):
         path.append(int(choice[path[-1], path[-2]]))
     return tuple(fine.times[i] for i in path[1:]), float(total)
 
 
-def _deviations(fine: FineTrajectory, rule: Rule, S: int) -> tuple[Tensor, Tensor]:
-    """Return the deviation of a first step to each candidate, (N,), and of the step j to k after i to j, (N, N, N)."""
+def _deviations(fine: FineTrajectory, rule: Rule, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what single steps deviate by, as root mean squares; infinite where there is no step.
+
+    Returns:
+        (N,): taking x_T for the state at candidate i; (N, N): a first step from i to j; (N, N, N): the step from j to
+        k after one from i to j.
+    """
     N = len(fine.times)
-    first = torch.full((N,), math.inf, dtype=torch.float64)
+    x = fine.gram[:N, :N].diagonal()
+    start = (x + x[0] - 2 * fine.gram[0, :N]).clamp(min=0).sqrt()
+    first = torch.full((N, N), math.inf, dtype=torch.float64)
     later = torch.full((N, N, N), math.inf, dtype=torch.float64)
-    for k in range(1, N):
-        first[k] = _deviation(fine, rule, (0,), k, S)
-    for j in range(1, N):
-        for k in range(j + 1, N):
-            if rule.memory == 1:
-                later[:j, j, k] = _deviation(fine, rule, (j,), k, S)
-            else:
-                for i in range(j):
-                    later[i, j, k] = _deviation(fine, rule, (j, i), k, S)
-    return first, later
+    steps = list(combinations(range(N), 2))
+    first[tuple(torch.tensor(steps).T)] = _rms(fine, rule, S, steps)
+    if rule.memory == 1:
+        later[:] = first
+        later[torch.ones(N, N).tril() > 0] = math.inf  # i before j
+    else:
+        steps = list(combinations(range(N), 3))
+        later[tuple(torch.tensor(steps).T)] = _rms(fine, rule, S, steps)
+    return start, first, later
 
 
-def _deviation(fine: FineTrajectory, rule: Rule, remembered: tuple[int, ...], k: int, S: int) -> float:
-    """Return the root mean square of what the step to candidate k misses; predictions at `remembered`, newest first."""
-    is_last = k == len(fine.times) - 1
-    used = remembered[:1] if is_last and rule.lower_order_below > S else remembered
-    levels = [fine.levels[i] for i in used]
-    row, at = rule.coefficients(levels, fine.levels[k]), used
-    if not is_last and (correction := rule.correction((fine.levels[k], *levels))) is not None:
-        row, at = correction, (k, *used)
+def _rms(fine: FineTrajectory, rule: Rule, S: int, steps: Sequence[tuple[int, ...]]) -> Tensor:
+    """Return the root mean square of what each step misses, (len(steps),); a step is (..., from, to)."""
     N = len(fine.times)
-    terms = {k: -1.0}
-    for i, (x0, eps) in zip(at, ((row.x0, row.eps), *row.past), strict=False):
-        terms[N + i], terms[2 * N + i] = x0, eps
-    index, factors = list(terms), torch.tensor(list(terms.values()), dtype=torch.float64)
-    squared = factors @ fine.gram[index][:, index] @ factors
-    return math.sqrt(max(0.0, float(squared)))
+    index, factors = [], []
+    for *remembered, k in steps:
+        is_last = k == N - 1
+        used = [remembered[-1]] if is_last and rule.lower_order_below > S else remembered[::-1]
+        levels = [fine.levels[i] for i in used]
+        row, at = rule.coefficients(levels, fine.levels[k]), used
+        if not is_last and (correction := rule.correction((fine.levels[k], *levels))) is not None:
+            row, at = correction, [k, *used]
+        terms = list(zip(at, ((row.x0, row.eps), *row.past), strict=False))
+        terms += [(k, (0.0, 0.0))] * (3 - len(terms))
+        index.append([k, *(N + i for i, _ in terms), *(2 * N + i for i, _ in terms)])
+        factors.append([-1.0, *(c for _, (c, _) in terms), *(c for _, (_, c) in terms)])
+    i, c = torch.tensor(index), torch.tensor(factors, dtype=torch.float64)
+    squared = torch.einsum("ma,mab,mb->m", c, fine.gram[i[:, :, None], i[:, None, :]], c)
+    return squared.clamp(min=0).sqrt()
+
+
+def end_error(
+    model: Model, schedule: NoiseSchedule, x_T: Tensor, sampler: SamplerSpec, exact: Tensor, prediction: str = "eps"
+) -> float:
+    """Return the root mean square of what the end of the sampler's trajectories from x_T misses of `exact`."""
+    end = last_state(sampler.trajectory(model, schedule, x_T, prediction=prediction))
+    return float((end - exact).double().square().mean().sqrt())
+
+
+def descend(
+    tau: tuple[int, ...], candidates: Sequence[int], error: Callable[[tuple[int, ...]], float]
+) -> tuple[int, ...]:
+    """Move single times of tau to other candidates as long as the error falls; see STRIDES.
+
+    Args:
+        tau: increasing times.
+        candidates: increasing times.
+        error: evaluated at most 1 + 2 len(STRIDES) len(tau) times.
+    """
+    least, grid = error(tau), sorted({*candidates, *tau})
+    for stride in STRIDES:
+        for i in range(len(tau)):
+            for move in (-stride, stride):
+                at = bisect_left(grid, tau[i]) + move
+                if not 0 <= at < len(grid):
+                    continue
+                trial = (*tau[:i], grid[at], *tau[i + 1 :])
+                if all(a < b for a, b in pairwise(trial)) and (value := error(trial)) < least:
+                    tau, least = trial, value
+    return tau

@@ -168,7 +168,7 @@ def _weights(spec: FigureSpec) -> list[float]:
 
 def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the given S, or else the default ones up to the model's T, or T if there are none."""
-    if spec.sampler.times is not None:
+    if spec.sampler.times is not None or spec.sampler.has_file:
         raise UserError("samples and consistency vary S; give a named sampler.spacing, not explicit times.")
     T = context.model.spec.schedule.T
     S = spec.S or tuple(count for count in default if count <= T) or (T,)
