@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -58,7 +58,7 @@ class SamplerSpec:
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("rule", self.rule, tuple(RULES)),
-            ("spacing", "explicit" if self.has_file else self.spacing, (*SPACINGS, "explicit")),
+            ("spacing", "explicit" if self.has_file else self.spacing, (*SPACINGS, "explicit", "FILE.json")),
             ("clip", self.clip, CLIP_POLICIES),
             ("last_time", self.last_time, (0, 1)),
         ):
@@ -85,6 +85,10 @@ class SamplerSpec:
     def file(self) -> TauFile:
         """The file of times, as it was when this was created."""
         return read_tau(self.spacing)
+
+    def at_times(self, tau: Sequence[int]) -> "SamplerSpec":
+        """Return the same sampler with explicit times."""
+        return replace(self, S=None, spacing="explicit", times=tuple(tau))
 
     def build_rule(self) -> Rule:
         """Return the rule.

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,16 +23,17 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 
 STRIDES = (8, 4, 2, 1, 1)  # how many candidates a time moves by, in each pass of the descent
+IMAGES = 32  # whose states are kept for the deviations, to bound memory
 
 
 @dataclass(frozen=True, eq=False)
 class FineTrajectory:
-    """What the deviations of steps between candidate times, and the errors at the end, follow from.
+    """What deviations and errors are measured against.
 
     Attributes:
         times: the candidates, descending from T; the last one is where sampling ends.
         levels: alpha_bar at each.
-        gram: float64 (3 N, 3 N): the mean products of x, x̂0 and ε̂ (in this order) at the N candidates.
+        gram: float64 (3 N, 3 N): mean products of x, x̂0 and ε̂ (in this order) at the N candidates.
         end: the state at the last of `times`, (B, C, H, W).
     """
 
@@ -43,12 +44,7 @@ class FineTrajectory:
 
 
 def search_tau(
-    model: Model,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    sampler: SamplerSpec,
-    candidates: Sequence[int],
-    prediction: str = "eps",
+    model: Model, schedule: NoiseSchedule, x_T: Tensor, sampler: SamplerSpec, candidates: Sequence[int], prediction: str
 ) -> tuple[tuple[int, ...], Tensor]:
     """Return S increasing times whose trajectories from x_T end near the fine ones, and where those end.
 
@@ -68,7 +64,7 @@ def search_tau(
 
     @functools.cache
     def error(tau: tuple[int, ...]) -> float:
-        return end_error(model, schedule, x_T, at_times(sampler, tau), fine.end, prediction)
+        return end_error(model, schedule, x_T, sampler.at_times(tau), fine.end, prediction)
 
     named = [spec.tau(schedule.T) for spec in named_spacings(sampler, schedule.T).values()]
     starts = [
@@ -85,45 +81,34 @@ def named_spacings(sampler: SamplerSpec, T: int) -> dict[str, SamplerSpec]:
     return {name: spec for name, spec in named.items() if name in taus.values()}
 
 
-def at_times(sampler: SamplerSpec, tau: Sequence[int]) -> SamplerSpec:
-    """Return the sampler with explicit times."""
-    return replace(sampler, S=None, spacing="explicit", times=tuple(tau))
-
-
 def fine_trajectory(
-    model: Model,
-    schedule: NoiseSchedule,
-    x_T: Tensor,
-    sampler: SamplerSpec,
-    candidates: Sequence[int] = (),
-    prediction: str = "eps",
+    model: Model, schedule: NoiseSchedule, x_T: Tensor, sampler: SamplerSpec, candidates: Sequence[int], prediction: str
 ) -> FineTrajectory:
     """Follow the deterministic trajectories of x_T, (B, C, H, W), through every time 1..T with a rule of order 3.
 
     Args:
         model, schedule, prediction: as in `trajectory`.
-        x_T: the starting points; more of them estimate the deviations better.
+        x_T: the starting points.
         sampler: its clip policy and `last_time` count; its rule and times do not.
         candidates: times in 1..T; T is added.
     """
     last = sampler.last_time
     times = (*sorted({t for t in candidates if t > last} | {schedule.T}, reverse=True), last)
-    fine = at_times(
-        SamplerSpec("adams_bashforth", None, 3, clip=sampler.clip, last_time=last), range(last + 1, schedule.T + 1)
-    )
+    fine = SamplerSpec("adams_bashforth", None, 3, clip=sampler.clip, last_time=last)
+    every = fine.at_times(range(last + 1, schedule.T + 1))
     t, x = schedule.T, x_T
-    states: list[Tensor] = []
-    x0: list[Tensor] = []
-    eps: list[Tensor] = []
-    for state in fine.trajectory(model, schedule, x_T, prediction=prediction):
+    kept: list[Tensor] = []
+    for state in every.trajectory(model, schedule, x_T, prediction=prediction):
         if t in times:
-            for kept, value in ((states, x), (x0, state.x0), (eps, state.eps)):
-                kept.append(value.double().flatten())
+            kept.append(_values(x, state.x0, state.eps))
         t, x = state.t, state.x
-    nothing = torch.zeros(x.numel(), dtype=torch.float64, device=x.device)  # no prediction is made at the end
-    vectors = torch.stack([*states, x.double().flatten(), *x0, nothing, *eps, nothing])
-    gram = (vectors @ vectors.T / vectors.shape[1]).cpu()
-    return FineTrajectory(times, tuple(schedule[t] for t in times), gram, x)
+    kept.append(_values(x, torch.zeros_like(x), torch.zeros_like(x)))  # no prediction is made at the end
+    vectors = torch.stack(kept, dim=1).flatten(0, 1)
+    return FineTrajectory(times, tuple(schedule[t] for t in times), vectors @ vectors.T / vectors.shape[1], x)
+
+
+def _values(*states: Tensor) -> Tensor:
+    return torch.stack([state[:IMAGES].double().flatten() for state in states]).cpu()
 
 
 def least_deviation_tau(fine: FineTrajectory, rule: Rule, S: int) -> tuple[tuple[int, ...], float]:
@@ -160,28 +145,24 @@ def _deviations(fine: FineTrajectory, rule: Rule, S: int) -> tuple[Tensor, Tenso
         k after one from i to j.
     """
     N = len(fine.times)
-    x = fine.gram[:N, :N].diagonal()
-    start = (x + x[0] - 2 * fine.gram[0, :N]).clamp(min=0).sqrt()
-    first = torch.full((N, N), math.inf, dtype=torch.float64)
-    later = torch.full((N, N, N), math.inf, dtype=torch.float64)
-    steps = list(combinations(range(N), 2))
-    first[tuple(torch.tensor(steps).T)] = _rms(fine, rule, S, steps)
-    if rule.memory == 1:
-        later[:] = first
-        later[torch.ones(N, N).tril() > 0] = math.inf  # i before j
-    else:
-        steps = list(combinations(range(N), 3))
-        later[tuple(torch.tensor(steps).T)] = _rms(fine, rule, S, steps)
-    return start, first, later
+    x = fine.gram[:N, :N]
+    start = (x.diagonal() + x[0, 0] - 2 * x[0]).clamp(min=0).sqrt()
+    steps: list[Tensor] = []
+    for count in (2, 3):
+        candidates = torch.combinations(torch.arange(N), count)
+        deviations = torch.full((N,) * count, math.inf, dtype=torch.float64)
+        deviations[tuple(candidates.T)] = _rms(fine, rule, S, candidates.tolist())
+        steps.append(deviations)
+    return start, steps[0], steps[1]
 
 
-def _rms(fine: FineTrajectory, rule: Rule, S: int, steps: Sequence[tuple[int, ...]]) -> Tensor:
-    """Return the root mean square of what each step misses, (len(steps),); a step is (..., from, to)."""
+def _rms(fine: FineTrajectory, rule: Rule, S: int, steps: list[list[int]]) -> Tensor:
+    """Return the root mean square of what each step misses, (len(steps),); a step is candidates [..., from, to]."""
     N = len(fine.times)
     index, factors = [], []
-    for *remembered, k in steps:
+    for *visited, k in steps:
         is_last = k == N - 1
-        used = [remembered[-1]] if is_last and rule.lower_order_below > S else remembered[::-1]
+        used = visited[::-1][: 1 if is_last and rule.lower_order_below > S else rule.memory]
         levels = [fine.levels[i] for i in used]
         row, at = rule.coefficients(levels, fine.levels[k]), used
         if not is_last and (correction := rule.correction((fine.levels[k], *levels))) is not None:
@@ -196,7 +177,7 @@ def _rms(fine: FineTrajectory, rule: Rule, S: int, steps: Sequence[tuple[int, ..
 
 
 def end_error(
-    model: Model, schedule: NoiseSchedule, x_T: Tensor, sampler: SamplerSpec, exact: Tensor, prediction: str = "eps"
+    model: Model, schedule: NoiseSchedule, x_T: Tensor, sampler: SamplerSpec, exact: Tensor, prediction: str
 ) -> float:
     """Return the root mean square of what the end of the sampler's trajectories from x_T misses of `exact`."""
     end = last_state(sampler.trajectory(model, schedule, x_T, prediction=prediction))

@@ -16,7 +16,7 @@ from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import Model
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.tau_file import SUFFIX
-from ddim.diffusion.tau_search import STRIDES, at_times, end_error, fine_trajectory, named_spacings, search_tau
+from ddim.diffusion.tau_search import STRIDES, end_error, fine_trajectory, named_spacings, search_tau
 from ddim.diffusion.timesteps import quadratic_tau
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, split
@@ -72,7 +72,7 @@ class SearchTauSpec:
             raise ValueError("the search needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
         if self.sampler.S is None or self.sampler.has_file:
             raise ValueError("the search chooses the times: give sampler.S and leave sampler.spacing and times out.")
-        if self.sampler.S > self.candidates:
+        if self.candidates < self.sampler.S:
             raise ValueError(f"candidates={self.candidates} must be at least sampler.S={self.sampler.S}.")
 
     @property
@@ -132,8 +132,8 @@ def _search(
         for first in (spec.first, spec.first + spec.n)
     )
     tau, end = search_tau(network, schedule, x_T, sampler, candidates, prediction)
-    held_out_end = fine_trajectory(network, schedule, held_out, sampler, prediction=prediction).end
-    samplers = {SEARCHED: at_times(sampler, tau), **named_spacings(sampler, schedule.T)}
+    held_out_end = fine_trajectory(network, schedule, held_out, sampler, (), prediction).end
+    samplers = {SEARCHED: sampler.at_times(tau), **named_spacings(sampler, schedule.T)}
     return tau, {
         name: {
             "search": end_error(network, schedule, x_T, chosen, end, prediction),
