@@ -27,12 +27,12 @@ def main(config: dict[str, Any]) -> None:
         print(f"{name:12} {error['search']:10.4g} {error['held_out']:10.4g}")
     print(f"tau: {', '.join(map(str, found['tau']))}")
     print(f"file: {spec.path}")
-    usual = SamplerSpec().settings()
-    chosen = {key: value for key, value in found["sampler"].items() if value != usual.get(key)}
-    chosen |= {"spacing": str(spec.path), "S": None}
-    words = [f"sampler.{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in chosen.items()]
-    use = [f"checkpoint={spec.checkpoint}", *(word.replace('"', "") for word in words)]
-    print(f"sample with it: python scripts/sample.py {shlex.join(use)}")
+    usual, chosen = SamplerSpec().settings(), found["sampler"]
+    values = {f"sampler.{key}": value for key, value in chosen.items() if key != "kwargs" and value != usual.get(key)}
+    values |= {f"+sampler.kwargs.{key}": value for key, value in chosen.get("kwargs", {}).items()}
+    values |= {"sampler.spacing": str(spec.path), "sampler.S": None}
+    words = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
+    print(f"sample with it: python scripts/sample.py {shlex.join([f'checkpoint={spec.checkpoint}', *words])}")
 
 
 if __name__ == "__main__":

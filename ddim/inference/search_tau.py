@@ -117,7 +117,8 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
         "revision": code_revision(),
     }
     with explain_write_errors(spec.path), atomic_write(spec.path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return content
 
 
