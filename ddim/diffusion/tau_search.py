@@ -55,9 +55,6 @@ def search_tau(
         x_T: (B, C, H, W); the more, the less the times fit these alone.
         sampler: deterministic, with S; its spacing does not count.
         candidates: increasing times, at least S of them above `last_time`.
-
-    Raises:
-        ValueError: fewer candidates than S.
     """
     assert sampler.S is not None
     fine = fine_trajectory(model, schedule, x_T, sampler, candidates, prediction)
@@ -76,9 +73,10 @@ def search_tau(
 
 def named_spacings(sampler: SamplerSpec, T: int) -> dict[str, SamplerSpec]:
     """Return the sampler with each named spacing that takes exactly S steps; one of those with the same times."""
-    named = {name: replace(sampler, spacing=name, times=None) for name in SPACINGS}
-    taus = {spec.tau(T): name for name, spec in reversed(named.items()) if len(spec.tau(T)) == sampler.S}
-    return {name: spec for name, spec in named.items() if name in taus.values()}
+    assert sampler.S is not None
+    taus = {SPACINGS[name](T, sampler.S): name for name in reversed(SPACINGS)}
+    names = [name for tau, name in reversed(taus.items()) if len(tau) == sampler.S]
+    return {name: replace(sampler, spacing=name, times=None) for name in names}
 
 
 def fine_trajectory(
@@ -98,17 +96,17 @@ def fine_trajectory(
     every = fine.at_times(range(last + 1, schedule.T + 1))
     t, x = schedule.T, x_T
     kept: list[Tensor] = []
+
+    def keep(*values: Tensor) -> None:
+        kept.append(torch.stack([value[:IMAGES].double().flatten() for value in values]).cpu())
+
     for state in every.trajectory(model, schedule, x_T, prediction=prediction):
         if t in times:
-            kept.append(_values(x, state.x0, state.eps))
+            keep(x, state.x0, state.eps)
         t, x = state.t, state.x
-    kept.append(_values(x, torch.zeros_like(x), torch.zeros_like(x)))  # no prediction is made at the end
+    keep(x, torch.zeros_like(x), torch.zeros_like(x))  # no prediction is made at the end
     vectors = torch.stack(kept, dim=1).flatten(0, 1)
     return FineTrajectory(times, tuple(schedule[t] for t in times), vectors @ vectors.T / vectors.shape[1], x)
-
-
-def _values(*states: Tensor) -> Tensor:
-    return torch.stack([state[:IMAGES].double().flatten() for state in states]).cpu()
 
 
 def least_deviation_tau(fine: FineTrajectory, rule: Rule, S: int) -> tuple[tuple[int, ...], float]:
@@ -141,8 +139,7 @@ def _deviations(fine: FineTrajectory, rule: Rule, S: int) -> tuple[Tensor, Tenso
     """Return what single steps deviate by, as root mean squares; infinite where there is no step.
 
     Returns:
-        (N,): taking x_T for the state at candidate i; (N, N): a first step from i to j; (N, N, N): the step from j to
-        k after one from i to j.
+        (N,): taking x_T for the state at i; (N, N): a first step from i to j; (N, N, N): the step to k after i and j.
     """
     N = len(fine.times)
     x = fine.gram[:N, :N]
@@ -179,7 +176,7 @@ def _rms(fine: FineTrajectory, rule: Rule, S: int, steps: list[list[int]]) -> Te
 def end_error(
     model: Model, schedule: NoiseSchedule, x_T: Tensor, sampler: SamplerSpec, exact: Tensor, prediction: str
 ) -> float:
-    """Return the root mean square of what the end of the sampler's trajectories from x_T misses of `exact`."""
+    """Return the root mean square distance of the ends of the sampler's trajectories from x_T to `exact`."""
     end = last_state(sampler.trajectory(model, schedule, x_T, prediction=prediction))
     return float((end - exact).double().square().mean().sqrt())
 
@@ -187,13 +184,7 @@ def end_error(
 def descend(
     tau: tuple[int, ...], candidates: Sequence[int], error: Callable[[tuple[int, ...]], float]
 ) -> tuple[int, ...]:
-    """Move single times of tau to other candidates as long as the error falls; see STRIDES.
-
-    Args:
-        tau: increasing times.
-        candidates: increasing times.
-        error: evaluated at most 1 + 2 len(STRIDES) len(tau) times.
-    """
+    """Move single times of tau to other candidates as long as the error falls, in 1 + 2 len(STRIDES) len(tau) trials."""
     least, grid = error(tau), sorted({*candidates, *tau})
     for stride in STRIDES:
         for i in range(len(tau)):

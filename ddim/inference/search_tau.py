@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,8 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
     """Search, write the file, and return its content.
 
     Raises:
-        UserError: bad input, or a file that would be overwritten; before any network evaluation.
+        UserError: bad input, or a file that would be overwritten, before any network evaluation; samples that are not
+            finite.
     """
     check_can_write(spec.path, spec.overwrite)
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
@@ -99,6 +101,8 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
     log.info("a search of at most %s network evaluations of single images.", f"{most:,}")
     with progress(most, "search") as bar, torch.inference_mode(), autocast(compute):
         tau, errors = _search(model, spec, candidates, compute, bar)
+    if not all(map(math.isfinite, errors[SEARCHED].values())):
+        raise UserError("the samples are not finite numbers; the checkpoint is of a training that diverged.")
     content = {
         "tau": list(tau),
         "T": T,
