@@ -184,7 +184,7 @@ def end_error(
 def descend(
     tau: tuple[int, ...], candidates: Sequence[int], error: Callable[[tuple[int, ...]], float]
 ) -> tuple[int, ...]:
-    """Move single times of tau to other candidates as long as the error falls, in 1 + 2 len(STRIDES) len(tau) trials."""
+    """Move single times to other candidates as long as the error falls: at most 1 + 2 len(STRIDES) len(tau) trials."""
     least, grid = error(tau), sorted({*candidates, *tau})
     for stride in STRIDES:
         for i in range(len(tau)):
