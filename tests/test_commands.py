@@ -21,6 +21,7 @@ from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
+from ddim.inference.search_tau import SearchTauSpec
 from ddim.training.spec import TrainSpec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,7 @@ SPECS: dict[str, type] = {
     "evaluate": EvaluateSpec,
     "reconstruct": ReconstructSpec,
     "figures": FigureSpec,
+    "search_tau": SearchTauSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }

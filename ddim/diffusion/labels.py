@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Any
 
 from ddim.diffusion.spec import SamplerSpec
@@ -9,14 +10,18 @@ from ddim.diffusion.timesteps import respaced_count
 
 
 def spacing_name(sampler: SamplerSpec, tau: Sequence[float], T: int) -> str:
-    """Return the name of the times; evaluations with the same name, S and T have the same times."""
+    """Return the name of the times; evaluations with the same name, S and T have the same times, but for files."""
     if tuple(tau) == tuple(range(1, T + 1)):
         return "full"
     if sampler.spacing == "quad_or_full":
         return "quad"
     if sampler.steps_offset:
         return f"{sampler.spacing}+{sampler.steps_offset}"
-    return sampler.spacing if sampler.times is None else f"explicit {','.join(map(str, tau))}"
+    return _spacing(sampler) if sampler.times is None else f"explicit {','.join(map(str, tau))}"
+
+
+def _spacing(sampler: SamplerSpec) -> str:
+    return Path(sampler.spacing).stem if sampler.has_file else sampler.spacing
 
 
 def row_label(sampler: SamplerSpec) -> str:
@@ -60,7 +65,7 @@ LABELS: dict[str, Callable[[Any], str]] = {
 def title(sampler: SamplerSpec) -> str:
     """Return a sampler in a few words."""
     steps = f"S={asked_steps(sampler)}" if sampler.times is None else f"{asked_steps(sampler)} times"
-    return f"{row_label(sampler)} {steps} {sampler.spacing}"
+    return f"{row_label(sampler)} {steps} {_spacing(sampler)}"
 
 
 def asked_steps(sampler: SamplerSpec) -> int:

@@ -1,7 +1,6 @@
 """Integrals over Lagrange polynomials: the weights of multistep rules with unequal steps."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -26,7 +25,11 @@ def lagrange_integrals(
         p = start + fraction * (end - start)
         u, mass = variable(p), share * density(p) * (end - start)
         for i, node in enumerate(nodes):
-            weights[i] += mass * math.prod((u - other) / (node - other) for j, other in enumerate(nodes) if j != i)
+            value = 1.0  # loops: a search for tau computes many of these
+            for j, other in enumerate(nodes):
+                if j != i:
+                    value *= (u - other) / (node - other)
+            weights[i] += mass * value
     return weights
 
 

@@ -4,7 +4,8 @@ import functools
 import importlib.metadata
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, get_type_hints
 
 from torch import Tensor
@@ -23,6 +24,7 @@ from ddim.diffusion.solvers import (
     SDEDPMSolverPP,
     UniPC,
 )
+from ddim.diffusion.tau_file import SUFFIX, TauFile, read_tau
 from ddim.diffusion.timesteps import SPACINGS, explicit_tau, leading_tau, respaced_count, respaced_tau
 
 
@@ -33,19 +35,21 @@ class SamplerSpec:
     Attributes:
         rule: a key of RULES, the name of an installed package's rule (`find_rule`), or `diffusers`.
         eta: η in [0, 1] for `ddim`; null for rules that have none.
-        S: the number of steps; null with explicit times.
-        spacing: a key of SPACINGS; `explicit`; `scheduler` where a scheduler has its own times; or a name of Improved
-            DDPM's respacing (`respaced_tau`), with S=null or the number of times in it.
+        S: the number of steps; null with explicit times. With a file of times it may be null, and is then theirs.
+        spacing: a key of SPACINGS; the path of a file of times (.json, scripts/search_tau.py); `explicit`; `scheduler`
+            where a scheduler has its own times; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
+            the number of times in it.
         times: the explicit times, increasing, in 1..T.
         steps_offset: for `leading`, added to each time; null is 0.
         clip, clip_range, threshold_ratio, threshold_max: the clip policy, see `Clip`.
         last_time: 0 ends at alpha_bar = 1 (paper); 1 ends at alpha_bar[1] (some code bases).
         order: of a rule that has one; null leaves its default.
-        kwargs: other arguments of the rule, or those of the scheduler and of its `step`.
+        kwargs: other arguments of the rule, or those of the scheduler and of its `step`. A file among them is read when
+            this is created.
         scheduler: a class of diffusers, with rule=diffusers; `ddim.inference.diffusers_scheduler` samples with it.
 
     Raises:
-        ValueError: an unknown name, or fields that contradict each other.
+        ValueError: an unknown name, fields that contradict each other, or a file that is not one of S times.
     """
 
     rule: str = "ddim"
@@ -64,12 +68,18 @@ class SamplerSpec:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        respaced = respaced_count(self.spacing)
+        respaced = None if self.has_file else respaced_count(self.spacing)
+        if self.has_file:
+            count = len(self.file.tau)
+            if self.S not in (None, count):
+                raise ValueError(f"S={self.S} is not the number of times in {self.spacing}; take S={count} or S=null.")
+            object.__setattr__(self, "S", count)
         explicit = self.spacing == "explicit"
-        if self.spacing not in (*SPACINGS, "explicit", "scheduler") and respaced is None:
+        known = self.has_file or respaced is not None or self.spacing in (*SPACINGS, "explicit", "scheduler")
+        if not known:
             raise ValueError(
-                f"spacing={self.spacing!r} is not known; allowed: {', '.join(SPACINGS)}, scheduler, explicit, and "
-                "Improved DDPM's ddimN and N1,N2,..."
+                f"spacing={self.spacing!r} is not known; allowed: {', '.join(SPACINGS)}, scheduler, explicit, a file "
+                "(.json), and Improved DDPM's ddimN and N1,N2,..."
             )
         if self.last_time not in (0, 1):
             raise ValueError(f"last_time={self.last_time!r} is not known; allowed: 0, 1.")
@@ -115,6 +125,20 @@ class SamplerSpec:
         for t in self.tau(schedule.T):
             check_level(prediction, schedule[t])
         self.evaluations(schedule)  # refuses steps that the rule cannot take
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the times come from a file."""
+        return self.spacing.endswith(SUFFIX)
+
+    @cached_property
+    def file(self) -> TauFile:
+        """The file of times, as it was when this was created."""
+        return read_tau(self.spacing)
+
+    def at_times(self, tau: Sequence[int]) -> "SamplerSpec":
+        """Return the same sampler with explicit times."""
+        return replace(self, S=None, spacing="explicit", times=tuple(tau))
 
     def build_rule(self) -> Rule:
         """Return the rule.
@@ -193,9 +217,15 @@ class SamplerSpec:
         """Return the increasing times in 1..T.
 
         Raises:
-            ValueError: S or the explicit times do not fit T, or a scheduler of diffusers has its own.
+            ValueError: S, the explicit times or the file do not fit T, or a scheduler of diffusers has its own.
         """
         self._refuse_scheduler()
+        if self.has_file:
+            if self.file.T != T:
+                raise ValueError(
+                    f"{self.spacing} holds times of T={self.file.T}, not of T={T}; search them for this model."
+                )
+            return self.file.tau
         if self.times is not None:
             return explicit_tau(T, self.times)
         if respaced_count(self.spacing) is not None:

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +17,7 @@ from ddim import (
     respaced_tau,
     trailing_tau,
 )
+from ddim.diffusion.labels import spacing_name, title
 from ddim.diffusion.timesteps import distinct_evaluations, explicit_tau
 
 EXACT = [name for name in SPACINGS if name not in ("uniform", "quad", "quad_or_full", "leading", "linspace")]
@@ -210,3 +213,68 @@ def test_sampler_spec_chooses_the_rule():
 def test_sampler_spec_refuses_contradictions(fields, message):
     with pytest.raises(ValueError, match=message):
         SamplerSpec(**fields)
+
+
+@pytest.fixture
+def tau_file(tmp_path):
+    path = tmp_path / "searched.json"
+    path.write_text(json.dumps({"tau": [3, 40, 90], "T": 100, "errors": {}}))
+    return path
+
+
+@pytest.mark.parametrize("S", [None, 3])
+def test_a_file_of_times_is_a_spacing_of_any_rule(tau_file, S):
+    for rule, eta in (("ddim", 1.0), ("heun", None)):
+        sampler = SamplerSpec(rule, eta, S=S, spacing=str(tau_file))
+        assert sampler.tau(100) == (3, 40, 90)
+        assert sampler.S == 3
+        assert spacing_name(sampler, sampler.tau(100), 100) == "searched"
+        assert title(sampler).endswith("S=3 searched")
+
+
+def test_a_sampler_keeps_the_times_that_its_file_had(tau_file):
+    """So that the images of an evaluation and its record have the same."""
+    sampler = SamplerSpec(S=3, spacing=str(tau_file))
+    tau_file.write_text("{}")
+    assert sampler.tau(100) == (3, 40, 90)
+    with pytest.raises(ValueError, match="damaged"):
+        dataclasses.replace(sampler, clip="x0")
+
+
+@pytest.mark.parametrize(
+    ("content", "fields", "message"),
+    [
+        (None, {}, r"cannot be read \(No such file or directory\)"),
+        (b"", {}, "is no file of times, or damaged"),
+        (b"\xff\xfe\x00", {}, "is no file of times, or damaged"),
+        (b"[1, 2]", {}, "is no file of times, or damaged"),
+        (b'{"tau": [1, 2]}', {}, r"damaged \(KeyError: 'T'\)"),
+        (b'{"T": 100, "tau": 7}', {}, "is no file of times, or damaged"),
+        (b'{"T": 100, "tau": null}', {}, "is no file of times, or damaged"),
+        (b'{"T": 100, "tau": []}', {}, r"list of times in 1\.\.100"),
+        (b'{"T": 100, "tau": [5, 5]}', {}, "each larger than the one before"),
+        (b'{"T": 100, "tau": [5, 101]}', {}, r"list of times in 1\.\.100"),
+        (b'{"T": 100, "tau": [5, 9.5]}', {}, "must be integers"),
+        (b'{"T": true, "tau": [1]}', {}, "must be integers"),
+        (b"[" * 100_000, {}, "is no file of times, or damaged"),
+        (b'{"T": 100, "tau": [3, 9]}', {"S": 50}, r"S=50 is not the number of times in .*; take S=2 or S=null"),
+        (b'{"T": 100, "tau": [3, 9]}', {"times": (3, 9)}, "either S"),
+    ],
+)
+def test_bad_files_of_times_are_refused(tmp_path, content, fields, message):
+    if content is not None:
+        (tmp_path / "tau.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        SamplerSpec(**{"S": None, "spacing": str(tmp_path / "tau.json")} | fields)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_is_no_file_of_times(tmp_path):
+    (tmp_path / "tau.json").mkdir()
+    with pytest.raises(ValueError, match="cannot be read"):
+        SamplerSpec(S=None, spacing=str(tmp_path / "tau.json"))
+
+
+def test_times_of_another_T_are_refused(tau_file):
+    with pytest.raises(ValueError, match=r"holds times of T=100, not of T=1000; search them for this model"):
+        SamplerSpec(S=None, spacing=str(tau_file)).tau(1000)

@@ -311,6 +311,16 @@ def test_times_are_recorded(spec: EvaluateSpec, sampler: SamplerSpec, spacing: s
     assert record["network_evaluations"] == 2 * S
 
 
+def test_times_of_a_file_make_the_record_of_explicit_ones(spec: EvaluateSpec, tmp_path: Path) -> None:
+    """The same key, since the same numbers decide; in tables the times are named as the file is."""
+    (tmp_path / "searched.json").write_text('{"T": 50, "tau": [3, 50]}')
+    times = SamplerSpec(S=None, spacing=str(tmp_path / "searched.json"))
+    record, _ = evaluate(dataclasses.replace(spec, sampler=times, n=2))
+    assert (record["spacing"], record["S"], record["sampler"]["tau"]) == ("searched", 2, [3, 50])
+    explicit = dataclasses.replace(spec, sampler=times.at_times((3, 50)), n=2)
+    assert explicit.prepare(Session()).key == record["key"]
+
+
 def test_labels_distinguish_rows() -> None:
     assert row_label(SamplerSpec(eta=0.2)) == "η=0.2"
     assert row_label(SamplerSpec("sigma_hat", None)) == "σ̂"

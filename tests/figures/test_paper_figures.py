@@ -154,6 +154,14 @@ def test_errors_are_reported_before_sampling(spec: FigureSpec, changes: dict[str
     assert not Path(spec.output_dir).exists()
 
 
+@pytest.mark.usefixtures("no_sampling")
+def test_a_file_of_times_has_no_other_S(spec: FigureSpec, tmp_path: Path) -> None:
+    (tmp_path / "tau.json").write_text('{"T": 50, "tau": [9, 30]}')
+    sampler = SamplerSpec(S=None, spacing=str(tmp_path / "tau.json"))
+    with pytest.raises(UserError, match=r"vary S; give a named sampler.spacing"):
+        write_figures(dataclasses.replace(spec, figure="samples", sampler=sampler))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

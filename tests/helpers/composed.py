@@ -12,6 +12,7 @@ from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
+from ddim.inference.search_tau import SearchTauSpec
 from ddim.training.spec import TrainSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,6 +22,7 @@ SPECS: dict[str, Any] = {
     "sample": SampleSpec,
     "reconstruct": ReconstructSpec,
     "figures": FigureSpec,
+    "search_tau": SearchTauSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
 REQUIRED["figures"].append("figure=all")

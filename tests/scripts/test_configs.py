@@ -52,8 +52,10 @@ def group_of(main: str) -> list[str]:
     return [name for name in names if "@" not in name and name not in ("experiment", "debug")]
 
 
-# Encoding is deterministic, and TensorBoard is for training.
+# Encoding and the search for times are deterministic, and TensorBoard is for training.
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
+STOCHASTIC = ("ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat", "sigma_hat_clamped", "sde_dpm_solver_pp")
+REFUSED |= {("search_tau", f"sampler={option}") for option in STOCHASTIC}
 REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct")}
 CHOICES = [
     choice
@@ -153,7 +155,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("sample", "format"): SampleSpec,
     ("sampler/ddim", "clip"): CLIP_POLICIES,
     ("sampler/ddim", "rule"): (*RULES, DIFFUSERS),
-    ("sampler/ddim", "spacing"): (*SPACINGS, "explicit", "scheduler"),
+    ("sampler/ddim", "spacing"): (*SPACINGS, "explicit", "scheduler", "FILE.json"),
     ("trainer/default", "precision"): TrainerSpec,
     ("trainer/default", "profiler"): TrainerSpec,
 }
@@ -168,7 +170,7 @@ def literals(hint: Any) -> tuple[str, ...]:
 
 def listed_values() -> dict[tuple[str, str], list[str]]:
     """The values that the comments of configs/ list, by file and key."""
-    pattern = re.compile(r"^ *(\w+):.*# (?:one|any) of: ([\w, -]+)", re.MULTILINE)
+    pattern = re.compile(r"^ *(\w+):.*# (?:one|any) of: ([\w, .-]+)", re.MULTILINE)
     return {
         (str(path.relative_to(CONFIGS).with_suffix("")), key): values.rstrip().split(", ")
         for path in CONFIGS.rglob("*.yaml")
