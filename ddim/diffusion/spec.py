@@ -1,12 +1,14 @@
 """A sampler as configurations name it: the rule, the times and the clip policy."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
+from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.prediction import Clip, check_level
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
 from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
@@ -30,9 +32,9 @@ class SamplerSpec:
 
     Attributes:
         rule: a key of RULES.
-        eta: η in [0, 1] for `ddim`; null for rules that have none.
+        eta: η in [0, 1] for `ddim` and `analytic`; null for rules that have none.
         order: of a rule that has one; null leaves its default.
-        kwargs: other arguments of the rule.
+        kwargs: other arguments of the rule. A file among them is read when this is created.
         S: the number of steps; null with explicit times.
         spacing: a key of SPACINGS; `explicit`; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
             the number of times in it.
@@ -96,11 +98,15 @@ class SamplerSpec:
         self.evaluations(schedule)  # refuses steps that the rule cannot take
 
     def build_rule(self) -> Rule:
-        """Return the rule.
+        """Return the rule, with a file as it was when this was created.
 
         Raises:
             ValueError: the rule does not take these arguments.
         """
+        return self._rule
+
+    @cached_property
+    def _rule(self) -> Rule:
         rule = RULES[self.rule]
         takes = inspect.signature(rule).parameters
         named = {"eta": self.eta, "order": self.order}
@@ -115,7 +121,10 @@ class SamplerSpec:
         return rule(**arguments)
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers besides the times, as records state it; new fields where they are set."""
+        """Return what decides the numbers besides the times, as records state it; new fields where they are set.
+
+        A file is stated by the hash of its numbers: wherever it lies, it is the same evaluation.
+        """
         chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
         unset: dict[str, Any] = {
             "order": None,
@@ -125,6 +134,8 @@ class SamplerSpec:
             "threshold_max": None,
         }
         added = {name: getattr(self, name) for name in unset}
+        if isinstance(rule := self.build_rule(), AnalyticVariance):
+            added["kwargs"] = {"file": rule.table_hash, "clip_bound": rule.clip_bound}
         return chosen | {name: value for name, value in added.items() if value != unset[name]}
 
     def trajectory(
@@ -176,7 +187,7 @@ class SamplerSpec:
         return SPACINGS[self.spacing](T, self.S)
 
 
-RULES: dict[str, type[Rule]] = {
+RULES: dict[str, Callable[..., Rule]] = {
     "ddim": DDIM,
     "sigma_hat": SigmaHat,
     "probability_flow": ProbabilityFlow,
@@ -187,4 +198,5 @@ RULES: dict[str, type[Rule]] = {
     "dpm_solver_pp": DPMSolverPP,
     "sde_dpm_solver_pp": SDEDPMSolverPP,
     "unipc": UniPC,
+    "analytic": AnalyticVariance.from_file,
 }
