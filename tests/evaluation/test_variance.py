@@ -40,9 +40,11 @@ def exact(prediction: str) -> Any:
     return model
 
 
-def estimated(prediction: str = "eps", batch_size: int = N, seed: int = 0) -> tuple[list[float], list[float]]:
+def estimated(
+    prediction: str = "eps", n: int = N, batch_size: int = N, seed: int = 0
+) -> tuple[list[float], list[float]]:
     compute = ComputeSpec("cpu", batch_size=batch_size)
-    return estimate(exact(prediction), SCHEDULE, gaussian_images, N, TIMES, prediction, seed, compute)
+    return estimate(exact(prediction), SCHEDULE, gaussian_images, n, TIMES, prediction, seed, compute)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
@@ -55,8 +57,8 @@ def test_estimate_on_gaussian_data_is_the_truth(prediction: str) -> None:
 
 
 def test_estimate_does_not_depend_on_the_batch_size() -> None:
-    assert estimated(batch_size=1) == estimated(batch_size=7) == estimated()
-    assert estimated(seed=1) != estimated()
+    assert estimated(n=20, batch_size=1) == estimated(n=20, batch_size=7) == estimated(n=20)
+    assert estimated(n=20, seed=1) != estimated(n=20)
 
 
 # ---------------------------------------------------------------- with a checkpoint
@@ -132,7 +134,7 @@ def test_a_file_of_other_weights_is_refused(spec: EstimateVarianceSpec, model: L
     [
         ({"n": 2000}, "n=2000 images are more than the 1797 of digits"),
         ({"sampler": SamplerSpec(S=60)}, "S=60"),
-        ({"data": DataSpec("cifar10", (32, 32), 3, root="none", download=False)}, "cifar10 lacks these files"),
+        ({"data": DataSpec("digits", (16, 16), 1)}, r"needs size=\[8, 8\]"),
     ],
 )
 def test_bad_input_is_refused_before_work(spec: EstimateVarianceSpec, changes: dict[str, Any], message: str) -> None:
@@ -151,7 +153,9 @@ def test_an_earlier_file_is_kept(spec: EstimateVarianceSpec) -> None:
     assert json.loads(spec.path.read_text())["n"] == 6
 
 
-@pytest.mark.parametrize(("changes", "message"), [({"n": 1}, "at least 2"), ({"seed": -1}, "seed"), ({"name": ""}, "")])
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"n": 1}, "at least 2"), ({"seed": -1}, "seed"), ({"name": ""}, "file name")]
+)
 def test_a_spec_refuses_what_it_cannot_mean(spec: EstimateVarianceSpec, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(spec, **changes)
