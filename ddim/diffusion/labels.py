@@ -1,16 +1,16 @@
 """How a sampler is named in tables, titles and file names."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import respaced_count
 
 
-def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
+def spacing_name(sampler: SamplerSpec, tau: Sequence[float], T: int) -> str:
     """Return the name of the times; evaluations with the same name, S and T have the same times."""
-    if tau == tuple(range(1, T + 1)):
+    if tuple(tau) == tuple(range(1, T + 1)):
         return "full"
     if sampler.spacing == "quad_or_full":
         return "quad"
@@ -21,8 +21,13 @@ def spacing_name(sampler: SamplerSpec, tau: tuple[int, ...], T: int) -> str:
 
 def row_label(sampler: SamplerSpec) -> str:
     """Return how a table's first column names a sampler: η=0.5, or UniPC-2 B2, with a clip policy if there is one."""
+    if sampler.scheduler is not None:
+        return _with_arguments(sampler.scheduler, sampler)
     rule = sampler.build_rule()
-    name = LABELS[sampler.rule](rule) if sampler.rule in LABELS else str(rule)
+    if sampler.rule in LABELS:
+        name = LABELS[sampler.rule](rule)
+    else:  # of another package
+        name = rule.label or _with_arguments(type(rule).__name__, sampler)
     if sampler.clip == "none":
         return name
     limit = "" if sampler.clip_range == 1 else f" to ±{sampler.clip_range}"
@@ -30,6 +35,12 @@ def row_label(sampler: SamplerSpec) -> str:
         limit = f", threshold {sampler.threshold_ratio}"
         limit += "" if sampler.threshold_max is None else f" up to {sampler.threshold_max}"
     return f"{name} (clip {sampler.clip}{limit})"
+
+
+def _with_arguments(name: str, sampler: SamplerSpec) -> str:
+    given = {"eta": sampler.eta, "order": sampler.order} | (sampler.kwargs or {})
+    listed = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+    return f"{name} ({listed})" if listed else name
 
 
 LABELS: dict[str, Callable[[Any], str]] = {

@@ -55,6 +55,7 @@ class Rule:
         lower_order_below: in a trajectory of fewer steps than this, a step uses no more predictions than there are
             steps left, which is more stable.
         zero_snr: a step can start at alpha_bar = 0, where the variables of most rules are infinite.
+        label: of a rule of another package: its name in tables; None for the name of the class.
     """
 
     memory: int = 1
@@ -62,6 +63,7 @@ class Rule:
     two_evaluations: bool = False
     lower_order_below: float = 0
     zero_snr: bool = False
+    label: str | None = None
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:
         """Return the coefficients of the step to the noise level a_s.

@@ -1,10 +1,11 @@
 """A sampler as configurations name it: the rule, the times and the clip policy."""
 
+import functools
+import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
@@ -31,17 +32,19 @@ class SamplerSpec:
     """Everything that decides a sample besides the network, x_T and the seed. Stored with every result.
 
     Attributes:
-        rule: a key of RULES.
+        rule: a key of RULES, the name of an installed package's rule (`find_rule`), or `diffusers`.
         eta: η in [0, 1] for `ddim` and `analytic`; null for rules that have none.
-        order: of a rule that has one; null leaves its default.
-        kwargs: other arguments of the rule. A file among them is read when this is created.
         S: the number of steps; null with explicit times.
-        spacing: a key of SPACINGS; `explicit`; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
-            the number of times in it.
+        spacing: a key of SPACINGS; `explicit`; `scheduler` where a scheduler has its own times; or a name of Improved
+            DDPM's respacing (`respaced_tau`), with S=null or the number of times in it.
         times: the explicit times, increasing, in 1..T.
         steps_offset: for `leading`, added to each time; null is 0.
         clip, clip_range, threshold_ratio, threshold_max: the clip policy, see `Clip`.
         last_time: 0 ends at alpha_bar = 1 (paper); 1 ends at alpha_bar[1] (some code bases).
+        order: of a rule that has one; null leaves its default.
+        kwargs: other arguments of the rule, or those of the scheduler and of its `step`. A file among them is read when
+            this is created.
+        scheduler: a class of diffusers, with rule=diffusers; `ddim.inference.diffusers_scheduler` samples with it.
 
     Raises:
         ValueError: an unknown name, or fields that contradict each other.
@@ -49,8 +52,6 @@ class SamplerSpec:
 
     rule: str = "ddim"
     eta: float | None = 0.0
-    order: int | None = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
     S: int | None = 50
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
@@ -60,18 +61,20 @@ class SamplerSpec:
     threshold_ratio: float | None = None
     threshold_max: float | None = None
     last_time: int = 0
+    order: int | None = None
+    kwargs: dict[str, Any] | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         respaced = respaced_count(self.spacing)
         explicit = self.spacing == "explicit"
-        if self.spacing not in (*SPACINGS, "explicit") and respaced is None:
+        if self.spacing not in (*SPACINGS, "explicit", "scheduler") and respaced is None:
             raise ValueError(
-                f"spacing={self.spacing!r} is not known; allowed: {', '.join(SPACINGS)}, explicit, and Improved DDPM's "
-                "ddimN and N1,N2,..."
+                f"spacing={self.spacing!r} is not known; allowed: {', '.join(SPACINGS)}, scheduler, explicit, and "
+                "Improved DDPM's ddimN and N1,N2,..."
             )
-        for name, value, allowed in (("rule", self.rule, tuple(RULES)), ("last_time", self.last_time, (0, 1))):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
+        if self.last_time not in (0, 1):
+            raise ValueError(f"last_time={self.last_time!r} is not known; allowed: 0, 1.")
         if respaced is not None and self.S not in (None, respaced):
             raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
         if explicit != (self.times is not None) or (respaced is None and explicit != (self.S is None)):
@@ -80,8 +83,26 @@ class SamplerSpec:
             raise ValueError(f"S={self.S} must be at least 1.")
         if self.steps_offset is not None and self.spacing != "leading":
             raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
-        self.build_rule()
         self.build_clip()
+        if self.rule == DIFFUSERS or self.scheduler is not None or self.spacing == "scheduler":
+            self._check_scheduler_fields()
+            return
+        rule, steps = self.build_rule(), len(self.times) if self.times is not None else self.S or respaced or 0
+        if steps and rule.memory > steps:
+            raise ValueError(
+                f"rule={self.rule} uses {rule.memory} predictions, which {steps} steps never have; take a lower order "
+                f"or at least {rule.memory} steps."
+            )
+
+    def _check_scheduler_fields(self) -> None:
+        ours = [f for f in fields(self) if f.name not in ("rule", "eta", "S", "spacing", "kwargs", "scheduler")]
+        unset = self.eta is None and all(getattr(self, f.name) == f.default for f in ours)
+        if self.rule != DIFFUSERS or self.scheduler is None or self.spacing != "scheduler" or not unset:
+            raise ValueError(
+                f"a scheduler of diffusers goes with rule={DIFFUSERS}, spacing=scheduler, eta=null and the defaults of "
+                "everything else, as sampler=diffusers sets them; give scheduler=NAME, S, and its own options as "
+                "kwargs."
+            )
 
     def build_clip(self) -> Clip:
         """Return the clip policy."""
@@ -101,24 +122,29 @@ class SamplerSpec:
         """Return the rule, with a file as it was when this was created.
 
         Raises:
-            ValueError: the rule does not take these arguments.
+            ValueError: the rule does not take these arguments, or a scheduler of diffusers stands in for it.
         """
         return self._rule
 
-    @cached_property
+    @functools.cached_property
     def _rule(self) -> Rule:
-        rule = RULES[self.rule]
-        takes = inspect.signature(rule).parameters
+        self._refuse_scheduler()
+        rule = find_rule(self.rule)
+        hints = get_type_hints(rule.__init__ if isinstance(rule, type) else rule)
+        takes = {name: hints.get(name) for name in inspect.signature(rule).parameters}
         named = {"eta": self.eta, "order": self.order}
-        arguments = {name: value for name, value in named.items() if value is not None} | self.kwargs
-        if unknown := [name for name in arguments if name not in takes]:
-            raise ValueError(
-                f"rule={self.rule} does not take {', '.join(unknown)}; it takes "
-                f"{', '.join(takes) or 'no arguments'}. Set eta and order to null where it has none."
-            )
+        arguments = {name: value for name, value in named.items() if value is not None} | (self.kwargs or {})
+        check_arguments(f"rule={self.rule}", arguments, takes)
         if "eta" in takes and self.eta is None:
             raise ValueError(f"rule={self.rule} needs an eta in [0, 1]; eta is null.")
         return rule(**arguments)
+
+    def _refuse_scheduler(self) -> None:
+        if self.scheduler is not None:
+            raise ValueError(
+                f"scheduler={self.scheduler} makes images from x_T and nothing else; for encoding, interpolation and "
+                f"the grids of a training choose a rule: {', '.join(RULES)}."
+            )
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the numbers besides the times, as records state it; new fields where they are set.
@@ -128,13 +154,16 @@ class SamplerSpec:
         chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
         unset: dict[str, Any] = {
             "order": None,
-            "kwargs": {},
+            "kwargs": None,
+            "scheduler": None,
             "clip_range": 1.0,
             "threshold_ratio": None,
             "threshold_max": None,
         }
-        added = {name: getattr(self, name) for name in unset}
-        if isinstance(rule := self.build_rule(), AnalyticVariance):
+        added = {name: getattr(self, name) for name in unset} | {"kwargs": self.kwargs or None}
+        if self.scheduler is not None:
+            chosen[DIFFUSERS] = importlib.metadata.version(DIFFUSERS)
+        elif isinstance(rule := self.build_rule(), AnalyticVariance):
             added["kwargs"] = {"file": rule.table_hash, "clip_bound": rule.clip_bound}
         return chosen | {name: value for name, value in added.items() if value != unset[name]}
 
@@ -175,8 +204,9 @@ class SamplerSpec:
         """Return the increasing times in 1..T.
 
         Raises:
-            ValueError: S or the explicit times do not fit T.
+            ValueError: S or the explicit times do not fit T, or a scheduler of diffusers has its own.
         """
+        self._refuse_scheduler()
         if self.times is not None:
             return explicit_tau(T, self.times)
         if respaced_count(self.spacing) is not None:
@@ -186,6 +216,63 @@ class SamplerSpec:
             return leading_tau(T, self.S, self.steps_offset)
         return SPACINGS[self.spacing](T, self.S)
 
+
+def check_arguments(owner: str, arguments: Mapping[str, Any], takes: Mapping[str, Any]) -> None:
+    """Refuse arguments that a rule or a scheduler does not take, or that are not numbers, text, true or false as asked.
+
+    Args:
+        owner: who takes them, for the message.
+        arguments: by name.
+        takes: the annotated type of each one that there is.
+
+    Raises:
+        ValueError: one is unknown, or of another type.
+    """
+    if unknown := [name for name in arguments if name not in takes]:
+        raise ValueError(
+            f"{owner} does not take {', '.join(unknown)}, which must be null or left out; it takes "
+            f"{', '.join(takes) or 'no arguments'}."
+        )
+    for name, value in arguments.items():
+        hint = takes[name]
+        allowed = (int, float) if hint is float else hint
+        if hint in _TYPES and (not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool)):
+            raise ValueError(f"{name}={value!r} of {owner} must be {_TYPES[hint]}.")
+
+
+_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+
+
+def find_rule(name: str) -> Callable[..., Rule]:
+    """Return what builds a rule: one of RULES, or an entry point of the group `ddim.samplers` of an installed package.
+
+    Raises:
+        ValueError: there is none, there are two, or the package's cannot be used.
+    """
+    installed = [point for point in _entry_points() if point.name == name]
+    if len(installed) + (name in RULES) > 1:
+        values = ", ".join(point.value for point in installed)
+        raise ValueError(f"rule={name} exists already, and {values} has the same name; rename or uninstall one.")
+    if not installed and name not in RULES:
+        names = (*RULES, *(point.name for point in _entry_points()), DIFFUSERS)
+        raise ValueError(f"rule={name!r} is not known; allowed: {', '.join(names)}.")
+    if not installed:
+        return RULES[name]
+    try:
+        rule = installed[0].load()
+    except Exception as error:
+        raise ValueError(f"rule={name} cannot be loaded from {installed[0].value}: {error}.") from error
+    if not (isinstance(rule, type) and issubclass(rule, Rule)):
+        raise ValueError(f"rule={name} is {installed[0].value}, which is no subclass of ddim.diffusion.rules.Rule.")
+    return rule
+
+
+@functools.cache
+def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
+    return tuple(importlib.metadata.entry_points(group="ddim.samplers"))
+
+
+DIFFUSERS = "diffusers"  # the rule of a spec whose steps a scheduler of that package takes
 
 RULES: dict[str, Callable[..., Rule]] = {
     "ddim": DDIM,

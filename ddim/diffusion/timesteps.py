@@ -148,7 +148,7 @@ def explicit_tau(T: int, times: Sequence[int]) -> tuple[int, ...]:
     return tau
 
 
-def distinct_evaluations(tau: Sequence[int]) -> int:
+def distinct_evaluations(tau: Sequence[float]) -> int:
     """How many of the network evaluations of a trajectory over `tau` are at a time of their own."""
     return len(set(tau))
 

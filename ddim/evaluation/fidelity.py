@@ -19,7 +19,7 @@ from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, sampl
 from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_metrics
 from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
-from ddim.inference.generate import check_sampler, generate_batches, progress
+from ddim.inference.generate import check_sampler, generate_batches, network_evaluations, progress
 from ddim.io import Tensors
 from ddim.random import check_seed
 from ddim.results.records import Record
@@ -116,7 +116,7 @@ class EvaluateSpec(JobSpec):
             settings=settings,
             metadata=metadata | table_position(model, self.sampler, tau),
             indices=self.indices,
-            steps=self.sampler.evaluations(model.spec.schedule),
+            steps=network_evaluations(model, self.sampler),
             model=model,
             compute=compute,
             extractor=session.extractor(self.metric, compute.device),
@@ -220,6 +220,6 @@ def _image_path(spec: EvaluateSpec, job: Job, i: int) -> Path:
 def _file_stem(spec: EvaluateSpec, job: Job) -> str:
     """Return a name for files of this evaluation that distinguishes it from others."""
     sampler = spec.sampler
-    rule = sampler.rule if sampler.eta is None else f"{sampler.rule}_eta_{sampler.eta}"
+    rule = sampler.scheduler or sampler.rule if sampler.eta is None else f"{sampler.rule}_eta_{sampler.eta}"
     clip = "" if sampler.clip == "none" else f"_clip_{sampler.clip}"
     return f"S{asked_steps(sampler):04d}_{rule}{clip}_{job.key[:6]}"

@@ -14,7 +14,7 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import FilePath, check_name, choose
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
-from ddim.diffusion.labels import row_label, spacing_name
+from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import distinct_evaluations
 from ddim.distributed import Processes
@@ -23,6 +23,7 @@ from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
 from ddim.inference.compute import ComputeSpec
+from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
 from ddim.results.records import Record, RecordFile, provenance, record_key
 from ddim.results.wandb import LoggerSpec
@@ -201,17 +202,17 @@ def model_settings(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def sampler_settings(sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
+def sampler_settings(sampler: SamplerSpec, tau: Sequence[float]) -> dict[str, Any]:
     """Return what a record states about the sampler: what decides the numbers, not how it was named."""
     return {**sampler.settings(), "tau": list(tau)}
 
 
-def table_position(model: LoadedModel, sampler: SamplerSpec, tau: tuple[int, ...]) -> dict[str, Any]:
+def table_position(model: LoadedModel, sampler: SamplerSpec, tau: Sequence[float]) -> dict[str, Any]:
     """Return what decides where a record stands in a table."""
     return {
         "trained_on": model.spec.data,
-        "S": len(tau),
-        "nfe": sampler.evaluations(model.spec.schedule),
+        "S": len(tau) if sampler.scheduler is None else asked_steps(sampler),
+        "nfe": network_evaluations(model, sampler),
         "label": row_label(sampler),
         "spacing": spacing_name(sampler, tau, model.spec.schedule.T),
         "distinct_evaluations": distinct_evaluations(tau),

@@ -19,7 +19,7 @@ from ddim.diffusion.labels import row_label
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.inference.generate import progress
+from ddim.inference.generate import network_evaluations, progress
 from ddim.inference.trajectories import SamplingContext, record_steps, sample_from
 from ddim.io import read_safetensors, write_safetensors
 
@@ -211,7 +211,7 @@ def _predictions_and_states(
 
 
 def _network_evaluations(context: SamplingContext, samplers: Sequence[SamplerSpec], images: int) -> int:
-    return images * sum(sampler.evaluations(context.model.spec.schedule) for sampler in samplers)
+    return images * sum(network_evaluations(context.model, sampler) for sampler in samplers)
 
 
 def _image_labels(indices: Sequence[int]) -> Axis:

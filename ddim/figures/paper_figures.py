@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ddim.checkpoints import load_model
-from ddim.config import FilePath, check_name
+from ddim.config import FilePath, check_name, config_context
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
@@ -100,7 +100,8 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
     context = SamplingContext(model, spec.seed, spec.compute)
     names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
-    plans = {name: FIGURES[name](spec, context) for name in names}
+    with config_context("sampler"):
+        plans = {name: FIGURES[name](spec, context) for name in names}
     files = {name: targets(name, Path(spec.output_dir)) for name in names}
     present = [path for paths in files.values() for path in paths if path.exists()]
     if present and not spec.overwrite:
@@ -171,7 +172,7 @@ def _weights(spec: FigureSpec) -> list[float]:
 
 def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the given S, or else the default ones up to the model's T, or T if there are none."""
-    if spec.sampler.spacing not in SPACINGS:
+    if spec.sampler.spacing not in (*SPACINGS, "scheduler"):
         raise UserError("samples and consistency vary S; give a named sampler.spacing, which takes any S.")
     T = context.model.spec.schedule.T
     S = spec.S or tuple(count for count in default if count <= T) or (T,)

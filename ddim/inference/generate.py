@@ -16,24 +16,35 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast
+from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 
 
-def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[int, ...]:
-    """Return the times tau of a sampler on this model's schedule.
+def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]:
+    """Return the times tau of a sampler on this model's schedule; they can be fractions where a scheduler's are.
 
     Raises:
         UserError: the sampler does not fit the schedule, what the network predicts, or its weights.
     """
     with config_context("sampler"):
+        if sampler.scheduler is not None:
+            check_scheduler(sampler, model.spec.schedule, model.spec.prediction)
+            return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
         sampler.check(model.spec.schedule, model.spec.prediction)
         rule = sampler.build_rule()
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(
-                f"sampler: the variances in {sampler.kwargs['file']} were estimated with the weights "
+                f"sampler: the variances in {(sampler.kwargs or {})['file']} were estimated with the weights "
                 f"{str(rule.weights_hash)[:8]}, not with {model.weights_hash[:8]} ({model.weights}); run "
                 "scripts/estimate_variance.py for these."
             )
         return sampler.tau(model.spec.schedule.T)
+
+
+def network_evaluations(model: LoadedModel, sampler: SamplerSpec) -> int:
+    """Return how often a sample evaluates the network (NFE)."""
+    if sampler.scheduler is not None:
+        return len(scheduler_tau(sampler, model.spec.schedule, model.spec.prediction))
+    return sampler.evaluations(model.spec.schedule)
 
 
 def generate(
@@ -51,7 +62,7 @@ def generate(
     if compute.batch_size < 1:
         raise UserError("batch_size=0 was not replaced by a number; see with_batch_size.")
     check_sampler(model, sampler)
-    with progress(len(indices) * sampler.evaluations(model.spec.schedule), title) as bar:
+    with progress(len(indices) * network_evaluations(model, sampler), title) as bar:
 
         def generate_part(part: range) -> Tensor:
             return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar)
@@ -94,7 +105,7 @@ def generate_batch(
             bar.update(len(state.x) * (state.evaluations - counted))
             counted = state.evaluations
     # Records state this number; it must be what was computed.
-    assert counted == sampler.evaluations(model.spec.schedule), (counted, sampler)
+    assert counted == network_evaluations(model, sampler), (counted, sampler)
     return to_pixels(state.x)
 
 
@@ -106,6 +117,10 @@ def sample_steps(
     The noise of the steps depends on `seed` and the image numbers `indices`, (B,).
     """
     spec = model.spec
+    if sampler.scheduler is not None:
+        return scheduler_trajectory(
+            sampler, model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices
+        )
     return sampler.trajectory(model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices)
 
 

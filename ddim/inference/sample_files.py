@@ -17,7 +17,7 @@ from ddim.errors import UserError
 from ddim.image_io import grid, save_gif, save_png
 from ddim.inference.batching import split
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
-from ddim.inference.generate import check_sampler, generate, progress, to_pixels
+from ddim.inference.generate import check_sampler, generate, network_evaluations, progress, to_pixels
 from ddim.inference.trajectories import SamplingContext, record_steps
 from ddim.io import partial_files
 from ddim.random import check_seed
@@ -137,7 +137,7 @@ def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor
     context = SamplingContext(model, spec.seed, spec.compute)
     x_T, count = context.x_T(indices), len(check_sampler(model, spec.sampler))
     steps = range(1, count + 1)
-    with progress(len(indices) * spec.sampler.evaluations(model.spec.schedule), "sampling") as bar:
+    with progress(len(indices) * network_evaluations(model, spec.sampler), "sampling") as bar:
         frames = record_steps(
             context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update
         )  # pixels: a long trajectory of floats would be large

@@ -12,7 +12,7 @@ from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast
-from ddim.inference.generate import sample_steps
+from ddim.inference.generate import check_sampler, sample_steps
 
 Record = Callable[[Tensor, State], Tensor]  # (x_t before a step, the state after it), images first -> (B, ...)
 
@@ -35,9 +35,9 @@ class SamplingContext:
         """Return the starting points of images, float32 (B, C, H, W) on the CPU; always the same for image i."""
         return initial_noise(indices, self.model.spec.image_shape, self.seed)
 
-    def tau(self, sampler: SamplerSpec) -> tuple[int, ...]:
+    def tau(self, sampler: SamplerSpec) -> tuple[float, ...]:
         """Return the times of a sampler on this model's schedule."""
-        return sampler.tau(self.model.spec.schedule.T)
+        return check_sampler(self.model, sampler)
 
 
 @torch.inference_mode()

@@ -241,7 +241,7 @@ def test_trajectories_equal_those_of_diffusers(name, spacing, S):
     kind, options, rule, orders = DIFFUSERS[name]
     x_T = initial_noise(range(2), SHAPE, seed=0).double()
     for order in orders:
-        # steps_offset=1: with leading, DEIS divides by 0 in a last step from its time 0 to its last level.
+        # steps_offset=1: with leading, the last step of DEIS is otherwise from its time 0 to the same level.
         scheduler = getattr(diffusers, kind)(
             beta_end=0.02, solver_order=order, timestep_spacing=spacing, steps_offset=1, **options(order)
         )

@@ -19,6 +19,8 @@ from ddim.diffusion.timesteps import distinct_evaluations, explicit_tau
 
 EXACT = [name for name in SPACINGS if name not in ("uniform", "quad", "quad_or_full", "leading", "linspace")]
 
+SCHEDULER = {"rule": "diffusers", "eta": None, "spacing": "scheduler", "scheduler": "DDIMScheduler"}
+
 
 def test_quad_or_full_is_quad_but_for_the_full_chain():
     for S in (1, 10, 50, 999):
@@ -166,7 +168,26 @@ def test_sampler_spec_chooses_the_rule():
         ({"eta": -1.0}, r"eta=-1.0 must lie in \[0, 1\]"),
         ({"eta": 1.5}, "must lie in"),
         ({"eta": None}, "ddim needs an eta"),
-        ({"rule": "sigma_hat", "eta": 0.5}, "sigma_hat does not take eta"),
+        ({"rule": "sigma_hat", "eta": 0.5}, "sigma_hat does not take eta, .* null .* no arguments"),
+        ({"rule": "deis", "eta": None, "order": 5}, "order=5 is not one of 1, 2, 3, 4"),
+        ({"rule": "deis", "eta": None, "order": 4, "S": 3}, "rule=deis uses 4 predictions, which 3 steps never have"),
+        ({"rule": "ipndm", "eta": None, "S": None, "spacing": "explicit", "times": (1, 5)}, "uses 4 .* 2 steps"),
+        ({"rule": "heun", "eta": None, "order": 2}, "rule=heun does not take order"),
+        (
+            {"rule": "unipc", "eta": None, "kwargs": {"varient": "B1"}},
+            "not take varient, .* takes order, variant",
+        ),
+        ({"rule": "unipc", "eta": None, "kwargs": {"variant": "B3"}}, "variant='B3' is not known; allowed: B1, B2"),
+        ({"rule": "unipc", "eta": None, "kwargs": {"variant": 1}}, "variant=1 of rule=unipc must be text"),
+        ({"rule": "unipc", "eta": None, "kwargs": {"corrector": "no"}}, "corrector='no' .* must be true or false"),
+        ({"rule": "unipc", "eta": None, "kwargs": {"order": True}}, "order=True of rule=unipc must be an integer"),
+        ({"rule": "deis", "eta": None, "kwargs": {"lower_order_below": "15"}}, "lower_order_below='15' .* a number"),
+        ({"rule": "diffusers"}, "a scheduler of diffusers goes with rule=diffusers, spacing=scheduler, eta=null"),
+        ({"rule": "diffusers", "eta": None, "spacing": "scheduler"}, "give scheduler=NAME"),
+        ({"rule": "ddim", "scheduler": "DDIMScheduler"}, "goes with rule=diffusers"),
+        ({"spacing": "scheduler"}, "goes with rule=diffusers"),
+        ({**SCHEDULER, "clip": "x0"}, "the defaults of everything else"),
+        ({**SCHEDULER, "order": 2}, "its own options as kwargs"),
         ({"rule": "euler"}, "rule='euler' is not known; allowed: ddim, sigma_hat"),
         ({"spacing": "lead"}, "allowed: linear, quadratic, cosine, uniform, quad, quad_or_full, leading, trailing, li"),
         ({"spacing": "ddim"}, "explicit, and Improved DDPM's ddimN and N1,N2"),

@@ -14,7 +14,7 @@ from ddim.config import build
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
 from ddim.diffusion.schedule import ScheduleSpec
-from ddim.diffusion.spec import RULES, SamplerSpec
+from ddim.diffusion.spec import DIFFUSERS, RULES, SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
 from ddim.evaluation.features import EXTRACTORS
@@ -41,6 +41,7 @@ WITH = {
     "network=unet_digits": ["data=digits"],
     "network=unet_celeba": ["data=celeba"],
     "network=unet_lsun": ["data=lsun_church"],
+    "sampler=diffusers": ["sampler.scheduler=DDIMScheduler"],
     "schedule=custom": ["schedule.betas=[0.1,0.2]", "grid.sampler.S=2"],
 }
 
@@ -154,8 +155,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("reconstruct", "split"): ReconstructSpec,
     ("sample", "format"): SampleSpec,
     ("sampler/ddim", "clip"): CLIP_POLICIES,
-    ("sampler/ddim", "rule"): RULES,
-    ("sampler/ddim", "spacing"): (*SPACINGS, "explicit"),
+    ("sampler/ddim", "rule"): (*RULES, DIFFUSERS),
+    ("sampler/ddim", "spacing"): (*SPACINGS, "explicit", "scheduler"),
     ("trainer/default", "precision"): TrainerSpec,
     ("trainer/default", "profiler"): TrainerSpec,
 }

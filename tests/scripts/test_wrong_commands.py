@@ -53,7 +53,16 @@ SAMPLE sampler=analytic sampler.kwargs.file=text -> sampler: file=text was not w
 VARIANCE n=1 -> n=1 must be at least 2
 VARIANCE sampler=ddim sampler.S=60 -> sampler: S=60 | T=50
 VARIANCE FOLDER data.size=[16,16] data.root=large -> (1, 8, 8) | (1, 16, 16) | choose the data
-SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | takes no arguments
+SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | null
+SAMPLE sampler.rule=dims -> rule='dims' is not known | sigma_hat | diffusers
+SAMPLE sampler=unipc sampler.kwargs={corrector:1} -> corrector=1 of rule=unipc must be true or false
+SAMPLE sampler=deis sampler.order=3 sampler.S=2 -> rule=deis uses 3 predictions | 2 steps | at least 3 steps
+SAMPLE sampler=diffusers -> sampler: | give scheduler=NAME
+SAMPLE sampler=diffusers sampler.scheduler=DDIMSchedule -> not known to diffusers | did you mean DDIMScheduler?
+EVALUATE sampler=diffusers sampler.scheduler=DDIMScheduler sampler.S=60 -> sampler: DDIMScheduler cannot sample
+FIGURES figure=interpolation sampler=diffusers sampler.scheduler=DDIMScheduler -> sampler: | choose a rule: ddim
+FIGURES figure=consistency S=[10,2] sampler=deis -> sampler: rule=deis uses 3 predictions | 2 steps
+TRAIN data=digits sampler@grid.sampler=diffusers grid.sampler.scheduler=DDIMScheduler -> grid.sampler: | choose a rule
 SAMPLE seed=abc -> seed='abc' | must be an integer, not text
 EVALUATE seed=-1 -> seed=-1 must lie in 0 .. 2**64 - 1
 EVALUATE n=0 -> n=0 must be at least 1
