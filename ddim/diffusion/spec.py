@@ -5,7 +5,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from torch import Tensor
 
@@ -130,8 +130,7 @@ class SamplerSpec:
     def _rule(self) -> Rule:
         self._refuse_scheduler()
         rule = find_rule(self.rule)
-        hints = get_type_hints(rule.__init__ if isinstance(rule, type) else rule)
-        takes = {name: hints.get(name) for name in inspect.signature(rule).parameters}
+        takes = {p.name: p.annotation for p in inspect.signature(rule, eval_str=True).parameters.values()}
         named = {"eta": self.eta, "order": self.order}
         arguments = {name: value for name, value in named.items() if value is not None} | (self.kwargs or {})
         check_arguments(f"rule={self.rule}", arguments, takes)
