@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # What the numbers are for. Two streams with the same seed, step and index are independent of each other.
-SAMPLING, TRAINING_NOISE, TRAINING_TIME, SHUFFLE, FLIP, DROPOUT, WEIGHTS = range(7)
+SAMPLING, TRAINING_NOISE, TRAINING_TIME, SHUFFLE, FLIP, DROPOUT, WEIGHTS, VARIANCE = range(8)
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -19,6 +19,7 @@ from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
 from ddim.inference.search_tau import SearchTauSpec
@@ -38,9 +39,11 @@ SPECS: dict[str, type] = {
     "reconstruct": ReconstructSpec,
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
+    "estimate_variance": EstimateVarianceSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }
+OF_SAMPLERS = {"estimate_variance"}
 FLAGS = {"-m", "--multirun", "--help"}
 # What stands for a number in a command; other words in capitals stand for text, and so are text.
 NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")
@@ -109,9 +112,11 @@ def test_every_command_names_what_exists(path: Path) -> None:
     assert [problem for words in commands(path.read_text()) for problem in problems(words)] == []
 
 
-def test_the_readme_shows_every_script_for_users() -> None:
-    shown = {words[0] for words in commands((ROOT / "README.md").read_text())}
-    assert {f"scripts/{script}.py" for script in SPECS} <= shown
+def test_the_documents_show_every_script_for_users() -> None:
+    """In the README, but for those of a single sampler."""
+    for scripts, document in ((set(SPECS) - OF_SAMPLERS, "README.md"), (OF_SAMPLERS, "docs/samplers.md")):
+        shown = {words[0] for words in commands((ROOT / document).read_text())}
+        assert {f"scripts/{script}.py" for script in scripts} <= shown
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -23,6 +23,7 @@ STREAMS = {
     "FLIP": "767d4072 19c0b95a 4f0a074c c12d6cd3 a570a271 bd97c4ac a3cee9f7 17154a42",
     "DROPOUT": "6bbb9e71 c12e9678 f93d9210 b2f7e828 5e4a8f3f 8e30d777 18b1b3a1 81632202",
     "WEIGHTS": "3bfedc8f 97fcda30 ac4a706b 873856cb 3322eb90 0cab47f6 e70577ab 02160801",
+    "VARIANCE": "e9ae2b37 2b5b59f1 9f3a7e2e 1b795b57 bdcdd96e 76cd725d a9d41d3c 8e8c0282",
 }
 NORMALS = {  # bits of float32
     "initial": (

@@ -146,7 +146,9 @@ def posterior_std(a_t: float, a_s: float, name: str) -> float:
         ValueError: the step goes up, which the rule `name` cannot do.
     """
     if a_s < a_t:
-        raise ValueError(f"{name} cannot go up from alpha_bar={a_t} to {a_s}: encoding is deterministic, use eta=0.")
+        raise ValueError(
+            f"{name} cannot go up from alpha_bar={a_t} to {a_s}: encoding is deterministic, use ddim with eta=0."
+        )
     return math.sqrt((1 - a_s) / (1 - a_t)) * math.sqrt(1 - a_t / a_s) if a_s > a_t else 0.0
 
 

@@ -3,13 +3,14 @@
 import functools
 import importlib.metadata
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, get_type_hints
+from typing import Any
 
 from torch import Tensor
 
+from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.prediction import Clip, check_level
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
 from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
@@ -34,7 +35,7 @@ class SamplerSpec:
 
     Attributes:
         rule: a key of RULES, the name of an installed package's rule (`find_rule`), or `diffusers`.
-        eta: η in [0, 1] for `ddim`; null for rules that have none.
+        eta: η in [0, 1] for `ddim` and `analytic`; null for rules that have none.
         S: the number of steps; null with explicit times. With a file of times it may be null, and is then theirs.
         spacing: a key of SPACINGS; the path of a file of times (.json, scripts/search_tau.py); `explicit`; `scheduler`
             where a scheduler has its own times; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
@@ -141,15 +142,18 @@ class SamplerSpec:
         return replace(self, S=None, spacing="explicit", times=tuple(tau))
 
     def build_rule(self) -> Rule:
-        """Return the rule.
+        """Return the rule, with a file as it was when this was created.
 
         Raises:
             ValueError: the rule does not take these arguments, or a scheduler of diffusers stands in for it.
         """
+        return self._rule
+
+    @functools.cached_property
+    def _rule(self) -> Rule:
         self._refuse_scheduler()
         rule = find_rule(self.rule)
-        hints = get_type_hints(rule.__init__)
-        takes = {name: hints.get(name) for name in inspect.signature(rule).parameters}
+        takes = {p.name: p.annotation for p in inspect.signature(rule, eval_str=True).parameters.values()}
         named = {"eta": self.eta, "order": self.order}
         arguments = {name: value for name, value in named.items() if value is not None} | (self.kwargs or {})
         check_arguments(f"rule={self.rule}", arguments, takes)
@@ -165,7 +169,10 @@ class SamplerSpec:
             )
 
     def settings(self) -> dict[str, Any]:
-        """Return what decides the numbers besides the times, as records state it; new fields where they are set."""
+        """Return what decides the numbers besides the times, as records state it; new fields where they are set.
+
+        A file is stated by the hash of its numbers: wherever it lies, it is the same evaluation.
+        """
         chosen = {name: getattr(self, name) for name in ("rule", "eta", "clip", "last_time")}
         unset: dict[str, Any] = {
             "order": None,
@@ -178,6 +185,8 @@ class SamplerSpec:
         added = {name: getattr(self, name) for name in unset} | {"kwargs": self.kwargs or None}
         if self.scheduler is not None:
             chosen[DIFFUSERS] = importlib.metadata.version(DIFFUSERS)
+        elif isinstance(rule := self.build_rule(), AnalyticVariance):
+            added["kwargs"] = {"file": rule.table_hash, "clip_bound": rule.clip_bound}
         return chosen | {name: value for name, value in added.items() if value != unset[name]}
 
     def trajectory(
@@ -262,8 +271,8 @@ def check_arguments(owner: str, arguments: Mapping[str, Any], takes: Mapping[str
 _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
-def find_rule(name: str) -> type[Rule]:
-    """Return a rule by name: one of RULES, or an entry point of the group `ddim.samplers` of an installed package.
+def find_rule(name: str) -> Callable[..., Rule]:
+    """Return what builds a rule: one of RULES, or an entry point of the group `ddim.samplers` of an installed package.
 
     Raises:
         ValueError: there is none, there are two, or the package's cannot be used.
@@ -293,7 +302,7 @@ def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
 
 DIFFUSERS = "diffusers"  # the rule of a spec whose steps a scheduler of that package takes
 
-RULES: dict[str, type[Rule]] = {
+RULES: dict[str, Callable[..., Rule]] = {
     "ddim": DDIM,
     "sigma_hat": SigmaHat,
     "probability_flow": ProbabilityFlow,
@@ -304,4 +313,5 @@ RULES: dict[str, type[Rule]] = {
     "dpm_solver_pp": DPMSolverPP,
     "sde_dpm_solver_pp": SDEDPMSolverPP,
     "unipc": UniPC,
+    "analytic": AnalyticVariance.from_file,
 }

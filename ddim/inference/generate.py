@@ -9,6 +9,7 @@ from tqdm import tqdm
 from ddim.checkpoints import LoadedModel
 from ddim.config import config_context
 from ddim.data.images import to_uint8
+from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
@@ -22,13 +23,20 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
     """Return the times tau of a sampler on this model's schedule; they can be fractions where a scheduler's are.
 
     Raises:
-        UserError: the sampler does not fit the schedule, or what the network predicts.
+        UserError: the sampler does not fit the schedule, what the network predicts, or its weights.
     """
     with config_context("sampler"):
         if sampler.scheduler is not None:
             check_scheduler(sampler, model.spec.schedule, model.spec.prediction)
             return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
         sampler.check(model.spec.schedule, model.spec.prediction)
+        rule = sampler.build_rule()
+        if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
+            raise UserError(
+                f"sampler: the variances in {(sampler.kwargs or {})['file']} were estimated with the weights "
+                f"{str(rule.weights_hash)[:8]}, not with {model.weights_hash[:8]} ({model.weights}); run "
+                "scripts/estimate_variance.py for these."
+            )
         return sampler.tau(model.spec.schedule.T)
 
 

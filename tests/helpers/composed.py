@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddim.config import build
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
 from ddim.inference.search_tau import SearchTauSpec
@@ -23,6 +24,7 @@ SPECS: dict[str, Any] = {
     "reconstruct": ReconstructSpec,
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
+    "estimate_variance": EstimateVarianceSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
 REQUIRED["figures"].append("figure=all")

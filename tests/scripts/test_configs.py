@@ -20,6 +20,7 @@ from ddim.errors import UserError
 from ddim.evaluation.features import EXTRACTORS
 from ddim.evaluation.metrics import METRICS, MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.sample_files import SampleSpec
@@ -52,10 +53,11 @@ def group_of(main: str) -> list[str]:
     return [name for name in names if "@" not in name and name not in ("experiment", "debug")]
 
 
-# Encoding and the search for times are deterministic, and TensorBoard is for training.
+# Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
-STOCHASTIC = ("ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat", "sigma_hat_clamped", "sde_dpm_solver_pp")
+STOCHASTIC = ("ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat", "sigma_hat_clamped", "sde_dpm_solver_pp", "diffusers")
 REFUSED |= {("search_tau", f"sampler={option}") for option in STOCHASTIC}
+REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train"}
 REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct")}
 CHOICES = [
     choice
@@ -153,6 +155,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
     ("objective/ddpm", "times"): TIME_SAMPLERS,
+    ("estimate_variance", "split"): EstimateVarianceSpec,
     ("reconstruct", "split"): ReconstructSpec,
     ("sample", "format"): SampleSpec,
     ("sampler/ddim", "clip"): CLIP_POLICIES,

@@ -128,6 +128,18 @@ def test_sampling_writes_the_images_of_the_library(run: Run, checkpoint: Path, t
         assert np.abs(np.array(picture).astype(int) - images[0].numpy()).max() <= 1
 
 
+def test_the_estimated_variance_is_a_file_to_sample_with(run: Run, checkpoint: Path) -> None:
+    arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "output_dir=out")
+    outcome = run("estimate_variance", *arguments, "data=digits", "n=3", "sampler=ddim", "sampler.S=4")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.out.splitlines()[-1] == "out/digits.json"
+    options = ("sampler=analytic", "sampler.kwargs.file=out/digits.json", "sampler.S=4")
+    assert run("sample", *arguments, "n=2", *options) == (0, "out/grid.png\n", "")
+    outcome = run("sample", *arguments, "n=2", *options, "sampler.S=5", "overwrite=true")
+    assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+    assert outcome.err.startswith("error: sampler: the variance at alpha_bar=")
+
+
 def test_device_auto_is_one_that_works(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     outcome = run("sample", f"checkpoint={checkpoint}", "n=2", "sampler.S=2", "compute.device=auto", "format=png")
     assert (outcome.code, outcome.err) == (0, "")

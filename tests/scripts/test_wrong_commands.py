@@ -26,6 +26,7 @@ SHORT = {
     "EVALUATE": f"evaluate {OPTIONS} data=digits metric=digits_classifier",
     "SWEEP": f"evaluate -m {OPTIONS} data=digits metric=digits_classifier",
     "SAMPLE": f"sample {OPTIONS}",
+    "VARIANCE": "estimate_variance checkpoint=tiny.ckpt data=digits output_dir=out compute.device=cpu",
     "FIGURES": "figures checkpoint=tiny.ckpt output_dir=out compute.device=cpu",
     "TRAIN": "train network=unet_digits trainer.max_steps=2 trainer.accelerator=cpu output_dir=out",
     "FOLDER": "data=folder data.size=[8,8] data.channels=1",
@@ -47,6 +48,11 @@ TRAIN data=digits schedule.zero_terminal_snr=true -> objective: a network that p
 SAMPLE like=oficial -> like=oficial | did you mean official? | allowed: diffusers, official, paper
 SAMPLE sampler.eta=-1 -> eta=-1.0 | must lie in [0, 1]
 SAMPLE sampler.eta=abc -> sampler.eta='abc' | must be a number, not text
+SAMPLE sampler=analytic -> sampler: analytic needs file=PATH | scripts/estimate_variance.py
+SAMPLE sampler=analytic sampler.kwargs.file=text -> sampler: file=text was not written by | estimate again
+VARIANCE n=1 -> n=1 must be at least 2
+VARIANCE sampler=ddim sampler.S=60 -> sampler: S=60 | T=50
+VARIANCE FOLDER data.size=[16,16] data.root=large -> (1, 8, 8) | (1, 16, 16) | choose the data
 SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | null
 SAMPLE sampler.rule=dims -> rule='dims' is not known | sigma_hat | diffusers
 SAMPLE sampler=unipc sampler.kwargs={corrector:1} -> corrector=1 of rule=unipc must be true or false
