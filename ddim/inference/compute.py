@@ -22,7 +22,7 @@ class ComputeSpec:
     """How to compute; what is computed does not depend on it, but for rounding.
 
     Attributes:
-        device: a torch device, such as cuda or cpu.
+        device: a torch device, such as cuda or cpu; auto until a script has chosen one.
         batch_size: images in one network evaluation; 0 asks `with_batch_size` for a short search.
         bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
         channels_last, compile, graphs, winograd: see `ddim.networks.accelerate`.
@@ -42,7 +42,7 @@ class ComputeSpec:
 
     def __post_init__(self) -> None:
         try:
-            kind = torch.device(self.device).type
+            kind = "cpu" if self.device == "auto" else torch.device(self.device).type
         except RuntimeError:
             kind = "meta"
         if kind == "meta":

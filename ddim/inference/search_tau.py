@@ -122,7 +122,7 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
     }
     with explain_write_errors(spec.path), atomic_write(spec.path) as partial:
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     return content
 
 

@@ -117,8 +117,21 @@ def test_an_incomplete_description_names_the_missing_entry(write, description, s
         assert refusal(ModelSpec.from_dict, values).endswith(f"description of its model lacks '{entry}'.")
 
 
-CURVES = [None, "abc", ["a"], {}, [], [1], [[1.0, 0.5]], [[1], [0.5, 0.2]], [1, 0.5, 0.5], [1, 2], [0.9, 0.5]]
-CURVES += [[1, value] for value in (0, -0.5, math.nan, math.inf, None, 10**400)]
+CURVES = [
+    None,
+    "abc",
+    ["a"],
+    {},
+    [],
+    [1],
+    [[1.0, 0.5]],
+    [[1], [0.5, 0.2]],
+    [1, 0.5, 0.5],
+    [1, 2],
+    [0.9, 0.5],
+    [1, 0, 0],
+]
+CURVES += [[1, value] for value in (-0.5, math.nan, math.inf, None, 10**400)]
 NETWORKS = [{"name": "vit"}, {"name": []}, {"name": "unet", "ch": 8}, {"name": "unet", "ch": "8"}]
 NETWORKS += [{"name": "unet", "image_size": [8, 8], "unknown": 1}, {"name": "unet", "image_size": "88"}]
 WRONG = {

@@ -193,7 +193,7 @@ def test_sampler_spec_chooses_the_rule():
         ({**SCHEDULER, "order": 2}, "its own options as kwargs"),
         ({"rule": "euler"}, "rule='euler' is not known; allowed: ddim, sigma_hat"),
         ({"spacing": "lead"}, "allowed: linear, quadratic, cosine, uniform, quad, quad_or_full, leading, trailing, li"),
-        ({"spacing": "ddim"}, "explicit, and Improved DDPM's ddimN and N1,N2"),
+        ({"spacing": "ddim"}, "a file .*, and Improved DDPM's ddimN and N1,N2"),
         ({"spacing": "10,20"}, "S=50 contradicts spacing=10,20, which is 30 times; set S=null"),
         ({"steps_offset": 1}, "steps_offset=1 needs spacing=leading, not linear"),
         ({"clip_range": 2.0}, "need clip=x0 or x0_and_eps"),

@@ -23,12 +23,13 @@ HOSTILE = "<script>alert('x')</script> \"' onerror=x & </dd></table> <img src=ht
 def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty pictures in place of drawn plots, which take a second."""
 
-    def save(figure: object, path: Path) -> Path:
+    def save(_: object, path: Path) -> Path:
         for target in (path, path.with_suffix(".pdf")):
             Image.new("L", (8, 8)).save(target)
         return path
 
-    monkeypatch.setattr(plots, "save", save)
+    for name in ("save_plot", "save_time_plot"):
+        monkeypatch.setattr(plots, name, save)
 
 
 class Page(HTMLParser):

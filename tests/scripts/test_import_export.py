@@ -220,7 +220,7 @@ def test_one_command_evaluates_an_imported_file_for_table_1(run: Run, tmp_path: 
     (tmp_path / "m.safetensors").unlink()
     assert (outcome.code, outcome.err) == (0, "")
     rows = [line.split("|") for line in (tmp_path / "t" / "table.md").read_text().splitlines() if line.startswith("|")]
-    assert [row[1].strip() for row in rows] == ["S", "---", "η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂"]
+    assert [row[1].strip() for row in rows] == ["S", "---", "η=0.0", "η=0.2", "η=0.5", "η=1.0", "σ̂ (clip x0_and_eps)"]
     assert [entry.strip() for entry in rows[0][2:4]] == ["1", "2"]
     assert all(float(entry) > 0 for row in rows[2:] for entry in row[2:4])
     records = [json.loads(text) for text in (tmp_path / "t" / "records.jsonl").read_text().splitlines()]

@@ -68,7 +68,7 @@ EVALUATE seed=-1 -> seed=-1 must lie in 0 .. 2**64 - 1
 EVALUATE n=0 -> n=0 must be at least 1
 SAMPLE n=0 -> n=0 must be at least 1
 EVALUATE metric.metrics=fd -> metric.metrics='fd' must be a list
-SAMPLE compute.device=abacus -> device=abacus | cpu always can
+SAMPLE compute.device=abacus -> device=abacus | choose cpu
 FIGURES figure=interpolation indices=[1,2,3] -> pairs of images, not 3 | an even number
 
 FIGURES figure=samlpes -> figure='samlpes' | did you mean samples? | allowed: samples, consistency
@@ -213,9 +213,13 @@ def folder(template: Path, tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Return the content of every file, and None for a folder; without those that Hydra makes before the task runs."""
+    """Return the content of every file, and None for a folder; without those that Hydra makes, and a lock."""
     hydra = {one for path in folder.rglob("hydra") for one in (path, *path.parents, *path.rglob("*"))}
-    return {str(path): path.read_bytes() if path.is_file() else None for path in {*folder.rglob("*")} - hydra}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in {*folder.rglob("*")} - hydra
+        if path.name != ".lock"
+    }
 
 
 @pytest.mark.parametrize(("command", "expected"), ROWS, ids=[command for command, _ in ROWS])

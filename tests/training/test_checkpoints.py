@@ -134,6 +134,7 @@ def test_files_beside_the_checkpoints_are_left_alone(run, same):
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_run_saves_on_a_signal_and_resumes_exactly(run, same, monkeypatch, after_loss, number):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started pytest in the background
     before = {n: signal.getsignal(n) for n in STOP_SIGNALS}
     options = {"network": {"dropout": 0.3}, "trainer": {"max_steps": 9, "accumulate": 2}}
     uninterrupted = run("uninterrupted", **options)

@@ -276,7 +276,7 @@ def test_lock_ends_with_the_process_and_is_of_the_main_one(tmp_path, monkeypatch
 
 def test_unwritable_folder_is_refused(refused, tmp_path):
     (tmp_path / "file").write_text("")
-    message = refused("file/below")
+    message = refused(output_dir=str(tmp_path / "file" / "below"))
     assert "cannot write to" in message
     assert "choose another output_dir" in message
 
