@@ -21,18 +21,21 @@ def main(config: dict[str, Any]) -> None:
 
     pick_device(config.get("compute"), "device")
     spec = build(SearchTauSpec, config, "")
-    found = write_tau(spec)
+    result = write_tau(spec)
     print("root mean square error to the exact trajectories of images that the search saw, and of others:")
-    for name, error in sorted(found["errors"].items(), key=lambda item: item[1]["held_out"]):
+    for name, error in sorted(result["errors"].items(), key=lambda item: item[1]["held_out"]):
         print(f"{name:12} {error['search']:10.4g} {error['held_out']:10.4g}")
-    print(f"tau: {', '.join(map(str, found['tau']))}")
+    print(f"tau: {', '.join(map(str, result['tau']))}")
     print(f"file: {spec.path}")
-    usual, chosen = SamplerSpec().settings(), found["sampler"]
+    usual, chosen = SamplerSpec().settings(), result["sampler"]
     values = {f"sampler.{key}": value for key, value in chosen.items() if key != "kwargs" and value != usual.get(key)}
-    values |= {f"+sampler.kwargs.{key}": value for key, value in chosen.get("kwargs", {}).items()}
+    if chosen.get("kwargs"):
+        listed = ", ".join(f"{key}: {json.dumps(value)}" for key, value in chosen["kwargs"].items())
+        values["sampler.kwargs"] = f"{{{listed}}}"
     values |= {"sampler.spacing": str(spec.path), "sampler.S": None}
     words = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
-    print(f"sample with it: python scripts/sample.py {shlex.join([f'checkpoint={spec.checkpoint}', *words])}")
+    command = shlex.join(["python", "scripts/sample.py", f"checkpoint={spec.checkpoint}", *words])
+    print(f"sample with it: {command}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class ComputeSpec:
 
     def __post_init__(self) -> None:
         try:
-            kind = "cpu" if self.device == "auto" else torch.device(self.device).type
+            kind = self.device if self.device == "auto" else torch.device(self.device).type
         except RuntimeError:
             kind = "meta"
         if kind == "meta":

@@ -214,7 +214,8 @@ def folder(template: Path, tmp_path: Path) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     """Return the content of every file, and None for a folder; without those that Hydra makes, and a lock."""
-    hydra = {one for path in folder.rglob("hydra") for one in (path, *path.parents, *path.rglob("*"))}
+    left_out = {one for path in folder.rglob("hydra") for one in (path, *path.parents, *path.rglob("*"))}
+    left_out |= {*folder.rglob(".lock")}
     return {
         str(path): path.read_bytes() if path.is_file() else None
         for path in {*folder.rglob("*")} - hydra
