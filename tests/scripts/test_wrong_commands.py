@@ -213,14 +213,10 @@ def folder(template: Path, tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Return the content of every file, and None for a folder; without those that Hydra makes, and a lock."""
+    """Return the content of every file, and None for a folder; without those that Hydra makes, and without a lock."""
     left_out = {one for path in folder.rglob("hydra") for one in (path, *path.parents, *path.rglob("*"))}
     left_out |= {*folder.rglob(".lock")}
-    return {
-        str(path): path.read_bytes() if path.is_file() else None
-        for path in {*folder.rglob("*")} - hydra
-        if path.name != ".lock"
-    }
+    return {str(path): path.read_bytes() if path.is_file() else None for path in {*folder.rglob("*")} - left_out}
 
 
 @pytest.mark.parametrize(("command", "expected"), ROWS, ids=[command for command, _ in ROWS])
