@@ -31,6 +31,7 @@ class Sweep:
         self.failures: dict[Path, dict[tuple[str, str], bool]] = {}
         self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
         self.started: set[Path] = set()  # those folders that one of them got to
+        self.cleaned: set[Path] = set()  # those that leftovers of killed runs were removed from
 
     def build(self, config: dict[str, Any]) -> Any:
         """Return the specification of an evaluation."""
@@ -85,7 +86,8 @@ class Sweep:
                     call(*arguments)
 
         on_main(manifest.read)  # before work starts, and before there is something to report
-        if folder not in self.loggers:
+        if folder not in self.cleaned:  # known to all processes, unlike the loggers
+            self.cleaned.add(folder)
             on_main(remove_leftovers, folder, session.records(spec.output_dir))
         logger = self.logger(spec)
         try:
