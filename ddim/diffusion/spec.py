@@ -21,7 +21,18 @@ from ddim.diffusion.solvers import (
     SDEDPMSolverPP,
     UniPC,
 )
-from ddim.diffusion.timesteps import SPACINGS, explicit_tau, leading_tau, respaced_count, respaced_tau
+from ddim.diffusion.timesteps import (
+    SPACINGS,
+    distinct_evaluations,
+    explicit_tau,
+    leading_tau,
+    respaced_count,
+    respaced_tau,
+)
+
+
+class NFENotPossible(ValueError):
+    """The rule has no trajectory of this spacing with exactly the network evaluations asked for."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class SamplerSpec:
         eta: η in [0, 1] for `ddim`; null for rules that have none.
         order: of a rule that has one; null leaves its default.
         kwargs: other arguments of the rule.
-        S: the number of steps; null with explicit times.
+        S: the number of steps; null with nfe or explicit times.
+        nfe: in place of S, the network evaluations of an image; exactly so many, or the times are refused.
         spacing: a key of SPACINGS; `explicit`; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
             the number of times in it.
         times: the explicit times, increasing, in 1..T.
@@ -50,6 +62,7 @@ class SamplerSpec:
     order: int | None = None
     kwargs: dict[str, Any] = field(default_factory=dict)
     S: int | None = 50
+    nfe: int | None = None
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
     steps_offset: int | None = None
@@ -72,14 +85,22 @@ class SamplerSpec:
                 raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
         if respaced is not None and self.S not in (None, respaced):
             raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
-        if explicit != (self.times is not None) or (respaced is None and explicit != (self.S is None)):
+        if self.nfe is not None and (self.S is not None or self.spacing not in SPACINGS):
+            raise ValueError(f"nfe={self.nfe} takes the place of S: set S=null, and one of {', '.join(SPACINGS)}.")
+        if explicit != (self.times is not None) or (respaced is None and explicit != (self.steps is None)):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
-        if self.S is not None and self.S < 1:
-            raise ValueError(f"S={self.S} must be at least 1.")
+        for name, count in (("S", self.S), ("nfe", self.nfe)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
         if self.steps_offset is not None and self.spacing != "leading":
             raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
         self.build_rule()
         self.build_clip()
+
+    @property
+    def steps(self) -> int | None:
+        """S, or the steps that the rule makes of nfe evaluations; None with times that are given otherwise."""
+        return (self.nfe + 1) // 2 if self.nfe and self.build_rule().two_evaluations else self.nfe or self.S
 
     def build_clip(self) -> Clip:
         """Return the clip policy."""
@@ -165,15 +186,24 @@ class SamplerSpec:
 
         Raises:
             ValueError: S or the explicit times do not fit T.
+            NFENotPossible: the times take another number of evaluations than nfe.
         """
         if self.times is not None:
             return explicit_tau(T, self.times)
         if respaced_count(self.spacing) is not None:
             return respaced_tau(T, self.spacing)
-        assert self.S is not None
+        assert self.steps is not None
         if self.steps_offset is not None:
-            return leading_tau(T, self.S, self.steps_offset)
-        return SPACINGS[self.spacing](T, self.S)
+            tau = leading_tau(T, self.steps, self.steps_offset)
+        else:
+            tau = SPACINGS[self.spacing](T, self.steps)
+        taken = len(tau) + (distinct_evaluations(tau) - 1) * self.build_rule().two_evaluations
+        if self.nfe not in (None, taken):
+            raise NFENotPossible(
+                f"nfe={self.nfe} is not possible with rule={self.rule} and spacing={self.spacing}, whose {len(tau)} steps "
+                f"take {taken} evaluations; choose another nfe, rule or spacing."
+            )
+        return tau
 
 
 RULES: dict[str, type[Rule]] = {

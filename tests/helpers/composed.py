@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddim.config import build
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
 from ddim.training.spec import TrainSpec
@@ -20,6 +21,7 @@ SPECS: dict[str, Any] = {
     "evaluate": EvaluateSpec,
     "sample": SampleSpec,
     "reconstruct": ReconstructSpec,
+    "solver_error": TrajectoryErrorSpec,
     "figures": FigureSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}

@@ -23,12 +23,12 @@ HOSTILE = "<script>alert('x')</script> \"' onerror=x & </dd></table> <img src=ht
 def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty pictures in place of drawn plots, which take a second."""
 
-    def save(figure: object, path: Path) -> Path:
+    def save(draw: object, content: object, path: Path) -> Path:
         for target in (path, path.with_suffix(".pdf")):
             Image.new("L", (8, 8)).save(target)
         return path
 
-    monkeypatch.setattr(plots, "save", save)
+    monkeypatch.setattr(plots, "_save", save)
 
 
 class Page(HTMLParser):

@@ -53,7 +53,9 @@ def group_of(main: str) -> list[str]:
 
 # Encoding is deterministic, and TensorBoard is for training.
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
-REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct")}
+NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_"))]
+REFUSED |= {("solver_error", f"sampler={option}") for option in NOISY}
+REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error")}
 CHOICES = [
     choice
     for main in SPECS
@@ -190,12 +192,12 @@ def test_help_shows_every_key_at_the_top(main: str) -> None:
     assert keys | set(group_of(main)) - {"like"} == fields(SPECS[main])  # like changes the sampler
 
 
-@pytest.mark.parametrize("main", ["sample", "evaluate", "reconstruct", "figures"])
+@pytest.mark.parametrize("main", ["sample", "evaluate", "reconstruct", "solver_error", "figures"])
 def test_like_is_one_word_for_the_other_choices_of_a_sampler(main: str) -> None:
     assert spec_of(main, "like=paper").sampler == SamplerSpec()
     assert spec_of(main, "like=official", "sampler.S=20").sampler == SamplerSpec(S=20, spacing="uniform")
     assert spec_of(main, "like=diffusers").sampler == read_sampler({}, CONFIGS)
-    if main != "reconstruct":
+    if main not in ("reconstruct", "solver_error"):
         clamped = spec_of(main, "sampler=sigma_hat_clamped", "like=official").sampler
         assert clamped == SamplerSpec("sigma_hat", None, spacing="uniform", clip="x0_and_eps")
     if main == "evaluate":  # more than an experiment says
