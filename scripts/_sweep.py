@@ -1,4 +1,4 @@
-"""What evaluate.py, reconstruct.py and solver_error.py share: each job is one evaluation, with a plan before and a report after all."""
+"""What the scripts that measure share: each job is one evaluation, with a plan before and a report after all."""
 
 import importlib
 import shlex
@@ -104,15 +104,13 @@ class Sweep:
                 on_main(logger.log_evaluation, record, repetition.title)
             on_main(manifest.note, spec, "done")
         except Exception as error:
-            if isinstance(error.__cause__, NFENotPossible) and processes.run_on_main(
-                lambda: manifest.skip(spec, reason(error))  # noqa: B023
-            ):
-                on_main(print, f"{spec.title}: skipped: {reason(error)}")
+            why = reason(error)
+            if isinstance(error.__cause__, NFENotPossible) and processes.run_on_main(lambda: manifest.skip(spec, why)):
                 return metrics
             if processes.is_main:
                 if not isinstance(error, Occupied):  # else it is running, in another process
-                    manifest.note(spec, "failed" if started else NOT_STARTED, reason(error))
-                self.failures.setdefault(folder, {})[spec.title, reason(error)] = started
+                    manifest.note(spec, "failed" if started else NOT_STARTED, why)
+                self.failures.setdefault(folder, {})[spec.title, why] = started
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics

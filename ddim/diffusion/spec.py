@@ -85,13 +85,13 @@ class SamplerSpec:
                 raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(map(str, allowed))}.")
         if respaced is not None and self.S not in (None, respaced):
             raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
+        for name, count in (("S", self.S), ("nfe", self.nfe)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
         if self.nfe is not None and (self.S is not None or self.spacing not in SPACINGS):
             raise ValueError(f"nfe={self.nfe} takes the place of S: set S=null, and one of {', '.join(SPACINGS)}.")
         if explicit != (self.times is not None) or (respaced is None and explicit != (self.steps is None)):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
-        for name, count in (("S", self.S), ("nfe", self.nfe)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name}={count} must be at least 1.")
         if self.steps_offset is not None and self.spacing != "leading":
             raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
         self.build_rule()
@@ -200,8 +200,8 @@ class SamplerSpec:
         taken = len(tau) + (distinct_evaluations(tau) - 1) * self.build_rule().two_evaluations
         if self.nfe not in (None, taken):
             raise NFENotPossible(
-                f"nfe={self.nfe} is not possible with rule={self.rule} and spacing={self.spacing}, whose {len(tau)} steps "
-                f"take {taken} evaluations; choose another nfe, rule or spacing."
+                f"nfe={self.nfe} is not possible with rule={self.rule} and spacing={self.spacing}, whose {len(tau)} "
+                f"steps take {taken} evaluations; choose another nfe, rule or spacing."
             )
         return tau
 

@@ -40,11 +40,8 @@ def job_id(spec: JobSpec) -> str:
     """
     values = dataclasses.asdict(spec)
     values["compute"] = values["compute"]["bf16"]
-    # The names of before these options.
-    if "data" in values and not values["data"]["convert"]:
-        del values["data"]["convert"]
-    if spec.sampler.nfe is None:
-        del values["sampler"]["nfe"]
+    if not values.get("data", {}).get("convert", True):
+        del values["data"]["convert"]  # the names of before this option
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
 
 

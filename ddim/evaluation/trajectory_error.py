@@ -1,4 +1,4 @@
-"""The error of a solver: how far its samples are from the exact trajectory's, from the same x_T; needs no real images."""
+"""The error of a solver: how far its samples are from the exact trajectory's, from the same x_T."""
 
 import dataclasses
 import time
@@ -67,7 +67,7 @@ class TrajectoryErrorSpec(JobSpec):
         return self.n * (self.sampler.nfe or asked_steps(self.sampler))
 
     def exact_sampler(self, T: int) -> SamplerSpec:
-        """Return what stands for the exact trajectory: a rule of order 3 over all times 1..T, clipped in the same way."""
+        """Return what stands for the exact trajectory: order 3 over all times 1..T, clipped in the same way."""
         return dataclasses.replace(
             self.sampler,
             **{"rule": "adams_bashforth", "eta": None, "order": 3, "kwargs": {}},
@@ -130,7 +130,7 @@ def evaluate(spec: TrajectoryErrorSpec, session: Session | None = None) -> tuple
 
 
 def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Tensor:
-    """Return x_0 of the exact trajectories, (n, C, H, W); computed once in float32, and kept in the folder exact/HASH."""
+    """Return x_0 of the exact trajectories, (n, C, H, W); computed in float32, and kept in the folder exact/HASH."""
     shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
     T = job.model.spec.schedule.T
     sampler, compute = spec.exact_sampler(T), dataclasses.replace(job.compute, bf16=False)

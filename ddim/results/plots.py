@@ -62,7 +62,8 @@ class Timing:
         return (
             f"Hours to sample {PAPER_IMAGES:,} images on one device{scaled} "
             f"({self.device}; {self.compute}; {self.model}). "
-            f"Fit: time ∝ {self.column}^{self.exponent:.3f}, {round(100 * (self.exponent - 1), 1) + 0.0:+.1f} % from linear."
+            f"Fit: time ∝ {self.column}^{self.exponent:.3f}, "
+            f"{round(100 * (self.exponent - 1), 1) + 0.0:+.1f} % from linear."
         )
 
     def _fit(self) -> tuple[float, float]:
