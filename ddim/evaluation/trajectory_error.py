@@ -68,11 +68,10 @@ class TrajectoryErrorSpec(JobSpec):
 
     def exact_sampler(self, T: int) -> SamplerSpec:
         """Return what stands for the exact trajectory: order 3 over all times 1..T, clipped in the same way."""
-        return dataclasses.replace(
-            self.sampler,
-            **{"rule": "adams_bashforth", "eta": None, "order": 3, "kwargs": {}},
-            **{"S": T, "nfe": None, "spacing": "linear", "times": None, "steps_offset": None},
-        )
+        clip = {
+            name: getattr(self.sampler, name) for name in ("clip", "clip_range", "threshold_ratio", "threshold_max")
+        }
+        return SamplerSpec("adams_bashforth", None, order=3, S=T, spacing="linear", **kept)
 
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without evaluating the network.
