@@ -68,9 +68,8 @@ class TrajectoryErrorSpec(JobSpec):
 
     def exact_sampler(self, T: int) -> SamplerSpec:
         """Return what stands for the exact trajectory: order 3 over all times 1..T, clipped in the same way."""
-        clip = {
-            name: getattr(self.sampler, name) for name in ("clip", "clip_range", "threshold_ratio", "threshold_max")
-        }
+        names = ("clip", "clip_range", "threshold_ratio", "threshold_max", "last_time")
+        kept = {name: getattr(self.sampler, name) for name in names}
         return SamplerSpec("adams_bashforth", None, order=3, S=T, spacing="linear", **kept)
 
     def prepare(self, session: Session) -> Job:
