@@ -136,7 +136,7 @@ def plot(table: Table) -> "Figure":
     # An unbiased kernel distance can be negative.
     _scales(axes, table.column, table.columns, "log" if min(shown) > 0 else "linear")
     axes.set_ylabel(f"{_plain(table.metric)} ({'less' if is_distance(table.metric) else 'more'} is better)")
-    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
+    _legend(axes)
     axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
     return figure
 
@@ -161,7 +161,7 @@ def plot_time(timing: Timing) -> "Figure":
     _scales(axes, timing.column, steps, "log")
     scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
     axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
-    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
+    _legend(axes)
     axes.set_title(_plain(timing.caption()), fontsize=6, wrap=True)
     return figure
 
@@ -217,6 +217,12 @@ def _comment(path: Path) -> str | None:
 def _mention_more(axes: "Axes", rows: int) -> None:
     if rows > MOST_ROWS:
         axes.errorbar([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
+
+
+def _legend(axes: "Axes") -> None:
+    """Name the lines; many names stand beside the plot, where they hide none."""
+    many: dict[str, Any] = {"fontsize": 6, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(**(many if len(axes.get_legend_handles_labels()[1]) > 10 else {}))
 
 
 def _figure() -> tuple["Figure", "Axes"]:

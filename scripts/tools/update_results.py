@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ddim.results.escape import escape_markdown
-from ddim.results.plots import plot
+from ddim.results.plots import DPI, plot
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
 
@@ -42,7 +42,7 @@ def draw(name: str) -> None:
     """Write the plot docs/results/NAME.png where a document shows it."""
     if any(f"results/{name}.png" in document.read_text(encoding="utf-8") for document in DOCUMENTS):
         (table,) = build_tables(RecordFile(RESULTS / f"{name}.jsonl").read())
-        plot(table).savefig(RESULTS / f"{name}.png")
+        plot(table).savefig(RESULTS / f"{name}.png", dpi=DPI)
 
 
 def fill(text: str) -> str:
