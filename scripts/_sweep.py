@@ -1,4 +1,4 @@
-"""What evaluate.py and reconstruct.py share: each job is one evaluation, with a plan before and a report after all."""
+"""What the scripts that measure share: each job is one evaluation, with a plan before and a report after all."""
 
 import importlib
 import shlex
@@ -69,6 +69,7 @@ class Sweep:
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one evaluation and print its numbers."""
+        from ddim.diffusion.spec import NFENotPossible
         from ddim.evaluation.shards import Occupied
         from ddim.evaluation.sweep import NOT_STARTED, Manifest, remove_leftovers
 
@@ -105,10 +106,13 @@ class Sweep:
                 on_main(logger.log_evaluation, record, repetition.title)
             on_main(manifest.note, spec, "done")
         except Exception as error:
+            why = reason(error)
+            if isinstance(error.__cause__, NFENotPossible) and processes.run_on_main(lambda: manifest.skip(spec, why)):
+                return metrics
             if processes.is_main:
                 if not isinstance(error, Occupied):  # else it is running, in another process
-                    manifest.note(spec, "failed" if started else NOT_STARTED, reason(error))
-                self.failures.setdefault(folder, {})[spec.title, reason(error)] = started
+                    manifest.note(spec, "failed" if started else NOT_STARTED, why)
+                self.failures.setdefault(folder, {})[spec.title, why] = started
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics
@@ -128,11 +132,17 @@ class Sweep:
             own = self.failures.get(folder, {}) if SWEEP_FLAGS & set(sys.argv) else {}
             failures = manifest.failures() or [failure for failure, started in own.items() if started]
             if folder in self.started:
-                self.write_report(logger, manifest.read()["command"] or command(), failures)
+                self.write_report(logger, manifest.read()["command"] or command(), failures, manifest.impossible())
             for title, why in dict.fromkeys([*failures, *manifest.take_not_started(), *own]):
                 print(f"failed: {title}: {why}")
 
-    def write_report(self, logger: "SweepLogger", command: str, failures: list[tuple[str, str]]) -> None:
+    def write_report(
+        self,
+        logger: "SweepLogger",
+        command: str,
+        failures: list[tuple[str, str]],
+        impossible: list[tuple[str, str]],
+    ) -> None:
         """Write the report of a folder that has records, print its tables and paths, and log it."""
         from filelock import FileLock
 
@@ -140,7 +150,7 @@ class Sweep:
 
         if records := current_session().records(str(logger.folder)).read():
             with FileLock(logger.folder / ".report.lock"):
-                paths = write_report(records, logger.folder, command=command, failures=failures)
+                paths = write_report(records, logger.folder, command=command, failures=failures, impossible=impossible)
             print(f"\n{paths[0].read_text(encoding='utf-8')}")
             for path in paths:
                 print(path)

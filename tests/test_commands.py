@@ -19,6 +19,7 @@ from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
@@ -37,6 +38,7 @@ SPECS: dict[str, type] = {
     "sample": SampleSpec,
     "evaluate": EvaluateSpec,
     "reconstruct": ReconstructSpec,
+    "solver_error": TrajectoryErrorSpec,
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
     "estimate_variance": EstimateVarianceSpec,

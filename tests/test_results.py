@@ -57,8 +57,8 @@ def test_records_name_no_absolute_path():
     for path in RESULTS.glob("*.jsonl"):
         for record in RecordFile(path).read():
             assert not record["revision"].endswith("+changes")
-            config = record.get("config", {"data": {}})
-            paths = [config.get("checkpoint"), config.get("output_dir"), config["data"].get("root")]
+            config = record.get("config", {})
+            paths = [config.get("checkpoint"), config.get("output_dir"), config.get("data", {}).get("root")]
             for name in filter(None, [*paths, record.get("checkpoint")]):
                 assert not Path(name).is_absolute()
 

@@ -68,15 +68,14 @@ LABELS: dict[str, Callable[[Any], str]] = {
 
 def title(sampler: SamplerSpec) -> str:
     """Return a sampler in a few words."""
-    steps = f"S={asked_steps(sampler)}" if sampler.times is None else f"{asked_steps(sampler)} times"
+    count = asked_steps(sampler)
+    steps = f"NFE={sampler.nfe}" if sampler.nfe else f"S={count}" if sampler.times is None else f"{count} times"
     return f"{row_label(sampler)} {steps} {_spacing(sampler)}"
 
 
 def asked_steps(sampler: SamplerSpec) -> int:
     """Return the number of steps asked for; `uniform` may take more."""
-    if sampler.times is not None:
-        return len(sampler.times)
-    return sampler.S or respaced_count(sampler.spacing) or 0
+    return len(sampler.times or ()) or sampler.steps or respaced_count(sampler.spacing) or 0
 
 
 def changes(sampler: SamplerSpec, names: Collection[str] | None = None) -> str:

@@ -1,32 +1,32 @@
 """A sampler as configurations name it: the rule, the times and the clip policy."""
 
-import functools
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.prediction import Clip, check_level
-from ddim.diffusion.rules import DDIM, Rule, SigmaHat
+from ddim.diffusion.registry import DIFFUSERS, RULES, check_arguments, find_rule
+from ddim.diffusion.rules import Rule
 from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
 from ddim.diffusion.schedule import NoiseSchedule
-from ddim.diffusion.solvers import (
-    DEIS,
-    IPNDM,
-    AdamsBashforth,
-    DPMSolverPP,
-    Heun,
-    ProbabilityFlow,
-    SDEDPMSolverPP,
-    UniPC,
-)
 from ddim.diffusion.tau_file import SUFFIX, TauFile, read_tau
-from ddim.diffusion.timesteps import SPACINGS, explicit_tau, leading_tau, respaced_count, respaced_tau
+from ddim.diffusion.timesteps import (
+    SPACINGS,
+    distinct_evaluations,
+    explicit_tau,
+    leading_tau,
+    respaced_count,
+    respaced_tau,
+)
+
+
+class NFENotPossible(ValueError):
+    """The rule has no trajectory of this spacing with exactly the network evaluations asked for."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class SamplerSpec:
     Attributes:
         rule: a key of RULES, the name of an installed package's rule (`find_rule`), or `diffusers`.
         eta: η in [0, 1] for `ddim` and `analytic`; null for rules that have none.
-        S: the number of steps; null with explicit times. With a file of times it may be null, and is then theirs.
+        S: the number of steps; null with nfe or explicit times; with a file of times, null or theirs.
+        nfe: in place of S, the network evaluations of an image; exactly so many, or the times are refused.
         spacing: a key of SPACINGS; the path of a file of times (.json, scripts/search_tau.py); `explicit`; `scheduler`
             where a scheduler has its own times; or a name of Improved DDPM's respacing (`respaced_tau`), with S=null or
             the number of times in it.
@@ -56,6 +57,7 @@ class SamplerSpec:
     rule: str = "ddim"
     eta: float | None = 0.0
     S: int | None = 50
+    nfe: int | None = None
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
     steps_offset: int | None = None
@@ -86,10 +88,13 @@ class SamplerSpec:
             raise ValueError(f"last_time={self.last_time!r} is not known; allowed: 0, 1.")
         if respaced is not None and self.S not in (None, respaced):
             raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
-        if explicit != (self.times is not None) or (respaced is None and explicit != (self.S is None)):
+        for name, count in (("S", self.S), ("nfe", self.nfe)):
+            if count is not None and count < 1:
+                raise ValueError(f"{name}={count} must be at least 1.")
+        if self.nfe is not None and (self.S is not None or self.spacing not in SPACINGS):
+            raise ValueError(f"nfe={self.nfe} takes the place of S: set S=null, and one of {', '.join(SPACINGS)}.")
+        if explicit != (self.times is not None) or (respaced is None and explicit != (self.steps is None)):
             raise ValueError("give either S with a named spacing, or spacing=explicit with times and S=null.")
-        if self.S is not None and self.S < 1:
-            raise ValueError(f"S={self.S} must be at least 1.")
         if self.steps_offset is not None and self.spacing != "leading":
             raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
         self.build_clip()
@@ -112,6 +117,11 @@ class SamplerSpec:
                 "everything else, as sampler=diffusers sets them; give scheduler=NAME, S, and its own options as "
                 "kwargs."
             )
+
+    @property
+    def steps(self) -> int | None:
+        """S, or the steps that the rule makes of nfe evaluations; None with times that are given otherwise."""
+        return (self.nfe + 1) // 2 if self.nfe and self.build_rule().two_evaluations else self.nfe or self.S
 
     def build_clip(self) -> Clip:
         """Return the clip policy."""
@@ -149,7 +159,7 @@ class SamplerSpec:
         """
         return self._rule
 
-    @functools.cached_property
+    @cached_property
     def _rule(self) -> Rule:
         self._refuse_scheduler()
         rule = find_rule(self.rule)
@@ -227,6 +237,7 @@ class SamplerSpec:
 
         Raises:
             ValueError: S, the explicit times or the file do not fit T, or a scheduler of diffusers has its own.
+            NFENotPossible: the times take another number of evaluations than nfe.
         """
         self._refuse_scheduler()
         if self.has_file:
@@ -239,79 +250,15 @@ class SamplerSpec:
             return explicit_tau(T, self.times)
         if respaced_count(self.spacing) is not None:
             return respaced_tau(T, self.spacing)
-        assert self.S is not None
+        assert self.steps is not None
         if self.steps_offset is not None:
-            return leading_tau(T, self.S, self.steps_offset)
-        return SPACINGS[self.spacing](T, self.S)
-
-
-def check_arguments(owner: str, arguments: Mapping[str, Any], takes: Mapping[str, Any]) -> None:
-    """Refuse arguments that a rule or a scheduler does not take, or that are not numbers, text, true or false as asked.
-
-    Args:
-        owner: who takes them, for the message.
-        arguments: by name.
-        takes: the annotated type of each one that there is.
-
-    Raises:
-        ValueError: one is unknown, or of another type.
-    """
-    if unknown := [name for name in arguments if name not in takes]:
-        raise ValueError(
-            f"{owner} does not take {', '.join(unknown)}, which must be null or left out; it takes "
-            f"{', '.join(takes) or 'no arguments'}."
-        )
-    for name, value in arguments.items():
-        hint = takes[name]
-        allowed = (int, float) if hint is float else hint
-        if hint in _TYPES and (not isinstance(value, allowed) or isinstance(value, bool) != (hint is bool)):
-            raise ValueError(f"{name}={value!r} of {owner} must be {_TYPES[hint]}.")
-
-
-_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-
-
-def find_rule(name: str) -> Callable[..., Rule]:
-    """Return what builds a rule: one of RULES, or an entry point of the group `ddim.samplers` of an installed package.
-
-    Raises:
-        ValueError: there is none, there are two, or the package's cannot be used.
-    """
-    installed = [point for point in _entry_points() if point.name == name]
-    if len(installed) + (name in RULES) > 1:
-        values = ", ".join(point.value for point in installed)
-        raise ValueError(f"rule={name} exists already, and {values} has the same name; rename or uninstall one.")
-    if not installed and name not in RULES:
-        names = (*RULES, *(point.name for point in _entry_points()), DIFFUSERS)
-        raise ValueError(f"rule={name!r} is not known; allowed: {', '.join(names)}.")
-    if not installed:
-        return RULES[name]
-    try:
-        rule = installed[0].load()
-    except Exception as error:
-        raise ValueError(f"rule={name} cannot be loaded from {installed[0].value}: {error}.") from error
-    if not (isinstance(rule, type) and issubclass(rule, Rule)):
-        raise ValueError(f"rule={name} is {installed[0].value}, which is no subclass of ddim.diffusion.rules.Rule.")
-    return rule
-
-
-@functools.cache
-def _entry_points() -> tuple[importlib.metadata.EntryPoint, ...]:
-    return tuple(importlib.metadata.entry_points(group="ddim.samplers"))
-
-
-DIFFUSERS = "diffusers"  # the rule of a spec whose steps a scheduler of that package takes
-
-RULES: dict[str, Callable[..., Rule]] = {
-    "ddim": DDIM,
-    "sigma_hat": SigmaHat,
-    "probability_flow": ProbabilityFlow,
-    "heun": Heun,
-    "adams_bashforth": AdamsBashforth,
-    "ipndm": IPNDM,
-    "deis": DEIS,
-    "dpm_solver_pp": DPMSolverPP,
-    "sde_dpm_solver_pp": SDEDPMSolverPP,
-    "unipc": UniPC,
-    "analytic": AnalyticVariance.from_file,
-}
+            tau = leading_tau(T, self.steps, self.steps_offset)
+        else:
+            tau = SPACINGS[self.spacing](T, self.steps)
+        taken = len(tau) + (distinct_evaluations(tau) - 1) * self.build_rule().two_evaluations
+        if self.nfe not in (None, taken):
+            raise NFENotPossible(
+                f"nfe={self.nfe} is not possible with rule={self.rule} and spacing={self.spacing}, whose {len(tau)} "
+                f"steps take {taken} evaluations; choose another nfe, rule or spacing."
+            )
+        return tau

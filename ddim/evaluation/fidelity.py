@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
 from ddim.config import FilePath
+from ddim.data.datasets import DataSpec
 from ddim.diffusion.labels import asked_steps, title
 from ddim.distributed import Processes
 from ddim.evaluation.feature_stats import FeatureSet, moments
@@ -50,6 +51,7 @@ class EvaluateSpec(JobSpec):
             `JobSpec` refuses.
     """
 
+    data: DataSpec
     metric: MetricSpec
     n: int = 50_000
     first: int = 0
@@ -87,7 +89,7 @@ class EvaluateSpec(JobSpec):
     @property
     def network_evaluations(self) -> int:
         """Network evaluations of single images, over all repeats."""
-        return self.repeats * self.n * asked_steps(self.sampler)
+        return self.repeats * self.n * (self.sampler.nfe or asked_steps(self.sampler))
 
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without generating an image.

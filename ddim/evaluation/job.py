@@ -12,7 +12,6 @@ import torch
 
 from ddim.checkpoints import LoadedModel
 from ddim.config import FilePath, check_name, choose
-from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.diffusion.spec import SamplerSpec
@@ -39,7 +38,6 @@ class JobSpec(ABC):
         checkpoint: path of the model.
         name: of the sweep.
         output_dir: its folder: records.jsonl, the tables, pictures.
-        data: the real images.
         sampler, compute: how to sample, how to compute.
         weights: ema, online, or ema_RATE for an additional EMA.
         grid: images shown in the grid; 0 for none.
@@ -53,7 +51,6 @@ class JobSpec(ABC):
     checkpoint: FilePath
     name: str
     output_dir: FilePath
-    data: DataSpec
     sampler: SamplerSpec
     compute: ComputeSpec
     weights: str = "ema"

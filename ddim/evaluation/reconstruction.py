@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
+from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, normalize
 from ddim.diffusion.labels import asked_steps, title
 from ddim.diffusion.rules import DDIM
@@ -47,6 +48,7 @@ class ReconstructSpec(JobSpec):
         ValueError: n below 1, a sampler that is not deterministic or does not end at t = 0, or what `JobSpec` refuses.
     """
 
+    data: DataSpec
     split: Literal["train", "test"] = "test"
     n: int | None = None
     grid: int = 32

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 MAX_BYTES = 1 << 26  # of a manifest
 NOT_STARTED = "not started"  # state of a planned job that was refused, such as for a path that does not exist
+IMPOSSIBLE = "impossible"  # state of a planned job whose rule cannot do its NFE; it is skipped
 JOBS = "cells"  # the key in the file, as earlier versions wrote it
 NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir")
 LONG_ENOUGH = 0.3  # seconds, for a timing
@@ -39,7 +40,7 @@ def job_id(spec: JobSpec) -> str:
     """
     values = dataclasses.asdict(spec)
     values["compute"] = values["compute"]["bf16"]
-    if not spec.data.convert:
+    if not values.get("data", {}).get("convert", True):
         del values["data"]["convert"]  # the names of before this option
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
 
@@ -100,6 +101,17 @@ class Manifest:
     def failures(self) -> list[tuple[str, str]]:
         """Return title and reason of each job whose last attempt failed."""
         return _with_state(self.read(), "failed")
+
+    def impossible(self) -> list[tuple[str, str]]:
+        """Return title and reason of each job that was skipped, since its rule cannot do its NFE."""
+        return _with_state(self.read(), IMPOSSIBLE)
+
+    def skip(self, spec: JobSpec, reason: str) -> bool:
+        """Note that a job is impossible if it was planned, as one of a sweep is; return whether it was."""
+        planned = self.read()[JOBS].get(job_id(spec), {}).get("state") == "planned"
+        if planned:
+            self.note(spec, IMPOSSIBLE, reason)
+        return planned
 
     def take_not_started(self) -> list[tuple[str, str]]:
         """Return title and reason of each planned job that could not start, and forget these jobs."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from ddim.config import suggest
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.prediction import check_level, x0_and_eps
+from ddim.diffusion.registry import check_arguments
 from ddim.diffusion.sampling import Model, State, last_state
 from ddim.diffusion.schedule import NoiseSchedule
-from ddim.diffusion.spec import SamplerSpec, check_arguments
+from ddim.diffusion.spec import SamplerSpec
 from ddim.random import SAMPLING, random_words
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}

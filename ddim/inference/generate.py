@@ -81,11 +81,29 @@ def generate_batches(
     return map_batches(batches, lambda batch: generate_batch(model, sampler, batch, seed, compute, bar))
 
 
-@torch.inference_mode()
+def sample_batches(
+    model: LoadedModel, sampler: SamplerSpec, batches: Sequence[range], seed: int, compute: ComputeSpec, bar: tqdm
+) -> Iterator[tuple[range, Tensor]]:
+    """Yield (batch, its samples x_0), see `generate_batches` and `sample_batch`."""
+    return map_batches(batches, lambda batch: sample_batch(model, sampler, batch, seed, compute, bar))
+
+
 def generate_batch(
     model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, bar: tqdm
 ) -> Tensor:
-    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, in one batch.
+    """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, in one batch; see `sample_batch`.
+
+    Raises:
+        UserError: the samples are not finite.
+    """
+    return to_pixels(sample_batch(model, sampler, indices, seed, compute, bar))
+
+
+@torch.inference_mode()
+def sample_batch(
+    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, bar: tqdm
+) -> Tensor:
+    """Return the samples x_0 numbered `indices`, (len(indices), C, H, W) in about [-1, 1] on the device.
 
     Args:
         model: on its device (`prepare_model`).
@@ -94,9 +112,6 @@ def generate_batch(
         seed: of x_T and of the noise of the steps.
         compute: device and precision.
         bar: counts network evaluations of single images.
-
-    Raises:
-        UserError: the samples are not finite.
     """
     x_T = initial_noise(indices, model.spec.image_shape, seed, device=compute.device)
     counted = 0
@@ -106,7 +121,7 @@ def generate_batch(
             counted = state.evaluations
     # Records state this number; it must be what was computed.
     assert counted == network_evaluations(model, sampler), (counted, sampler)
-    return to_pixels(state.x)
+    return state.x
 
 
 def sample_steps(

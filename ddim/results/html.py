@@ -23,6 +23,7 @@ def render_page(
     folder: Path,
     command: str | None,
     failures: Sequence[tuple[str, str]],
+    impossible: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the page.
 
@@ -31,13 +32,14 @@ def render_page(
         records: whose grids and versions are shown.
         folder: that the paths of the grids are relative to.
         command: that repeats the sweep.
-        failures: (evaluation, reason).
+        failures, impossible: (evaluation, reason).
     """
     names = {str(record["config"]["name"]) for record in records if "name" in record.get("config", {})}
     return load_template("report.html.j2", autoescape=True).render(
         name=", ".join(sorted(names)) or folder.resolve().name,
         count=len(records),
         failures=failures,
+        impossible=impossible,
         tables=[(table, _data_uri(plot.read_bytes())) for table, plot in tables],
         timings=[(timing, _data_uri(plot.read_bytes())) for timing, plot in timings],
         grids=_grids(records, folder),

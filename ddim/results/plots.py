@@ -1,4 +1,4 @@
-"""Plots of tables and records: a metric against S, and the time to sample against S (the paper's Fig. 4)."""
+"""Plots of tables and records: a metric and the time to sample against S or NFE (the paper's Fig. 4)."""
 
 import dataclasses
 import json
@@ -35,7 +35,8 @@ class Timing:
         compute: number of processes and images per batch.
         model: weights, and number format of the network.
         images: numbers of images that were timed.
-        points: (row label, S, hours for 50,000 images on one device).
+        points: (row label, NFE, hours for 50,000 images on one device).
+        column: NFE, or S where both are the same.
     """
 
     device: str
@@ -43,6 +44,7 @@ class Timing:
     model: str
     images: tuple[int, ...]
     points: tuple[tuple[str, int, float], ...]
+    column: str = "S"
 
     @property
     def exponent(self) -> float:
@@ -60,13 +62,19 @@ class Timing:
         return (
             f"Hours to sample {PAPER_IMAGES:,} images on one device{scaled} "
             f"({self.device}; {self.compute}; {self.model}). "
-            f"Fit: time ∝ S^{self.exponent:.3f}, {round(100 * (self.exponent - 1), 1) + 0.0:+.1f} % from linear."
+            f"Fit: time ∝ {self.column}^{self.exponent:.3f}, "
+            f"{round(100 * (self.exponent - 1), 1) + 0.0:+.1f} % from linear."
         )
 
     def _fit(self) -> tuple[float, float]:
-        logs = np.log([(S, hours) for _, S, hours in self.points])
-        exponent, constant = np.polyfit(logs[:, 0], logs[:, 1], 1)
-        return float(exponent), float(constant)
+        return fit_power([(S, hours) for _, S, hours in self.points])
+
+
+def fit_power(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return p and log c of the least-squares fit y = c x^p, both logarithms taken."""
+    logs = np.log(points)
+    exponent, constant = np.polyfit(logs[:, 0], logs[:, 1], 1)
+    return float(exponent), float(constant)
 
 
 def timings(records: Sequence[Record]) -> list[Timing]:
@@ -93,15 +101,17 @@ def _timing(records: list[Record]) -> Timing:
         model=f"weights {model['weights_hash'][:8]}, {'bfloat16' if records[0]['bf16'] else 'float32'}",
         images=tuple(sorted({r["n"] for r in records})),
         points=tuple(
-            sorted((r["label"], r["S"], r["seconds_sampling"] / r["n"] * PAPER_IMAGES / 3600) for r in records)
+            sorted((r["label"], r["nfe"], r["seconds_sampling"] / r["n"] * PAPER_IMAGES / 3600) for r in records)
         ),
+        column="S" if all(r["nfe"] == r["S"] for r in records) else "NFE",
     )
 
 
 def plot(table: Table) -> "Figure":
-    """Plot the metric against S, a line for each row, with logarithmic axes unless a value is not positive.
+    """Plot the metric against S or NFE, a line for each row, with logarithmic axes unless a value is not positive.
 
-    Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's values.
+    Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's values. Names of errors to
+    the exact trajectory state the fitted slope, which is the order of convergence where the steps are small.
     """
     figure, axes = _figure()
     shown: list[float] = []
@@ -110,8 +120,11 @@ def plot(table: Table) -> "Figure":
         points = [(S, v, table.spread(row, S)) for S in table.columns if (v := table.value(row, S)) is not None]
         S, values, spreads = zip(*points, strict=True)
         bars = None if table.ranges == 1 else [spread or 0.0 for spread in spreads]
-        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5]}
-        axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row), **style)
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[(number + number // 10) % 5]}
+        slope = ""
+        if table.protocol["kind"] == "trajectory" and len(S) > 1 and min(values) > 0:
+            slope = f" (slope {fit_power([*zip(S, values, strict=True)])[0]:.1f})"
+        axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row) + slope, **style)
         shown += values
         paper = [(S, v) for S in table.columns if (v := table.paper_value(row, S)) is not None]
         if paper and table.paper and (name := table.paper.row(row)) not in drawn:
@@ -121,9 +134,9 @@ def plot(table: Table) -> "Figure":
     if table.paper is not None:
         axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
-    _scales(axes, table.columns, "log" if min(shown) > 0 else "linear")
+    _scales(axes, table.column, table.columns, "log" if min(shown) > 0 else "linear")
     axes.set_ylabel(f"{_plain(table.metric)} ({'less' if is_distance(table.metric) else 'more'} is better)")
-    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
+    _legend(axes)
     axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
     return figure
 
@@ -143,12 +156,12 @@ def plot_time(timing: Timing) -> "Figure":
         axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **style)
     _mention_more(axes, len(rows))
     steps = sorted({S for _, S, _ in timing.points})
-    label = f"fit, $S^{{{timing.exponent:.3f}}}$"
+    label = f"fit, ${timing.column}^{{{timing.exponent:.3f}}}$"
     axes.plot(steps, [timing.fitted(S) for S in steps], color="gray", linewidth=1, zorder=1, label=label)
-    _scales(axes, steps, "log")
+    _scales(axes, timing.column, steps, "log")
     scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
     axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
-    axes.legend(fontsize=None if len(axes.get_legend_handles_labels()[1]) <= 10 else 6)
+    _legend(axes)
     axes.set_title(_plain(timing.caption()), fontsize=6, wrap=True)
     return figure
 
@@ -206,6 +219,12 @@ def _mention_more(axes: "Axes", rows: int) -> None:
         axes.errorbar([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
 
 
+def _legend(axes: "Axes") -> None:
+    """Name the lines; many names stand beside the plot, where they hide none."""
+    many: dict[str, Any] = {"fontsize": 6, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+    axes.legend(**(many if len(axes.get_legend_handles_labels()[1]) > 10 else {}))
+
+
 def _figure() -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
 
@@ -213,8 +232,8 @@ def _figure() -> tuple["Figure", "Axes"]:
     return figure, figure.add_subplot()
 
 
-def _scales(axes: "Axes", steps: Sequence[int], y: str) -> None:
-    axes.set(xscale="log", yscale=y, xlabel="S, steps")
+def _scales(axes: "Axes", column: str, steps: Sequence[int], y: str) -> None:
+    axes.set(xscale="log", yscale=y, xlabel="S, steps" if column == "S" else "NFE, network evaluations of an image")
     steps = steps[:: math.ceil(len(steps) / MOST_ROWS)]
     axes.set_xticks(steps, [str(S) for S in steps])
     axes.xaxis.minorticks_off()  # only the values of S have ticks; on y, minor ticks label a narrow range

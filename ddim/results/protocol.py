@@ -14,7 +14,7 @@ SHORT = 12  # hexadecimal digits of a shortened hash
 
 def completed(record: Record) -> Record:
     """Return a record with the fields that older records lack."""
-    return DEFAULTS | {"n": record["reference"]["images"]} | record
+    return DEFAULTS | {"n": record["reference"]["images"], "nfe": record["S"]} | record
 
 
 def shared_protocol(record: Record) -> dict[str, Any]:
@@ -37,6 +37,8 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
     data, model = p["reference"], p["model"]
     if p["kind"] == "reconstruction":
         images = f"{p['n']:,} images of {data['name']}, encoded and decoded"
+    elif p["kind"] == "trajectory":
+        images = f"{p['n']:,} images against {data['name']}, from the same x_T"
     else:
         # Published statistics do not state their number of images.
         count = "" if data["images"] is None else f"{data['images']:,} of "

@@ -1,8 +1,9 @@
 """Reports: tables, plots and a page, made from nothing but records.
 
 The entries of a table share one protocol: model, weights, number of images, reference set, extractor and spacing.
-Rows are samplers, columns are numbers of steps. The full chain (S = T) belongs to every spacing. A table depends on
-neither the order of the records nor anything that differs between two runs of the same evaluation, such as seconds.
+Rows are samplers, columns are network evaluations of an image (NFE), which most samplers have as many of as steps S.
+The full chain (S = T) belongs to every spacing. A table depends on neither the order of the records nor anything that
+differs between two runs of the same evaluation, such as seconds.
 """
 
 import json
@@ -68,6 +69,7 @@ def write_report(
     *,
     command: str | None = None,
     failures: Sequence[tuple[str, str]] = (),
+    impossible: Sequence[tuple[str, str]] = (),
 ) -> list[Path]:
     """Write tables, plots and report.html of all records into `folder`.
 
@@ -76,6 +78,7 @@ def write_report(
         folder: that the records' grids lie in; created if needed.
         command: that repeats the sweep, shown on the page.
         failures: (evaluation, reason) of those that failed, shown on the page.
+        impossible: (evaluation, reason) of those that no table can have, listed below the tables.
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
@@ -84,7 +87,7 @@ def write_report(
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     timings = plots.timings(complete)
     texts = {
-        "table.md": text.markdown(tables),
+        "table.md": text.markdown(tables, impossible),
         "table.csv": text.as_csv(tables),
         "table.json": text.as_json(tables),
         "table.tex": text.latex(tables),
@@ -99,7 +102,7 @@ def write_report(
     ]
     paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, records, folder, command, failures)
+    page = render_page(*with_plots, records, folder, command, failures, impossible)
     return [*paths, _write(folder / "report.html", page)]
 
 
@@ -116,11 +119,11 @@ def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[T
     rows = sorted(rows, key=lambda pair: _tie_break(pair[1]))
     tables = []
     for metric in sorted({metric for _, r in rows for metric in r["metrics"]}):
-        sets: dict[tuple[str, int], dict[tuple[int, int], Record]] = {}  # of images
+        sets: dict[tuple[str, int], dict[tuple[int, int], Record]] = {}  # of images, by row and NFE
         for row, record in rows:
             if metric in record["metrics"]:
                 seed = -1 if record["seed"] is None else record["seed"]
-                sets.setdefault((row, record["S"]), {})[seed, record["first"]] = record
+                sets.setdefault((row, record["nfe"]), {})[seed, record["first"]] = record
         entries = {key: tuple(by_set[name] for name in sorted(by_set)) for key, by_set in sets.items()}
         seeds = sorted({seed for by_set in sets.values() for seed, _ in by_set} - {-1})
         tables.append(Table(metric, shared | {"seed": seeds if len(seeds) > 1 else next(iter(seeds), None)}, entries))

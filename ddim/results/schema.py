@@ -23,7 +23,7 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
         ("paper", "pixels", "trained_on", "revision", "model.schedule", "model.prediction"), (str, NoneType)
     ),
     **dict.fromkeys(("sampler.clip", "metric.extractor", "metric.name", "metric.weights_hash"), (str, NoneType)),
-    **dict.fromkeys(("n", "first"), INTEGER),
+    **dict.fromkeys(("n", "first", "nfe"), INTEGER),
     **dict.fromkeys(("seed", "compute.processes", "compute.batch_size"), (*INTEGER, NoneType)),
     **dict.fromkeys(("seconds_sampling", "seconds_metrics"), (*NUMBER, NoneType)),
     **dict.fromkeys(("config", "versions"), (dict,)),

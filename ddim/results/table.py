@@ -12,7 +12,7 @@ from ddim.results.paper import SIGMA_HAT, PaperTable, comparison
 from ddim.results.records import Record
 
 DIGITS = 6  # significant digits of numbers in files: the last bits of a float64 are not reproducible everywhere
-Verdict = Literal["", "better", "worse", "same"]
+Verdict = Literal["", "better", "worse", "same", "best"]
 
 
 class Line(NamedTuple):
@@ -23,7 +23,7 @@ class Line(NamedTuple):
         row: label of the row that the line belongs to, "" if it belongs to all rows.
         texts: one for each column, "" where there is no number.
         verdicts: for each column of a difference, whether ours is better than the paper's, worse, or the same to the
-            paper's last digit; "" in other lines and where there is no difference.
+            paper's last digit; for ours in a table by NFE, which is the best of its column; "" elsewhere.
     """
 
     kind: Literal["ours", "paper", "difference"]
@@ -49,7 +49,7 @@ class Table:
     Attributes:
         metric: name of the metric, for example fd_digits_classifier_5k.
         protocol: everything that the entries share.
-        entries: (row label, S) -> one record for each range of images, in rising order.
+        entries: (row label, NFE) -> one record for each range of images, in rising order.
         heading: what the table shows, if the title is not enough.
         paper: the paper's table to compare with, None if there is none.
         note: what the table is compared with, or why it is not; "" if no comparison was asked for.
@@ -68,55 +68,76 @@ class Table:
 
     @cached_property
     def rows(self) -> list[str]:
-        """Row labels: η rising, then σ̂."""
+        """Row labels, see `row_order`."""
         return sorted({row for row, _ in self.entries}, key=row_order)
 
     @cached_property
     def columns(self) -> list[int]:
-        """Numbers of steps S, rising."""
-        return sorted({S for _, S in self.entries})
+        """Network evaluations of an image (NFE), rising."""
+        return sorted({nfe for _, nfe in self.entries})
+
+    @cached_property
+    def by_nfe(self) -> bool:
+        """Whether an entry has another number of evaluations than steps; then the best of each column is marked."""
+        return any(nfe != record["S"] for (_, nfe), records in self.entries.items() for record in records)
+
+    @property
+    def column(self) -> str:
+        """What the columns are: NFE, or S where both are the same."""
+        return "NFE" if self.by_nfe else "S"
+
+    def records(self) -> dict[str, list[Record]]:
+        """Return the records of each row, by rising NFE."""
+        return {row: [r for nfe in self.columns for r in self.entries.get((row, nfe), ())] for row in self.rows}
 
     @property
     def ranges(self) -> int:
         """The largest number of ranges of images behind one entry."""
         return max(map(len, self.entries.values()))
 
-    def values(self, row: str, S: int) -> list[float]:
+    def values(self, row: str, nfe: int) -> list[float]:
         """Return the values behind an entry, one for each range of images; [] where there is no record."""
-        return [record["metrics"][self.metric] for record in self.entries.get((row, S), ())]
+        return [record["metrics"][self.metric] for record in self.entries.get((row, nfe), ())]
 
-    def value(self, row: str, S: int) -> float | None:
+    def value(self, row: str, nfe: int) -> float | None:
         """Return an entry: the mean over its ranges of images, None where there is no record."""
-        return statistics.fmean(values) if (values := self.values(row, S)) else None
+        return statistics.fmean(values) if (values := self.values(row, nfe)) else None
 
-    def spread(self, row: str, S: int) -> float | None:
+    def spread(self, row: str, nfe: int) -> float | None:
         """Return the sample standard deviation over the ranges of an entry, None for fewer than two."""
         # Without the last bits, so that the spread of equal values is 0.
-        values = [rounded(value, 2 * DIGITS) for value in self.values(row, S)]
+        values = [rounded(value, 2 * DIGITS) for value in self.values(row, nfe)]
         return statistics.stdev(values) if len(values) > 1 else None
 
-    def paper_value(self, row: str, S: int) -> float | None:
+    def paper_value(self, row: str, nfe: int) -> float | None:
         """Return the paper's value for an entry, None where there is none to compare with."""
-        return None if self.paper is None else self.paper.number(row, S)
+        return None if self.paper is None else self.paper.number(row, nfe)
 
-    def difference(self, row: str, S: int) -> float | None:
+    def difference(self, row: str, nfe: int) -> float | None:
         """Return our value minus the paper's, None where one of them is missing."""
-        ours, paper = self.value(row, S), self.paper_value(row, S)
+        ours, paper = self.value(row, nfe), self.paper_value(row, nfe)
         return None if ours is None or paper is None else rounded(rounded(ours) - paper)
 
-    def percent(self, row: str, S: int) -> float | None:
+    def percent(self, row: str, nfe: int) -> float | None:
         """Return the difference in percent of the paper's value."""
-        difference, paper = self.difference(row, S), self.paper_value(row, S)
+        difference, paper = self.difference(row, nfe), self.paper_value(row, nfe)
         return None if difference is None or not paper else rounded(100 * difference / paper)
 
-    def verdict(self, row: str, S: int) -> Verdict:
+    def verdict(self, row: str, nfe: int) -> Verdict:
         """Return how our value compares with the paper's, if less is better."""
-        difference = self.difference(row, S)
+        difference = self.difference(row, nfe)
         if self.paper is None or difference is None:
             return ""
         if abs(difference) <= 0.5 * 10**-self.paper.decimals:
             return "same"
         return "better" if difference < 0 else "worse"
+
+    def is_best(self, row: str, nfe: int) -> bool:
+        """Return whether an entry is the best of its column; only in a table by NFE."""
+        column = [value for other in self.rows if (value := self.value(other, nfe)) is not None]
+        if not self.by_nfe or (value := self.value(row, nfe)) is None:
+            return False
+        return value == (min if protocol.is_distance(self.metric) else max)(column)
 
     def title(self) -> str:
         """Return one line that states what was measured."""
@@ -124,8 +145,7 @@ class Table:
 
     def describe_protocol(self, *, full: bool) -> list[tuple[str, str]]:
         """Return the complete protocol as (name, text), hashes and lists shortened unless `full`."""
-        rows = {row: [r for S in self.columns for r in self.entries.get((row, S), ())] for row in self.rows}
-        return protocol.describe(self.metric, self.protocol, rows, full=full)
+        return protocol.describe(self.metric, self.protocol, self.records(), full=full)
 
     def groups(self) -> list[list[Line]]:
         """Return the lines of each row: ours, and where the paper has such a row also the paper's and the difference.
@@ -136,7 +156,8 @@ class Table:
         papers = {row: self._paper_line(row) for row in self.rows}
         groups = []
         for row, paper in papers.items():
-            group = [Line("ours", row, [self._text(row, S) for S in self.columns], [""] * len(self.columns))]
+            best: list[Verdict] = ["best" if self.is_best(row, nfe) else "" for nfe in self.columns]
+            group = [Line("ours", row, [self._text(row, nfe) for nfe in self.columns], best)]
             if paper is not None:
                 group += [self._difference_line(row)] if shared else [paper, self._difference_line(row)]
             groups.append(group)
@@ -149,42 +170,47 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table as Markdown."""
-        lines = [f"| S | {' | '.join(map(str, self.columns))} |", f"|---|{'---|' * len(self.columns)}"]
+        lines = [f"| {self.column} | {' | '.join(map(str, self.columns))} |", f"|---|{'---|' * len(self.columns)}"]
         for line in self.lines():
-            lines.append(f"| {' | '.join(map(escape_markdown, (line.name, *line.texts)))} |")
+            texts = [
+                f"**{text}**" if verdict == "best" else text
+                for text, verdict in zip(map(escape_markdown, line.texts), line.verdicts, strict=True)
+            ]
+            lines.append(f"| {' | '.join([escape_markdown(line.name), *texts])} |")
         return "\n".join(lines)
 
     def _paper_line(self, row: str) -> Line | None:
-        numbers = [self.paper_value(row, S) for S in self.columns]
+        numbers = [self.paper_value(row, nfe) for nfe in self.columns]
         if self.paper is None or all(number is None for number in numbers):
             return None
         texts = ["" if number is None else f"{number:.{self.paper.decimals}f}" for number in numbers]
         return Line("paper", row, texts, [""] * len(texts))
 
     def _difference_line(self, row: str) -> Line:
-        texts = [self._difference_text(row, S) for S in self.columns]
-        return Line("difference", row, texts, [self.verdict(row, S) for S in self.columns])
+        texts = [self._difference_text(row, nfe) for nfe in self.columns]
+        return Line("difference", row, texts, [self.verdict(row, nfe) for nfe in self.columns])
 
-    def _text(self, row: str, S: int) -> str:
-        value, spread, count = self.value(row, S), self.spread(row, S), len(self.values(row, S))
+    def _text(self, row: str, nfe: int) -> str:
+        value, spread, count = self.value(row, nfe), self.spread(row, nfe), len(self.values(row, nfe))
         if value is None:
             return ""
         of = f" (of {count})" if count != self.ranges else ""
         # As many decimals as the mean has; all digits are in the CSV.
         return number_text(value) + ("" if spread is None else f" ± {number_text(spread, value)}") + of
 
-    def _difference_text(self, row: str, S: int) -> str:
-        difference, percent = self.difference(row, S), self.percent(row, S)
+    def _difference_text(self, row: str, nfe: int) -> str:
+        difference, percent = self.difference(row, nfe), self.percent(row, nfe)
         if self.paper is None or difference is None or percent is None:
             return ""
         shown = f"{difference:+.{self.paper.decimals}f}"
         # The paper's number is known to its last digit only, so a percentage of less than that would mislead.
-        return f"{shown[1:]} (same)" if self.verdict(row, S) == "same" else f"{shown} ({percent:+.1f} %)"
+        return f"{shown[1:]} (same)" if self.verdict(row, nfe) == "same" else f"{shown} ({percent:+.1f} %)"
 
 
-def row_order(label: str) -> tuple[bool, str]:
-    """Return the key that sorts row labels: η rising, then σ̂."""
-    return label.startswith("σ"), label
+def row_order(label: str) -> tuple[int, str, str]:
+    """Return the key that sorts row labels: DDIM's by rising η, then σ̂, then other rules by name."""
+    family = 0 if label.startswith("η") else 1 if label.startswith(SIGMA_HAT) else 2
+    return family, label.casefold() if family == 2 else label, label
 
 
 def rounded(value: float, digits: int = DIGITS) -> float:

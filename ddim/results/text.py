@@ -22,9 +22,16 @@ LATEX_DELIMITERS = {  # of the template's expressions: Jinja's own braces belong
 }
 
 
-def markdown(tables: Sequence[Table]) -> str:
-    """Return each table with its title, the comparison with the paper, and its complete protocol."""
-    return "\n".join(map(_section, tables)) or "There are no records.\n"
+def markdown(tables: Sequence[Table], impossible: Sequence[tuple[str, str]] = ()) -> str:
+    """Return each table with its title, the comparison with the paper, and its complete protocol.
+
+    Below them stands what is `impossible`: (evaluation, reason).
+    """
+    sections = [*map(_section, tables)] or ["There are no records.\n"]
+    if impossible:
+        entries = (f"- {escape_markdown(title)}: {escape_markdown(reason)}\n" for title, reason in impossible)
+        sections.append(f"**Not possible**\n\n{''.join(entries)}")
+    return "\n".join(sections)
 
 
 def _section(table: Table) -> str:
@@ -37,14 +44,16 @@ def _section(table: Table) -> str:
 
 def as_csv(tables: Sequence[Table]) -> str:
     """Return a line for each entry: `value` is the mean over `ranges` ranges of images, `key` lists their records."""
-    lines: list[Sequence[Any]] = [[*TABLE_COLUMNS, *RECORD_COLUMNS, "key"]]
+    added = ["nfe"] if any(table.by_nfe for table in tables) else []
+    lines: list[Sequence[Any]] = [[*TABLE_COLUMNS, *RECORD_COLUMNS, *added, "key"]]
     for number, table in enumerate(tables):
-        for row, S in ((row, S) for row in table.rows for S in table.columns if (row, S) in table.entries):
-            records = table.entries[row, S]
-            comparison = [_digits(of(row, S)) for of in (table.paper_value, table.difference, table.percent)]
-            numbers = [_digits(table.value(row, S)), _digits(table.spread(row, S)), len(records), *comparison]
-            settings = [records[0].get(column, "") for column in RECORD_COLUMNS]
-            lines.append([number, table.metric, row, S, *numbers, *settings, " ".join(r["key"] for r in records)])
+        for row, nfe in ((row, nfe) for row in table.rows for nfe in table.columns if (row, nfe) in table.entries):
+            records = table.entries[row, nfe]
+            comparison = [_digits(of(row, nfe)) for of in (table.paper_value, table.difference, table.percent)]
+            numbers = [_digits(table.value(row, nfe)), _digits(table.spread(row, nfe)), len(records), *comparison]
+            settings = [records[0].get(column, "") for column in (*RECORD_COLUMNS, *added)]
+            keys = " ".join(r["key"] for r in records)
+            lines.append([number, table.metric, row, records[0]["S"], *numbers, *settings, keys])
     return _csv(lines)
 
 
@@ -69,7 +78,7 @@ def as_json(tables: Sequence[Table]) -> str:
 
 
 def _content(table: Table) -> dict[str, Any]:
-    records = {row: [r for S in table.columns for r in table.entries.get((row, S), ())] for row in table.rows}
+    records = table.records()
     all_records = [r for members in records.values() for r in members]
     content = {
         "metric": table.metric,
@@ -80,9 +89,10 @@ def _content(table: Table) -> dict[str, Any]:
         "clip": {row: sorted({r["sampler"].get("clip", "") for r in records[row]}) for row in table.rows},
         "first": sorted({r["first"] for r in all_records}),
         "revisions": sorted({r["revision"] for r in all_records if "revision" in r}),
+        **({"column": table.column} if table.by_nfe else {}),
         "columns": table.columns,
         "rows": _rows(table, table.value),
-        "ranges": {row: [len(table.values(row, S)) for S in table.columns] for row in table.rows},
+        "ranges": {row: [len(table.values(row, nfe)) for nfe in table.columns] for row in table.rows},
     }
     if table.ranges > 1:
         content["std"] = _rows(table, table.spread)
@@ -96,7 +106,7 @@ def _content(table: Table) -> dict[str, Any]:
 
 
 def _rows(table: Table, entry: Callable[[str, int], float | None]) -> dict[str, list[float | None]]:
-    numbers = {row: [entry(row, S) for S in table.columns] for row in table.rows}
+    numbers = {row: [entry(row, nfe) for nfe in table.columns] for row in table.rows}
     return {row: [None if x is None else rounded(x) for x in values] for row, values in numbers.items()}
 
 

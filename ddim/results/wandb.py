@@ -128,13 +128,15 @@ class SweepLogger:
             return
         import wandb
 
-        columns: list[str | int] = ["table", "metric", "sampler", "S", "value", "paper"]
+        tables = build_tables(evaluation_records(self.folder / RECORDS).read())
+        column = "NFE" if any(table.by_nfe for table in tables) else "S"
+        columns: list[str | int] = ["table", "metric", "sampler", column, "value", "paper"]
         rows = [
-            [table.title(), table.metric, row, S, value, table.paper_value(row, S)]
-            for table in build_tables(evaluation_records(self.folder / RECORDS).read())
+            [table.title(), table.metric, row, nfe, value, table.paper_value(row, nfe)]
+            for table in tables
             for row in table.rows
-            for S in table.columns
-            if (value := table.value(row, S)) is not None
+            for nfe in table.columns
+            if (value := table.value(row, nfe)) is not None
         ]
         with self._run(f"{self.name} table", "report", {"entries": len(rows)}, self._run_id("report")) as run:
             plots = {path.stem: wandb.Image(str(path)) for path in paths if path.suffix == ".png"}

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from ddim.results.escape import escape_markdown
+from ddim.results.plots import DPI, plot
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
 
@@ -37,13 +38,20 @@ def render(name: str) -> str:
     )
 
 
+def draw(name: str) -> None:
+    """Write the plot docs/results/NAME.png where a document shows it."""
+    if any(f"results/{name}.png" in document.read_text(encoding="utf-8") for document in DOCUMENTS):
+        (table,) = build_tables(RecordFile(RESULTS / f"{name}.jsonl").read())
+        plot(table).savefig(RESULTS / f"{name}.png", dpi=DPI)
+
+
 def fill(text: str) -> str:
     """Return `text` with every block of results rendered again."""
     return BLOCK.sub(lambda block: block[1] + render(block[2]) + block[3], text)
 
 
 def main() -> None:
-    """Copy the given records, then rewrite the documents."""
+    """Copy the given records and draw their plots, then rewrite the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweeps", nargs="*", metavar="NAME=PATH", help="a folder with records.jsonl, or such a file")
     for name, _, path in (sweep.partition("=") for sweep in parser.parse_args().sweeps):
@@ -52,6 +60,7 @@ def main() -> None:
             sys.exit(f"error: there are no records {records}; give NAME=PATH with the folder of a finished sweep.")
         RESULTS.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(records, RESULTS / f"{name}.jsonl")
+        draw(name)
     for document in DOCUMENTS:
         document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -22,7 +22,7 @@ from ddim import (
     trajectory,
     zero_terminal_snr,
 )
-from ddim.diffusion.spec import RULES
+from ddim.diffusion.registry import RULES
 from ddim.diffusion.timesteps import quadratic_tau
 
 SCHEDULE = linear_schedule(1000)

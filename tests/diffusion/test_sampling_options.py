@@ -19,7 +19,7 @@ from ddim import (
     trajectory,
     zero_terminal_snr,
 )
-from ddim.diffusion.spec import RULES
+from ddim.diffusion.registry import RULES
 
 SCHEDULE = linear_schedule(1000)
 SHAPE = (3, 4, 4)

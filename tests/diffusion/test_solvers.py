@@ -9,6 +9,7 @@ import torch
 from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, step_noise, trajectory
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.quadrature import lagrange_integrals
+from ddim.diffusion.registry import RULES
 from ddim.diffusion.rules import Estimate, Rule, SigmaHat, apply, sigma_bar
 from ddim.diffusion.sampling import count_evaluations, last_state
 from ddim.diffusion.solvers import (
@@ -21,7 +22,6 @@ from ddim.diffusion.solvers import (
     SDEDPMSolverPP,
     UniPC,
 )
-from ddim.diffusion.spec import RULES
 from ddim.diffusion.timesteps import reference_quad_tau
 from ddim.testing import check_order
 

@@ -4,11 +4,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from ddim import (
     SPACINGS,
     SamplerSpec,
     leading_tau,
+    linear_schedule,
     linear_tau,
     linspace_tau,
     quadratic_tau,
@@ -18,6 +20,8 @@ from ddim import (
     trailing_tau,
 )
 from ddim.diffusion.labels import spacing_name, title
+from ddim.diffusion.sampling import last_state
+from ddim.diffusion.spec import NFENotPossible
 from ddim.diffusion.timesteps import distinct_evaluations, explicit_tau
 
 EXACT = [name for name in SPACINGS if name not in ("uniform", "quad", "quad_or_full", "leading", "linspace")]
@@ -165,6 +169,34 @@ def test_sampler_spec_chooses_the_rule():
     assert SamplerSpec(S=None, spacing="explicit", times=(3, 9)).tau(10) == (3, 9)
 
 
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("rule", "eta"), [("ddim", 0.0), ("heun", None), ("unipc", None), ("sigma_hat", None)])
+def test_nfe_is_taken_exactly_or_refused(rule, eta, spacing):
+    """`uniform` has surplus times, `quad` repeats some, and Heun's rule costs two evaluations but in its last step."""
+    schedule, possible, calls = linear_schedule(1000), [], []
+
+    def model(x, t):
+        calls.append(t)
+        return 0 * x
+
+    for nfe in (1, 2, 5, 6, 10, 15, 51, 99):
+        spec = SamplerSpec(rule, eta, S=None, nfe=nfe, spacing=spacing)
+        try:
+            spec.check(schedule, "eps")
+        except NFENotPossible:
+            continue
+        calls.clear()
+        last_state(spec.trajectory(model, schedule, torch.zeros(1, 1, 2, 2)))
+        assert len(calls) == nfe == spec.evaluations(schedule)
+        assert spec.settings() == SamplerSpec(rule, eta).settings()  # the times decide the numbers, not their name
+        possible.append(nfe)
+    assert {nfe % 2 for nfe in possible} == ({1} if rule == "heun" else {0, 1})
+    with pytest.raises(NFENotPossible, match="nfe=6 is not possible with rule=heun and spacing=linear"):
+        SamplerSpec("heun", None, S=None, nfe=6).check(schedule, "eps")
+    if spacing == "linear":
+        assert possible == [nfe for nfe in (1, 2, 5, 6, 10, 15, 51, 99) if nfe % 2 or rule != "heun"]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -208,6 +240,10 @@ def test_sampler_spec_chooses_the_rule():
         ({"S": 0}, "S=0"),
         ({"times": (1, 2)}, "either S"),
         ({"spacing": "explicit"}, "either S"),
+        ({"nfe": 5}, "nfe=5 takes the place of S: set S=null, and one of linear, quadratic"),
+        ({"nfe": 3, "S": None, "spacing": "explicit", "times": (1, 2, 3)}, "nfe=3 takes the place of S"),
+        ({"nfe": 10, "S": None, "spacing": "ddim10"}, "nfe=10 takes the place of S"),
+        ({"nfe": 0, "S": None}, "nfe=0 must be at least 1"),
     ],
 )
 def test_sampler_spec_refuses_contradictions(fields, message):

@@ -11,8 +11,8 @@ import torch
 
 from ddim import SamplerSpec, initial_noise, linear_schedule, linear_tau, sample
 from ddim.diffusion.labels import row_label
+from ddim.diffusion.registry import _entry_points
 from ddim.diffusion.solvers import DPMSolverPP
-from ddim.diffusion.spec import _entry_points
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.results.report import write_report
 from ddim.testing import check_order

@@ -15,6 +15,7 @@ CHOSEN = {"rule": "ddim", "eta": 0.0, "clip": "x0", "last_time": 0, "tau": [1, 2
     [
         ({}, {}),
         ({"S": None, "spacing": "2"}, {}),  # the times decide, not their name
+        ({"S": None, "nfe": 2}, {}),
         ({"clip_range": 2.0}, {"clip_range": 2.0}),
         ({"threshold_ratio": 0.9}, {"threshold_ratio": 0.9}),
         ({"threshold_ratio": 0.9, "threshold_max": 1.5}, {"threshold_ratio": 0.9, "threshold_max": 1.5}),
@@ -36,6 +37,8 @@ def test_later_fields_enter_the_key_where_they_are_set(fields: dict[str, Any], a
         ({"spacing": "leading", "S": 5}, "η=0.0 (clip x0)", "leading", 5),
         ({"spacing": "leading", "S": 5, "steps_offset": 1}, "η=0.0 (clip x0)", "leading+1", 5),
         ({"spacing": "10,20", "S": None}, "η=0.0 (clip x0)", "10,20", 30),
+        ({"nfe": 7, "S": None}, "η=0.0 (clip x0)", "linear", 7),
+        ({"nfe": 7, "S": None, "rule": "heun", "eta": None}, "Heun (clip x0)", "linear", 4),
     ],
 )
 def test_what_differs_has_another_name(fields: dict[str, Any], label: str, spacing: str, steps: int) -> None:

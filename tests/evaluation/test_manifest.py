@@ -41,6 +41,19 @@ def test_a_job_that_could_not_start_is_no_result(spec: EvaluateSpec, tmp_path: P
     assert states(tmp_path) == [(three.title, "done"), (four.title, "planned")]
 
 
+def test_an_impossible_job_of_a_sweep_is_skipped(spec: EvaluateSpec, tmp_path: Path) -> None:
+    two, three = with_steps(spec, 2, 3)
+    manifest = Manifest(tmp_path)
+    assert not manifest.skip(two, "odd only")  # a single evaluation, which fails
+    assert [*tmp_path.iterdir()] == []
+    manifest.plan("command", [two])
+    assert manifest.skip(two, "odd only")
+    assert not manifest.skip(two, "odd only")  # a single one, after the sweep
+    assert not manifest.skip(three, "odd only")
+    assert (manifest.impossible(), manifest.failures()) == ([(two.title, "odd only")], [])
+    assert manifest.take_not_started() == []
+
+
 JOBS = b'{"command": null, "cells": {"a": %s}}'
 NO_MANIFESTS = [
     *(b"", b"[]", b"{}", b"5", b"null", bytes(20), b'{"command": null, "cells": {"a": {"ti', b"\xff", b"[" * 100_000),

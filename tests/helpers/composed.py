@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from ddim.config import build
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import FigureSpec
 from ddim.inference.sample_files import SampleSpec
@@ -22,6 +23,7 @@ SPECS: dict[str, Any] = {
     "evaluate": EvaluateSpec,
     "sample": SampleSpec,
     "reconstruct": ReconstructSpec,
+    "solver_error": TrajectoryErrorSpec,
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
     "estimate_variance": EstimateVarianceSpec,

@@ -71,6 +71,23 @@ def test_numbers_agree_with_the_papers_text() -> None:
     assert errors == {10: 0.014, 20: 0.0065, 50: 0.0023, 100: 0.0009, 200: 0.0004, 500: 0.0001, 1000: 0.0001}
 
 
+def test_numbers_of_solvers_are_the_quoted_ones() -> None:
+    header = (EXPERIMENTS / "table_solvers_cifar10.yaml").read_text()
+    [columns] = re.findall(r"^#   NFE .*$", header, re.MULTILINE)
+    ends = {int(column[0]): column.end() for column in re.finditer(r"\d+", columns)}
+    for row, values in PAPER_TABLES["solvers_cifar10"].values.items():
+        name = next(name for name, label in (ROWS | {"tAB3": "tAB3-DEIS"}).items() if label == row)
+        [line] = re.findall(rf"^#   {name} .*$", header, re.MULTILINE)
+        assert {nfe: float(text) for nfe, end in ends.items() if (text := line[end - 7 : end].strip())} == values
+    ours = PAPER_TABLES["table1_cifar10"].values
+    for row in ("η=0.0", "η=1.0", "σ̂"):
+        values = PAPER_TABLES["solvers_cifar10"].values[row]
+        assert {S: values[S] for S in (10, 20, 50)} == {S: ours[row][S] for S in (10, 20, 50)}
+    note = build_tables([record("tAB3-DEIS", 10, 7.0, paper="solvers_cifar10")])[0].note
+    assert "[V2]" in note
+    assert "arXiv" not in note
+
+
 def table_of(*numbers: tuple[str, int, float]) -> Table:
     [table] = build_tables(compared(*numbers))
     return table

@@ -100,6 +100,27 @@ def timed(S: int, seconds: float, **changes: Any) -> Any:
     return completed(record("η=0.0", S, 1.0, seconds_sampling=seconds, **{"compute": H200} | changes))
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_errors_are_plotted_by_nfe_with_their_order(order: int) -> None:
+    changes: dict[str, Any] = {"kind": "trajectory", "reference__name": "AB3 over all 1,000 times"}
+    records = [record("Heun", S, float(2 * S - 1) ** -order, nfe=2 * S - 1, **changes) for S in (3, 5, 10)]
+    [table] = build_tables(records)
+    assert "50,000 images against AB3 over all 1,000 times, from the same x_T" in table.title()
+    [axes] = plots.plot(table).axes
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.get_xlabel() == "NFE, network evaluations of an image"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"Heun (slope -{order}.0)"]
+    [timing] = plots.timings([made | {"kind": "fidelity"} for made in (timed(3, 5.0, nfe=5), timed(5, 9.0, nfe=9))])
+    assert timing.exponent == pytest.approx(1.0)
+    assert "time ∝ NFE^1.000" in timing.caption()
+
+
+def test_many_rows_differ_in_colour_or_marker() -> None:
+    [table] = build_tables([record(f"rule {k}", 10, 1.0 + k) for k in range(18)])
+    lines = [bars.lines[0] for bars in plots.plot(table).axes[0].containers]
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 18
+
+
 @pytest.mark.parametrize("power", [1.0, 0.9, 1.25])
 def test_fit_recovers_the_exponent(power: float) -> None:
     [timing] = plots.timings([timed(S, 7.2 * S**power, n=1000) for S in (10, 20, 50, 100)])

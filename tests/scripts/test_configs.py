@@ -13,8 +13,9 @@ from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
+from ddim.diffusion.registry import DIFFUSERS, RULES
 from ddim.diffusion.schedule import ScheduleSpec
-from ddim.diffusion.spec import DIFFUSERS, RULES, SamplerSpec
+from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
 from ddim.evaluation.features import EXTRACTORS
@@ -55,10 +56,10 @@ def group_of(main: str) -> list[str]:
 
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
-STOCHASTIC = ("ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat", "sigma_hat_clamped", "sde_dpm_solver_pp", "diffusers")
-REFUSED |= {("search_tau", f"sampler={option}") for option in STOCHASTIC}
+NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers"))]
+REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train"}
-REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct")}
+REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error")}
 CHOICES = [
     choice
     for main in SPECS
@@ -198,12 +199,12 @@ def test_help_shows_every_key_at_the_top(main: str) -> None:
     assert keys | set(group_of(main)) - {"like"} == fields(SPECS[main])  # like changes the sampler
 
 
-@pytest.mark.parametrize("main", ["sample", "evaluate", "reconstruct", "figures"])
+@pytest.mark.parametrize("main", ["sample", "evaluate", "reconstruct", "solver_error", "figures"])
 def test_like_is_one_word_for_the_other_choices_of_a_sampler(main: str) -> None:
     assert spec_of(main, "like=paper").sampler == SamplerSpec()
     assert spec_of(main, "like=official", "sampler.S=20").sampler == SamplerSpec(S=20, spacing="uniform")
     assert spec_of(main, "like=diffusers").sampler == read_sampler({}, CONFIGS)
-    if main != "reconstruct":
+    if main not in ("reconstruct", "solver_error"):
         clamped = spec_of(main, "sampler=sigma_hat_clamped", "like=official").sampler
         assert clamped == SamplerSpec("sigma_hat", None, spacing="uniform", clip="x0_and_eps")
     if main == "evaluate":  # more than an experiment says

@@ -160,6 +160,21 @@ def test_impossible_evaluations_are_named_first_and_last(run: Run, checkpoint: P
     assert [job["state"] for job in jobs(tmp_path / "out")] == ["done", "done"]
 
 
+def test_an_nfe_that_a_rule_cannot_do_stays_empty(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    nfe = ("sampler=ddim,heun", "sampler.S=null", "sampler.nfe=3,4", "output_dir=out")
+    outcome = run("evaluate", "-m", *OPTIONS, f"checkpoint={checkpoint}", *nfe)
+    assert (outcome.code, outcome.err) == (0, "")
+    why = "sampler: nfe=4 is not possible with rule=heun and spacing=linear, whose 2 steps take 3 evaluations;"
+    assert f"plan: not possible: Heun NFE=4 linear: {why}" in outcome.out
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert re.search(r"\| NFE \| 3 \| 4 \|\n.*\n\| η=0.0 \| \S+ \| \*\*\S+ \|\n\| Heun \| \S+ \|  \|\n", table)
+    assert f"\n**Not possible**\n\n- Heun NFE=4 linear: {why}" in table
+    assert sorted(job["state"] for job in jobs(tmp_path / "out")) == ["done", "done", "done", "impossible"]
+    assert all(text in (tmp_path / "out" / "report.html").read_text() for text in ("Not possible", why, "0 failed"))
+    single = run("evaluate", *OPTIONS, f"checkpoint={checkpoint}", "sampler=heun", *nfe[1:2], "sampler.nfe=4", nfe[-1])
+    assert (single.code, single.err) == (2, f"error: {why} choose another nfe, rule or spacing.\n")
+
+
 def test_a_sweep_runs_without_a_plan_if_hydra_changes(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,8 @@ def test_every_experiment_makes_a_spec(name: str) -> None:
 
 def test_only_table_experiments_are_measured() -> None:
     for name, scripts in EXPERIMENTS.items():
-        expected = "reconstruct" if name.startswith("table2_") else "evaluate" if name.startswith("table") else "train"
+        script = {"table2": "reconstruct", "table_solver_error": "solver_error", "table": "evaluate", "": "train"}
+        expected = next(script[start] for start in script if name.startswith(start))
         assert scripts[0] == expected, name
 
 

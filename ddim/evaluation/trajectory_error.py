@@ -1,0 +1,178 @@
+"""The error of a solver: how far its samples are from the exact trajectory's, from the same x_T."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddim.diffusion.labels import asked_steps, row_label, title
+from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import Processes
+from ddim.evaluation.job import Job, JobSpec, model_settings, sampler_settings, table_position
+from ddim.evaluation.metrics import count_name
+from ddim.evaluation.session import Session
+from ddim.evaluation.shards import Shards
+from ddim.image_io import grid, save_png
+from ddim.inference.generate import check_sampler, progress, sample_batches, to_pixels
+from ddim.random import check_seed
+from ddim.results.records import Record, record_key
+
+X_0, ERRORS, SHOWN, SECONDS = "x_0", "errors", "shown", "seconds"  # in a shard
+MOST_IMAGES = 100_000  # whose x_0 are in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryErrorSpec(JobSpec):
+    """One evaluation; see configs/solver_error.yaml.
+
+    Attributes:
+        sampler: a deterministic one.
+        n: number of images.
+        seed: of x_T, 0 .. 2**64 - 1.
+        grid: images shown; 0 for none.
+
+    The others are those of `JobSpec`.
+
+    Raises:
+        ValueError: n not in 1..100,000, a seed out of range, a sampler that adds noise, or what `JobSpec` refuses.
+    """
+
+    n: int = 100
+    seed: int = 0
+    grid: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= MOST_IMAGES:
+            raise ValueError(f"n={self.n} must be at least 1, and at most {MOST_IMAGES:,}.")
+        check_seed(self.seed)
+        super().__post_init__()
+        if self.sampler.build_rule().convergence is None:
+            raise ValueError(
+                f"{row_label(self.sampler)} adds noise, so no exact trajectory belongs to it; choose a deterministic "
+                "sampler, such as sampler=ddim."
+            )
+
+    @property
+    def title(self) -> str:
+        """The evaluation in a few words."""
+        return f"trajectory error {title(self.sampler)}"
+
+    @property
+    def network_evaluations(self) -> int:
+        """Network evaluations of single images, without those of the exact trajectory."""
+        return self.n * (self.sampler.nfe or asked_steps(self.sampler))
+
+    def exact_sampler(self, T: int) -> SamplerSpec:
+        """Return what stands for the exact trajectory: order 3 over all times 1..T, clipped in the same way."""
+        names = ("clip", "clip_range", "threshold_ratio", "threshold_max", "last_time")
+        kept = {name: getattr(self.sampler, name) for name in names}
+        return SamplerSpec("adams_bashforth", None, order=3, S=T, spacing="linear", **kept)
+
+    def prepare(self, session: Session) -> Job:
+        """Check everything and load what is needed, without evaluating the network.
+
+        Raises:
+            UserError: bad input.
+        """
+        model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        tau = check_sampler(model, self.sampler)
+        T = model.spec.schedule.T
+        exact = self.exact_sampler(T)
+        check_sampler(model, dataclasses.replace(exact, S=1))  # from T on: what can fail, without the cost of T steps
+        described = {
+            "model": model_settings(model),
+            "sampler": sampler_settings(exact, exact.tau(T)),
+            "n": self.n,
+            "seed": self.seed,
+        }
+        settings = described | {
+            "kind": "trajectory",
+            "sampler": sampler_settings(self.sampler, tau),
+            "bf16": self.compute.bf16,
+            "pixels": "float32, neither rounded nor clamped",
+            "reference": {
+                "name": f"{row_label(exact)} over all {T:,} times",
+                "images": self.n,
+                "fingerprint": record_key(described),
+            },
+            "metric": {"name": "trajectory_rmse", "scale": "root of the mean squared difference of values in [-1, 1]"},
+        }
+        metadata = {"paper": self.paper, "config": dataclasses.asdict(self)}
+        return Job(
+            title=self.title,
+            output_dir=Path(self.output_dir),
+            records=session.records(self.output_dir),
+            settings=settings,
+            metadata=metadata | table_position(model, self.sampler, tau),
+            indices=range(self.n),
+            steps=self.sampler.evaluations(model.spec.schedule),
+            model=model,
+            compute=compute,
+        )
+
+
+def evaluate(spec: TrajectoryErrorSpec, session: Session | None = None) -> tuple[Record, bool]:
+    """Return the record of an evaluation, and whether it was computed now; see `ddim.evaluation.fidelity.evaluate`."""
+    session = session or Session()
+    with session.processes.barrier():
+        job = spec.prepare(session)
+    with job.lock_unless_done(session.processes) as record:
+        if record is not None:
+            return record, False
+        exact = exact_samples(spec, job, session.processes)
+        compare_shards(spec, job, exact, session.processes)
+        return job.append_record(measure(spec, job, session.processes), session.processes), True
+
+
+def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Tensor:
+    """Return x_0 of the exact trajectories, (n, C, H, W); computed in float32, and kept in the folder exact/HASH."""
+    shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
+    T = job.model.spec.schedule.T
+    sampler, compute = spec.exact_sampler(T), dataclasses.replace(job.compute, bf16=False)
+    with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
+        batches = shards.missing(compute.batch_size, processes)
+        with progress(sum(map(len, batches)) * T, "exact trajectory") as bar, shards.writer(processes) as write:
+            for batch, x_0 in sample_batches(job.model, sampler, batches, spec.seed, compute, bar):
+                to_pixels(x_0)  # refuses what is not finite
+                write(batch, {X_0: x_0.cpu()})
+    return shards.read_all(X_0)
+
+
+def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes: Processes) -> None:
+    """Sample the missing images and store their errors, each process its share."""
+    shards, compute = job.shards, job.compute
+    shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= _shown(spec, batch), processes)
+    batches = shards.missing(compute.batch_size, processes)
+    with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
+        start = time.perf_counter()
+        for batch, x_0 in sample_batches(job.model, spec.sampler, batches, spec.seed, compute, bar):
+            pixels, x_0 = to_pixels(x_0), x_0.cpu()
+            seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            errors = (x_0 - exact[batch.start : batch.stop]).double().square().flatten(1).mean(1)
+            write(batch, {ERRORS: errors, SHOWN: pixels[: _shown(spec, batch)], SECONDS: seconds})
+            start = time.perf_counter()
+
+
+def measure(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> dict[str, Any]:
+    """Return the root of the mean of the stored errors and what a record states with it; {} but in the main process."""
+    results: dict[str, Any] = {}
+    shards = job.shards
+    with processes.barrier():
+        if processes.is_main:
+            error = float(shards.read_all(ERRORS).mean().sqrt())
+            results["metrics"] = {f"trajectory_rmse_{count_name(spec.n)}": error}
+            results["seconds_sampling"] = float(sum(shards.read(SECONDS)))
+            results["seconds_metrics"] = 0.0
+            if spec.grid:
+                results["grid"] = f"grids/trajectory_NFE{job.steps:04d}_{job.key[:6]}.png"
+                save_png(grid(shards.read_all(SHOWN)[: spec.grid]), job.output_dir / results["grid"])
+    return results
+
+
+def _shown(spec: TrajectoryErrorSpec, batch: range) -> int:
+    """Return how many images of a batch are in the grid."""
+    return min(len(batch), max(0, spec.grid - batch.start))

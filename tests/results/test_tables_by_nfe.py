@@ -1,0 +1,71 @@
+"""Tables by the number of network evaluations (NFE), where samplers have another number than steps."""
+
+import csv
+import io
+import json
+from typing import Any
+
+from made_records import FID, RECORDS, record
+
+from ddim.results import text
+from ddim.results.report import build_tables
+from ddim.results.table import Table
+
+
+def by_nfe(label: str, S: int, nfe: int, value: float, **changes: Any) -> Any:
+    return record(label, S, value, nfe=nfe, **changes)
+
+
+SOLVERS = [
+    by_nfe("η=0.0", 5, 5, 9.0),
+    by_nfe("η=0.0", 10, 10, 7.0),
+    by_nfe("Heun", 3, 5, 8.0),
+    by_nfe("σ̂ (clip x0)", 10, 10, 6.0),
+    by_nfe("UniPC-2 B2", 10, 10, 6.0),
+    by_nfe("iPNDM-4", 5, 5, 8.5),
+    by_nfe("DPM-Solver++ 2M", 10, 10, 6.5),
+]
+
+
+def files(tables: list[Table]) -> list[str]:
+    return [write(tables) for write in (text.markdown, text.as_csv, text.as_json, text.latex)]
+
+
+def test_columns_are_evaluations_where_they_differ_from_steps() -> None:
+    [table] = build_tables(SOLVERS)
+    assert (table.column, table.columns) == ("NFE", [5, 10])
+    assert table.rows == ["η=0.0", "σ̂ (clip x0)", "DPM-Solver++ 2M", "Heun", "iPNDM-4", "UniPC-2 B2"]
+    assert [table.value("Heun", nfe) for nfe in table.columns] == [8.0, None]
+    [steps] = build_tables([made for made in SOLVERS if made["label"] != "Heun"])
+    assert (steps.column, steps.columns) == ("S", [5, 10])
+    older = [{key: made[key] for key in made if key != "nfe"} for made in SOLVERS if made["label"] != "Heun"]
+    assert files([steps]) == files(build_tables(older))
+
+
+def test_the_best_of_a_column_is_marked_by_nfe_only() -> None:
+    [table] = build_tables(SOLVERS)
+    assert [line.split(" | ")[1:] for line in table.markdown().replace(" |\n", "\n").splitlines()[2:]] == [
+        ["9.00", "7.00"],
+        ["", "**6.00**"],
+        ["", "6.50"],
+        ["**8.00**", ""],
+        ["8.50", ""],
+        ["", "**6.00** |"],  # as good
+    ]
+    assert text.latex([table]).count(r"\textbf{") == 3
+    assert "**" not in text.as_csv([table]) + text.as_json([table])
+    scores = [made | {"metrics": {"is_50k": made["metrics"][FID]}} for made in SOLVERS]
+    [table] = build_tables(scores)
+    assert [row for row in table.rows if table.is_best(row, 5)] == ["η=0.0"]  # more is better
+    [steps] = build_tables(RECORDS)
+    assert not any(verdict for line in steps.lines() for verdict in line.verdicts)
+
+
+def test_files_state_both_steps_and_evaluations() -> None:
+    tables = build_tables(SOLVERS)
+    rows = list(csv.DictReader(io.StringIO(text.as_csv(tables))))
+    assert {(row["sampler"], row["S"], row["nfe"]) for row in rows} == {
+        (made["label"], str(made["S"]), str(made["nfe"])) for made in SOLVERS
+    }
+    [content] = json.loads(text.as_json(tables))
+    assert (content["column"], content["columns"]) == ("NFE", [5, 10])
