@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.prediction import Clip, check_level
 from ddim.diffusion.registry import DIFFUSERS, RULES, check_arguments, find_rule
 from ddim.diffusion.rules import Rule
@@ -88,9 +89,9 @@ class SamplerSpec:
             raise ValueError(f"last_time={self.last_time!r} is not known; allowed: 0, 1.")
         if respaced is not None and self.S not in (None, respaced):
             raise ValueError(f"S={self.S} contradicts spacing={self.spacing}, which is {respaced} times; set S=null.")
-        for name, count in (("S", self.S), ("nfe", self.nfe)):
-            if count is not None and count < 1:
-                raise ValueError(f"{name}={count} must be at least 1.")
+        for name, value in (("S", self.S), ("nfe", self.nfe)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
         if self.nfe is not None and (self.S is not None or self.spacing not in SPACINGS):
             raise ValueError(f"nfe={self.nfe} takes the place of S: set S=null, and one of {', '.join(SPACINGS)}.")
         if explicit != (self.times is not None) or (respaced is None and explicit != (self.steps is None)):
@@ -101,7 +102,7 @@ class SamplerSpec:
         if self.rule == DIFFUSERS or self.scheduler is not None or self.spacing == "scheduler":
             self._check_scheduler_fields()
             return
-        rule, steps = self.build_rule(), len(self.times) if self.times is not None else self.S or respaced or 0
+        rule, steps = self.build_rule(), len(self.times) if self.times is not None else self.steps or respaced or 0
         if steps and rule.memory > steps:
             raise ValueError(
                 f"rule={self.rule} uses {rule.memory} predictions, which {steps} steps never have; take a lower order "
