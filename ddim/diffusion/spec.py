@@ -58,7 +58,6 @@ class SamplerSpec:
     rule: str = "ddim"
     eta: float | None = 0.0
     S: int | None = 50
-    nfe: int | None = None
     spacing: str = "linear"
     times: tuple[int, ...] | None = None
     steps_offset: int | None = None
@@ -70,6 +69,7 @@ class SamplerSpec:
     order: int | None = None
     kwargs: dict[str, Any] | None = None
     scheduler: str | None = None
+    nfe: int | None = None
 
     def __post_init__(self) -> None:
         respaced = None if self.has_file else respaced_count(self.spacing)
@@ -104,7 +104,7 @@ class SamplerSpec:
             return
         rule, steps = self.build_rule(), len(self.times) if self.times is not None else self.steps or respaced or 0
         if steps and rule.memory > steps:
-            raise ValueError(
+            raise (ValueError if self.nfe is None else NFENotPossible)(
                 f"rule={self.rule} uses {rule.memory} predictions, which {steps} steps never have; take a lower order "
                 f"or at least {rule.memory} steps."
             )

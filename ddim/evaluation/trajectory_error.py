@@ -82,7 +82,9 @@ class TrajectoryErrorSpec(JobSpec):
         tau = check_sampler(model, self.sampler)
         T = model.spec.schedule.T
         exact = self.exact_sampler(T)
-        check_sampler(model, dataclasses.replace(exact, S=1))  # from T on: what can fail, without the cost of T steps
+        check_sampler(
+            model, dataclasses.replace(exact, S=exact.order)
+        )  # from T on: what can fail, without the cost of T steps
         described = {
             "model": model_settings(model),
             "sampler": sampler_settings(exact, exact.tau(T)),
