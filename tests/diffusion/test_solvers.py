@@ -208,7 +208,7 @@ def run_diffusers(scheduler, S, x, model):
     scheduler.alphas_cumprod = SCHEDULE.alpha_bar[1:]
     for k, t in enumerate(scheduler.timesteps):
         output = model(x, torch.full((len(x),), times[k]))
-        if scheduler.config.algorithm_type.startswith("sde"):
+        if scheduler.config.get("algorithm_type", "").startswith("sde"):
             noise = step_noise(torch.arange(len(x)), SHAPE, 0, k + 1).double()
             x = scheduler.step(output, t, x, variance_noise=noise).prev_sample
         else:
@@ -251,7 +251,7 @@ def test_trajectories_equal_those_of_diffusers(name, spacing, S):
     diffusers = pytest.importorskip("diffusers")
     kind, options, rule, orders = DIFFUSERS[name]
     x_T = initial_noise(range(2), SHAPE, seed=0).double()
-    for order in orders:
+    for order in orders if S < 300 else orders[-1:]:
         # steps_offset=1: with leading, the last step of DEIS is otherwise from its time 0 to the same level.
         scheduler = getattr(diffusers, kind)(
             beta_end=0.02, solver_order=order, timestep_spacing=spacing, steps_offset=1, **options(order)
