@@ -26,6 +26,8 @@ from ddim.inference.sample_files import SampleSpec
 from ddim.inference.search_tau import SearchTauSpec
 from ddim.training.spec import TrainSpec
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 SHOWING = [

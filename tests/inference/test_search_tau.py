@@ -16,6 +16,8 @@ from ddim.inference.compute import ComputeSpec
 from ddim.inference.search_tau import SearchTauSpec, write_tau
 from ddim.inference.trajectories import SamplingContext, sample_from
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def spec(checkpoint: Path, tmp_path: Path) -> SearchTauSpec:

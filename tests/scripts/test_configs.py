@@ -32,6 +32,8 @@ from ddim.training.loggers import LoggerSpec
 from ddim.training.module import ObjectiveSpec, OptimSpec
 from ddim.training.spec import TrainerSpec
 
+pytestmark = pytest.mark.integration
+
 # What else is needed where an option leaves something to the user, or where the networks have other levels.
 WITH = {
     "data=folder": ["data.root=cats", "data.size=[32,32]"],

@@ -17,6 +17,8 @@ from ddim.evaluation.metrics import MetricSpec
 from ddim.networks import build_network
 from ddim.training.ema import EMASpec
 
+pytestmark = pytest.mark.integration
+
 # The script that an experiment belongs to is named by the command at its head.
 EXPERIMENTS = {
     name: re.findall(rf"scripts/(\w+)\.py.* experiment={name}\b", (CONFIGS / "experiment" / f"{name}.yaml").read_text())

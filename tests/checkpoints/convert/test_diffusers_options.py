@@ -22,6 +22,8 @@ from ddim import (
 )
 from ddim.checkpoints.convert.diffusers import read_sampler, read_scheduler, scheduler_config
 
+pytestmark = pytest.mark.integration
+
 LINEAR, ZERO_SNR = linear_schedule(), zero_terminal_snr(linear_schedule())
 STEPS = (5, 7, 10, 15, 50, 300)
 ETAS = (0.0, 0.3, 1.0)

@@ -18,6 +18,8 @@ from ddim.diffusion.schedule import cosine_schedule, from_betas, linear_schedule
 from ddim.errors import UserError
 from ddim.networks import UNet
 
+pytestmark = pytest.mark.integration
+
 FILES = (WEIGHTS_FILE, "unet/config.json", "scheduler/scheduler_config.json", "README.md", "model_index.json")
 
 

@@ -34,6 +34,8 @@ from ddim.checkpoints.convert.model_zoo import KNOWN_FILES, PRESETS, PublishedFi
 from ddim.diffusion.schedule import linear_schedule
 from ddim.networks import UNet
 
+pytestmark = pytest.mark.integration
+
 
 def assert_same_model(back, spec, state, step):
     assert same(back.state, state)

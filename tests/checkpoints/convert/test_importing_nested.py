@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from ddim.diffusion.schedule import linear_schedule
 
+pytestmark = pytest.mark.integration
+
 ONLINE, EMA = weights(NETWORK, 5), weights(NETWORK, 6)
 BETAS = (1 - linear_schedule(20).alpha_bar[1:] / linear_schedule(20).alpha_bar[:-1]).float()
 ADAM = {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 2e-4}]}

@@ -33,6 +33,8 @@ from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
 from ddim.networks import UNet
 
+pytestmark = pytest.mark.integration
+
 STATE = weights()
 NAME, NAMES = "mid.block_1.conv1.weight", list(STATE)
 

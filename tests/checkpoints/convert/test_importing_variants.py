@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 from ddim.checkpoints import read_model, save_model
 from ddim.diffusion.schedule import ScheduleSpec, cosine_schedule, scaled_linear_schedule
 
+pytestmark = pytest.mark.integration
+
 
 def nested(name):
     """`torch.compile` of parts of a network leaves its prefix in the middle of a name."""
