@@ -16,6 +16,8 @@ from ddim.errors import UserError
 from ddim.figures.layout import animate, arrange, draw, lay_out
 from ddim.figures.panels import Axis, Panel
 
+pytestmark = pytest.mark.integration
+
 
 def axis(*labels: str) -> Axis:
     return tuple({"label": label} for label in labels)

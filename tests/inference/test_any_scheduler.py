@@ -24,7 +24,8 @@ from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, s
 from ddim.inference.generate import check_sampler, generate, network_evaluations
 from ddim.results.report import write_report
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of diffusers with NumPy 2
+# The warning is of diffusers with NumPy 2.
+pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")]
 diffusers = pytest.importorskip("diffusers")
 SCHEDULE = linear_schedule(1000)
 SHAPE = (1, 2, 2)

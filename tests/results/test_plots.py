@@ -12,6 +12,8 @@ from ddim.results import plots
 from ddim.results.protocol import completed
 from ddim.results.report import build_tables, write_report
 
+pytestmark = pytest.mark.integration
+
 H200 = {"device": "NVIDIA H200", "processes": 2, "batch_size": 250}
 
 

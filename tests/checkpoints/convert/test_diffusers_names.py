@@ -11,6 +11,8 @@ from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.checkpoints.convert.parameter_names import ParameterNames, to_diffusers
 from ddim.networks import UNet
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
