@@ -18,7 +18,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.integration
 Run = Callable[..., Any]
-INPUTS, SEED = int(os.environ.get("FUZZ", "8")), int(os.environ.get("FUZZ_SEED", "0"))
+INPUTS, SEED = int(os.environ.get("FUZZ", "4")), int(os.environ.get("FUZZ_SEED", "0"))
 MODEL = "checkpoint=tiny.ckpt compute.device=cpu output_dir=out"
 DATA = "data=folder data.root=images data.size=[8,8] data.channels=1"
 EVALUATE = f"{MODEL} {DATA} metric=pixels n=2 grid=0 sampler.S=1"
