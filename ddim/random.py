@@ -31,6 +31,12 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed={seed} must lie in 0 .. 2**64 - 1.")
 
 
+def check_image_numbers(first: int, count: int) -> None:
+    """Raise ValueError unless the `count` images from number `first` on have 32-bit numbers, 0 .. 2**32 - 1."""
+    if not 0 <= first <= (1 << 32) - count:
+        raise ValueError(f"first={first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
+
+
 def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: int) -> tuple[Tensor, ...]:
     """Return the four 32-bit words (int64 tensors, 0 .. 2**32 - 1) of Philox-4x32-10 at `counter` under the key `seed`.
 

@@ -16,13 +16,13 @@ from ddim.data.datasets import DataSpec
 from ddim.diffusion.labels import asked_steps, title
 from ddim.distributed import Processes
 from ddim.evaluation.feature_stats import FeatureSet, moments
-from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_metrics
 from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
 from ddim.inference.generate import check_sampler, generate_batches, network_evaluations, progress
 from ddim.io import Tensors
-from ddim.random import check_seed
+from ddim.random import check_image_numbers, check_seed
 from ddim.results.records import Record
 
 # Entries of a shard besides features: seconds (sampling, extraction), and the images of the grid.
@@ -66,8 +66,7 @@ class EvaluateSpec(JobSpec):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1, and at most {most:,}.")
         check_seed(self.seed)
         super().__post_init__()
-        if not 0 <= self.first <= (1 << 32) - self.n * self.repeats:
-            raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
+        check_image_numbers(self.first, self.n * self.repeats)
 
     @property
     def indices(self) -> range:
@@ -175,7 +174,7 @@ def generate_shards(spec: EvaluateSpec, job: Job, processes: Processes) -> None:
             if spec.save_images:
                 _save_images(spec, job, images, batch)
             seconds = torch.tensor([sampled - start, time.perf_counter() - sampled], dtype=torch.float64)
-            write(batch, {**features, SHOWN: images[: _shown(spec, batch)], SECONDS: seconds})
+            write(batch, {**features, SHOWN: images[: count_shown(spec.grid, batch, spec.first)], SECONDS: seconds})
             start = time.perf_counter()
 
 
@@ -200,14 +199,9 @@ def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, processes: Proc
     return results
 
 
-def _shown(spec: EvaluateSpec, batch: range) -> int:
-    """Return how many images of a batch are in the grid."""
-    return min(len(batch), max(0, spec.first + spec.grid - batch.start))
-
-
 def _suffices(spec: EvaluateSpec, job: Job, batch: range, tensors: Tensors) -> bool:
     saved = not spec.save_images or all(_image_path(spec, job, i).exists() for i in batch)
-    return saved and len(tensors[SHOWN]) >= _shown(spec, batch)
+    return saved and len(tensors[SHOWN]) >= count_shown(spec.grid, batch, spec.first)
 
 
 def _save_images(spec: EvaluateSpec, job: Job, images: Tensor, batch: range) -> None:

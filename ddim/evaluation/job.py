@@ -170,6 +170,11 @@ class Job:
         return processes.broadcast(record)
 
 
+def count_shown(grid: int, batch: range, first: int = 0) -> int:
+    """Return how many images of a batch are in a grid of the images from number `first` on."""
+    return min(len(batch), max(0, first + grid - batch.start))
+
+
 def check_shape(model: LoadedModel, images: Images) -> None:
     """Refuse a data set whose images have another shape than those of the model.
 

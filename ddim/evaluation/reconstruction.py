@@ -19,7 +19,7 @@ from ddim.diffusion.sampling import trajectory
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.errors import UserError
-from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
@@ -125,7 +125,7 @@ def evaluate(spec: ReconstructSpec, session: Session | None = None) -> tuple[Rec
 def reconstruct_shards(spec: ReconstructSpec, job: Job, images: Images, processes: Processes) -> None:
     """Encode and decode the missing images and store their errors, each process its share."""
     shards = job.shards
-    shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= _shown(spec, batch), processes)
+    shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= count_shown(spec.grid, batch), processes)
     batches = shards.missing(job.compute.batch_size, processes)
     with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
         for batch, tensors in map_batches(batches, lambda batch: _reconstruct_batch(spec, job, images, batch, bar)):
@@ -180,10 +180,5 @@ def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: r
     x_0 = normalize(pixels.to(job.compute.device))
     x = reconstruct(job.model, spec.sampler, x_0, job.compute, bar)
     errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
-    pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: _shown(spec, batch)]
+    pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: count_shown(spec.grid, batch)]
     return {ERRORS: errors, SHOWN: pairs, SECONDS: torch.tensor(time.perf_counter() - start, dtype=torch.float64)}
-
-
-def _shown(spec: ReconstructSpec, batch: range) -> int:
-    """Return how many images of a batch are in the grid."""
-    return min(len(batch), max(0, spec.grid - batch.start))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddim.diffusion.labels import asked_steps, row_label, title
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
-from ddim.evaluation.job import Job, JobSpec, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import Job, JobSpec, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
@@ -82,9 +82,8 @@ class TrajectoryErrorSpec(JobSpec):
         tau = check_sampler(model, self.sampler)
         T = model.spec.schedule.T
         exact = self.exact_sampler(T)
-        check_sampler(
-            model, dataclasses.replace(exact, S=exact.order)
-        )  # from T on: what can fail, without the cost of T steps
+        # From T on: what can fail, without the cost of T steps.
+        check_sampler(model, dataclasses.replace(exact, S=exact.order))
         described = {
             "model": model_settings(model),
             "sampler": sampler_settings(exact, exact.tau(T)),
@@ -147,7 +146,7 @@ def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> 
 def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes: Processes) -> None:
     """Sample the missing images and store their errors, each process its share."""
     shards, compute = job.shards, job.compute
-    shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= _shown(spec, batch), processes)
+    shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= count_shown(spec.grid, batch), processes)
     batches = shards.missing(compute.batch_size, processes)
     with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
         start = time.perf_counter()
@@ -155,7 +154,7 @@ def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes
             pixels, x_0 = to_pixels(x_0), x_0.cpu()
             seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
             errors = (x_0 - exact[batch.start : batch.stop]).double().square().flatten(1).mean(1)
-            write(batch, {ERRORS: errors, SHOWN: pixels[: _shown(spec, batch)], SECONDS: seconds})
+            write(batch, {ERRORS: errors, SHOWN: pixels[: count_shown(spec.grid, batch)], SECONDS: seconds})
             start = time.perf_counter()
 
 
@@ -173,8 +172,3 @@ def measure(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> dict[s
                 results["grid"] = f"grids/trajectory_NFE{job.steps:04d}_{job.key[:6]}.png"
                 save_png(grid(shards.read_all(SHOWN)[: spec.grid]), job.output_dir / results["grid"])
     return results
-
-
-def _shown(spec: TrajectoryErrorSpec, batch: range) -> int:
-    """Return how many images of a batch are in the grid."""
-    return min(len(batch), max(0, spec.grid - batch.start))

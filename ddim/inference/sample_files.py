@@ -20,7 +20,7 @@ from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler, generate, network_evaluations, progress, to_pixels
 from ddim.inference.trajectories import SamplingContext, record_steps
 from ddim.io import partial_files
-from ddim.random import check_seed
+from ddim.random import check_image_numbers, check_seed
 
 MOST_BYTES = 1 << 28  # of images that are kept before their files are written
 SMALLEST_FILE = 512  # bytes on a disk, with its entry
@@ -62,8 +62,7 @@ class SampleSpec:
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1.")
-        if not 0 <= self.first <= (1 << 32) - self.n:
-            raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
+        check_image_numbers(self.first, self.n)
         check_seed(self.seed)
 
 
