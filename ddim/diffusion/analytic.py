@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddim.diffusion.json_file import read_json
 from ddim.diffusion.objective import q_sample
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.rules import DDIM, Coefficients, Rule, posterior_std
@@ -40,7 +41,6 @@ from ddim.random import VARIANCE, gaussian
 
 Table = Sequence[tuple[float, float]]  # (alpha_bar, m_t) of each time, alpha_bar increasing
 
-_MOST_BYTES = 1 << 24  # of a file; a thousand times take a tenth of a megabyte
 _ROUNDING = 1e-9  # relative; a schedule may be computed on another machine
 
 
@@ -123,12 +123,10 @@ def read_table(file: str | None) -> tuple[Table, str]:
     """
     if not isinstance(file, str) or not file:
         raise ValueError(f"analytic needs file=PATH, which scripts/estimate_variance.py writes, not file={file!r}.")
-    path = Path(file).expanduser()
-    if not path.is_file():  # nor a fifo, which would be read for ever
+    if not Path(file).expanduser().is_file():  # nor a fifo, which would be read for ever
         raise ValueError(f"file={file} does not exist or is no regular file; scripts/estimate_variance.py writes one.")
     try:
-        with path.open("rb") as stream:
-            content = json.loads(stream.read(_MOST_BYTES))
+        content = read_json(file)
         levels, squares = ([float(x) for x in content[key]] for key in ("alpha_bar", "mean_square"))
         table = tuple(sorted(zip(levels, squares, strict=True)))
         _check_table(table)

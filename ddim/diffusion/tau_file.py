@@ -1,9 +1,8 @@
 """A file of times: JSON with `tau` and the `T` that they belong to, as scripts/search_tau.py writes it."""
 
-import json
-from pathlib import Path
 from typing import NamedTuple
 
+from ddim.diffusion.json_file import read_json
 from ddim.diffusion.timesteps import explicit_tau
 
 SUFFIX = ".json"
@@ -28,7 +27,7 @@ def read_tau(path: str) -> TauFile:
         ValueError: there is no such file, or it holds no times in 1..T.
     """
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = read_json(path)
         T, tau = content["T"], content["tau"]
         if not all(type(number) is int for number in (T, *tau)):
             raise TypeError("T and tau must be integers")

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel, load_model
+from ddim.config import FilePath, check_name
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import Model
 from ddim.diffusion.spec import SamplerSpec
@@ -24,7 +25,7 @@ from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler, progress
 from ddim.io import atomic_write, check_can_write, explain_write_errors
-from ddim.random import check_seed
+from ddim.random import check_image_numbers, check_seed
 from ddim.results.records import code_revision
 
 log = logging.getLogger(__name__)
@@ -48,11 +49,12 @@ class SearchTauSpec:
         overwrite: replace the file of an earlier search.
 
     Raises:
-        ValueError: n below 1, image numbers or a seed out of range, a stochastic sampler, or S out of range.
+        ValueError: n below 1, image numbers or a seed out of range, a stochastic sampler, S out of range, or a
+            name that is none.
     """
 
-    checkpoint: str
-    output_dir: str
+    checkpoint: FilePath
+    output_dir: FilePath
     name: str
     compute: ComputeSpec
     sampler: SamplerSpec = field(default_factory=SamplerSpec)
@@ -64,10 +66,10 @@ class SearchTauSpec:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        check_name(self.name)
         if self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1.")
-        if not 0 <= self.first <= (1 << 32) - 2 * self.n:
-            raise ValueError(f"first={self.first} is out of range: image numbers lie in 0 .. 2**32 - 1.")
+        check_image_numbers(self.first, 2 * self.n)
         check_seed(self.seed)
         if self.sampler.build_rule().convergence is None:
             raise ValueError("the search needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 from itertools import pairwise
 
 import numpy as np
@@ -309,6 +310,18 @@ def test_a_folder_is_no_file_of_times(tmp_path):
     (tmp_path / "tau.json").mkdir()
     with pytest.raises(ValueError, match="cannot be read"):
         SamplerSpec(S=None, spacing=str(tmp_path / "tau.json"))
+
+
+def test_a_fifo_is_no_file_of_times(tmp_path):
+    """It would be read for ever."""
+    os.mkfifo(tmp_path / "tau.json")
+    with pytest.raises(ValueError, match="cannot be read \\(it is no regular file\\)"):
+        SamplerSpec(S=None, spacing=str(tmp_path / "tau.json"))
+
+
+def test_the_home_folder_is_known_in_the_path_of_times(tau_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(tau_file.parent))
+    assert SamplerSpec(S=None, spacing="~/searched.json").tau(100) == (3, 40, 90)
 
 
 def test_times_of_another_T_are_refused(tau_file):

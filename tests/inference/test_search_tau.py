@@ -65,6 +65,7 @@ def test_the_same_search_writes_the_same_file(spec: SearchTauSpec) -> None:
         ({"sampler": SamplerSpec(eta=1.0, S=3)}, "needs a deterministic sampler"),
         ({"sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))}, "the search chooses the times"),
         ({"candidates": 1}, r"candidates=1 must be at least sampler.S=2"),
+        ({"name": "../searched"}, "must be a file name without a folder"),
     ],
 )
 def test_values_out_of_range_are_refused(spec: SearchTauSpec, changes: dict[str, Any], message: str) -> None:
