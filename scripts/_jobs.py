@@ -1,6 +1,8 @@
 """The jobs of a sweep, known before the first of them runs."""
 
+import copy
 import itertools
+import re
 from typing import Any
 
 from _messages import CONFIGS
@@ -42,14 +44,43 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
             swept = override.is_sweep_override()
             values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
             choices[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
-        configs = [compose(config_name, list(job)) for job in itertools.product(*choices.values())]
-        if any("${now:" in OmegaConf.to_yaml(config) for config in configs):  # the jobs start later
+        configs = _compose_all(config_name, [list(job) for job in itertools.product(*choices.values())])
+        if any("${now:" in str(OmegaConf.to_container(config)) for config in configs):  # the jobs start later
             return None
         try:
             plain = [to_plain(config) for config in configs]
         except InterpolationResolutionError:  # only a running job knows values such as ${hydra:job.num}
             return None
     return plain, settings.launcher._target_.endswith("BasicLauncher")
+
+
+def _compose_all(config_name: str, jobs: list[list[str]]) -> list[DictConfig]:
+    """Return the configuration of each job, a list of overrides.
+
+    Hydra composes each choice of groups, a tenth of a second of work, and values are set afterwards.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+
+    loader = GlobalHydra.instance().config_loader()
+    parser = OverridesParser.create(config_loader=loader)
+    is_value = {}
+    for word in {word for job in jobs for word in job}:
+        override = parser.parse_override(word)
+        key, plain = override.get_key_element(), override.type == OverrideType.CHANGE
+        if plain and re.fullmatch(r"(?!hydra\b)[\w.]+", key) and not loader.get_group_options(key):
+            is_value[word] = (key, override.value())
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    configs = []
+    for job in jobs:
+        choices = tuple(word for word in job if word not in is_value)
+        if choices not in composed:
+            composed[choices] = compose(config_name, list(choices))
+        configs.append(copy.deepcopy(composed[choices]))
+        for word in job:
+            if word in is_value:
+                OmegaConf.update(configs[-1], *is_value[word])
+    return configs
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
