@@ -34,11 +34,13 @@ class Processes:
         rank: number of this process, 0 .. world_size - 1.
         world_size: how many there are.
         local_rank: number of this process on its machine.
+        group: that connects them; None is the default group.
     """
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    group: distributed.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -50,7 +52,7 @@ class Processes:
         if self.world_size == 1:
             return value
         values = [value]
-        distributed.broadcast_object_list(values)
+        distributed.broadcast_object_list(values, group=self.group)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
@@ -58,7 +60,7 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value)
+        distributed.all_gather_object(values, value, group=self.group)
         return values
 
     def run_on_main(self, call: Callable[[], T]) -> T:
@@ -77,7 +79,7 @@ class Processes:
         """Return the elementwise sum over all processes, on the CPU."""
         values = values.cpu()
         if self.world_size > 1:
-            distributed.all_reduce(values)
+            distributed.all_reduce(values, group=self.group)
         return values
 
     @contextmanager
@@ -108,6 +110,15 @@ class Processes:
 
 
 SINGLE_PROCESS = Processes()
+
+
+def training_processes(rank: int, world_size: int, local_rank: int) -> Processes:
+    """Return this process among those of a training, which a backend may connect that knows no tensors of the CPU.
+
+    All of them must call this together.
+    """
+    group: Any = distributed.new_group(backend="gloo", timeout=TIMEOUT) if world_size > 1 else None
+    return Processes(rank, world_size, local_rank, group)
 
 
 def join_process_group() -> Processes:

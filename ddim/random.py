@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What the numbers are for. Two streams with the same seed, step and index are independent of each other.
+# What the numbers are for; 8 is VALIDATION in ddim/training/heldout.py. Two streams with the same seed, step and index
+# are independent of each other.
 SAMPLING, TRAINING_NOISE, TRAINING_TIME, SHUFFLE, FLIP, DROPOUT, WEIGHTS, VARIANCE = range(8)
 
 _WORD = 0xFFFFFFFF

@@ -33,7 +33,7 @@ def main(config: dict[str, Any]) -> None:
     if spec.dry_run:
         print("\n".join(dry_run(spec)))
     else:
-        print(f"checkpoint: {train(spec, config)}")
+        print(f"checkpoint: {train(spec, config).checkpoint}")
 
 
 def group_runs(config: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,12 +136,15 @@ class EvaluateSpec(JobSpec):
         return {"name": images.name, "images": len(images), "fingerprint": session.fingerprint(self.data, split)}
 
 
-def evaluate(spec: EvaluateSpec, session: Session | None = None) -> tuple[Record, bool]:
+def evaluate(
+    spec: EvaluateSpec, session: Session | None = None, more: Mapping[str, float] | None = None
+) -> tuple[Record, bool]:
     """Return the record of an evaluation, and whether it was computed now rather than found among the records.
 
     Args:
         spec: what to evaluate; of `spec.repeats` ranges this is the first, see `repetitions`.
         session: what this evaluation shares with others, and the processes that compute it.
+        more: further metrics of the same weights, for a new record.
 
     Raises:
         UserError: bad input, before any image is generated; another run is computing the same; or a batch cannot be
@@ -157,6 +160,8 @@ def evaluate(spec: EvaluateSpec, session: Session | None = None) -> tuple[Record
         reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir, shape)
         generate_shards(spec, job, session.processes)
         results = measure(spec, job, reference, session.processes)
+        if more and results:
+            results["metrics"] |= more
         return job.append_record(results, session.processes), True
 
 

@@ -26,7 +26,7 @@ from ddim.training.module import step_ended
 
 log = logging.getLogger(__name__)
 
-LAST = "last.ckpt"
+LAST, BEST = "last.ckpt", "best.ckpt"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOP_CHECK_EVERY = 10  # steps between two checks whether any of several processes received a signal
 
@@ -93,7 +93,7 @@ class Checkpoints(Checkpoint):
     """Saves every so many steps, at the end, and on a signal to stop; keeps the newest few.
 
     Files are `step_XXXXXXXX.ckpt`; `last.ckpt` is a second name of the newest (a hard link where the file system has
-    them, else a copy).
+    them, else a copy), and `best.ckpt` of the best.
 
     Args:
         folder: gets the files.
@@ -101,16 +101,33 @@ class Checkpoints(Checkpoint):
         keep_last: how many of the newest are kept.
         keep_every: those whose step is a multiple of it are kept for good; 0 for none.
         stop: holds signals to stop back while the run trains.
+        keep_best: how many of the best are kept; they are saved also where `every` does not ask for it.
     """
 
-    def __init__(self, folder: Path, every: int, keep_last: int, keep_every: int, stop: StopSignals) -> None:
+    def __init__(
+        self, folder: Path, every: int, keep_last: int, keep_every: int, stop: StopSignals, keep_best: int = 0
+    ) -> None:
         self.folder, self.every, self.keep_last, self.keep_every = folder, every, keep_last, keep_every
-        self.stop = stop
+        self.stop, self.keep_best = stop, keep_best
         self.saved = 0  # the step of the newest checkpoint
+        self.best: list[tuple[float, int]] = []  # (metric, step), the best first; at least one if a step was ranked
+        self.ranked = 0  # the step that was ranked last, since this process started
+
+    def rank(self, metric: float, step: int) -> bool:
+        """Note the metric of this step, of which less is better; return whether it is the best so far."""
+        self.best = sorted({*self.best, (metric, step)})[: max(1, self.keep_best)]
+        self.ranked = step
+        return self.best[0] == (metric, step)
+
+    @property
+    def best_steps(self) -> list[int]:
+        """The steps whose checkpoints are kept as the best, the best first."""
+        return [step for _, step in self.best[: self.keep_best]]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle the stop signals also in a process that Lightning started."""
-        self.saved = trainer.global_step
+        if trainer.global_step != self.ranked:  # else a validation was made up for, and is saved with the step
+            self.saved = trainer.global_step
         if trainer.is_global_zero:
             for partial in self.folder.glob(".*.ckpt"):  # left by a save that was killed
                 partial.unlink()
@@ -126,11 +143,12 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save the step before if a checkpoint is due.
+        """Save the step before if a checkpoint is due, or if it is one of the best.
 
         Its metrics are written by now: they would be lost by a kill between the checkpoint and them.
         """
-        if trainer.global_step != self.saved and step_ended(trainer, batch_idx - 1, self.every):
+        step = trainer.global_step
+        if step != self.saved and (step_ended(trainer, batch_idx - 1, self.every) or step in self.best_steps):
             self.save(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -141,12 +159,15 @@ class Checkpoints(Checkpoint):
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of this step, point last.ckpt to it, and remove those that are not kept."""
         self.saved = trainer.global_step
-        path = self.folder / f"step_{self.saved:08d}.ckpt"
+        path = step_file(self.folder, self.saved)
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
-            _link(path, self.folder / LAST)
+            if self.best_steps[:1] == [self.saved]:
+                _link(path, self.folder / BEST)
+            _link(path, self.folder / LAST)  # after the best: a kill in between leaves the step to be done again
             for old in _steps(self.folder)[self.keep_last :]:
-                if old != path and (not self.keep_every or _step(old) % self.keep_every):
+                kept = old == path or _step(old) in self.best_steps
+                if not kept and (not self.keep_every or _step(old) % self.keep_every):
                     old.unlink()
 
     def _stop_requested(self, trainer: Trainer) -> bool:
@@ -184,6 +205,11 @@ def _steps(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, the newest first; files of other names, such as copies, are the user's."""
     paths = [path for path in folder.glob("step_*.ckpt") if re.fullmatch(r"step_\d+", path.stem) and path.is_file()]
     return sorted(paths, key=_step, reverse=True)
+
+
+def step_file(folder: Path, step: int) -> Path:
+    """Return the checkpoint of a step."""
+    return folder / f"step_{step:08d}.ckpt"
 
 
 def _step(path: Path) -> int:

@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddim.checkpoints.model import read_checkpoint
+from ddim.signals import StopSignals
 from ddim.training.ema import EMA
 from ddim.training.module import step_ended
-from ddim.training.run import build_trainer, prepare
+from ddim.training.run import build_callbacks, build_trainer, prepare
 from ddim.training.spec import TrainSpec
+from ddim.training.validation import Validation
 
 
 def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
@@ -25,8 +27,10 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     checkpoint, data, module = prepare(spec, model)
     done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     stopwatch = Stopwatch(first=2)
-    ema: list[Callback] = [EMA(spec.ema)] if spec.ema else []
-    trainer = build_trainer(spec, spec.folder, [*ema, stopwatch], loggers=[], max_steps=stopwatch.first + steps)
+    callbacks = build_callbacks(spec, model.schedule.T, StopSignals())
+    measured = [ValidationTimer(callback) for callback in callbacks if isinstance(callback, Validation)]
+    used = [*(callback for callback in callbacks if isinstance(callback, EMA)), stopwatch, *measured]
+    trainer = build_trainer(spec, spec.folder, used, loggers=[], max_steps=stopwatch.first + steps)
     trainer.fit(module, data)
 
     t, seconds = spec.trainer, stopwatch.seconds_per_step
@@ -37,6 +41,9 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     size = 4 * parameters * copies  # of a checkpoint, in bytes
     kept = t.keep_last + (t.max_steps // t.keep_every if t.keep_every else 0) + 1  # one more while it is written
     left = t.max_steps - done
+    validations = t.max_steps // spec.eval.every - done // spec.eval.every if measured else 0
+    each = sum(timer.seconds for timer in measured)
+    and_validations = f" and {validations:,} validations of {each:.3g} s" if validations else ""
     return [
         f"network: {model.network}, {parameters:,} parameters, images {'x'.join(map(str, model.image_shape))}",
         f"data: {spec.data.name}, {images:,} images; {t.max_steps:,} steps of {t.batch_size} are "
@@ -45,13 +52,28 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
         f"{t.batch_size // (trainer.world_size * t.accumulate)} images each in a step; {t.precision}",
         f"schedule: {model.schedule.name}, T={model.schedule.T}; prediction {model.prediction}",
         f"throughput: {seconds:.3g} s/step over {stopwatch.steps} steps, {t.batch_size / seconds:,.0f} images/s",
-        f"time: {timedelta(seconds=round(seconds * left))} for {left:,} steps"
-        f"{f' from step {done:,} on' if done else ''}, grids not counted",
+        f"time: {timedelta(seconds=round(seconds * left + each * validations))} for {left:,} steps"
+        f"{f' from step {done:,} on' if done else ''}{and_validations}, grids not counted",
         f"memory: {_peak_memory(device) / 2**30:.2f} GiB at most on {device.type} so far",
         f"disk: {size / 2**20:,.0f} MiB a checkpoint, {kept} at most: {kept * size / 2**30:,.2f} GiB",
         f"folder: {spec.output_dir}",
         "no checkpoint was written; leave dry_run out to train.",
     ]
+
+
+class ValidationTimer(Callback):
+    """Times a validation after the last step, with the memory that training has taken.
+
+    Args:
+        validation: is prepared, and not run.
+    """
+
+    def __init__(self, validation: Validation) -> None:
+        self.validation, self.seconds = validation, 0.0
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the seconds of a validation."""
+        self.seconds = self.validation.prepare(trainer, pl_module)
 
 
 class Stopwatch(Callback):

@@ -36,6 +36,12 @@ class EMASpec:
             raise ValueError(f"decay={list(self.rates)} must hold at least one rate, and none twice.")
 
     @property
+    def labels(self) -> dict[str, float]:
+        """Label of the weights, as in weights=ema_RATE -> rate."""
+        first, *others = self.rates
+        return {"ema": first} | {f"ema_{rate:g}": rate for rate in others}
+
+    @property
     def rates(self) -> tuple[float, ...]:
         """All rates; the first is that of the average called ema."""
         return self.decay if isinstance(self.decay, tuple) else (self.decay,)
@@ -81,14 +87,14 @@ class EMA(Callback):
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
 
     @contextmanager
-    def applied(self, module: nn.Module) -> Iterator[None]:
-        """Use the first average as the weights of `module.network` inside the block.
+    def applied(self, module: nn.Module, label: str = "ema") -> Iterator[None]:
+        """Use the average of this label as the weights of `module.network` inside the block.
 
         The online weights are restored bitwise, also after an exception.
         """
         online = {name: parameter.detach().clone() for name, parameter in _parameters(module)}
         try:
-            _copy(self.shadow, module)
+            _copy(self.shadows[self.spec.labels[label]], module)
             yield
         finally:
             _copy(online, module)

@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,16 +32,30 @@ from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, exp
 from ddim.training.ema import EMA
 from ddim.training.lightning_workarounds import leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
-from ddim.training.module import DiffusionModule
+from ddim.training.module import COUNTS, DiffusionModule
 from ddim.training.resume import FINGERPRINT, check_images, check_state, explain_restore_errors, find_checkpoint
 from ddim.training.spec import TrainSpec
+from ddim.training.validation import STATE, Validation
 
 log = logging.getLogger(__name__)
 MAX_SIGNAL = 0.1  # of sqrt(alpha_bar[T]): 0.006 in Ho et al.'s schedule, 0.07 in latent diffusion's
 
 
-def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
-    """Train, and return the path of the last checkpoint.
+@dataclass(frozen=True)
+class Trained:
+    """What a training ends with.
+
+    Attributes:
+        checkpoint: the last one.
+        metric: the best value of the metric that `eval` chooses checkpoints by, of which less is better; None without.
+    """
+
+    checkpoint: Path
+    metric: float | None
+
+
+def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
+    """Train, and return the last checkpoint and the best metric.
 
     Args:
         spec: the run.
@@ -57,7 +72,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Path:
         return _train(spec, model, config)
 
 
-def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Path:
+def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trained:
     checkpoint, data, module = prepare(spec, model)
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
@@ -70,7 +85,8 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Path
     )
     loggers = build_loggers(spec.logger, spec.name, spec.folder, config)
     stop = StopSignals()
-    trainer = build_trainer(spec, spec.folder, build_callbacks(spec, model.schedule.T, stop), loggers)
+    callbacks = build_callbacks(spec, model.schedule.T, stop)
+    trainer = build_trainer(spec, spec.folder, callbacks, loggers)
     if (launcher := trainer.strategy.launcher) is not None:  # which may start processes that train
         stop.forward = partial(launcher.kill, signal.SIGTERM)
     with (
@@ -83,11 +99,14 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Path
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
     # The process that called `fit` need not be one that trained (ddp_spawn); one that did may get here before rank 0
     # has renamed its last checkpoint, and those of other nodes may not see the file.
-    step = max(trainer.global_step, read_checkpoint(last)["global_step"] if last.exists() else 0)
+    written: dict[str, Any] = read_checkpoint(last) if last.exists() else {"global_step": 0}
+    step = max(trainer.global_step, written["global_step"])
     if step < steps:
         raise Interrupted(f"stopped at step {step} of {steps} and saved it; go on with checkpoint=last.")
     log.info("trained %d steps; checkpoint: %s", steps, last)
-    return last
+    checkpoints = next(callback for callback in callbacks if isinstance(callback, Checkpoints))
+    best = checkpoints.best or written.get(COUNTS, {}).get(STATE, {}).get("best")
+    return Trained(last, best[0][0] if spec.eval.every and best else None)
 
 
 def prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Path | None, ImageDataModule, DiffusionModule]:
@@ -143,14 +162,17 @@ def build_callbacks(spec: TrainSpec, T: int, stop: StopSignals) -> list[Callback
     """Return the callbacks of a run with times 1..T, in the order in which they are called; `stop` ends it."""
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
+    checkpoints = Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every, stop, t.keep_best)
     callbacks: list[Callback] = [ema] if ema else []
+    if 0 < spec.eval.every <= t.max_steps:
+        callbacks.append(Validation(spec.eval, spec.evaluation(), ema, spec.objective.reduction, checkpoints))
     return [
         *callbacks,
         LossByTime(T, t.log_every),
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, spec.folder / "samples", ema, t.batch_size),
         DivergenceGuard(t.log_every, t.max_skipped),
-        Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every, stop),
+        checkpoints,
     ]
 
 

@@ -10,12 +10,15 @@ from ddim.data.datasets import DataSpec
 from ddim.diffusion.prediction import check_level
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
+from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.inference.compute import ComputeSpec
 from ddim.networks import NETWORKS
 from ddim.random import check_seed
 from ddim.results.wandb import LoggerSpec
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
 from ddim.training.module import ObjectiveSpec, OptimSpec
+from ddim.training.validation import EvalSpec
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class TrainerSpec:
         log_every, checkpoint_every: optimiser steps.
         keep_last: how many of the newest checkpoints are kept.
         keep_every: checkpoints whose step is a multiple of it are kept for good; 0 for none.
+        keep_best: how many of the best by `eval` are kept, the best also as best.ckpt; 0 for none.
         max_skipped: steps in a row that may be skipped because their gradient is not finite.
         overfit: train on the first `batch_size` images only, which a working training learns by heart.
         profiler: Lightning's simple (by hook) or advanced (by function) profiler, which writes into the folder of the
@@ -59,6 +63,7 @@ class TrainerSpec:
     checkpoint_every: int = 5000
     keep_last: int = 2
     keep_every: int = 0
+    keep_best: int = 1
     max_skipped: int = 100
     overfit: bool = False
     profiler: Literal["simple", "advanced"] | None = None
@@ -89,8 +94,9 @@ class TrainerSpec:
             raise ValueError(f"num_workers={self.num_workers} must be at most 1024; about the number of CPUs is best.")
         if self.winograd and self.precision != "32-true":
             raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
-        if self.keep_every < 0:
-            raise ValueError(f"keep_every={self.keep_every} must not be negative; 0 keeps none for good.")
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 keeps none for good.")
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ class TrainSpec:
 
     Raises:
         ValueError: the seed is out of range, or the name is none.
+        UserError: weights of `eval` that there are not.
     """
 
     name: str
@@ -122,6 +129,7 @@ class TrainSpec:
     trainer: TrainerSpec = field(default_factory=TrainerSpec)
     logger: LoggerSpec = field(default_factory=LoggerSpec)
     grid: GridSpec = field(default_factory=GridSpec)
+    eval: EvalSpec = field(default_factory=EvalSpec)
     seed: int = 0
     checkpoint: FilePath | None = None
     dry_run: bool = False
@@ -129,6 +137,9 @@ class TrainSpec:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_name(self.name)
+        averages = {} if self.ema is None else self.ema.labels
+        for label in self.eval.labels(self.ema is not None):
+            choose("eval.weights", label, {"online": None, **averages})
 
     @property
     def folder(self) -> Path:
@@ -158,7 +169,7 @@ class TrainSpec:
 
         Raises:
             UserError: the network's fields are wrong or do not fit the data, the network is to learn ε where nothing
-                but ε is left (zero terminal SNR), or the grid's sampler does not fit T.
+                but ε is left (zero terminal SNR), or a sampler, of the grid or of `eval`, does not fit T.
         """
         fields = dict(self.network)
         name = fields.pop("name", "unet")
@@ -173,4 +184,25 @@ class TrainSpec:
             check_level(model.prediction, model.schedule[model.schedule.T])
         with config_context("grid.sampler"):
             self.grid.sampler.check(model.schedule, model.prediction)
+        if self.eval.every and self.eval.n:
+            with config_context("eval.sampler"):
+                self.eval.sampler.check(model.schedule, model.prediction)
         return model
+
+    def evaluation(self) -> EvaluateSpec:
+        """Return the evaluation of `eval`; its weights, device and batch size are those of the process that trains."""
+        e, t = self.eval, self.trainer
+        with config_context("eval"):
+            return EvaluateSpec(
+                checkpoint="last",
+                name=self.name,
+                output_dir=self.output_dir,
+                sampler=e.sampler,
+                compute=ComputeSpec("auto", t.batch_size, compile=t.compile),
+                grid=0,
+                data=self.data,
+                metric=e.metric,
+                n=e.n or 1,  # 0 is the held-out loss alone
+                seed=e.seed,
+                reference_dir=e.reference_dir,
+            )

@@ -31,6 +31,7 @@ from ddim.training.ema import EMASpec
 from ddim.training.loggers import LoggerSpec
 from ddim.training.module import ObjectiveSpec, OptimSpec
 from ddim.training.spec import TrainerSpec
+from ddim.training.validation import EvalSpec
 
 pytestmark = pytest.mark.integration
 
@@ -218,3 +219,6 @@ def test_help_shows_every_key_below_the_top_of_training() -> None:
     assert set(config.ema) == fields(EMASpec)
     assert set(config.grid) == fields(GridSpec)
     assert set(config.grid.sampler) == fields(SamplerSpec)
+    assert set(config.eval) == fields(EvalSpec)
+    assert set(config.eval.sampler) == fields(SamplerSpec)
+    assert set(config.eval.metric) == fields(MetricSpec)

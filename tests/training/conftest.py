@@ -50,10 +50,16 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return base | {k: merge(base.get(k) or {}, v) if isinstance(v, dict) else v for k, v in changes.items()}
 
 
+@pytest.fixture(scope="session")
+def tiny():
+    """tiny(folder, trainer={"max_steps": 9}): the plain values of a tiny run in a folder."""
+    return lambda folder, **changes: merge(TINY | {"name": folder.name, "output_dir": str(folder)}, changes)
+
+
 @pytest.fixture
-def config(tmp_path):
+def config(tiny, tmp_path):
     """config("run", trainer={"max_steps": 9}): the plain values of a tiny run in the folder tmp_path/run."""
-    return lambda name="run", **changes: merge(TINY | {"name": name, "output_dir": str(tmp_path / name)}, changes)
+    return lambda name="run", **changes: tiny(tmp_path / name, **changes)
 
 
 @pytest.fixture
@@ -62,16 +68,16 @@ def run(config):
 
     def run(name: str = "run", **changes: Any) -> Path:
         values = config(name, **changes)
-        return train(build(TrainSpec, values, ""), values)
+        return train(build(TrainSpec, values, ""), values).checkpoint
 
     return run
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
+def finished_run(tmp_path_factory, tiny):
     """The folder of a run at step 2, which no test changes."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    values = merge(TINY, {"name": "run", "output_dir": str(folder), "trainer": {"max_steps": 2}})
+    values = tiny(folder, trainer={"max_steps": 2})
     train(build(TrainSpec, values, ""), values)
     return folder
 

@@ -50,6 +50,18 @@ def test_time_is_seconds_per_step_times_steps_left(report, run):
     assert 3600 * hours + 60 * minutes + seconds == pytest.approx(100_000 * seconds_per_step, rel=0.01)
 
 
+def test_time_includes_the_validations(report, run, tmp_path):
+    """Each of a number of seconds that follows from its network evaluations."""
+    measure = {"every": 1000, "n": 64, "heldout": 0, "metric": {"extractor": "pixels"}, "sampler": {"S": 10}}
+    lines = report(trainer={"max_steps": 10_500}, eval=measure)
+    each = float(re.search(r"for 10,500 steps and 10 validations of ([\d.e-]+) s, grids not counted", lines["time"])[1])
+    hours, minutes, seconds = map(int, lines["time"].split()[0].split(":"))
+    steps = 10_500 * float(lines["throughput"].split()[0])
+    assert 3600 * hours + 60 * minutes + seconds == pytest.approx(steps + 10 * each, rel=0.05)
+    assert 0.001 < each < 5
+    assert not (tmp_path / "run").exists()
+
+
 def test_dry_run_refuses_what_the_run_would_refuse(report, run):
     run(trainer={"max_steps": 2})
     with pytest.raises(UserError, match="already holds a run at step 2"):

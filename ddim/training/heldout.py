@@ -1,0 +1,78 @@
+"""The loss of images that are not trained on, at fixed times and noise."""
+
+import dataclasses
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ddim.checkpoints import LoadedModel
+from ddim.data.datasets import DataSpec, load_images
+from ddim.data.images import normalize
+from ddim.diffusion.objective import per_sample_loss
+from ddim.distributed import Processes
+from ddim.errors import UserError
+from ddim.inference.batching import map_batches, split
+from ddim.inference.compute import ComputeSpec
+from ddim.random import gaussian, random_words
+
+VALIDATION = 8  # a stream of random numbers, beside those in ddim/random.py
+Batches = list[tuple[range, Tensor]]  # image numbers, and their pixels, uint8 (b, C, H, W)
+
+
+def load_heldout(data: DataSpec, n: int, batch_size: int, processes: Processes) -> Batches:
+    """Return this process's share of the first n images of the test split, in batches.
+
+    Raises:
+        UserError: there is no test split, or it cannot be read.
+    """
+    if not n:
+        return []
+    if data.name in ("celeba", "folder"):  # of which few are needed
+        data = dataclasses.replace(data, in_memory=False)
+    try:
+        images = load_images(data, "test")
+    except UserError as error:
+        raise UserError(f"eval.heldout={n} takes images of the test split, and eval.heldout=0 none: {error}") from error
+    batches = split(range(min(n, len(images))), batch_size)[processes.rank :: processes.world_size]
+    return [(batch, images.batch(torch.tensor(batch))) for batch in batches]
+
+
+def heldout_loss(
+    model: LoadedModel, share: Batches, reduction: str, seed: int, compute: ComputeSpec, processes: Processes
+) -> dict[str, float]:
+    """Return the mean loss at fixed times and noise, and that of each quarter of the times 1..T that has images.
+
+    The time and the noise of image i are functions of (seed, i): the number depends on neither the step, nor the
+    number of processes, nor the batch size, up to the rounding of the network.
+
+    Args:
+        model: on the device of `compute`, in eval mode.
+        share: of this process.
+        reduction: over an image, a key of REDUCTIONS.
+        seed: of times and noise.
+        compute: the device.
+        processes: each with a share of its own; all return the loss of all.
+    """
+    spec, T = model.spec, model.spec.schedule.T
+    alpha_bar = spec.schedule.alpha_bar.to(compute.device)
+
+    @torch.inference_mode()
+    def rows(first: int, pixels: Tensor, numbers: range) -> Tensor:
+        pixels = pixels[numbers.start - first : numbers.stop - first]
+        indices = torch.arange(numbers.start, numbers.stop, device=compute.device)
+        t = 1 + (random_words(seed, VALIDATION, 0, indices)[:, 0] * T >> 32)
+        eps = gaussian(seed, VALIDATION, 1, indices, spec.image_shape)
+        x0 = normalize(pixels.to(compute.device))
+        losses = per_sample_loss(model, alpha_bar, x0, t, eps, prediction=spec.prediction, reduction=reduction)
+        return torch.stack([indices, t, losses], dim=1).double().cpu()
+
+    parts = [torch.empty(0, 3, dtype=torch.float64)]
+    with processes.barrier():
+        for batch, pixels in share:
+            parts += [part for _, part in map_batches([batch], partial(rows, batch.start, pixels))]
+    table = torch.cat(processes.gather(torch.cat(parts)))
+    _, t, losses = table[table[:, 0].argsort()].T
+    quarters = ((t - 1) * 4 // T).long()
+    means = {f"loss_q{k + 1}": losses[quarters == k].mean() for k in range(4) if (quarters == k).any()}
+    return {"loss": float(losses.mean())} | {name: float(mean) for name, mean in means.items()}
