@@ -23,7 +23,7 @@ from ddim.inference import generate as generate_module
 from ddim.inference import trajectories
 from ddim.inference.batching import share
 from ddim.inference.sample_files import SampleSpec, write_samples
-from ddim.io import Tensors
+from ddim.io import Tensors, read_safetensors
 
 
 def rows(batch: range) -> torch.Tensor:
@@ -150,13 +150,22 @@ def write_pictures(processes: Processes, spec: EvaluateSpec, to: Path) -> tuple[
 
             patch.setattr(module, "sample_steps", sample_steps)
         for kind in ("grid", "png", "gif"):
-            write_samples(SampleSpec(output_dir=str(to / kind), sampler=spec.sampler, n=11, format=kind, **given), processes)
-        write_figures(FigureSpec("samples", name="a", output_dir=str(to / "figure"), S=(3,), etas=(1.0,), **given), processes)
+            write_samples(
+                SampleSpec(output_dir=str(to / kind), sampler=spec.sampler, n=11, format=kind, **given), processes
+            )
+        write_figures(
+            FigureSpec("samples", name="a", output_dir=str(to / "figure"), S=(3,), etas=(1.0,), **given), processes
+        )
     return numbers
 
 
-def written(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def written(folder: Path) -> dict[str, Any]:
+    """Return the content of each file; of tensors as lists, since their file has its entries in any order."""
+    files: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for name in [name for name in files if name.endswith(".safetensors")]:
+        tensors, metadata = read_safetensors(folder / name)
+        files[name] = {key: value.tolist() for key, value in tensors.items()}, metadata
+    return files
 
 
 @pytest.mark.integration

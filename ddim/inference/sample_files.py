@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -168,14 +167,12 @@ def _present(model: LoadedModel, spec: SampleSpec, folder: Path, indices: range)
     """
     wanted = _made_from(model, spec)
     # The folder is listed, since there may be far more images to come than files.
-    for entry in os.scandir(folder) if folder.is_dir() else ():
-        number = entry.name.removesuffix(".png")
-        if not number.isdecimal() or int(number) not in indices or entry.name != _file_name(int(number)):
+    for path in folder.glob("*.png"):
+        if not path.stem.isdecimal() or int(path.stem) not in indices or path.name != _file_name(int(path.stem)):
             continue
-        text = read_png_text(Path(entry.path), TEXT)
-        if text != wanted:
-            raise _refused(Path(entry.path), _differences(text, wanted))
-        yield int(number)
+        if (text := read_png_text(path, TEXT)) != wanted:
+            raise _refused(path, _differences(text, wanted))
+        yield int(path.stem)
 
 
 def _refused(path: Path, why: str) -> UserError:

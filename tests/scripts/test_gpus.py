@@ -15,7 +15,14 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.mark.parametrize(
     ("named", "expected"),
-    [("5,7", ["5", "7"]), (" 0, 2 ", ["0", "2"]), ("GPU-1a,MIG-2", ["GPU-1a", "MIG-2"]), ("", []), ("-1", []), ("1,-1,0", ["1"])],
+    [
+        ("5,7", ["5", "7"]),
+        (" 0, 2 ", ["0", "2"]),
+        ("GPU-1a,MIG-2", ["GPU-1a", "MIG-2"]),
+        ("", []),
+        ("-1", []),
+        ("1,-1,0", ["1"]),
+    ],
 )
 def test_gpus_are_those_that_cuda_may_see(monkeypatch: pytest.MonkeyPatch, named: str, expected: list[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
@@ -60,9 +67,9 @@ def test_each_process_has_its_own_gpu_until_it_ends(monkeypatch: pytest.MonkeyPa
     running["7"][0].join()
     again, *running["7"] = start()
     assert again == "7"
-    for process, connection in (*running.values(), (process, connection)):
-        connection.send(None)
-        process.join()
+    for ended, end in (*running.values(), (process, connection)):
+        end.send(None)
+        ended.join()
 
 
 def test_without_a_gpu_nothing_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

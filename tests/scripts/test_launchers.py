@@ -10,15 +10,20 @@ import pytest
 from ddim.checkpoints.model import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["experiment=digits", "trainer.accelerator=cpu", "trainer.max_steps=2", "trainer.log_every=1", "grid.every=0", "name=lr${optim.lr}_${oc.env:CUDA_VISIBLE_DEVICES}"]
+SMALL = [
+    "experiment=digits",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+    "trainer.log_every=1",
+    "grid.every=0",
+    "name=lr${optim.lr}_${oc.env:CUDA_VISIBLE_DEVICES}",  # known to the job
+]
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "package"), [("box", "joblib_launcher"), ("submitit_local", "submitit_launcher")]
-)
+@pytest.mark.parametrize(("launcher", "package"), [("box", "joblib_launcher"), ("submitit_local", "submitit_launcher")])
 def test_each_job_of_a_sweep_trains_in_a_process_of_its_own(tmp_path, launcher, package):
     """Of a box each with its own GPU; here there are none, but two names."""
     pytest.importorskip(f"hydra_plugins.hydra_{package}")

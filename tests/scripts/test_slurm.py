@@ -98,7 +98,9 @@ def test_a_batch_file_asks_for_what_a_job_needs(file):
     assert (options["gpus-per-node"], options["ntasks-per-node"], options["cpus-per-task"]) == ("1", "1", "8")
     assert re.fullmatch(r"(12|24):00:00", options["time"])
     folder = Path(options["output"]).parent  # SLURM does not make it: git keeps it, and nothing else in it
-    ignored = [subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", folder / name]) for name in (".gitkeep", "x.log")]
+    ignored = [
+        subprocess.run(["git", "-C", ROOT, "check-ignore", "-q", folder / name]) for name in (".gitkeep", "x.log")
+    ]
     assert (ROOT / folder / ".gitkeep").is_file()
     assert [done.returncode for done in ignored] == [1, 0]
 
