@@ -201,7 +201,7 @@ def test_a_process_without_a_batch_is_told_the_batch_size(caplog: pytest.LogCapt
     assert [share(batches, Processes(rank, 4)) for rank in range(4)] == [[batches[0]], [batches[1]], [], []]
     [record] = caplog.records
     assert record.getMessage() == (
-        "2 batches for 4 processes, so some have nothing to do; compute.batch_size=3 shares them out."
+        "only 2 of 4 processes have a batch to compute; compute.batch_size=2 shares the images out."
     )
     share(batches, Processes(0, 2))
     share(batches, SINGLE_PROCESS)

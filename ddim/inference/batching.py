@@ -57,7 +57,7 @@ def map_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Iter
 def share(batches: Sequence[range], processes: Processes) -> Sequence[range]:
     """Return the batches that this process computes, of those that all of them have."""
     if processes.is_main and 0 < len(batches) < processes.world_size:
-        _warn_of_idle_processes(len(batches), processes.world_size, max(map(len, batches)))
+        _warn_of_idle_processes(len(batches), processes.world_size, sum(map(len, batches)))
     return batches[processes.rank :: processes.world_size]
 
 
@@ -74,8 +74,9 @@ def map_shared(batches: Sequence[range], compute: Callable[[range], T], processe
 
 @cache  # for the figures, which sample often: a single warning
 def _warn_of_idle_processes(batches: int, processes: int, images: int) -> None:
-    advice = f"; compute.batch_size={-(-images * batches // processes)} shares them out" if images > 1 else ""
-    log.warning("%d batches for %d processes, so some have nothing to do%s.", batches, processes, advice)
+    size = max(1, images // processes)
+    advice = f"; compute.batch_size={size} shares the images out" if images > batches else ""
+    log.warning("only %d of %d processes have a batch to compute%s.", batches, processes, advice)
 
 
 def _out_of_memory(error: Exception) -> bool:
