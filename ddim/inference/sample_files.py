@@ -185,7 +185,8 @@ def _differences(text: str | None, wanted: str) -> str:
         old, new = dict(json.loads(text or "")), json.loads(wanted)
     except (ValueError, TypeError):
         return ""
-    return f" ({', '.join(f'{key}={old.get(key)}, not {new[key]}' for key in new if old.get(key) != new[key])})"
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return f" ({', '.join(f'{key}={old.get(key)}, not {new.get(key)}' for key in keys)})"
 
 
 def _made_from(model: LoadedModel, spec: SampleSpec) -> str:

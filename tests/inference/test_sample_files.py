@@ -223,6 +223,10 @@ def test_the_same_command_computes_only_missing_images(spec: SampleSpec, compute
         ({"sampler": SamplerSpec(S=5, eta=0.5)}, "eta=1.0, not 0.5"),
         ({"sampler": SamplerSpec(S=6, eta=1.0)}, r"S=5, not 6, tau_hash=\w+, not \w+"),
         ({"sampler": SamplerSpec(S=5, eta=1.0, spacing="quadratic")}, r"tau_hash=\w+, not \w+"),
+        (
+            {"sampler": SamplerSpec(S=5, eta=1.0, clip="x0", clip_range=2.0)},
+            "clip=none, not x0, clip_range=None, not 2.0",
+        ),
         ({"weights": "online"}, r"weights_hash=\w+, not \w+"),
         ({"compute": ComputeSpec("cpu", bf16=True)}, "bf16=False, not True"),
     ],
