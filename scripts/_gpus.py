@@ -34,13 +34,17 @@ def own_gpu() -> str:
     """
     if not (gpus := visible_gpus()):
         return ""
-    user = getattr(os, "getuid", int)()
-    for number in count():
-        lock = FileLock(Path(tempfile.gettempdir()) / f"ddim_{user}_{os.getppid()}_{number}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        _held.append(lock)
-        return gpus[number % len(gpus)]
-    raise AssertionError
+    name = f"ddim_{getattr(os, 'getuid', int)()}_{os.getppid()}"
+    number = next(n for n in count() if _take(Path(tempfile.gettempdir()) / f"{name}_{n}.lock"))
+    return gpus[number % len(gpus)]
+
+
+def _take(path: Path) -> bool:
+    """Return whether a lock was free; it is held from now on."""
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    _held.append(lock)
+    return True
