@@ -1,14 +1,17 @@
 """Image grids, PNG and GIF files of uint8 images."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from ddim.io import atomic_write
+
+log = logging.getLogger(__name__)
 
 
 def grid(images_u8: Tensor, columns: int | None = None, scale: int | None = None, gap: int = 2) -> Tensor:
@@ -42,10 +45,24 @@ def to_pil(image_u8: Tensor) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def save_png(image_u8: Tensor, path: Path) -> None:
-    """Write a uint8 (C, H, W) image as PNG."""
+def save_png(image_u8: Tensor, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a uint8 (C, H, W) image as PNG, with entries of text by name (`read_png_text`)."""
+    entries = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        entries.add_text(name, value)
     with atomic_write(path) as partial:
-        to_pil(image_u8).save(partial, format="PNG")
+        to_pil(image_u8).save(partial, format="PNG", pnginfo=entries)
+
+
+def read_png_text(path: Path, name: str) -> str | None:
+    """Return an entry of text of a PNG without reading its pixels; None if it has none, or is no image."""
+    try:
+        with Image.open(path) as image:
+            value = image.info.get(name)
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        log.debug("%s cannot be read as an image (%s)", path, error)
+        return None
+    return value if isinstance(value, str) else None
 
 
 def save_gif(frames_u8: Sequence[Tensor], path: Path, seconds: float = 4.0) -> None:

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 import warnings
@@ -26,15 +27,19 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
     )
 
 import hydra
+from _gpus import jobs_side_by_side, own_gpu
 from _jobs import sweep_jobs, to_plain
 from _messages import CONFIGS, explain, explain_any, explain_hydra, help_groups
 from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 
-# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, and --help is of one script.
+# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, --help is of one script, and
+# hydra/launcher=box gives each process a GPU.
 OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() else here, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
+OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=True)
+OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 
 
 def entry(
@@ -117,6 +122,9 @@ class Failures:
             from ddim.errors import Interrupted
 
             if from_launcher:
+                if isinstance(error, Interrupted) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+                    # submitit's handler, which was replaced while there was something to save, requeues the job
+                    signal.raise_signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
                 raise
             if isinstance(error, Interrupted):
                 self.interrupted = True

@@ -4,6 +4,7 @@ Hydra takes what is refused here, and does something else than was meant.
 """
 
 import re
+from importlib.util import find_spec
 from typing import Any
 
 from _jobs import SWEEP_FLAGS
@@ -13,13 +14,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf.errors import OmegaConfBaseException
 
+# The plugin of Hydra's that a launcher needs.
+PLUGINS = {
+    **dict.fromkeys(("box", "joblib"), "hydra_joblib_launcher"),
+    **dict.fromkeys(("slurm_gpu", "submitit_slurm", "submitit_local"), "hydra_submitit_launcher"),
+}
+
 
 def check_command(config_name: str, words: list[str]) -> None:
     """Check the words of a command.
 
     Raises:
         UserError: a group that is a list, null or of another script, an experiment of another script, a sweep over
-            nothing or without -m, a key that is removed, or a name or folder that is none.
+            nothing or without -m, a launcher without -m or without its package, a key that is removed, or a name or
+            folder that is none.
         HydraException, OmegaConfBaseException: Hydra cannot read the words, or compose them.
     """
     if any(word.startswith("-") and word not in SWEEP_FLAGS for word in words):  # --help, --cfg, --config-dir
@@ -30,6 +38,7 @@ def check_command(config_name: str, words: list[str]) -> None:
         names: list[list[str]] = [[]]
         for override in parse([word for word in words if word not in SWEEP_FLAGS]):
             if override.is_hydra_override():
+                _check_launcher(override, bool(SWEEP_FLAGS & set(words)))
                 fixed.append(str(override.input_line))
                 continue
             settings = [f"{override.get_key_element()}={value}" for value in _check_override(override, config_name)]
@@ -79,6 +88,16 @@ def _check_override(override: Any, config_name: str) -> list[str]:
             raise _refused(word, f"{group} takes one option; allowed: {', '.join(own_options(group, config_name))}")
         _check_option(group, value, config_name)
     return values
+
+
+def _check_launcher(override: Any, sweep: bool) -> None:
+    """Check that there is a sweep for a launcher, and the plugin that it needs."""
+    if override.key_or_group != "hydra/launcher" or (plugin := PLUGINS.get(str(override.value()))) is None:
+        return
+    if not sweep:
+        raise _refused(override.input_line, "a launcher starts the jobs of a sweep; add -m")
+    if not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.{plugin}")):
+        raise _refused(override.input_line, "its package is not installed; install it by pip install -e '.[launchers]'")
 
 
 def _check_option(group: str, option: str, config_name: str) -> None:

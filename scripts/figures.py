@@ -15,11 +15,15 @@ from _cli import entry, pick_device
 def main(config: dict[str, Any]) -> None:
     """Make the figures that `config` says and print what was written."""
     from ddim.config import build
+    from ddim.distributed import join_process_group
     from ddim.figures.paper_figures import FigureSpec, write_figures
 
     pick_device(config.get("compute"), "device")
-    for path in write_figures(build(FigureSpec, config, "")):
-        print(path)
+    spec = build(FigureSpec, config, "")
+    processes = join_process_group()
+    for path in write_figures(spec, processes):
+        if processes.is_main:
+            print(path)
 
 
 if __name__ == "__main__":

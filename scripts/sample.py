@@ -14,11 +14,15 @@ from _cli import entry, pick_device
 def main(config: dict[str, Any]) -> None:
     """Sample as `config` says and print what was written."""
     from ddim.config import build
+    from ddim.distributed import join_process_group
     from ddim.inference.sample_files import SampleSpec, write_samples
 
     pick_device(config.get("compute"), "device")
-    for path in write_samples(build(SampleSpec, config, "")):
-        print(path)
+    spec = build(SampleSpec, config, "")
+    processes = join_process_group()
+    for path in write_samples(spec, processes):
+        if processes.is_main:
+            print(path)
 
 
 if __name__ == "__main__":

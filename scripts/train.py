@@ -52,10 +52,12 @@ def check_processes(trainer: "TrainerSpec") -> None:
     from ddim.errors import UserError
 
     started = "LOCAL_RANK" in os.environ or "SLURM_NTASKS" in os.environ  # all of them, by torchrun or SLURM
-    if trainer.devices in (1, "1") or started or trainer.strategy.endswith(("spawn", "fork", "notebook")):
+    devices = list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices
+    one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
+    if one or started or trainer.strategy.endswith(("spawn", "fork", "notebook")):
         return
     raise UserError(
-        f"a sweep trains each run on one device, and trainer.devices={trainer.devices} may be more; choose "
+        f"a sweep trains each run on one device, and trainer.devices={devices} may be more; choose "
         "trainer.devices=1, one command for each run, or torchrun."
     )
 

@@ -18,7 +18,12 @@ from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
-from ddim.io import Tensors
+from ddim.figures.paper_figures import FigureSpec, write_figures
+from ddim.inference import generate as generate_module
+from ddim.inference import trajectories
+from ddim.inference.batching import share
+from ddim.inference.sample_files import SampleSpec, write_samples
+from ddim.io import Tensors, read_safetensors
 
 
 def rows(batch: range) -> torch.Tensor:
@@ -129,6 +134,78 @@ def test_damaged_records_fail_in_all_processes(spec: EvaluateSpec, tmp_path: Pat
     assert "records.jsonl, line 1, is damaged" in first[0]
     assert second[0].startswith("process 0 of 2 failed (UserError: ")
     assert first[1] == second[1] == "['fd_digits_classifier_20']"
+
+
+def write_pictures(processes: Processes, spec: EvaluateSpec, to: Path) -> tuple[list[int], list[int]]:
+    """Write samples in all formats and a figure; return the image numbers that this process computed, by kind."""
+    given = {"checkpoint": spec.checkpoint, "compute": dataclasses.replace(spec.compute, batch_size=3)}
+    numbers: tuple[list[int], list[int]] = ([], [])
+    with pytest.MonkeyPatch.context() as patch:
+        for seen, module in zip(numbers, (generate_module, trajectories), strict=True):
+            real = module.sample_steps
+
+            def sample_steps(*arguments: Any, real: Any = real, seen: list[int] = seen) -> Any:
+                seen.extend(arguments[3])
+                return real(*arguments)
+
+            patch.setattr(module, "sample_steps", sample_steps)
+        for kind in ("grid", "png", "gif"):
+            write_samples(
+                SampleSpec(output_dir=str(to / kind), sampler=spec.sampler, n=11, format=kind, **given), processes
+            )
+        write_figures(
+            FigureSpec("samples", name="a", output_dir=str(to / "figure"), S=(3,), etas=(1.0,), **given), processes
+        )
+    return numbers
+
+
+def written(folder: Path) -> dict[str, Any]:
+    """Return the content of each file; of tensors as lists, since their file has its entries in any order."""
+    files: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for name in [name for name in files if name.endswith(".safetensors")]:
+        tensors, metadata = read_safetensors(folder / name)
+        files[name] = {key: value.tolist() for key, value in tensors.items()}, metadata
+    return files
+
+
+@pytest.mark.integration
+def test_two_processes_write_the_pictures_of_one(spec: EvaluateSpec, tmp_path: Path) -> None:
+    """To the last byte; each process computes about half of them."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    all_images = write_pictures(SINGLE_PROCESS, spec, one)
+    shares = run_in_processes(write_pictures, spec, two, to=tmp_path / "results")
+    assert written(one) == written(two)
+    assert len(written(one)) == 1 + 11 + 1 + 2
+    for kind in (0, 1):
+        assert sorted(shares[0][kind] + shares[1][kind]) == sorted(all_images[kind])
+        assert min(len(shares[rank][kind]) for rank in (0, 1)) >= len(all_images[kind]) // 3
+
+
+def refuse_pictures(processes: Processes, spec: EvaluateSpec, to: Path) -> str:
+    (to / "grid.png").touch()
+    given = {"checkpoint": spec.checkpoint, "compute": spec.compute}
+    with pytest.raises(UserError) as refused:
+        write_samples(SampleSpec(output_dir=str(to), **given), processes)
+    return str(refused.value)
+
+
+@pytest.mark.integration
+def test_pictures_are_refused_in_all_processes(spec: EvaluateSpec, tmp_path: Path) -> None:
+    first, second = run_in_processes(refuse_pictures, spec, tmp_path, to=tmp_path / "results")
+    assert re.search(r"grid.png exists already; choose", first)
+    assert second.startswith("process 0 of 2 failed (UserError: ")
+
+
+def test_a_process_without_a_batch_is_told_the_batch_size(caplog: pytest.LogCaptureFixture) -> None:
+    batches = [range(0, 5), range(5, 10)]
+    assert [share(batches, Processes(rank, 4)) for rank in range(4)] == [[batches[0]], [batches[1]], [], []]
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "only 2 of 4 processes have a batch to compute; compute.batch_size=2 shares the images out."
+    )
+    share(batches, Processes(0, 2))
+    share(batches, SINGLE_PROCESS)
+    assert len(caplog.records) == 1
 
 
 def call_on_main(processes: Processes) -> tuple[int, int]:

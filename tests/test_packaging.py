@@ -130,6 +130,25 @@ def test_license_and_readme_exist() -> None:
         assert (ROOT / name).is_file()
 
 
+@pytest.mark.parametrize("recipe", ["Dockerfile", "ddim.def"])
+def test_containers_install_what_exists(recipe: str) -> None:
+    text = (ROOT / recipe).read_text()
+    assert "Not run" in text
+    (version,) = re.findall(r"^(?:FROM|From:) python:(\S+)$", text, flags=re.MULTILINE)
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(version)
+    (command,) = re.findall(r"pip install .*", text)
+    assert "-c constraints.txt" in command
+    (extras,) = re.findall(r"\.\[(.*)\]", command)
+    assert set(extras.split(",")) <= EXTRAS.keys()
+    copied = re.findall(r"^    (\S+) /opt/ddim/(\S+)$", text, flags=re.MULTILINE)
+    if recipe == "ddim.def":
+        needed = {"pyproject.toml", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"], "ddim", "configs"}
+        assert {source for source, _ in copied} >= needed
+    for source, target in copied:
+        assert source == target
+        assert (ROOT / source).exists()
+
+
 def test_hooks_run_the_tools_of_the_environment() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert {repository["repo"] for repository in config["repos"]} == {"local"}

@@ -10,6 +10,7 @@ from ddim.checkpoints import load_model
 from ddim.config import FilePath, check_name, config_context
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.figures import panels
 from ddim.figures.layout import animate, draw
@@ -90,29 +91,34 @@ class FigureSpec:
         return self.indices if self.indices is not None else tuple(range(self.n or default))
 
 
-def write_figures(spec: FigureSpec) -> list[Path]:
+def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> list[Path]:
     """Write the figures and return the paths: for each a PNG or GIF, and safetensors (`panels.load_panel`).
+
+    Each process computes its share of the batches, and the first one writes.
 
     Raises:
         UserError: bad input, or files that would be overwritten; raised before anything is sampled.
     """
-    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
-    spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
-    context = SamplingContext(model, spec.seed, spec.compute)
     names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
-    with config_context("sampler"):
-        plans = {name: FIGURES[name](spec, context) for name in names}
     files = {name: targets(name, Path(spec.output_dir)) for name in names}
-    present = [path for paths in files.values() for path in paths if path.exists()]
-    if present and not spec.overwrite:
-        raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
+    compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
+    with processes.barrier():
+        model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
+        present = [path for paths in files.values() for path in paths if path.exists()]
+        if present and not spec.overwrite:
+            raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
+    context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
+    with processes.barrier(), config_context("sampler"):
+        plans = {name: FIGURES[name](spec, context) for name in names}
     origin = provenance()
     for name, plan in plans.items():
         picture, tensors = files[name]
         panel = plan()
         panel = dataclasses.replace(panel, metadata=panel.metadata | origin)
-        (animate if picture.suffix == ".gif" else draw)(panel, picture)
-        save_panel(panel, tensors)
+        with processes.barrier():
+            if processes.is_main:
+                (animate if picture.suffix == ".gif" else draw)(panel, picture)
+                save_panel(panel, tensors)
     return [path for paths in files.values() for path in paths]
 
 

@@ -3,11 +3,13 @@
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from functools import cache
+from itertools import chain, pairwise
 from typing import TypeVar
 
 import torch
 
+from ddim.distributed import Processes
 from ddim.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,31 @@ def map_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Iter
         queue.appendleft(batch)
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+
+
+def share(batches: Sequence[range], processes: Processes) -> Sequence[range]:
+    """Return the batches that this process computes, of those that all of them have."""
+    if processes.is_main and 0 < len(batches) < processes.world_size:
+        _warn_of_idle_processes(len(batches), processes.world_size, sum(map(len, batches)))
+    return batches[processes.rank :: processes.world_size]
+
+
+def map_shared(batches: Sequence[range], compute: Callable[[range], T], processes: Processes) -> list[T]:
+    """Return `compute(batch)` of all batches, in order and in every process; each computes its share.
+
+    Raises:
+        UserError: see `map_batches`; or it failed in another process.
+    """
+    with processes.barrier():
+        own = [*map_batches(share(batches, processes), compute)]
+    return [result for _, result in sorted(chain(*processes.gather(own)), key=lambda pair: pair[0].start)]
+
+
+@cache  # for the figures, which sample often: a single warning
+def _warn_of_idle_processes(batches: int, processes: int, images: int) -> None:
+    size = max(1, images // processes)
+    advice = f"; compute.batch_size={size} shares the images out" if images > batches else ""
+    log.warning("only %d of %d processes have a batch to compute%s.", batches, processes, advice)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ddim.checkpoints import LoadedModel
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches
 from ddim.networks import accelerate
@@ -71,15 +72,18 @@ def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     return model
 
 
-def with_batch_size(model: LoadedModel, compute: ComputeSpec, most: int = 1024) -> ComputeSpec:
+def with_batch_size(
+    model: LoadedModel, compute: ComputeSpec, most: int = 1024, processes: Processes = SINGLE_PROCESS
+) -> ComputeSpec:
     """Return `compute` with a batch size of at least 1: where it is 0, that of a search up to `most` images.
 
     Args:
         model: on its device (`prepare_model`).
+        processes: the first one searches for all of them.
     """
     if compute.batch_size:
         return compute
-    fastest = find_batch_size(lambda count: evaluate_zeros(model, compute, count), most)
+    fastest = processes.run_on_main(lambda: find_batch_size(lambda count: evaluate_zeros(model, compute, count), most))
     log.info("compute.batch_size=%d is about the fastest here.", fastest)
     return replace(compute, batch_size=fastest)
 

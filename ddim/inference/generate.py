@@ -13,8 +13,9 @@ from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.inference.batching import map_batches, split
+from ddim.inference.batching import map_batches, map_shared, share, split
 from ddim.inference.compute import ComputeSpec, autocast
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 
@@ -48,11 +49,18 @@ def network_evaluations(model: LoadedModel, sampler: SamplerSpec) -> int:
 
 
 def generate(
-    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, title: str = "sampling"
+    model: LoadedModel,
+    sampler: SamplerSpec,
+    indices: range,
+    seed: int,
+    compute: ComputeSpec,
+    title: str = "sampling",
+    processes: Processes = SINGLE_PROCESS,
 ) -> Tensor:
     """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU; see `generate_batch`.
 
-    A batch that does not fit into memory is halved. The progress bar, called `title`, shows on terminals only.
+    A batch that does not fit into memory is halved. The progress bar, called `title`, shows on terminals only. Of
+    several processes each computes its share of the batches, and all return all images.
 
     Raises:
         UserError: no images are asked for, the sampler does not fit the schedule, or the samples are not finite.
@@ -62,13 +70,14 @@ def generate(
     if compute.batch_size < 1:
         raise UserError("batch_size=0 was not replaced by a number; see with_batch_size.")
     check_sampler(model, sampler)
-    with progress(len(indices) * network_evaluations(model, sampler), title) as bar:
+    batches = split(range(len(indices)), compute.batch_size)  # of the list of indices, which need not be consecutive
+    own = sum(map(len, share(batches, processes)))
+    with progress(own * network_evaluations(model, sampler), title) as bar:
 
         def generate_part(part: range) -> Tensor:
             return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar)
 
-        parts = split(range(len(indices)), compute.batch_size)  # of the list of indices, which need not be consecutive
-        return torch.cat([images for _, images in map_batches(parts, generate_part)])
+        return torch.cat(map_shared(batches, generate_part, processes))
 
 
 def generate_batches(

@@ -1,10 +1,13 @@
 """Images from a checkpoint as files: a grid, single PNGs, or an animation of the trajectory."""
 
 import dataclasses
-import math
+import json
+import logging
 import shutil
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -13,16 +16,27 @@ from torch import Tensor
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath
 from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.image_io import grid, save_gif, save_png
-from ddim.inference.batching import split
+from ddim.image_io import grid, read_png_text, save_gif, save_png
+from ddim.inference.batching import share, split
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
-from ddim.inference.generate import check_sampler, generate, network_evaluations, progress, to_pixels
+from ddim.inference.generate import (
+    check_sampler,
+    generate,
+    generate_batches,
+    network_evaluations,
+    progress,
+    to_pixels,
+)
 from ddim.inference.trajectories import SamplingContext, record_steps
 from ddim.io import partial_files
 from ddim.random import check_image_numbers, check_seed
+from ddim.results.records import record_key
+from ddim.signals import StopSignals
 
-MOST_BYTES = 1 << 28  # of images that are kept before their files are written
+log = logging.getLogger(__name__)
+TEXT = "ddim"  # the entry of a PNG that states how its image was made
 SMALLEST_FILE = 512  # bytes on a disk, with its entry
 MOST_PIXELS = 178_956_970  # of a picture; Pillow refuses to open larger ones
 MOST_PIXELS_OF_FRAMES = 1 << 30
@@ -42,7 +56,8 @@ class SampleSpec:
         seed: of the noise, 0 .. 2**64 - 1.
         weights: ema, online, or ema_RATE for an additional EMA.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
-        overwrite: replace files of an earlier call.
+        overwrite: replace files of an earlier call; without it, single images of the same settings are kept, and
+            those of others refused.
 
     Raises:
         ValueError: n below 1, or image numbers or a seed out of range.
@@ -66,34 +81,35 @@ class SampleSpec:
         check_seed(self.seed)
 
 
-def write_samples(spec: SampleSpec) -> list[Path]:
+def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> list[Path]:
     """Sample and write; return the path of the grid or animation, or the folder of the single images.
+
+    Each process computes its share of the batches. Single images are written batch by batch, so that memory does not
+    grow with n, and those that are there already are not computed again.
 
     Raises:
         UserError: bad input, or files that would be overwritten; before any image is generated.
     """
-    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
-    steps = len(check_sampler(model, spec.sampler))
+    compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     indices = range(spec.first, spec.first + spec.n)
-    folder = Path(spec.output_dir)
-    target = folder / {"png": "", "grid": "grid.png", "gif": "trajectory.gif"}[spec.format]
-    check_size(spec, model.spec.image_shape, steps)
-    if not spec.overwrite and (present := _present(spec, target, indices)) is not None:
-        raise UserError(f"{present} exists already; choose another output_dir=..., or overwrite=true to replace it.")
-    for partial in partial_files(folder):
-        if time.time() - partial.lstat().st_mtime > STALE:
-            partial.unlink(missing_ok=True)
-    spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute, spec.n))
+    target = Path(spec.output_dir) / {"png": "", "grid": "grid.png", "gif": "trajectory.gif"}[spec.format]
+    with processes.barrier():
+        model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
+        check_size(spec, model.spec.image_shape, len(check_sampler(model, spec.sampler)))
+    missing = processes.run_on_main(lambda: _missing(model, spec, target, indices))
+    if missing:
+        compute = with_batch_size(model, compute, spec.n, processes)
+    spec = dataclasses.replace(spec, compute=compute)
     if spec.format == "gif":
-        save_gif(_frames(model, spec, indices), target)
+        frames = _frames(model, spec, indices, processes)
+        processes.run_on_main(lambda: save_gif(frames, target))
     elif spec.format == "grid":
-        save_png(grid(generate(model, spec.sampler, indices, spec.seed, spec.compute)), target)
+        images = generate(model, spec.sampler, indices, spec.seed, compute, processes=processes)
+        processes.run_on_main(lambda: save_png(grid(images), target))
     else:
-        most = MOST_BYTES // math.prod(model.spec.image_shape)
-        for some in split(indices, max(1, most // spec.compute.batch_size) * spec.compute.batch_size, spec.first):
-            images = generate(model, spec.sampler, some, spec.seed, spec.compute)
-            for i, image in zip(some, images, strict=True):
-                save_png(image, folder / f"{i:06d}.png")
+        batches = [batch for gap in missing for batch in split(gap, compute.batch_size, spec.first)]
+        with processes.barrier():
+            _write_images(model, spec, share(batches, processes), target)
     return [target]
 
 
@@ -122,18 +138,91 @@ def check_size(spec: SampleSpec, image_shape: tuple[int, int, int], steps: int) 
         )
 
 
-def _present(spec: SampleSpec, target: Path, indices: range) -> Path | None:
-    """Return a file that would be overwritten, or None."""
-    if spec.format != "png":
-        return target if target.exists() else None
+def _missing(model: LoadedModel, spec: SampleSpec, target: Path, indices: range) -> list[range]:
+    """Return the images that are not there yet; temporary files of killed calls are removed.
+
+    Raises:
+        UserError: a file is there that is not of these settings, and may not be overwritten.
+    """
+    if spec.format == "png":
+        present = [] if spec.overwrite else sorted(_present(model, spec, target, indices))
+    elif target.exists() and not spec.overwrite:
+        raise _refused(target, "")
+    else:
+        present = []
+    for partial in partial_files(Path(spec.output_dir)):
+        if time.time() - partial.lstat().st_mtime > STALE:
+            partial.unlink(missing_ok=True)
+    if present:
+        log.info("%d of %d images are there already and stay as they are.", len(present), spec.n)
+    edges = [indices.start - 1, *present, indices.stop]
+    return [range(i + 1, j) for i, j in pairwise(edges) if i + 1 < j]
+
+
+def _present(model: LoadedModel, spec: SampleSpec, folder: Path, indices: range) -> Iterator[int]:
+    """Yield the numbers of the images that are there.
+
+    Raises:
+        UserError: one is not of these settings.
+    """
+    wanted = _made_from(model, spec)
     # The folder is listed, since there may be far more images to come than files.
-    numbered = (path for path in target.glob("*.png") if path.stem.isdecimal() and int(path.stem) in indices)
-    return next((path for path in numbered if path.name == f"{int(path.stem):06d}.png"), None)
+    for path in folder.glob("*.png"):
+        if not path.stem.isdecimal() or int(path.stem) not in indices or path.name != _file_name(int(path.stem)):
+            continue
+        if (text := read_png_text(path, TEXT)) != wanted:
+            raise _refused(path, _differences(text, wanted))
+        yield int(path.stem)
 
 
-def _frames(model: LoadedModel, spec: SampleSpec, indices: range) -> list[Tensor]:
+def _refused(path: Path, why: str) -> UserError:
+    return UserError(f"{path} exists already{why}; choose another output_dir=..., or overwrite=true to replace it.")
+
+
+def _differences(text: str | None, wanted: str) -> str:
+    """Return how the settings in a file differ from those that are wanted, in brackets; "" if it has none."""
+    try:
+        old, new = dict(json.loads(text or "")), json.loads(wanted)
+    except (ValueError, TypeError):
+        return ""
+    keys = [key for key in sorted(old | new) if old.get(key) != new.get(key)]
+    return f" ({', '.join(f'{key}={old.get(key)}, not {new.get(key)}' for key in keys)})"
+
+
+def _made_from(model: LoadedModel, spec: SampleSpec) -> str:
+    """Return what decides an image besides its number, as its file states it."""
+    tau = check_sampler(model, spec.sampler)
+    description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
+    settings = {
+        "seed": spec.seed,
+        **spec.sampler.settings(),
+        "S": len(tau),
+        "tau_hash": record_key({"tau": list(tau)}),
+        "weights_hash": model.weights_hash[:16],
+        "description_hash": record_key(description),
+        "bf16": spec.compute.bf16,
+    }
+    return json.dumps(settings, sort_keys=True)
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}.png"
+
+
+def _write_images(model: LoadedModel, spec: SampleSpec, batches: Sequence[range], folder: Path) -> None:
+    """Write the images of some batches; a signal to stop waits until the images of a batch are written."""
+    text = {TEXT: _made_from(model, spec)}
+    evaluations = sum(map(len, batches)) * network_evaluations(model, spec.sampler)
+    with progress(evaluations, "sampling") as bar, StopSignals() as stop:
+        for batch, images in generate_batches(model, spec.sampler, batches, spec.seed, spec.compute, bar):
+            for i, image in zip(batch, images, strict=True):
+                save_png(image, folder / _file_name(i), text)
+            stop.deliver()
+
+
+def _frames(model: LoadedModel, spec: SampleSpec, indices: range, processes: Processes) -> list[Tensor]:
     """Return a grid of x_T, then one of x̂0 for each step."""
-    context = SamplingContext(model, spec.seed, spec.compute)
+    context = SamplingContext(model, spec.seed, spec.compute, processes)
     x_T, count = context.x_T(indices), len(check_sampler(model, spec.sampler))
     steps = range(1, count + 1)
     with progress(len(indices) * network_evaluations(model, spec.sampler), "sampling") as bar:

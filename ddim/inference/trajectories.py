@@ -10,7 +10,8 @@ from ddim.checkpoints import LoadedModel
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
-from ddim.inference.batching import map_batches, split
+from ddim.distributed import SINGLE_PROCESS, Processes
+from ddim.inference.batching import map_shared, split
 from ddim.inference.compute import ComputeSpec, autocast
 from ddim.inference.generate import check_sampler, sample_steps
 
@@ -25,11 +26,13 @@ class SamplingContext:
         model: on its device (`ddim.inference.compute.prepare_model`).
         seed: of x_T and of the noise of the steps.
         compute: how to compute.
+        processes: that share the batches; each gets all results.
     """
 
     model: LoadedModel
     seed: int
     compute: ComputeSpec
+    processes: Processes = SINGLE_PROCESS
 
     def x_T(self, indices: Sequence[int]) -> Tensor:
         """Return the starting points of images, float32 (B, C, H, W) on the CPU; always the same for image i."""
@@ -79,7 +82,7 @@ def record_steps(
         return torch.stack(recorded, dim=1)
 
     batches = split(range(len(x_T)), context.compute.batch_size)
-    return torch.cat([recorded for _, recorded in map_batches(batches, record_batch)])
+    return torch.cat(map_shared(batches, record_batch, context.processes))
 
 
 def sample_from(

@@ -188,7 +188,7 @@ def build_trainer(
     try:
         trainer = Trainer(
             accelerator=t.accelerator,
-            devices=t.devices,
+            devices=list(t.devices) if isinstance(t.devices, tuple) else t.devices,
             num_nodes=t.num_nodes,
             strategy=t.strategy,
             precision=t.precision,

@@ -29,7 +29,8 @@ class TrainerSpec:
         max_steps: optimiser steps, including those before resuming.
         batch_size: the global batch of one optimiser step, over all processes and accumulated batches.
         accumulate: micro-batches per optimiser step on each process.
-        accelerator, devices, num_nodes, strategy: Lightning's.
+        accelerator, num_nodes, strategy: Lightning's.
+        devices: how many on each node, auto for all, or the numbers of GPUs, such as [0,2].
         precision: 32-true or bf16-mixed; the weights stay float32.
         channels_last, compile, winograd: see `ddim.networks.accelerate`.
         num_workers: processes that read images ahead; useful when those are not in memory.
@@ -44,14 +45,14 @@ class TrainerSpec:
 
     Raises:
         ValueError: a number that must be positive is not, or is larger than addresses of random numbers; fewer images
-            than processes; or bf16 with winograd, which is for float32.
+            than processes; no GPU, or one twice; or bf16 with winograd, which is for float32.
     """
 
     max_steps: int = 800_000
     batch_size: int = 128
     accumulate: int = 1
     accelerator: str = "auto"
-    devices: int | str = 1
+    devices: int | str | tuple[int, ...] = 1
     num_nodes: int = 1
     strategy: str = "auto"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -84,7 +85,14 @@ class TrainerSpec:
         for name in ("max_steps", "batch_size"):  # see `random_words`
             if getattr(self, name) > 1 << 32:
                 raise ValueError(f"{name}={getattr(self, name)} must be at most 2**32.")
-        devices = int(self.devices) if str(self.devices).isdecimal() else 1  # else a list, or as many as there are
+        if isinstance(self.devices, tuple) and (
+            not self.devices or min(self.devices) < 0 or len(set(self.devices)) < len(self.devices)
+        ):
+            raise ValueError(f"devices={list(self.devices)} must hold the numbers of different GPUs, such as [0,2].")
+        if isinstance(self.devices, tuple):
+            devices = len(self.devices)
+        else:
+            devices = int(self.devices) if str(self.devices).isdecimal() else 1  # else as many as there are
         if devices * self.num_nodes * self.accumulate > self.batch_size:
             raise ValueError(
                 f"batch_size={self.batch_size} must hold an image for each of {devices * self.num_nodes} processes x "

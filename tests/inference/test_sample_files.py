@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import signal
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import grid
+from ddim.inference import generate as generate_module
 from ddim.inference import sample_files
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import generate
@@ -82,9 +85,9 @@ def test_nothing_is_overwritten_unless_that_is_wanted(
     before = [file.read_bytes() for file in files]
     other = dataclasses.replace(spec, seed=3, first=5)  # of the single files, 000005.png is there already
     with monkeypatch.context() as patch:
-        for name in ("generate", "_frames"):
+        for name in ("generate", "generate_batches", "_frames"):
             patch.setattr(sample_files, name, lambda *_, **__: pytest.fail("images were generated"))
-        with pytest.raises(UserError, match=r"exists already; choose another output_dir=..., or overwrite=true"):
+        with pytest.raises(UserError, match=r"exists already.*; choose another output_dir=..., or overwrite=true"):
             write_samples(other)
     assert [file.read_bytes() for file in files] == before
     assert sorted(Path(spec.output_dir).iterdir()) == files
@@ -150,21 +153,129 @@ def test_more_images_than_there_is_room_for_are_refused(
 ) -> None:
     """Before any is generated, and without a list of them."""
     monkeypatch.setattr(sample_files, "SMALLEST_FILE", 1 << 40)
-    for name in ("generate", "_frames", "with_batch_size"):
+    for name in ("generate", "generate_batches", "_frames", "with_batch_size"):
         monkeypatch.setattr(sample_files, name, lambda *_, **__: pytest.fail("work was started"))
     with pytest.raises(UserError, match=r"n=4000000000 .*ask for fewer"):
         write_samples(dataclasses.replace(spec, format=format, n=4_000_000_000))
     assert not Path(spec.output_dir).exists()
 
 
-def test_files_are_written_before_all_images_are_made(spec: SampleSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[range]:
+    """The batches that are computed in a test."""
+    batches: list[range] = []
+    real = generate_module.generate_batch
+
+    def generate_batch(model: LoadedModel, sampler: SamplerSpec, indices: range, *others: Any) -> Tensor:
+        batches.append(indices)
+        return real(model, sampler, indices, *others)
+
+    monkeypatch.setattr(generate_module, "generate_batch", generate_batch)
+    return batches
+
+
+@pytest.mark.parametrize("n", [11, 43])
+def test_memory_for_single_files_does_not_grow_with_n(
+    spec: SampleSpec, computed: list[range], monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    """Two batches at most: one that is computed while the caller still has the one before."""
+    alive, peak, real = [0], [0], generate_module.generate_batch
+
+    def generate_batch(*arguments: Any) -> Tensor:
+        images = real(*arguments)
+        alive[0] += len(images)
+        peak[0] = max(peak[0], alive[0])
+        weakref.finalize(images, lambda count: alive.__setitem__(0, alive[0] - count), len(images))
+        return images
+
+    monkeypatch.setattr(generate_module, "generate_batch", generate_batch)
+    write_samples(dataclasses.replace(spec, format="png", n=n))
+    assert [len(batch) for batch in computed] == [4] * (n // 4) + [3]
+    assert peak[0] <= 8
+    assert len(list(Path(spec.output_dir).iterdir())) == n
+
+
+def test_the_same_command_computes_only_missing_images(spec: SampleSpec, computed: list[range]) -> None:
     spec = dataclasses.replace(spec, format="png", n=11, first=3)
     write_samples(spec)
-    monkeypatch.setattr(sample_files, "MOST_BYTES", 64 * 5)  # an image has 64 bytes, a batch 4 images
-    write_samples(dataclasses.replace(spec, output_dir=spec.output_dir + "2"))
-    expected = {file.name: file.read_bytes() for file in Path(spec.output_dir).iterdir()}
-    assert {file.name: file.read_bytes() for file in Path(spec.output_dir + "2").iterdir()} == expected
-    assert len(expected) == 11
+    folder = Path(spec.output_dir)
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    for number in (3, 7, 8, 9, 10, 13):  # a batch, the end of it, and single ones: as after kills
+        (folder / f"{number:06d}.png").unlink()
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    computed.clear()
+    write_samples(spec)
+    assert computed == [range(3, 4), range(7, 11), range(13, 14)]
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == files
+    assert {name: (folder / name).stat().st_mtime_ns for name in kept} == kept
+    computed.clear()
+    write_samples(dataclasses.replace(spec, n=13))
+    assert computed == [range(14, 15), range(15, 16)]  # a longer one adds to them
+    computed.clear()
+    write_samples(dataclasses.replace(spec, n=5, overwrite=True))
+    assert computed == [range(3, 7), range(7, 8)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"seed": 3}, "seed=2, not 3"),
+        ({"sampler": SamplerSpec(S=5, eta=0.5)}, "eta=1.0, not 0.5"),
+        ({"sampler": SamplerSpec(S=6, eta=1.0)}, r"S=5, not 6, tau_hash=\w+, not \w+"),
+        ({"sampler": SamplerSpec(S=5, eta=1.0, spacing="quadratic")}, r"tau_hash=\w+, not \w+"),
+        (
+            {"sampler": SamplerSpec(S=5, eta=1.0, clip="x0", clip_range=2.0)},
+            "clip=none, not x0, clip_range=None, not 2.0",
+        ),
+        ({"weights": "online"}, r"weights_hash=\w+, not \w+"),
+        ({"compute": ComputeSpec("cpu", bf16=True)}, "bf16=False, not True"),
+    ],
+)
+def test_single_files_of_other_settings_are_refused(
+    spec: SampleSpec, computed: list[range], changes: dict[str, Any], difference: str
+) -> None:
+    spec = dataclasses.replace(spec, format="png", n=2)
+    write_samples(spec)
+    computed.clear()
+    with pytest.raises(UserError, match=rf"00000[01].png exists already \({difference}\); choose another output_dir"):
+        write_samples(dataclasses.replace(spec, n=4, **changes))
+    assert computed == []
+    write_samples(dataclasses.replace(spec, compute=ComputeSpec("cpu", batch_size=1), n=1))  # decides nothing
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nno chunks", b"text"])
+def test_single_files_of_unknown_origin_are_refused(spec: SampleSpec, computed: list[range], content: bytes) -> None:
+    (folder := Path(spec.output_dir)).mkdir()
+    (folder / "000001.png").write_bytes(content)
+    with pytest.raises(UserError, match=r"000001.png exists already; choose another output_dir=..., or overwrite=true"):
+        write_samples(dataclasses.replace(spec, format="png"))
+    assert computed == []
+    (folder / "000001.png").rename(folder / "0000001.png")  # no name of an image
+    write_samples(dataclasses.replace(spec, format="png"))
+    assert len(list(folder.iterdir())) == 7
+
+
+def test_a_signal_waits_until_a_batch_is_written(spec: SampleSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, received = sample_files.save_png, []
+
+    def save_and_stop(image: Tensor, path: Path, text: Any) -> None:
+        save(image, path, text)
+        if path.name == "000005.png":
+            signal.raise_signal(signal.SIGTERM)
+            assert received == []
+
+    def stop(number: int, frame: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_files, "save_png", save_and_stop)
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            write_samples(dataclasses.replace(spec, format="png", n=20))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert sorted(file.name for file in Path(spec.output_dir).iterdir()) == [f"{i:06d}.png" for i in range(8)]
 
 
 def test_old_temporary_files_are_removed(spec: SampleSpec) -> None:

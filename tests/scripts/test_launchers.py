@@ -10,25 +10,33 @@ import pytest
 from ddim.checkpoints.model import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["experiment=digits", "trainer.max_steps=2", "trainer.log_every=1", "grid.every=0", "name=lr${optim.lr}"]
+SMALL = [
+    "experiment=digits",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+    "trainer.log_every=1",
+    "grid.every=0",
+    "name=lr${optim.lr}_${oc.env:CUDA_VISIBLE_DEVICES}",  # known to the job
+]
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "package"), [("joblib", "joblib_launcher"), ("submitit_local", "submitit_launcher")]
-)
+@pytest.mark.parametrize(("launcher", "package"), [("box", "joblib_launcher"), ("submitit_local", "submitit_launcher")])
 def test_each_job_of_a_sweep_trains_in_a_process_of_its_own(tmp_path, launcher, package):
+    """Of a box each with its own GPU; here there are none, but two names."""
     pytest.importorskip(f"hydra_plugins.hydra_{package}")
     command = [sys.executable, ROOT / "scripts" / "train.py", "-m", f"hydra/launcher={launcher}", *SMALL]
-    sweep = [*command, "optim.lr=0.001,-1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    good = ("0.001", "0.002") if launcher == "box" else ("0.001",)
+    sweep = [*command, f"optim.lr={','.join(good)},-1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "5,7", "TMPDIR": str(tmp_path)}
     done = subprocess.run(sweep, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "lr=-1" in next(line for line in done.stderr.splitlines() if line.startswith("error:"))
-    rates = {}
-    for folder in (tmp_path / "outputs" / "train").glob("lr*"):
-        if (folder / "checkpoints").exists():
-            rates[folder.name] = read_checkpoint(folder / "checkpoints" / "last.ckpt")["ddim"]["recipe"]["optim.lr"]
-    assert rates == {"lr0.001": 0.001}
+    rates, gpus = [], []
+    for path in (tmp_path / "outputs" / "train").glob("*/checkpoints/last.ckpt"):
+        rates.append(str(read_checkpoint(path)["ddim"]["recipe"]["optim.lr"]))
+        gpus.append(path.parents[1].name.partition("_")[2])
+    assert sorted(rates) == [*good]
+    assert sorted(gpus) == (["5", "7"] if launcher == "box" else [""])

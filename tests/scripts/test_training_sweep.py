@@ -61,7 +61,7 @@ def test_a_run_by_itself_is_in_no_group(run, wandb_runs):
     assert [r["group"] for r in wandb_runs] == [None]
 
 
-@pytest.mark.parametrize("devices", ["2", "auto"])
+@pytest.mark.parametrize("devices", ["2", "auto", "[0, 2]"])
 def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeypatch, tmp_path):
     """Lightning would start each further process by the command of the sweep, which would begin again in it."""
     for name in ("LOCAL_RANK", "SLURM_NTASKS"):

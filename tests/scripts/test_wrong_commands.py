@@ -69,6 +69,8 @@ EVALUATE n=0 -> n=0 must be at least 1
 SAMPLE n=0 -> n=0 must be at least 1
 EVALUATE metric.metrics=fd -> metric.metrics='fd' must be a list
 SAMPLE compute.device=abacus -> device=abacus | choose cpu
+SAMPLE hydra/launcher=box -> hydra/launcher=box: a launcher starts the jobs of a sweep; add -m
+TRAIN data=digits trainer.devices=[2,2] -> devices=[2, 2] must hold the numbers of different GPUs, such as [0,2]
 FIGURES figure=interpolation indices=[1,2,3] -> pairs of images, not 3 | an even number
 
 FIGURES figure=samlpes -> figure='samlpes' | did you mean samples? | allowed: samples, consistency

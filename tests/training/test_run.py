@@ -313,6 +313,11 @@ BAD_SETTINGS = {
     "decay": ({"ema": {"decay": 1.0}}, "ema: decay=1.0 must lie in"),
     "learning rate": ({"optim": {"lr": 0.0}}, "optim: lr=0.0 must be positive"),
     "devices": ({"trainer": {"devices": 0}}, "trainer: .*devices=0"),
+    "no device": ({"trainer": {"devices": []}}, r"trainer: devices=\[\] must hold the numbers of different GPUs"),
+    "a device twice": ({"trainer": {"devices": [1, 1]}}, r"trainer: devices=\[1, 1\] must hold the numbers of diff"),
+    "a negative device": ({"trainer": {"devices": [0, -1]}}, r"trainer: devices=\[0, -1\] must hold the numbers"),
+    "too many devices": ({"trainer": {"devices": [*range(9)]}}, r"batch_size=8 must hold an image for each of 9 proc"),
+    "GPUs on a CPU": ({"trainer": {"devices": [0, 2]}}, "trainer: .*CPUAccelerator"),
 }
 
 
