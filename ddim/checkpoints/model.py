@@ -45,6 +45,7 @@ class StoredModel:
         weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
         step: number of optimiser steps; None if unknown.
         origin: where imported weights come from, human-readable; {} for weights trained here.
+        recipe: the settings of the training by key; {} where they are not known.
     """
 
     spec: ModelSpec
@@ -52,6 +53,7 @@ class StoredModel:
     weights: str
     step: int | None
     origin: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,8 @@ class LoadedModel:
         weights: label of the weights: "ema", "ema_RATE", "online" or "unlabelled".
         weights_hash: SHA-256 of the weights.
         step: number of optimiser steps; None if unknown.
+        run: name of the training or of the file; "" if the weights come from no file.
+        recipe: the settings of the training by key; {} where they are not known.
     """
 
     spec: ModelSpec
@@ -71,6 +75,8 @@ class LoadedModel:
     weights: str
     weights_hash: str
     step: int | None
+    run: str = field(default="", kw_only=True)
+    recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
@@ -102,7 +108,14 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network = build_network(stored.spec.network, stored.spec.network_spec)
         network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
-    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step)
+    named = {"run": run_name(Path(path)), "recipe": stored.recipe}
+    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step, **named)
+
+
+def run_name(path: Path) -> str:
+    """Return the name of the training that wrote a checkpoint, RUN/checkpoints/FILE, or that of another model file."""
+    path = path.absolute()
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
@@ -119,7 +132,17 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
         if weights == "ema" and weights not in sets:
             raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
-        return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
+        description = checkpoint[KEY]
+        recipe = _plain(description.get(RECIPE))
+        return StoredModel(ModelSpec.from_dict(description), state, weights, checkpoint["global_step"], recipe=recipe)
+
+
+def _plain(recipe: Any) -> dict[str, Any]:
+    """Return the entries of a recipe that JSON can hold, which are all unless the file was made up."""
+    try:
+        return dict(json.loads(json.dumps(recipe or {}, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"the settings of the training in the checkpoint are not understood ({error}).") from error
 
 
 def save_model(model: StoredModel, path: Path) -> None:

@@ -213,6 +213,8 @@ def table_position(model: LoadedModel, sampler: SamplerSpec, tau: Sequence[float
     """Return what decides where a record stands in a table."""
     return {
         "trained_on": model.spec.data,
+        "run": model.run,
+        "recipe": model.recipe,
         "S": len(tau) if sampler.scheduler is None else asked_steps(sampler),
         "nfe": network_evaluations(model, sampler),
         "label": row_label(sampler),
