@@ -35,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() else here, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
+OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
 
 
 def entry(
