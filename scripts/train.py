@@ -96,5 +96,5 @@ def check_processes(trainer: "TrainerSpec") -> None:
 
 
 if __name__ == "__main__":
-    os.environ[COMPARISON] = f"{Path.cwd()}/outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     entry(main, "train", finish=compare_runs)

@@ -136,7 +136,7 @@ class Comparison:
         """Return one line that states what is compared."""
         less = "less" if is_distance(self.metric) else "more"
         folders = {row.run.folder for row in self.rows}
-        return f"{self.metric} ({less} is better) of {len(folders)} training{'s' * (len(folders) > 1)}, the best first"
+        return f"{self.metric} ({less} is better) of {len(folders)} training{'s' * (len(folders) > 1)}"
 
 
 def read_run(folder: Path) -> Run | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+WIDE = 10  # a range of values with a larger ratio is logarithmic
 GRID = 0.5  # of the pairs of values must have been trained for a heat map; else the pairs are points
 
 
@@ -79,7 +80,7 @@ def plot_settings(comparison: Comparison) -> "Figure":
     best = {(row.settings[key_x], row.settings[key_y]): row.best[1] for row in comparison.rows[::-1] if row.best}
     xs, ys = (sorted({pair[axis] for pair in best}) for axis in (0, 1))
     values = [*best.values()]
-    norm = (LogNorm if min(values) > 0 else Normalize)(min(values), max(values))
+    norm = (LogNorm if 0 < WIDE * min(values) < max(values) else Normalize)(min(values), max(values))
     figure, axes = _figure(comparison)
     axes.set(xlabel=_plain(key_x), ylabel=_plain(key_y))
     colours: dict[str, Any] = {"cmap": "viridis_r" if is_distance(comparison.metric) else "viridis", "norm": norm}
@@ -97,7 +98,7 @@ def plot_settings(comparison: Comparison) -> "Figure":
     else:
         drawn = axes.scatter(*zip(*best, strict=True), c=values, s=60, **colours)
         for values_of, scale in ((xs, axes.set_xscale), (ys, axes.set_yscale)):
-            if values_of[0] > 0 and values_of[-1] > 10 * values_of[0]:
+            if 0 < WIDE * values_of[0] < values_of[-1]:
                 scale("log")
         axes.grid(alpha=0.3)
     figure.colorbar(drawn, label=f"best {_measure(comparison)}")

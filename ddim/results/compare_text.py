@@ -21,7 +21,7 @@ def markdown(comparison: Comparison) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     rows = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    return f"**{escape_markdown(comparison.title())}**\n\n" + "\n".join(rows) + "\n"
+    return f"**{escape_markdown(comparison.title())}, the best first**\n\n" + "\n".join(rows) + "\n"
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -36,7 +36,9 @@ def latex(comparison: Comparison) -> str:
     """Return the table without paths; the document needs the package booktabs and no other."""
     header, *lines = _lines(comparison, _columns(comparison)[:-1])
     template = load_template("compare.tex.j2", finalize=escape_latex, **LATEX_DELIMITERS)
-    return template.render(title=comparison.title(), header=header, lines=lines, keys=len(comparison.keys))
+    return template.render(
+        title=f"{comparison.title()}, the best first", header=header, lines=lines, keys=len(comparison.keys)
+    )
 
 
 def _columns(comparison: Comparison, steps: Sequence[int] | None = None) -> list[Column]:

@@ -32,3 +32,5 @@ def test_each_job_of_a_sweep_trains_in_a_process_of_its_own(tmp_path, launcher, 
         if (folder / "checkpoints").exists():
             rates[folder.name] = read_checkpoint(folder / "checkpoints" / "last.ckpt")["ddim"]["recipe"]["optim.lr"]
     assert rates == {"lr0.001": 0.001}
+    [table] = tmp_path.glob("outputs/compare/*/table.csv")  # in the main process, also of those that failed
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["run", "lr0.001", "lr-1"]
