@@ -66,7 +66,6 @@ class LoadedModel:
         weights: label of the weights: "ema", "ema_RATE", "online" or "unlabelled".
         weights_hash: SHA-256 of the weights.
         step: number of optimiser steps; None if unknown.
-        run: name of the training or of the file; "" if the weights come from no file.
         recipe: the settings of the training by key; {} where they are not known.
     """
 
@@ -75,7 +74,6 @@ class LoadedModel:
     weights: str
     weights_hash: str
     step: int | None
-    run: str = field(default="", kw_only=True)
     recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -108,14 +106,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network = build_network(stored.spec.network, stored.spec.network_spec)
         network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
-    named = {"run": run_name(Path(path)), "recipe": stored.recipe}
-    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step, **named)
-
-
-def run_name(path: Path) -> str:
-    """Return the name of the training that wrote a checkpoint, RUN/checkpoints/FILE, or that of another model file."""
-    path = path.absolute()
-    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
+    hashed = weights_hash(stored.state)
+    return LoadedModel(stored.spec, network, stored.weights, hashed, stored.step, recipe=stored.recipe)
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
@@ -138,11 +130,11 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
 
 
 def _plain(recipe: Any) -> dict[str, Any]:
-    """Return the entries of a recipe that JSON can hold, which are all unless the file was made up."""
+    """Return a recipe as JSON holds it, {} if it cannot: a file may be made up, and no number depends on it."""
     try:
         return dict(json.loads(json.dumps(recipe or {}, allow_nan=False)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the settings of the training in the checkpoint are not understood ({error}).") from error
+    except (TypeError, ValueError, RecursionError):
+        return {}
 
 
 def save_model(model: StoredModel, path: Path) -> None:

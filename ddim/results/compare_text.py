@@ -55,7 +55,7 @@ def _columns(comparison: Comparison, steps: Sequence[int] | None = None) -> list
     return [
         *columns,
         ("loss", lambda row: row.loss),
-        ("hours", lambda row: row.run.hours),
+        ("hours", lambda row: row.run.hours or None),
         ("steps", lambda row: row.run.step),
         ("checkpoint", lambda row: row.run.checkpoint and str(row.run.checkpoint)),
     ]
