@@ -1,7 +1,7 @@
 """Compare trainings, finished or running: one table, the best first, and plots.
 
 python scripts/compare.py runs='outputs/train/*'
-python scripts/compare.py runs='outputs/train/lr*' metric=val_loss
+python scripts/compare.py runs='outputs/train/lr*' by=val_loss
 python scripts/compare.py --help
 """
 
@@ -22,7 +22,7 @@ def main(config: dict[str, Any]) -> None:
     spec = build(CompareSpec, config, "")
     patterns = [spec.runs] if isinstance(spec.runs, str) else spec.runs
     folders = [path for pattern in patterns for path in sorted(glob.glob(expand_path(pattern, "runs")))]
-    if not write_table(map(Path, folders), Path(spec.output_dir), spec.metric):
+    if not write_table(map(Path, folders), Path(spec.output_dir), spec.by):
         raise UserError(
             f"there is no training in {', '.join(patterns)}; give the folders that scripts/train.py wrote, such as "
             "runs='outputs/train/*'."

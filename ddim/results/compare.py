@@ -35,8 +35,8 @@ class CompareSpec:
         runs: pattern of the folders of the trainings, or a list of patterns.
         name: of the comparison.
         output_dir: its folder.
-        metric: what to compare by: one of their evaluations, val_loss or train_loss; null for the metric that most of
-            them have.
+        by: the metric to compare by: one of their evaluations, val_loss or train_loss; null for the metric that most
+            of them have.
 
     Raises:
         ValueError: a name that is none.
@@ -45,7 +45,7 @@ class CompareSpec:
     runs: str | tuple[str, ...]
     name: str
     output_dir: FilePath
-    metric: str | None = None
+    by: str | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -163,7 +163,7 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
 
     Args:
         runs: at least one.
-        metric: see `CompareSpec`.
+        metric: see `CompareSpec.by`.
 
     Raises:
         UserError: none of them has this metric.
@@ -173,7 +173,7 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
     metric = metric or next(iter(allowed), LOSS)
     if metric not in (*allowed, LOSS):
         known = ", ".join((*allowed, LOSS))
-        raise UserError(f"metric={metric}: no training has it{suggest(metric, allowed)}; allowed: {known}.")
+        raise UserError(f"by={metric}: no training has it{suggest(metric, (*allowed, LOSS))}; allowed: {known}.")
     names = _names([run.folder for run in runs])
     rows = []
     for name, run in zip(names, runs, strict=True):

@@ -94,9 +94,11 @@ def test_a_failed_run_does_not_hide_the_others(run, tmp_path):
         ("lr0.002", "0.002", "1", True),
         ("lr-1", "-1", "0", False),
     ]
-    again = run("compare", "runs=outputs/train/*", "name=again")
+    again = run("compare", "runs=outputs/train/*", "name=again", "by=train_loss")
     assert again.code == 0, again.err
     assert (tmp_path / "outputs/compare/again/table.csv").read_text() == path.read_text()
+    unknown = run("compare", "runs=outputs/train/*", "by=train_los")
+    assert (unknown.code, "(did you mean train_loss?)" in unknown.err) == (2, True)
     nothing = run("compare", "runs=outputs/trains/*")
     assert nothing.code == 2
     assert nothing.err.startswith(
