@@ -93,10 +93,10 @@ def plot_settings(comparison: Comparison) -> "Figure":
         for (x, y), value in best.items():
             red, green, blue, _ = drawn.cmap(norm(value))
             black = 0.3 * red + 0.6 * green + 0.1 * blue > 0.5
-            where = {"ha": "center", "va": "center", "color": "black" if black else "white"}
-            axes.text(xs.index(x), ys.index(y), number_text(value), **where)
+            colour = "black" if black else "white"
+            axes.text(xs.index(x), ys.index(y), number_text(value), ha="center", va="center", color=colour)
     else:
-        drawn = axes.scatter(*zip(*best, strict=True), c=values, s=60, **colours)
+        drawn = axes.scatter([x for x, _ in best], [y for _, y in best], c=values, s=60, **colours)
         for values_of, scale in ((xs, axes.set_xscale), (ys, axes.set_yscale)):
             if 0 < WIDE * values_of[0] < values_of[-1]:
                 scale("log")
