@@ -101,6 +101,7 @@ def plot_settings(comparison: Comparison) -> "Figure":
             if 0 < WIDE * values_of[0] < values_of[-1]:
                 scale("log")
         axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
     figure.colorbar(drawn, label=f"best {_measure(comparison)}")
     return figure
 
