@@ -40,6 +40,7 @@ OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
 OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=True)
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
+OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
 
 
 def entry(

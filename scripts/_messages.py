@@ -21,6 +21,13 @@ RENAMED_KEYS = {
     "export_checkpoint": {"out": "output_dir"},
 }
 RENAMED_OPTIONS = {"digits_sweep": "table_digits"}
+# Hydra's plugins, by the extra of pyproject.toml that installs them.
+EXTRAS = {
+    "hydra/sweeper/optuna": "optuna",
+    **dict.fromkeys(
+        ("hydra/launcher/joblib", "hydra/launcher/submitit_slurm", "hydra/launcher/submitit_local"), "launchers"
+    ),
+}
 # What can be done where a file cannot be written.
 CANNOT_WRITE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
@@ -61,6 +68,8 @@ def explain_hydra(error: Exception, config_name: str) -> str:
         return f"a configuration file is not valid YAML: {message}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
+        if extra := EXTRAS.get(error.missing_cfg_file):
+            return f"{group}={option} is not installed; install it with pip install -e '.[{extra}]'."
         if option in RENAMED_OPTIONS:
             return f"{group}={option} is called {group}={RENAMED_OPTIONS[option]} now."
         return f"unknown option {group}={option}{suggest(option, error.options)}; allowed: {', '.join(error.options)}."

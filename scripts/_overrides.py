@@ -103,7 +103,7 @@ def _check_launcher(override: Any, sweep: bool) -> None:
 def _check_option(group: str, option: str, config_name: str) -> None:
     """Check an experiment, or another file whose keys are those of the top level."""
     path = CONFIGS / group / f"{option}.yaml"
-    if group not in ("experiment", "debug") or not path.is_file():
+    if group not in ("experiment", "debug", "hparams_search") or not path.is_file():
         return
     if not re.match(r"\s*#\s*@package +_global_\s*$", path.read_text(encoding="utf-8"), re.MULTILINE):
         raise _refused(f"configs/{group}/{option}.yaml", "its first line must be '# @package _global_'")

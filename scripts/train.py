@@ -5,20 +5,34 @@ python scripts/train.py experiment=cifar10 checkpoint=last       # resume
 python scripts/train.py --help
 """
 
+import math
 import os
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry, pick_device
+from _start import rank
+from compare import write_table
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 if TYPE_CHECKING:
     from ddim.training.spec import TrainerSpec
 
+# Environment variable with the folder of a sweep's comparison, also for the processes that a launcher starts.
+COMPARISON = "DDIM_COMPARISON"
+RUNS = "runs.txt"  # in it: the folder of each run, a line each
 
-def main(config: dict[str, Any]) -> None:
-    """Train as `config` says and print the path of the checkpoint."""
+
+def main(config: dict[str, Any]) -> float | None:
+    """Train as `config` says and print the path of the checkpoint; return what a sweeper such as Optuna minimises.
+
+    That is the best value of the validation metric, and the last training loss where there is no validation; None
+    where it is not finite, which Optuna takes for a failed trial.
+    """
     from ddim.config import build
+    from ddim.results.compare import last_loss
     from ddim.training.dry_run import dry_run
     from ddim.training.run import train
     from ddim.training.spec import TrainSpec
@@ -27,13 +41,34 @@ def main(config: dict[str, Any]) -> None:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         group_runs(config)
+        if not config["dry_run"]:
+            list_run(str(config["output_dir"]))
     spec = build(TrainSpec, config, "")
     if sweep:
         check_processes(spec.trainer)
     if spec.dry_run:
         print("\n".join(dry_run(spec)))
-    else:
-        print(f"checkpoint: {train(spec, config).checkpoint}")
+        return None
+    trained = train(spec, config)
+    print(f"checkpoint: {trained.checkpoint}")
+    value = last_loss(spec.folder) if trained.metric is None else trained.metric
+    return value if value is not None and math.isfinite(value) else None
+
+
+def list_run(folder: str) -> None:
+    """Add a run of a sweep to those that are compared at its end; before it starts, so that it is there if it fails."""
+    if rank() == 0 and COMPARISON in os.environ:  # SLURM may be told to pass no variables on
+        path = Path(os.environ[COMPARISON], RUNS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{Path(folder).expanduser()}\n")
+
+
+def compare_runs() -> None:
+    """Compare the runs of the sweep that ends, if this was one."""
+    listed = Path(os.environ[COMPARISON], RUNS)
+    if rank() == 0 and listed.exists():
+        write_table(map(Path, listed.read_text(encoding="utf-8").splitlines()), listed.parent)
 
 
 def group_runs(config: dict[str, Any]) -> None:
@@ -63,4 +98,5 @@ def check_processes(trainer: "TrainerSpec") -> None:
 
 
 if __name__ == "__main__":
-    entry(main, "train")
+    os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    entry(main, "train", finish=compare_runs)

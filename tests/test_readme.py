@@ -219,6 +219,7 @@ def unknown_keys(text: str) -> list[str]:
     known = {
         "experiment",
         "debug",
+        "hparams_search",
         "like",
         "network",
         "schedule",

@@ -45,6 +45,7 @@ class StoredModel:
         weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
         step: number of optimiser steps; None if unknown.
         origin: where imported weights come from, human-readable; {} for weights trained here.
+        recipe: the settings of the training by key; {} where they are not known.
     """
 
     spec: ModelSpec
@@ -52,6 +53,7 @@ class StoredModel:
     weights: str
     step: int | None
     origin: dict[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ class LoadedModel:
         weights: label of the weights: "ema", "ema_RATE", "online" or "unlabelled".
         weights_hash: SHA-256 of the weights.
         step: number of optimiser steps; None if unknown.
+        recipe: the settings of the training by key; {} where they are not known.
     """
 
     spec: ModelSpec
@@ -71,6 +74,7 @@ class LoadedModel:
     weights: str
     weights_hash: str
     step: int | None
+    recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
@@ -102,7 +106,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network = build_network(stored.spec.network, stored.spec.network_spec)
         network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
-    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step)
+    hashed = weights_hash(stored.state)
+    return LoadedModel(stored.spec, network, stored.weights, hashed, stored.step, recipe=stored.recipe)
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
@@ -119,7 +124,17 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
         if weights == "ema" and weights not in sets:
             raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
-        return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
+        description = checkpoint[KEY]
+        recipe = _plain(description.get(RECIPE))
+        return StoredModel(ModelSpec.from_dict(description), state, weights, checkpoint["global_step"], recipe=recipe)
+
+
+def _plain(recipe: Any) -> dict[str, Any]:
+    """Return a recipe as JSON holds it, {} if it cannot: a file may be made up, and no number depends on it."""
+    try:
+        return dict(json.loads(json.dumps(recipe or {}, allow_nan=False)))
+    except (TypeError, ValueError, RecursionError):
+        return {}
 
 
 def save_model(model: StoredModel, path: Path) -> None:

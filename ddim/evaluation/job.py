@@ -154,6 +154,7 @@ class Job:
             "key": self.key,
             **self.settings,
             **self.metadata,
+            "run": run_name(self.metadata["config"]["checkpoint"]),
             **results,
             "network_evaluations": len(self.indices) * self.steps,
             "compute": {
@@ -168,6 +169,12 @@ class Job:
                 self.records.append(record)
                 self.shards.delete()
         return processes.broadcast(record)
+
+
+def run_name(checkpoint: str) -> str:
+    """Return the name of the training that wrote a checkpoint, RUN/checkpoints/FILE, or that of another model file."""
+    path = Path(checkpoint).absolute()
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.stem
 
 
 def count_shown(grid: int, batch: range, first: int = 0) -> int:
@@ -213,6 +220,7 @@ def table_position(model: LoadedModel, sampler: SamplerSpec, tau: Sequence[float
     """Return what decides where a record stands in a table."""
     return {
         "trained_on": model.spec.data,
+        "recipe": model.recipe,
         "S": len(tau) if sampler.scheduler is None else asked_steps(sampler),
         "nfe": network_evaluations(model, sampler),
         "label": row_label(sampler),

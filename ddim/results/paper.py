@@ -47,9 +47,9 @@ class PaperTable:
         """Return the row for the label of one of our samplers, None if the paper has no such row.
 
         All σ̂ samplers belong to one row, however x̂0 is clipped: the formula (section D.3) does not clip, the official
-        implementation does.
+        implementation does. The name of a run may follow the label.
         """
-        row = SIGMA_HAT if label.startswith(SIGMA_HAT) else label
+        row = SIGMA_HAT if label.startswith(SIGMA_HAT) else label.partition(", ")[0]
         return row if row in self.values else None
 
     def number(self, label: str, S: int) -> float | None:

@@ -1,6 +1,7 @@
 """The protocol of a measurement: what all entries of a table share, and its description in words."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ddim.results.records import Record
@@ -27,6 +28,51 @@ def shared_protocol(record: Record) -> dict[str, Any]:
     return shared | {"last_time": record["sampler"]["last_time"], "offset": record["first"] % record["n"]}
 
 
+def join_checkpoints(records: Sequence[Record]) -> list[Record]:
+    """Return completed records such that those of several checkpoints can share a table.
+
+    Where checkpoints share the rest of a protocol, the labels of their records name the run, with step, weights and
+    hash as far as runs do not differ; `model` then is what all have in common, and each of them under "checkpoints".
+    """
+    groups: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        shared = shared_protocol(record) | {"seed": None, "model": None}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
+    joined = list(records)
+    for members in groups.values():
+        # One record of each model, whatever their order.
+        ordered = sorted((records[i] for i in members), key=lambda r: (r.get("run", ""), r["key"]))
+        models = {json.dumps(r["model"], sort_keys=True): r for r in ordered[::-1]}
+        if len(models) == 1 or len({str(r.get("config", {}).get("checkpoint")) for r in ordered}) == 1:
+            continue
+        names = dict(zip(models, _checkpoint_names(list(models.values())), strict=True))
+        recipes = [r.get("recipe", {}) for r in models.values()]
+        keys = differing_keys(recipes) if all(recipes) else []  # older records have none
+        checkpoints = {
+            names[m]: r["model"] | {"settings": {key: r.get("recipe", {}).get(key) for key in keys}}
+            for m, r in sorted(models.items(), key=lambda item: names[item[0]])
+        }
+        first, *others = (r["model"] for r in models.values())
+        common = {key: value if all(m.get(key) == value for m in others) else None for key, value in first.items()}
+        for i in members:
+            label = f"{records[i]['label']}, {names[json.dumps(records[i]['model'], sort_keys=True)]}"
+            joined[i] = records[i] | {"label": label, "model": common | {"checkpoints": checkpoints}}
+    return joined
+
+
+def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys that have several values; a key that is missing counts as null."""
+    keys = dict.fromkeys(key for values in settings for key in values)
+    return [key for key in keys if len({json.dumps(values.get(key)) for values in settings}) > 1]
+
+
+def setting_text(value: Any) -> str:
+    """Return a setting as on the command line, floats to four digits; "" for null."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
+
+
 def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
     """Return one line that states what was measured.
 
@@ -43,12 +89,13 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         # Published statistics do not state their number of images.
         count = "" if data["images"] is None else f"{data['images']:,} of "
         images = f"{p['n']:,} images against {count}{data['name']}"
+    of = f"of {len(model['checkpoints'])} checkpoints" if "checkpoints" in model else model["weights_hash"][:8]
     step = "" if model["step"] is None else f" at step {model['step']:,}"
     sets = "sets" if isinstance(p["seed"], list) else "ranges"
     fewer = ", or as many as an entry states" if len(ranges) > 1 else ""
     return _join(
         f"{metric}: {images}",
-        f"{LABELS.get(model['weights'], model['weights'])} weights {model['weights_hash'][:8]}{step}",
+        f"{_weights_label(model)} weights {of}{step}",
         f"tau {p['spacing']}",
         _seeds(p["seed"]),
         f"from image {p['offset']:,} on" if p["offset"] else "",
@@ -68,13 +115,15 @@ def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, f
     """
     records = [record for members in rows.values() for record in members]
     model = p["model"]
+    models = [*model.get("checkpoints", {"": model}).values()]
     items = [
         ("metric", f"{metric} (less is better)" if is_distance(metric) else metric),
         ("images", f"n = {p['n']:,}: {_ranges(records, full)}"),
         ("reference set", _reference(p["reference"], p["metric"], full)),
         ("extractor", _extractor(p["metric"], full)),
         ("weights", _weights(model, records, full)),
-        ("schedule", _join(model.get("schedule"), f"T={model['T']}", _named("prediction", model.get("prediction")))),
+        ("settings", _settings(model)),
+        ("schedule", "; ".join(dict.fromkeys(map(_schedule, models)))),
         ("τ", f"{p['spacing']}: {_times(records, p['spacing'], full)}"),
         ("clip of x̂0", _clip(rows)),
         ("end", f"alpha_bar[{p['last_time']}]" + ("" if p["last_time"] else " = 1")),
@@ -118,14 +167,49 @@ def _extractor(metric: dict[str, Any], full: bool) -> str:
 
 
 def _weights(model: dict[str, Any], records: list[Record], full: bool) -> str:
-    step = "" if model["step"] is None else f"step {model['step']:,}"
     trained_on = _named("trained on", distinct(r.get("trained_on") for r in records))
-    return _join(
-        LABELS.get(model["weights"], model["weights"]),
-        _named("hash", _hash(model["weights_hash"], full)),
-        step,
-        trained_on,
+    texts = []
+    for name, one in model.get("checkpoints", {"": model}).items():
+        step = "" if one["step"] is None else f"step {one['step']:,}"
+        text = _join(_weights_label(one), _named("hash", _hash(one["weights_hash"], full)), step, trained_on)
+        texts.append(f"{name}: {text}" if name else text)
+    return "; ".join(texts)
+
+
+def _weights_label(model: dict[str, Any]) -> str:
+    return LABELS.get(model["weights"], model["weights"]) or "the"
+
+
+def _schedule(model: dict[str, Any]) -> str:
+    return _join(model.get("schedule"), f"T={model['T']}", _named("prediction", model.get("prediction")))
+
+
+def _settings(model: dict[str, Any]) -> str:
+    """Return the settings in which the trainings of several checkpoints differ."""
+    return "; ".join(
+        f"{name}: {_join(*(_named(key, setting_text(value)) for key, value in one['settings'].items()))}"
+        for name, one in model.get("checkpoints", {}).items()
+        if one["settings"]
     )
+
+
+def _checkpoint_names(records: Sequence[Record]) -> list[str]:
+    """Return a name for each of several models: as few of run, step, weights and hash as tell them from each other."""
+    parts = [
+        (
+            r.get("run") or "weights",
+            "" if r["model"]["step"] is None else f"step {r['model']['step']:,}",
+            _weights_label(r["model"]),
+            r["model"]["weights_hash"][:8],
+            r["model"]["description_hash"],
+        )
+        for r in records
+    ]
+    for shown in ((0,), (0, 1), (0, 2), (0, 1, 2), (0, 3), (0, 1, 2, 3)):
+        names = [" ".join(filter(None, (part[i] for i in shown))) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [" ".join(filter(None, part)) for part in parts]
 
 
 def _times(records: list[Record], own: str, full: bool) -> str:

@@ -15,7 +15,7 @@ from ddim.io import atomic_write
 from ddim.results import plots, text
 from ddim.results.html import render_page
 from ddim.results.paper import SIGMA_HAT
-from ddim.results.protocol import FULL, completed, shared_protocol
+from ddim.results.protocol import FULL, completed, join_checkpoints, shared_protocol
 from ddim.results.records import Record, record_key
 from ddim.results.table import Table
 
@@ -24,10 +24,11 @@ def build_tables(records: Sequence[Record]) -> list[Table]:
     """Return a table for each metric and protocol, in an order that does not depend on that of the records.
 
     An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images
-    one is chosen by a hash, so that neither their order nor their values matter.
+    one is chosen by a hash, so that neither their order nor their values matter. Several checkpoints share a table,
+    whose rows name their runs.
     """
     tables = []
-    for shared, members in _by_protocol(records):
+    for shared, members in _by_protocol(join_checkpoints([completed(record) for record in records])):
         for spacing in sorted({r["spacing"] for r in members} - {FULL}) or [FULL]:
             rows = [(r["label"], r) for r in members if r["spacing"] == spacing]
             # The full chain joins the samplers that have this spacing, or no other.
@@ -45,7 +46,7 @@ def sigma_hat_variants(records: Sequence[Record]) -> list[Table]:
     policy; the full chain belongs to every spacing.
     """
     tables = []
-    for shared, members in _by_protocol(records):
+    for shared, members in _by_protocol([completed(record) for record in records]):
         members = [r for r in members if r["label"].startswith(SIGMA_HAT)]
         variants = {(r["label"], r["spacing"]) for r in members if r["spacing"] != FULL}
         if len(variants) < 2:
@@ -84,6 +85,7 @@ def write_report(
         The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
     """
     complete = [completed(record) for record in records]
+    named = join_checkpoints(complete)
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     timings = plots.timings(complete)
     texts = {
@@ -91,7 +93,7 @@ def write_report(
         "table.csv": text.as_csv(tables),
         "table.json": text.as_json(tables),
         "table.tex": text.latex(tables),
-        "timing.csv": text.timing_csv(complete),
+        "timing.csv": text.timing_csv(named),
     }
     paths = [_write(folder / name, content) for name, content in texts.items()]
     table_plots = [
@@ -102,13 +104,13 @@ def write_report(
     ]
     paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, records, folder, command, failures, impossible)
+    page = render_page(*with_plots, named, folder, command, failures, impossible)
     return [*paths, _write(folder / "report.html", page)]
 
 
 def _by_protocol(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:
     groups: dict[str, tuple[dict[str, Any], list[Record]]] = {}
-    for record in map(completed, records):
+    for record in records:
         shared = shared_protocol(record)
         groups.setdefault(json.dumps(shared | {"seed": None}, sort_keys=True), (shared, []))[1].append(record)
     return [groups[key] for key in sorted(groups)]

@@ -18,7 +18,7 @@ REQUIRED: dict[str, Types] = {
     "sampler.tau": (list,),
 }
 OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that are null
-    **dict.fromkeys(("kind", "grid", "compute.device"), TEXT),
+    **dict.fromkeys(("kind", "grid", "compute.device", "run"), TEXT),
     **dict.fromkeys(
         ("paper", "pixels", "trained_on", "revision", "model.schedule", "model.prediction"), (str, NoneType)
     ),
@@ -26,7 +26,7 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     **dict.fromkeys(("n", "first", "nfe"), INTEGER),
     **dict.fromkeys(("seed", "compute.processes", "compute.batch_size"), (*INTEGER, NoneType)),
     **dict.fromkeys(("seconds_sampling", "seconds_metrics"), (*NUMBER, NoneType)),
-    **dict.fromkeys(("config", "versions"), (dict,)),
+    **dict.fromkeys(("config", "versions", "recipe"), (dict,)),
     "compute": (dict, NoneType),
     "bf16": (bool,),
 }

@@ -54,7 +54,7 @@ def as_csv(tables: Sequence[Table]) -> str:
             settings = [records[0].get(column, "") for column in (*RECORD_COLUMNS, *added)]
             keys = " ".join(r["key"] for r in records)
             lines.append([number, table.metric, row, records[0]["S"], *numbers, *settings, keys])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def timing_csv(records: Sequence[Record]) -> str:
@@ -67,7 +67,7 @@ def timing_csv(records: Sequence[Record]) -> str:
         times = [_digits(seconds), _digits(per_image), _digits(r.get("seconds_metrics"))]
         device = [compute.get(key, "") for key in ("device", "processes", "batch_size")]
         lines.append([r["label"], r["S"], r["spacing"], r["n"], r["first"], *times, *device, r["key"]])
-    return _csv(lines)
+    return csv_text(lines)
 
 
 def as_json(tables: Sequence[Table]) -> str:
@@ -119,7 +119,8 @@ def _digits(value: float | None) -> str:
     return "" if value is None else f"{rounded(value):.{DIGITS}g}"
 
 
-def _csv(lines: Sequence[Sequence[Any]]) -> str:
+def csv_text(lines: Sequence[Sequence[Any]]) -> str:
+    """Return lines of entries as a CSV file."""
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerows([escape_csv(entry) for entry in line] for line in lines)
     return out.getvalue()

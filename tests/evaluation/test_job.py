@@ -1,10 +1,14 @@
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddim import SamplerSpec
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
-from ddim.evaluation.job import sampler_settings
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
+from ddim.evaluation.job import run_name, sampler_settings
 from ddim.results.records import record_key
 
 CHOSEN = {"rule": "ddim", "eta": 0.0, "clip": "x0", "last_time": 0, "tau": [1, 2]}  # what records always stated
@@ -46,3 +50,34 @@ def test_what_differs_has_another_name(fields: dict[str, Any], label: str, spaci
     names = (row_label(sampler), spacing_name(sampler, sampler.tau(1000), 1000), asked_steps(sampler))
     assert names == (label, spacing, steps)
     assert len(sampler.tau(1000)) == steps
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "name"),
+    [
+        ("outputs/train/lr0.1/checkpoints/last.ckpt", "lr0.1"),
+        ("/a/b/checkpoints/step_00000010.ckpt", "b"),
+        ("outputs/imported/ema_cifar10.safetensors", "ema_cifar10"),
+    ],
+)
+def test_a_checkpoint_is_named_by_its_run(checkpoint: str, name: str) -> None:
+    assert run_name(checkpoint) == name
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("recipe", "stored"), [({"optim.lr": 0.1}, {"optim.lr": 0.1}), ({"a": torch.ones(1)}, {})])
+def test_run_and_recipe_are_recorded_outside_the_key(
+    spec: EvaluateSpec, tmp_path: Path, recipe: dict[str, Any], stored: dict[str, Any]
+) -> None:
+    content = torch.load(spec.checkpoint, weights_only=True)
+    content["ddim"]["recipe"] = recipe
+    path = tmp_path / "mine" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(content, path)
+    spec = dataclasses.replace(spec, n=4)
+    without, _ = evaluate(spec)
+    record, new = evaluate(dataclasses.replace(spec, checkpoint=str(path), output_dir=str(tmp_path / "other")))
+    assert new
+    assert (record["run"], record["recipe"]) == ("mine", stored)
+    assert (without["run"], without["recipe"]) == ("tiny", {})
+    assert record["key"] == without["key"]

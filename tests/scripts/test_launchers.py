@@ -40,3 +40,6 @@ def test_each_job_of_a_sweep_trains_in_a_process_of_its_own(tmp_path, launcher, 
         gpus.append(path.parents[1].name.partition("_")[2])
     assert sorted(rates) == [*good]
     assert sorted(gpus) == (["5", "7"] if launcher == "box" else [""])
+    [table] = tmp_path.glob("outputs/compare/*/table.csv")  # in the main process, also of those that failed
+    names = [line.partition("_")[0] for line in table.read_text().splitlines()[1:]]
+    assert sorted(names) == sorted(f"lr{lr}" for lr in (*good, -1))

@@ -1,7 +1,15 @@
 """Sweeps over training settings: one group of W&B runs, each with its settings; and what no sweep can do."""
 
+import csv
+import math
+from types import SimpleNamespace
+
 import pytest
+from composed import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.loggers.logger import DummyLogger
+from omegaconf import OmegaConf
 
 from ddim.checkpoints.model import read_checkpoint
 
@@ -40,6 +48,8 @@ def wandb_runs(monkeypatch):
 def test_a_sweep_is_one_wandb_group_with_settings(run, wandb_runs, tmp_path, arguments, group):
     outcome = run("train", "-m", *arguments, *SWEEP, "logger=wandb_offline")
     assert (outcome.code, outcome.err) == (0, "")
+    [table] = tmp_path.glob("outputs/compare/*/table.md")
+    assert outcome.out.count("lr0.001 |") == table.read_text().count("lr0.001 |") == 1
     one, two = wandb_runs
     assert one["group"] == two["group"] == group
     assert one["job_type"] == two["job_type"] == "train"
@@ -72,3 +82,52 @@ def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeyp
     assert line.startswith(f"error: a sweep trains each run on one device, and trainer.devices={devices} may be more")
     assert line.endswith(" (2 times)")
     assert not list(tmp_path.glob("outputs/train/*/checkpoints"))
+
+
+def test_a_failed_run_does_not_hide_the_others(run, tmp_path):
+    outcome = run("train", "-m", "experiment=digits", *SMALL, "optim.lr=-1,0.002", "name=lr${optim.lr}")
+    assert outcome.code == 2
+    [path] = tmp_path.glob("outputs/compare/*/table.csv")
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    assert [(row["run"], row["optim.lr"], row["steps"], bool(row["loss"])) for row in rows] == [
+        ("lr0.002", "0.002", "1", True),
+        ("lr-1", "-1", "0", False),
+    ]
+    again = run("compare", "runs=outputs/train/*", "name=again", "by=train_loss")
+    assert again.code == 0, again.err
+    assert (tmp_path / "outputs/compare/again/table.csv").read_text() == path.read_text()
+    unknown = run("compare", "runs=outputs/train/*", "by=train_los")
+    assert (unknown.code, "(did you mean train_loss?)" in unknown.err) == (2, True)
+    nothing = run("compare", "runs=outputs/trains/*")
+    assert nothing.code == 2
+    assert nothing.err.startswith(
+        "error: there is no training in outputs/trains/*; give the folders that scripts/train.py"
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "loss", "value"),
+    [(2.5, 0.1, 2.5), (None, 0.1, 0.1), (None, None, None), (math.nan, 0.1, None)],
+)
+def test_a_job_returns_its_metric_or_its_last_loss(run, monkeypatch, metric, loss, value):
+    """Optuna takes no text and no NaN; None is a failed trial."""
+    from train import main  # found because of the fixture run
+
+    monkeypatch.setattr("ddim.training.run.train", lambda spec, config: SimpleNamespace(checkpoint="", metric=metric))
+    monkeypatch.setattr("ddim.results.compare.last_loss", lambda folder: loss)
+    monkeypatch.setattr(HydraConfig, "get", lambda: SimpleNamespace(mode=RunMode.RUN))
+    config = OmegaConf.to_container(compose("train", "experiment=digits"), resolve=True)
+    assert main(config) == value
+
+
+@pytest.mark.slow
+def test_optuna_minimises_and_survives_a_failed_trial(process, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    trials = ("hydra.sweeper.n_trials=3", "hydra.sweeper.sampler.seed=0", "eval.every=0")
+    names = ("name=lr${optim.lr}", "optim.lr=choice(-1, 0.001)", "ema.decay=0.9")
+    outcome = process("train", "-m", "hparams_search=digits_optuna", *SMALL, *trials, *names, cwd=tmp_path)
+    assert (outcome.code, "lr=-1" in outcome.err) == (2, True), outcome.err
+    [best] = tmp_path.rglob("optimization_results.yaml")
+    [table] = tmp_path.glob("outputs/compare/*/table.csv")
+    first, *_ = csv.DictReader(table.read_text().splitlines())
+    assert OmegaConf.load(best).best_value == pytest.approx(float(first["loss"]), rel=1e-5)
