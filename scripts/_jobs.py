@@ -1,5 +1,6 @@
 """The jobs of a sweep, known before the first of them runs."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -53,9 +54,20 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain values.
+    """Return a configuration as plain values; of a checkpoint on W&B, the path of its download.
 
     Raises:
         OmegaConfBaseException: a value is missing or cannot be resolved.
+        UserError: the checkpoint cannot be downloaded.
     """
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    if str(values.get("checkpoint")).startswith("wandb:"):
+        values["checkpoint"] = _download(values["checkpoint"])
+    return values
+
+
+@functools.cache  # a sweep has one checkpoint for all jobs, which stays the same if :latest moves meanwhile
+def _download(checkpoint: str) -> str:
+    from ddim.results.wandb_artifacts import download_checkpoint
+
+    return download_checkpoint(checkpoint)

@@ -25,6 +25,7 @@ from ddim.networks import build_network, zero_based
 
 # Entries of a training checkpoint.
 HAS_CHECKSUM = "sealed"  # in the description: true if the file was written with a checksum
+WANDB_RUN = "wandb_run"  # in the description: [ENTITY/]PROJECT/RUNID of the training, if it was logged to W&B
 RECIPE = "recipe"  # in the description: the training settings, compared when resuming
 EMA_STATE = "EMA"  # in `callbacks`: {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
 NETWORK_PREFIX = "network."  # of the online weights in `state_dict`
@@ -44,7 +45,7 @@ class StoredModel:
         state: parameter name -> weights.
         weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
         step: number of optimiser steps; None if unknown.
-        origin: where imported weights come from, human-readable; {} for weights trained here.
+        origin: where the weights come from, human-readable: the imported file, or the W&B run of the training.
     """
 
     spec: ModelSpec
@@ -64,6 +65,7 @@ class LoadedModel:
         weights: label of the weights: "ema", "ema_RATE", "online" or "unlabelled".
         weights_hash: SHA-256 of the weights.
         step: number of optimiser steps; None if unknown.
+        origin: as in `StoredModel`.
     """
 
     spec: ModelSpec
@@ -71,6 +73,7 @@ class LoadedModel:
     weights: str
     weights_hash: str
     step: int | None
+    origin: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
@@ -102,7 +105,7 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network = build_network(stored.spec.network, stored.spec.network_spec)
         network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
-    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step)
+    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step, stored.origin)
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
@@ -119,7 +122,9 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
         if weights == "ema" and weights not in sets:
             raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
-        return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"])
+        run = checkpoint[KEY].get(WANDB_RUN)
+        origin = {WANDB_RUN: run} if isinstance(run, str) else {}
+        return StoredModel(ModelSpec.from_dict(checkpoint[KEY]), state, weights, checkpoint["global_step"], origin)
 
 
 def save_model(model: StoredModel, path: Path) -> None:

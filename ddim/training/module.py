@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ddim.checkpoints import ModelSpec
-from ddim.checkpoints.model import RECIPE
+from ddim.checkpoints.model import RECIPE, WANDB_RUN
 from ddim.checkpoints.spec import KEY
 from ddim.config import choose
 from ddim.data.batches import Batch
@@ -21,6 +21,7 @@ from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
 from ddim.random import DROPOUT, WEIGHTS, random_words
 from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
+from ddim.training.loggers import wandb_run
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, for each parameter
 COUNTS = "ddim_counts"  # entry of a training checkpoint: counters behind the logged numbers
@@ -153,6 +154,8 @@ class DiffusionModule(LightningModule):
         self.skipped[0] += skip
         self.skipped[1] = (self.skipped[1] + 1) * skip
         self.log("train/gradient_norm", norm)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # a number has to wait for the device
+            self.log("train/learning_rate", self.adam.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:
         """Return Adam with a linear warm-up: at step k = 1, 2, ... the learning rate is lr min(1, k / warmup)."""
@@ -166,6 +169,8 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the description of the model, the recipe and the number of skipped steps."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
+        if (run := wandb_run(self.trainer.loggers)) is not None:
+            checkpoint[KEY][WANDB_RUN] = run
         checkpoint.setdefault(COUNTS, {})["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
