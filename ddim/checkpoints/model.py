@@ -73,7 +73,7 @@ class LoadedModel:
     weights: str
     weights_hash: str
     step: int | None
-    origin: dict[str, str] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
@@ -105,7 +105,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network = build_network(stored.spec.network, stored.spec.network_spec)
         network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
-    return LoadedModel(stored.spec, network, stored.weights, weights_hash(stored.state), stored.step, stored.origin)
+    hashed = weights_hash(stored.state)
+    return LoadedModel(stored.spec, network, stored.weights, hashed, stored.step, origin=stored.origin)
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:

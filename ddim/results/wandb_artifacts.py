@@ -9,11 +9,12 @@ from filelock import FileLock
 from ddim.errors import UserError
 
 PREFIX = "wandb:"
-FOLDER = "outputs/artifacts"  # gets ENTITY/PROJECT/ARTIFACT/v0 and so on
+_PART = r"\w[\w .-]*"  # of a name
+FOLDER = Path("outputs/artifacts")  # gets ENTITY/PROJECT/ARTIFACT/v0 and so on
 MODEL_FILES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 
 
-def download_checkpoint(checkpoint: str, folder: Path = Path(FOLDER)) -> str:
+def download_checkpoint(checkpoint: str, folder: Path = FOLDER) -> str:
     """Return the path of the model file of an artifact, which is downloaded unless it was before.
 
     Args:
@@ -24,7 +25,7 @@ def download_checkpoint(checkpoint: str, folder: Path = Path(FOLDER)) -> str:
     Raises:
         UserError: no such name or artifact, no connection, or an artifact without exactly one model file.
     """
-    if not (parts := re.fullmatch(rf"{PREFIX}([^/:]+/[^/:]+/[^/:]+)(?::([^/:]+))?", checkpoint)):
+    if not (parts := re.fullmatch(rf"{PREFIX}({_PART}/{_PART}/{_PART})(?::({_PART}))?", checkpoint)):
         raise UserError(f"checkpoint={checkpoint} must be wandb:ENTITY/PROJECT/ARTIFACT or wandb:...:VERSION.")
     name, version = parts[1], parts[2] or "latest"
     if not re.fullmatch(r"v\d+", version) or not (folder / name / version).is_dir():
@@ -39,7 +40,7 @@ def download_checkpoint(checkpoint: str, folder: Path = Path(FOLDER)) -> str:
     return str(files[0])
 
 
-def artifact_of(checkpoint: str, folder: Path = Path(FOLDER)) -> str | None:
+def artifact_of(checkpoint: str, folder: Path = FOLDER) -> str | None:
     """Return ENTITY/PROJECT/ARTIFACT:VERSION of a path that `download_checkpoint` returned, None for another path."""
     parts = re.match(rf"{re.escape(str(folder))}/([^/]+/[^/]+/[^/]+)/(v\d+)/", checkpoint)
     return parts and f"{parts[1]}:{parts[2]}"

@@ -148,6 +148,8 @@ class Checkpoints(Checkpoint):
             for old in _steps(self.folder)[self.keep_last :]:
                 if old != path and (not self.keep_every or _step(old) % self.keep_every):
                     old.unlink()
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # Lightning's hook; W&B may take a copy
 
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Return whether any process received a signal: the same answer on all of them, at the same step."""

@@ -1,25 +1,35 @@
 """Where a training run writes its numbers: CSV always, W&B and TensorBoard when asked."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch.loggers
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from ddim.errors import UserError
 from ddim.results.protocol import is_distance
 from ddim.results.wandb import LoggerSpec, explain_wandb_errors
+from ddim.training.checkpoints import LAST
 
 STEP = "trainer/global_step"  # Lightning's x-axis of all charts
 
 
 class WandbLogger(lightning.pytorch.loggers.WandbLogger):
-    """Lightning's, with the best value of each metric in the run's summary, and checkpoints as artifacts."""
+    """Lightning's, with the best value of each metric in the run's summary, and our checkpoints as artifacts.
 
-    defined: frozenset[str] = frozenset()  # metrics whose best value W&B was told to keep
+    Args:
+        log_model: which checkpoints, see `LoggerSpec`.
+        options: Lightning's and those of `wandb.init`.
+    """
+
+    def __init__(self, *, log_model: Literal["all", "best", False], **options: Any) -> None:
+        super().__init__(**options)
+        self.log_model = log_model
+        self.defined: set[str] = set()  # metrics that W&B was told about
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -28,22 +38,28 @@ class WandbLogger(lightning.pytorch.loggers.WandbLogger):
             group, _, metric = name.partition("/")
             if group == "val" or metric.startswith("loss"):
                 best = "min" if is_distance(metric) else "max"
-                self.experiment.define_metric(name, step_metric=STEP, step_sync=True, summary=f"{best},last")
-        self.defined |= metrics.keys()
+                escaped = name.replace(".", r"\.")  # for W&B a point leads into a nested value
+                self.experiment.define_metric(escaped, step_metric=STEP, step_sync=True, summary=f"{best},last")
+        self.defined.update(metrics)
         super().log_metrics(metrics, step)
 
     @rank_zero_only
-    def log_checkpoint(self, path: Path, step: int, *, is_best: bool) -> None:
-        """Upload a checkpoint as the newest version of the artifact model-RUNID; `best` and `latest` name the newest.
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Make the checkpoints that `log_model` asks for versions of the artifact model-RUNID.
 
-        W&B copies the file first, so it may be removed or replaced afterwards.
+        W&B copies a file before it uploads it, so it may be removed or replaced afterwards.
+
+        Args:
+            checkpoint_callback: a `ddim.training.checkpoints.Checkpoints` that has saved.
         """
         import wandb
 
-        artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata={"step": step})
-        artifact.add_file(str(path), name="model.ckpt")
-        aliases = ["latest", f"step-{step}", *(["best"] if is_best else [])]
-        self.experiment.log_artifact(artifact, aliases=aliases)
+        folder, step = checkpoint_callback.folder, checkpoint_callback.saved
+        is_best = getattr(checkpoint_callback, "best_steps", [])[:1] == [step]
+        if self.log_model == "all" or (self.log_model == "best" and is_best):
+            artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata={"step": step})
+            artifact.add_file(str(folder / LAST), name="model.ckpt")
+            self.experiment.log_artifact(artifact, aliases=["latest", f"step-{step}", *["best"] * is_best])
 
 
 def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str, Any]) -> list[Logger]:
@@ -55,7 +71,12 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str
         folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after resuming: nothing is
             overwritten), W&B to wandb/, TensorBoard to tensorboard/.
         config: plain values to store with the run.
+
+    Raises:
+        UserError: the best checkpoints are asked for, and nothing is measured.
     """
+    if spec.log_model == "best" and not (config.get("eval") or {}).get("every"):
+        raise UserError("logger.log_model=best needs a measure of what is best; set eval.every, or choose all.")
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
     if spec.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))
@@ -73,6 +94,7 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
         chosen = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
         id_file.write_text(chosen or os.urandom(4).hex(), encoding="utf-8")
     return WandbLogger(
+        log_model=spec.log_model,
         name=name,
         save_dir=folder,
         project=spec.project,
@@ -86,12 +108,6 @@ def _wandb(spec: LoggerSpec, name: str, folder: Path, config: dict[str, Any]) ->
         offline=spec.offline,
         config=config,
     )
-
-
-def wandb_run(loggers: Sequence[Logger]) -> str | None:
-    """Return the path of the W&B run that a training logs to, [ENTITY/]PROJECT/RUNID, None if there is none."""
-    runs = (logger.experiment for logger in loggers if isinstance(logger, lightning.pytorch.loggers.WandbLogger))
-    return next((run.path for run in runs if rank_zero_only.rank == 0), None)  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from ddim.checkpoints import ModelSpec
@@ -21,7 +22,6 @@ from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
 from ddim.random import DROPOUT, WEIGHTS, random_words
 from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
-from ddim.training.loggers import wandb_run
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, for each parameter
 COUNTS = "ddim_counts"  # entry of a training checkpoint: counters behind the logged numbers
@@ -169,8 +169,9 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the description of the model, the recipe and the number of skipped steps."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
-        if (run := wandb_run(self.trainer.loggers)) is not None:
-            checkpoint[KEY][WANDB_RUN] = run
+        for logger in self.trainer.loggers if self.trainer.is_global_zero else ():
+            if isinstance(logger, WandbLogger):
+                checkpoint[KEY][WANDB_RUN] = logger.experiment.path
         checkpoint.setdefault(COUNTS, {})["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
