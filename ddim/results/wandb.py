@@ -179,9 +179,7 @@ class SweepLogger:
         return table
 
     @contextmanager
-    def _run(
-        self, title: str, kind: str, records: Sequence[Record], config: dict[str, Any], key: str
-    ) -> Iterator[Any]:
+    def _run(self, title: str, kind: str, records: Sequence[Record], config: dict[str, Any], key: str) -> Iterator[Any]:
         """Give the run whose id is kept as `key`, or a new one; its id is kept when the block ends without an error."""
         import wandb
 

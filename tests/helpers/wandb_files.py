@@ -85,6 +85,12 @@ class OfflineRun:
         content = json.loads((self.folder / "files" / logged["path"]).read_text(encoding="utf-8"))
         return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
 
+    def table_images(self, name: str) -> set[str]:
+        """Return the MD5 of each image in a table, which W&B stores as an artifact with its images; in base 64."""
+        artifacts = [record.artifact for record in self.records if record.HasField("artifact")]
+        (files,) = [a.manifest.contents for a in artifacts if a.name == f"run-{self.run.run_id}-{name}"]
+        return {file.digest for file in files if file.path.endswith(".png")}
+
     @property
     def charts(self) -> dict[str, dict[str, str]]:
         """Which column of its table is what in an interactive chart: x, y and stroke, by the chart's name."""

@@ -72,7 +72,12 @@ CHOICES = [
 
 
 def test_every_group_has_options() -> None:
-    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {"experiment", "debug", "hydra", "wandb_sweep"}
+    groups = {path.name for path in CONFIGS.iterdir() if path.is_dir()} - {
+        "experiment",
+        "debug",
+        "hydra",
+        "wandb_sweep",
+    }
     assert {choice.partition("=")[0] for _, choice in CHOICES} == groups
 
 

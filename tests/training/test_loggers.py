@@ -97,7 +97,7 @@ def test_wandb_offline_resumes_the_same_run(run, logged, wandb_at):
     (image,) = one.media(".png")
     assert image.read_bytes() == (folder / "samples" / "step_00000004.png").read_bytes()
     (caption,) = [row["samples"]["captions"] for row in one.rows if "samples" in row]
-    assert caption == ["step 4, EMA 0.9, η=0.0 S=2 uniform, seed 0"]
+    assert caption == ["step 4, EMA 0.9, η=0.0 S=2 linear, seed 0"]
     assert (one.run.project, one.run.display_name, list(one.run.tags)) == ("p", "run", ["a", "b"])
     assert (one.run.run_group, one.run.job_type, one.run.notes) == ("sweep", "train", "why")
     assert one.config["network"]["num_groups"] == 4
