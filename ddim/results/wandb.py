@@ -205,9 +205,10 @@ class SweepLogger:
                 reinit="finish_previous",
             ) as run,
         ):
-            artifacts = {artifact_of(values.get("checkpoint", "")) for values in settings} - {None}
-            for artifact in () if self.spec.offline else artifacts:  # W&B takes them in online runs only
-                run.use_artifact(artifact)
+            for checkpoint in {values.get("checkpoint", "") for values in settings}:
+                artifact = artifact_of(checkpoint)
+                if artifact and not self.spec.offline:  # W&B takes this in online runs only
+                    run.use_artifact(artifact)
             yield run
             with atomic_write(self.folder / RUNS / key) as partial:
                 partial.write_text(run.id, encoding="utf-8")

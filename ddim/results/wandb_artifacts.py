@@ -62,7 +62,8 @@ def _download(name: str, version: str, folder: Path) -> str:
                 partial.rename(target)
         return str(artifact.version)
     except (wandb.errors.Error, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
         raise UserError(
-            f"the artifact {name}:{version} cannot be downloaded ({' '.join(str(error).split())[:200]}); check its name, "
-            "`wandb login` and the network, or give the path of a file."
+            f"the artifact {name}:{version} cannot be downloaded ({reason}); check its name, `wandb login` and the "
+            "network, or give the path of a file."
         ) from error

@@ -79,7 +79,8 @@ class EMA(Callback):
         for rate, shadow in self.shadows.items():
             decay = min(rate, (1 + self.updates) / (10 + self.updates)) if self.spec.warmup else rate
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
-            if self.spec.warmup and self.updates % trainer.log_every_n_steps == 0:  # else it is in the configuration
+            log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if self.spec.warmup and self.updates % log_every == 0:  # without a warm-up it is in the configuration
                 label = "ema" if rate == self.spec.rates[0] else f"ema_{rate:g}"
                 pl_module.log(f"train/{label}_rate", decay)
 

@@ -154,7 +154,8 @@ class DiffusionModule(LightningModule):
         self.skipped[0] += skip
         self.skipped[1] = (self.skipped[1] + 1) * skip
         self.log("train/gradient_norm", norm)
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # a number has to wait for the device
+        log_every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % log_every == 0:  # to copy a number to the device is to wait for it
             self.log("train/learning_rate", self.adam.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:

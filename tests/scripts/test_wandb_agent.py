@@ -42,6 +42,7 @@ def some_values(sweep: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_wandb_sweep_is_a_valid_command(name: str, agent_words: Any) -> None:
+    pytest.importorskip("ddim.training.validation")
     sweep, values = SWEEPS[name], some_values(SWEEPS[name])
     interpreter, program, *words = agent_words(sweep, values)
     assert (interpreter, program) == ("python", "scripts/train.py")

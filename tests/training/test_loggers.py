@@ -1,6 +1,7 @@
 """CSV, TensorBoard and W&B, without a network or an account."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from wandb_files import isolate_wandb, offline_runs
 
 from ddim.checkpoints import load_model, read_model
 from ddim.errors import UserError
+from ddim.results.wandb import LoggerSpec
 from ddim.training.checkpoints import Checkpoints
+from ddim.training.loggers import build_loggers
 from ddim.training.module import DiffusionModule
 
 pytestmark = pytest.mark.integration
@@ -110,14 +113,40 @@ def test_wandb_offline_resumes_the_same_run(run, logged, wandb_at):
     assert set(Path.cwd().iterdir()) == before
 
 
-def test_wandb_summary_has_the_best_and_the_last_loss(run, logged, wandb_at):
-    run(logger=OFFLINE, trainer={"max_steps": 3})
-    (done,) = offline_runs(wandb_at / "run")
-    losses = list(logged("run", "train/loss").values())
-    assert done.summary["train/loss"]["min"] == pytest.approx(min(losses), rel=1e-6)
-    assert done.summary["train/loss"]["last"] == pytest.approx(losses[-1], rel=1e-6)
-    assert min(losses) != losses[-1]
-    assert done.best == {"train/loss": "min"} | {f"train/loss_quarter_{i}": "min" for i in range(1, 5)}
+def wandb_logger(folder, config=None, **options):
+    """A logger of W&B without a training."""
+    return build_loggers(LoggerSpec(wandb=True, offline=True, **options), "run", folder, config or {})[1]
+
+
+def test_wandb_summary_has_the_best_and_the_last_value(wandb_at):
+    logger = wandb_logger(wandb_at)
+    best = {"train/loss": min, "val/fd_x_1k": min, "val/fd_x_1k_ema_0.9": min, "val/is_1k": max, "val/recall_1k": max}
+    for step, value in enumerate((2.0, 1.0, 4.0, 3.0)):
+        logger.log_metrics(dict.fromkeys([*best, "train/images_per_second"], value), step)
+    logger.experiment.finish()
+    (done,) = offline_runs(wandb_at)
+    for name, rule in best.items():
+        value = done.summary[name]
+        value = value if isinstance(value, dict) else done.summary["val/fd_x_1k_ema_0"]["9"]
+        assert value == {rule.__name__: rule(1.0, 4.0), "last": 3.0}, name
+    assert done.summary["train/images_per_second"] == 3.0
+
+
+@pytest.mark.parametrize(("log_model", "aliases"), [("best", [2, 4]), ("all", [2, 3, 4]), (False, [])])
+def test_asked_for_checkpoints_are_artifacts(wandb_at, log_model, aliases):
+    logger = wandb_logger(wandb_at, {"eval": {"every": 1}}, log_model=log_model)
+    for step, best in ((2, 2), (3, 2), (4, 4)):
+        (wandb_at / "last.ckpt").write_text(str(step), encoding="utf-8")
+        logger.after_save_checkpoint(SimpleNamespace(folder=wandb_at, saved=step, best_steps=[best]))
+    logger.experiment.finish()
+    (done,) = offline_runs(wandb_at)
+    expected = [["best"] * (step != 3) + ["latest", f"step-{step}"] for step in aliases]
+    assert done.artifacts == [(f"model-{done.run.run_id}", "model", names) for names in expected]
+
+
+def test_best_checkpoints_need_a_measure_of_what_is_best(run):
+    with pytest.raises(UserError, match=r"logger.log_model=best needs .*; set eval.every, or choose all"):
+        run(logger=OFFLINE | {"log_model": "best"})
 
 
 def test_a_checkpoint_knows_its_wandb_run(run, wandb_at):
