@@ -1,5 +1,6 @@
-"""configs/wandb_sweep: the agent of a W&B sweep starts a training with its parameters, in its run."""
+"""W&B on the command line: the agent of a sweep starts a training in its run; checkpoints that are artifacts."""
 
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,3 +69,15 @@ def test_the_run_of_an_agent_belongs_to_its_sweep(agent_words: Any, run: Any, tm
     assert {(part.run.run_id, part.run.sweep_id) for part in (one, two)} == {("run1", "sweep1")}
     assert {key: one.config[key] for key in values} == values
     assert one.config["optim"]["lr"] == values["optim.lr"]
+
+
+def test_a_checkpoint_on_wandb_is_downloaded_before_any_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    jobs = importlib.import_module("_jobs")
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "ddim.results.wandb_artifacts.download_checkpoint", lambda name: asked.append(name) or "model.ckpt"
+    )
+    configs, _ = jobs.sweep_jobs("sample", ["-m", "checkpoint=wandb:team/p/model-a:v3", "sampler.S=5,10"])
+    assert [config["checkpoint"] for config in configs] == ["model.ckpt"] * 2
+    assert asked == ["wandb:team/p/model-a:v3"]

@@ -1,5 +1,6 @@
 """CSV, TensorBoard and W&B, without a network or an account."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ from wandb_files import isolate_wandb, offline_runs
 
 from ddim.checkpoints import load_model, read_model
 from ddim.errors import UserError
+from ddim.evaluation.fidelity import evaluate
+from ddim.evaluation.session import Session
 from ddim.results.wandb import LoggerSpec
 from ddim.training.checkpoints import Checkpoints
 from ddim.training.loggers import build_loggers
@@ -149,11 +152,16 @@ def test_best_checkpoints_need_a_measure_of_what_is_best(run):
         run(logger=OFFLINE | {"log_model": "best"})
 
 
-def test_a_checkpoint_knows_its_wandb_run(run, wandb_at):
-    path = run(logger=OFFLINE, trainer={"max_steps": 1})
-    origin = {"wandb_run": f"p/{(wandb_at / 'run' / 'wandb_id.txt').read_text()}"}
-    assert read_model(path).origin == load_model(path).origin == origin
-    assert load_model(run("other", trainer={"max_steps": 1})).origin == {}
+def test_a_record_names_the_wandb_run_but_its_key_does_not(run, wandb_at, spec):
+    """The checkpoint of a training knows its W&B run; the same weights without one are the same evaluation."""
+    paths = [run(name, logger=logger, trainer={"max_steps": 1}) for name, logger in (("run", OFFLINE), ("other", {}))]
+    path = f"p/{(wandb_at / 'run' / 'wandb_id.txt').read_text()}"
+    assert read_model(paths[0]).origin == load_model(paths[0]).origin == {"wandb_run": path}
+    one, two = (
+        evaluate(replace(spec, checkpoint=str(path), output_dir=str(path.parent)), Session())[0] for path in paths
+    )
+    assert (one["training_run"], "training_run" in two) == (path, False)
+    assert one["key"] == two["key"]
 
 
 def test_failed_training_ends_its_wandb_run(killed_run, run, wandb_at):
