@@ -1,6 +1,7 @@
 """The jobs of a sweep, known before the first of them runs."""
 
 import copy
+import functools
 import itertools
 import re
 from typing import Any
@@ -84,9 +85,20 @@ def _compose_all(config_name: str, jobs: list[list[str]]) -> list[DictConfig]:
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain values.
+    """Return a configuration as plain values; of a checkpoint on W&B, the path of its download.
 
     Raises:
         OmegaConfBaseException: a value is missing or cannot be resolved.
+        UserError: the checkpoint cannot be downloaded.
     """
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    if str(values.get("checkpoint")).startswith("wandb:"):
+        values["checkpoint"] = _download(values["checkpoint"])
+    return values
+
+
+@functools.cache  # a sweep has one checkpoint for all jobs, which stays the same if :latest moves meanwhile
+def _download(checkpoint: str) -> str:
+    from ddim.results.wandb_artifacts import download_checkpoint
+
+    return download_checkpoint(checkpoint)

@@ -25,6 +25,7 @@ from ddim.networks import build_network, zero_based
 
 # Entries of a training checkpoint.
 HAS_CHECKSUM = "sealed"  # in the description: true if the file was written with a checksum
+WANDB_RUN = "wandb_run"  # in the description: [ENTITY/]PROJECT/RUNID of the training, if it was logged to W&B
 RECIPE = "recipe"  # in the description: the training settings, compared when resuming
 EMA_STATE = "EMA"  # in `callbacks`: {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
 NETWORK_PREFIX = "network."  # of the online weights in `state_dict`
@@ -44,7 +45,7 @@ class StoredModel:
         state: parameter name -> weights.
         weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
         step: number of optimiser steps; None if unknown.
-        origin: where imported weights come from, human-readable; {} for weights trained here.
+        origin: where the weights come from, human-readable: the imported file, or the W&B run of the training.
         recipe: the settings of the training by key; {} where they are not known.
     """
 
@@ -67,6 +68,7 @@ class LoadedModel:
         weights_hash: SHA-256 of the weights.
         step: number of optimiser steps; None if unknown.
         recipe: the settings of the training by key; {} where they are not known.
+        origin: as in `StoredModel`.
     """
 
     spec: ModelSpec
@@ -75,6 +77,7 @@ class LoadedModel:
     weights_hash: str
     step: int | None
     recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    origin: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
@@ -107,7 +110,9 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network.load_state_dict(stored.state)
     network.requires_grad_(False).eval()
     hashed = weights_hash(stored.state)
-    return LoadedModel(stored.spec, network, stored.weights, hashed, stored.step, recipe=stored.recipe)
+    return LoadedModel(
+        stored.spec, network, stored.weights, hashed, stored.step, recipe=stored.recipe, origin=stored.origin
+    )
 
 
 def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
@@ -125,8 +130,9 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
             raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
         description = checkpoint[KEY]
-        recipe = _plain(description.get(RECIPE))
-        return StoredModel(ModelSpec.from_dict(description), state, weights, checkpoint["global_step"], recipe=recipe)
+        run, recipe = description.get(WANDB_RUN), _plain(description.get(RECIPE))
+        origin = {WANDB_RUN: run} if isinstance(run, str) else {}
+        return StoredModel(ModelSpec.from_dict(description), state, weights, checkpoint["global_step"], origin, recipe)
 
 
 def _plain(recipe: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ddim.checkpoints import LoadedModel
+from ddim.checkpoints.model import WANDB_RUN
 from ddim.config import FilePath, check_name, choose
 from ddim.data.images import Images
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
@@ -45,7 +46,7 @@ class JobSpec(ABC):
         logger: W&B, if at all.
 
     Raises:
-        ValueError: a negative grid, TensorBoard, an unknown table, or a name that is none.
+        ValueError: a negative grid, a logger's option that is for training, an unknown table, or a name that is none.
     """
 
     checkpoint: FilePath
@@ -64,6 +65,8 @@ class JobSpec(ABC):
             raise ValueError(f"grid={self.grid} must not be negative.")
         if self.logger.tensorboard:
             raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
+        if self.logger.log_model:
+            raise ValueError("logger.log_model is for training; leave it false.")
         if self.paper is not None:
             choose("table of the paper", self.paper, PAPER_TABLES)
 
@@ -155,6 +158,7 @@ class Job:
             **self.settings,
             **self.metadata,
             "run": run_name(self.metadata["config"]["checkpoint"]),
+            **({"training_run": self.model.origin[WANDB_RUN]} if WANDB_RUN in self.model.origin else {}),
             **results,
             "network_evaluations": len(self.indices) * self.steps,
             "compute": {

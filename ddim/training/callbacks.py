@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ddim.data.datamodule import check_memory
 from ddim.data.images import to_uint8
+from ddim.diffusion.labels import title
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
@@ -214,9 +215,14 @@ class SampleGrid(Callback):
         save_png(image, path)
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [str(path)], step=step)
+                logger.log_image("samples", [str(path)], step=step, caption=[self.caption(step)])
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", image, step)
+
+    def caption(self, step: int) -> str:
+        """Return what a grid shows."""
+        weights = "online weights" if self.ema is None else f"EMA {self.ema.spec.rates[0]:g}"
+        return f"step {step:,}, {weights}, {title(self.spec.sampler)}, seed {self.spec.seed}"
 
     @torch.no_grad()
     def _sample(self, module: DiffusionModule) -> Tensor:

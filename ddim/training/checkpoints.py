@@ -169,6 +169,8 @@ class Checkpoints(Checkpoint):
                 kept = old == path or _step(old) in self.best_steps
                 if not kept and (not self.keep_every or _step(old) % self.keep_every):
                     old.unlink()
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # Lightning's hook; W&B may take a copy
 
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Return whether any process received a signal: the same answer on all of them, at the same step."""

@@ -85,6 +85,10 @@ class EMA(Callback):
         for rate, shadow in self.shadows.items():
             decay = min(rate, (1 + self.updates) / (10 + self.updates)) if self.spec.warmup else rate
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
+            log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if self.spec.warmup and self.updates % log_every == 0:  # without a warm-up it is in the configuration
+                label = "ema" if rate == self.spec.rates[0] else f"ema_{rate:g}"
+                pl_module.log(f"train/{label}_rate", decay)
 
     @contextmanager
     def applied(self, module: nn.Module, label: str = "ema") -> Iterator[None]:

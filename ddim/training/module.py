@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from ddim.checkpoints import ModelSpec
-from ddim.checkpoints.model import RECIPE
+from ddim.checkpoints.model import RECIPE, WANDB_RUN
 from ddim.checkpoints.spec import KEY
 from ddim.config import choose
 from ddim.data.batches import Batch
@@ -153,6 +154,9 @@ class DiffusionModule(LightningModule):
         self.skipped[0] += skip
         self.skipped[1] = (self.skipped[1] + 1) * skip
         self.log("train/gradient_norm", norm)
+        log_every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (self.trainer.global_step + 1) % log_every == 0:  # to copy a number to the device is to wait for it
+            self.log("train/learning_rate", self.adam.param_groups[0]["lr"])
 
     def configure_optimizers(self) -> Any:
         """Return Adam with a linear warm-up: at step k = 1, 2, ... the learning rate is lr min(1, k / warmup)."""
@@ -166,6 +170,9 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the description of the model, the recipe and the number of skipped steps."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
+        for logger in self.trainer.loggers if self.trainer.is_global_zero else ():
+            if isinstance(logger, WandbLogger):
+                checkpoint[KEY][WANDB_RUN] = logger.experiment.path
         checkpoint.setdefault(COUNTS, {})["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

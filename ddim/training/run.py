@@ -74,16 +74,17 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
 
 def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trained:
     checkpoint, data, module = prepare(spec, model)
+    parameters = sum(p.numel() for p in module.network.parameters())
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
         spec.name,
         len(data.images),
-        f"{sum(p.numel() for p in module.network.parameters()):,}",
+        f"{parameters:,}",
         spec.trainer.max_steps,
         spec.trainer.batch_size,
         spec.folder,
     )
-    loggers = build_loggers(spec.logger, spec.name, spec.folder, config)
+    loggers = build_loggers(spec.logger, spec.name, spec.folder, {**config, "parameters": parameters})
     stop = StopSignals()
     callbacks = build_callbacks(spec, model.schedule.T, stop)
     trainer = build_trainer(spec, spec.folder, callbacks, loggers)

@@ -1,9 +1,9 @@
-"""A sweep on W&B: one group with a run for each evaluation and one for the report. No test needs a network."""
+"""A sweep on W&B: one run with charts and tables, and by option one for each evaluation. No test needs a network."""
 
 import dataclasses
-import json
-import os
+from base64 import b64encode
 from collections.abc import Iterator
+from hashlib import md5
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +11,23 @@ import pytest
 import wandb
 from made_records import FID, record
 from PIL import Image
+from wandb_files import isolate_wandb, offline_runs
 
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
-from ddim.results.records import RecordFile
+from ddim.results.records import Record, RecordFile
 from ddim.results.report import write_report
 from ddim.results.wandb import LoggerSpec, SweepLogger
 
 pytestmark = pytest.mark.integration
-OFFLINE = LoggerSpec(wandb=True, offline=True, project="p", tags=("a",))
+OFFLINE = LoggerSpec(wandb=True, offline=True, project="p", tags=("a",), notes="why")
 
 
 @pytest.fixture
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
     """Return the options and the logged values of each run; all of W&B's files are in tmp_path, without an account."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    for name in ("HOME", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "NETRC"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    for name, value in {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}.items():
-        monkeypatch.setenv(name, value)
+    isolate_wandb(monkeypatch, tmp_path / "home")
     real, runs = wandb.init, []
 
     def init(**options: Any) -> Any:
@@ -55,39 +50,92 @@ def evaluation(folder: Path, S: int, shade: int = 0) -> Any:
     return record("η=0.0", S, 100.0 / S, grid=grid)
 
 
-def test_sweep_is_a_group_with_a_run_for_each_record(tmp_path: Path, started: list[dict[str, Any]]) -> None:
-    folder = tmp_path / "out"
+def sweep_of(folder: Path, spec: LoggerSpec) -> list[Record]:
+    """Log three evaluations and the report, as a command does; return the records."""
     records = [evaluation(folder, S, shade=S) for S in (10, 20)]
+    records.append(record("η=1.0", 10, 30.0, training_run="p/abc"))
     for made in records:
         RecordFile(folder / "records.jsonl").append(made)
-    for _ in range(2):  # the second time, the evaluations already have their runs
-        logger = SweepLogger(OFFLINE, "tiny", folder)
-        logger.check()
-        for made in records:
-            logger.log_evaluation(made, f"η=0.0 S={made['S']}")
+    logger = SweepLogger(spec, "tiny", folder)
+    logger.check()
+    for made in records:
+        logger.log_evaluation(made, f"{made['label']} S={made['S']}")
     logger.log_report(write_report(records, folder))
-    groups = {(run["project"], run["group"], run["mode"], *run["tags"]) for run in started}
-    assert groups == {("p", "tiny", "offline", "a")}
-    assert [(run["job_type"], run["name"]) for run in started] == [
-        ("evaluate", "η=0.0 S=10"),
-        ("evaluate", "η=0.0 S=20"),
-        ("report", "tiny table"),
+    return records
+
+
+@pytest.mark.usefixtures("started")
+def test_a_sweep_is_one_run_with_a_chart_and_tables(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    records = sweep_of(folder, OFFLINE)
+    (run,) = offline_runs(folder)
+    assert (run.run.project, run.run.display_name, run.run.run_group) == ("p", "tiny", "tiny")
+    assert (run.run.job_type, list(run.run.tags), run.run.notes) == ("sweep", ["a"], "why")
+    assert run.charts == {f"chart_{FID}": {"x": "S", "y": FID, "stroke": "sampler"}}
+    expected = {(made["label"], made["S"]): made["metrics"][FID] for made in records}
+    chart, table, evaluations = map(run.table, (f"chart_{FID}_table", "table", "evaluations"))
+    assert {(row["sampler"], row["S"]): row[FID] for row in chart} == expected
+    assert {(row["sampler"], row["S"]): row["value"] for row in table} == expected
+    assert {(row["sampler"], row["S"]): row[FID] for row in evaluations} == expected
+    assert [row["checkpoint"] for row in evaluations] == ["/somewhere/else"] * 3
+    assert (run.config["training_run"], run.config["checkpoint"]) == ("p/abc", "/somewhere/else")
+    assert (run.summary[FID], run.summary[f"{FID}_at"]) == (5.0, "η=0.0 S=20")
+    grids = [(folder / made["grid"]).read_bytes() for made in records if "grid" in made]
+    assert run.table_images("evaluations") == {b64encode(md5(grid).digest()).decode() for grid in grids}
+    assert {"report", f"plot_{FID}"} <= set().union(*run.rows)
+
+
+@pytest.mark.usefixtures("started")
+def test_each_evaluation_is_a_run_if_asked_for(tmp_path: Path) -> None:
+    spec = dataclasses.replace(OFFLINE, per_evaluation=True)
+    records = sweep_of(tmp_path / "out", spec)
+    *single, sweep = offline_runs(tmp_path / "out")
+    assert [(run.run.job_type, run.run.display_name) for run in (*single, sweep)] == [
+        *(("evaluate", f"{made['label']} S={made['S']}") for made in records),
+        ("sweep", "tiny"),
     ]
-    for run, made in zip(started, records, strict=False):
-        assert run["logged"][FID] == made["metrics"][FID]
-        assert run["config"]["protocol"]["sampler"]["tau"] == made["sampler"]["tau"]
-        assert run["config"]["protocol"]["metric"] == made["metric"]
-        assert json.dumps(run["config"])
-    logged = started[-1]["logged"]
-    table = logged["table"]
-    by_steps = {row[table.columns.index("S")]: row[table.columns.index("value")] for row in table.data}
-    assert by_steps == {made["S"]: made["metrics"][FID] for made in records}
-    assert {"table", "report", f"plot_{FID}"} <= set(logged)
-    wandb.teardown()
-    media = [path for path in folder.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()]
-    assert {".png", ".json", ".html"} <= {path.suffix for path in media}
-    grids = {(folder / made["grid"]).read_bytes() for made in records}
-    assert grids <= {path.read_bytes() for path in media}
+    for run, made in zip(single, records, strict=True):
+        assert run.rows[0][FID] == made["metrics"][FID]
+        assert run.config["protocol"]["sampler"]["tau"] == made["sampler"]["tau"]
+        assert run.config["protocol"]["metric"] == made["metric"]
+    SweepLogger(spec, "tiny", tmp_path / "out").log_evaluation(records[0], "again")  # which has its run
+    assert len(offline_runs(tmp_path / "out")) == 4
+
+
+@pytest.mark.usefixtures("started")
+def test_a_long_sweep_is_logged_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RecordFile(tmp_path / "records.jsonl").append(record("η=0.0", 10, 1.0))
+    logger = SweepLogger(OFFLINE, "tiny", tmp_path)
+    logger.log_evaluation(record("η=0.0", 10, 1.0), "title")
+    assert offline_runs(tmp_path) == []
+    monkeypatch.setattr(logger, "updated", logger.updated - 301)
+    for _ in range(2):
+        logger.log_evaluation(record("η=0.0", 10, 1.0), "title")
+    (run,) = offline_runs(tmp_path)
+    assert run.table("table")[0]["value"] == 1.0
+
+
+def test_an_evaluation_is_linked_to_the_artifact_it_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+
+    class Run:
+        id = "abc"
+        log = summary = staticmethod(dict)
+
+        def __enter__(self) -> "Run":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        use_artifact = staticmethod(used.append)
+
+    Run.summary = {}  # type: ignore[assignment]
+    monkeypatch.setattr(wandb, "init", lambda **_: Run())
+    path = "outputs/artifacts/team/p/model-abc/v3/model.ckpt"
+    for number, config in enumerate(({"checkpoint": path}, {"checkpoint": "/a/last.ckpt"})):
+        RecordFile(tmp_path / "records.jsonl").append(record("η=0.0", 10 + number, 1.0, config=config))
+    SweepLogger(dataclasses.replace(OFFLINE, offline=False), "tiny", tmp_path).log_report([])
+    assert used == ["team/p/model-abc:v3"]
 
 
 def test_report_is_one_continued_run(tmp_path: Path, started: list[dict[str, Any]]) -> None:
@@ -99,8 +147,8 @@ def test_report_is_one_continued_run(tmp_path: Path, started: list[dict[str, Any
 
 
 def test_group_can_be_named(tmp_path: Path, started: list[dict[str, Any]]) -> None:
-    named = dataclasses.replace(OFFLINE, group="mine")
-    SweepLogger(named, "tiny", tmp_path).log_evaluation(record("η=0.0", 10, 1.0), "title")
+    RecordFile(tmp_path / "records.jsonl").append(record("η=0.0", 10, 1.0))
+    SweepLogger(dataclasses.replace(OFFLINE, group="mine"), "tiny", tmp_path).log_report([])
     assert started[0]["group"] == "mine"
 
 
@@ -123,7 +171,8 @@ def test_missing_account_is_reported_before_sampling(tmp_path: Path) -> None:
 def test_failed_run_is_reported_and_logged_again(
     tmp_path: Path, started: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logger, made = SweepLogger(OFFLINE, "tiny", tmp_path), record("η=0.0", 10, 1.0)
+    spec = dataclasses.replace(OFFLINE, per_evaluation=True)
+    logger, made = SweepLogger(spec, "tiny", tmp_path), record("η=0.0", 10, 1.0)
     with monkeypatch.context() as patch:
 
         def fail(**_: Any) -> None:
@@ -159,6 +208,19 @@ def test_what_wandb_would_refuse_is_refused_at_once(values: dict[str, Any], mess
     with pytest.raises(UserError, match=message):
         build(LoggerSpec, {"wandb": True, **values}, "logger")
     build(LoggerSpec, values, "logger")  # without W&B nobody minds
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"wandb": True, "log_model": "last"}, "logger.log_model='last' is not known; allowed: all, best, False"),
+        ({"log_model": "all"}, "logger: log_model is for W&B; choose logger=wandb or logger=wandb_offline"),
+        ({"per_evaluation": True}, "logger: per_evaluation is for W&B"),
+    ],
+)
+def test_options_of_wandb_need_wandb(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build(LoggerSpec, values, "logger")
 
 
 def test_the_limits_of_names_are_those_of_wandb() -> None:

@@ -16,13 +16,15 @@ from ddim.training.module import DiffusionModule
 from ddim.training.spec import TrainSpec
 
 
-def average(spec, weights, batches_per_step=1):
+def average(spec, weights, batches_per_step=1, logged=None):
     """Return the shadow after the initial weights[0] became weights[1], weights[2], ... step by step; float64 (n,)."""
+    logged = [] if logged is None else logged
     module = nn.Module()
     module.network = nn.Module()
     module.network.w = nn.Parameter(weights[0].clone())
     module.network.register_buffer("constant", torch.tensor(0.1))
-    ema, trainer = EMA(spec), SimpleNamespace(global_step=0)
+    module.log = lambda name, value: logged.append(value)
+    ema, trainer = EMA(spec), SimpleNamespace(global_step=0, log_every_n_steps=1)
     ema.on_train_start(trainer, module)
     for step, w in enumerate(weights[1:], start=1):
         for batch in range(batches_per_step):
@@ -48,11 +50,13 @@ def test_the_average_is_the_closed_form(weights, decay):
 
 
 def test_warm_up_follows_its_formula(weights):
-    expected = weights[0]
+    expected, rates, logged = weights[0], [], []
     for k, w in enumerate(weights[1:], start=1):
         decay = min(0.42, (1 + k) / (10 + k))  # 2/11, 3/12, ... 7/16 = 0.44
         expected = decay * expected + (1 - decay) * w
-    assert torch.allclose(average(EMASpec(0.42, warmup=True), weights), expected, rtol=0, atol=1e-14)
+        rates.append(decay)
+    assert torch.allclose(average(EMASpec(0.42, warmup=True), weights, logged=logged), expected, rtol=0, atol=1e-14)
+    assert logged == rates
     assert not torch.allclose(average(EMASpec(0.42), weights), expected, rtol=0, atol=1e-3)
 
 

@@ -1,16 +1,22 @@
 """CSV, TensorBoard and W&B, without a network or an account."""
 
-import json
-import os
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
+from wandb_files import isolate_wandb, offline_runs
 
+from ddim.checkpoints import load_model, read_model
 from ddim.errors import UserError
+from ddim.evaluation.fidelity import evaluate
+from ddim.evaluation.session import Session
+from ddim.results.wandb import LoggerSpec
 from ddim.training.checkpoints import Checkpoints
+from ddim.training.loggers import build_loggers
 from ddim.training.module import DiffusionModule
 
 pytestmark = pytest.mark.integration
@@ -71,102 +77,100 @@ def test_tensorboard_holds_losses_and_grids(run, logged, tmp_path):
 @pytest.fixture
 def wandb_at(tmp_path, monkeypatch):
     """W&B with all its files below tmp_path, and without an account."""
-    home = tmp_path / "home"
-    home.mkdir()
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(home))
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "NETRC", "TMPDIR"):
-        monkeypatch.setenv(name, str(home / name.lower()))
-    (home / "tmpdir").mkdir()
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
-    monkeypatch.setenv("WANDB_MODE", "online")  # Lightning sets it when offline; monkeypatch restores it
+    isolate_wandb(monkeypatch, tmp_path / "home")
     yield tmp_path
-    wait_for_wandb()
+    offline_runs(tmp_path)  # ends W&B's process
 
 
-def wait_for_wandb():
-    """Wait until W&B's own process has written its files."""
-    import wandb
-
-    wandb.teardown()
-
-
-def records(path):
-    """Yield the records of a .wandb file: a log in LevelDB's format after a header of seven bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    data, at, fragments = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # no header fits: the rest of the block is padding
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        fragments += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a complete record, or its last fragment
-            yield Record.FromString(fragments)
-            fragments = b""
-
-
-def history(path):
-    """Return the rows of a W&B run that have a loss, by optimiser step."""
-    rows = [
-        {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in r.history.item}
-        for r in records(path)
-        if r.HasField("history")
-    ]
-    return {row["trainer/global_step"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def runs(folder: Path):
-    return sorted(folder.glob("wandb/offline-run-*"))
-
-
-OFFLINE = {"wandb": True, "offline": True, "project": "p", "tags": ["a", "b"], "group": "sweep"}
+OFFLINE = {"wandb": True, "offline": True, "project": "p", "tags": ["a", "b"], "group": "sweep", "notes": "why"}
 
 
 def test_wandb_offline_resumes_the_same_run(run, logged, wandb_at):
-    """With its configuration, losses and grids; another training in this process is another run."""
+    """With its configuration, losses, grids and checkpoints; another training in this process is another run."""
     folder = wandb_at / "run"
     before = set(Path.cwd().iterdir())
-    run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 4})
-    run(logger=OFFLINE, grid=GRID, trainer={"max_steps": 7}, checkpoint="last")
+    logger = OFFLINE | {"log_model": "all"}
+    run(logger=logger, grid=GRID, trainer={"max_steps": 4})
+    run(logger=logger, grid=GRID, trainer={"max_steps": 7}, checkpoint="last")
     run("other", logger=OFFLINE, trainer={"max_steps": 2})
-    wait_for_wandb()
-    one, two = runs(folder)
+    one, two = offline_runs(folder)
     name = (folder / "wandb_id.txt").read_text()
-    assert f"-{name}" in one.name
-    assert f"-{name}" in two.name  # with a number behind it if both began in one second
-    for number, path in enumerate((one, two)):
-        expected = logged("run", "train/loss", number)
-        assert history(path / f"run-{name}.wandb") == pytest.approx(expected, rel=1e-6)
-    (image,) = (one / "files" / "media").rglob("*.png")
+    for number, part in enumerate((one, two)):
+        assert part.run.run_id == name
+        for key in ("train/loss", "train/learning_rate", "train/gradient_norm"):
+            assert part.column(key) == pytest.approx(logged("run", key, number), rel=1e-6)
+        assert part.artifacts == [(f"model-{name}", "model", ["latest", f"step-{(4, 7)[number]}"])]
+    (image,) = one.media(".png")
     assert image.read_bytes() == (folder / "samples" / "step_00000004.png").read_bytes()
-    (begun,) = [r.run for r in records(one / f"run-{name}.wandb") if r.HasField("run")]
-    assert (begun.project, begun.display_name, list(begun.tags)) == ("p", "run", ["a", "b"])
-    assert (begun.run_group, begun.job_type) == ("sweep", "train")
-    config = {item.key: json.loads(item.value_json) for item in begun.config.update}
-    assert config["network"]["num_groups"] == 4
-    assert config["seed"] == 5
-    (other,) = runs(wandb_at / "other")
-    other_name = (wandb_at / "other" / "wandb_id.txt").read_text()
-    assert other_name != name
-    assert list(history(other / f"run-{other_name}.wandb")) == [0, 1]
+    (caption,) = [row["samples"]["captions"] for row in one.rows if "samples" in row]
+    assert caption == ["step 4, EMA 0.9, η=0.0 S=2 linear, seed 0"]
+    assert (one.run.project, one.run.display_name, list(one.run.tags)) == ("p", "run", ["a", "b"])
+    assert (one.run.run_group, one.run.job_type, one.run.notes) == ("sweep", "train", "why")
+    assert one.config["network"]["num_groups"] == 4
+    assert one.config["seed"] == 5
+    network = load_model(folder / "checkpoints" / "last.ckpt").network
+    assert one.config["parameters"] == sum(parameter.numel() for parameter in network.parameters())
+    (other,) = offline_runs(wandb_at / "other")
+    assert other.run.run_id == (wandb_at / "other" / "wandb_id.txt").read_text() != name
+    assert (list(other.column("train/loss")), other.artifacts) == ([0, 1], [])
     assert set(Path.cwd().iterdir()) == before
+
+
+def wandb_logger(folder, config=None, **options):
+    """A logger of W&B without a training."""
+    return build_loggers(LoggerSpec(wandb=True, offline=True, **options), "run", folder, config or {})[1]
+
+
+def test_wandb_summary_has_the_best_and_the_last_value(wandb_at):
+    logger = wandb_logger(wandb_at)
+    best = {"train/loss": min, "val/fd_x_1k": min, "val/fd_x_1k_ema_0.9": min, "val/is_1k": max, "val/recall_1k": max}
+    for step, value in enumerate((2.0, 1.0, 4.0, 3.0)):
+        logger.log_metrics(dict.fromkeys([*best, "train/images_per_second"], value), step)
+    logger.experiment.finish()
+    (done,) = offline_runs(wandb_at)
+    for name, rule in best.items():
+        value = done.summary[name]
+        value = value if isinstance(value, dict) else done.summary["val/fd_x_1k_ema_0"]["9"]
+        assert value == {rule.__name__: rule(1.0, 4.0), "last": 3.0}, name
+    assert done.summary["train/images_per_second"] == 3.0
+
+
+@pytest.mark.parametrize(("log_model", "aliases"), [("best", [2, 4]), ("all", [2, 3, 4]), (False, [])])
+def test_asked_for_checkpoints_are_artifacts(wandb_at, log_model, aliases):
+    logger = wandb_logger(wandb_at, {"eval": {"every": 1}}, log_model=log_model)
+    for step, best in ((2, 2), (3, 2), (4, 4)):
+        (wandb_at / "last.ckpt").write_text(str(step), encoding="utf-8")
+        logger.after_save_checkpoint(SimpleNamespace(folder=wandb_at, saved=step, best_steps=[best]))
+    logger.experiment.finish()
+    (done,) = offline_runs(wandb_at)
+    expected = [["best"] * (step != 3) + ["latest", f"step-{step}"] for step in aliases]
+    assert done.artifacts == [(f"model-{done.run.run_id}", "model", names) for names in expected]
+
+
+def test_best_checkpoints_need_a_measure_of_what_is_best(run):
+    with pytest.raises(UserError, match=r"logger.log_model=best needs .*; set eval.every, or choose all"):
+        run(logger=OFFLINE | {"log_model": "best"})
+
+
+def test_a_record_names_the_wandb_run_but_its_key_does_not(run, wandb_at, spec):
+    """The checkpoint of a training knows its W&B run; the same weights without one are the same evaluation."""
+    paths = [run(name, logger=logger, trainer={"max_steps": 1}) for name, logger in (("run", OFFLINE), ("other", {}))]
+    path = f"p/{(wandb_at / 'run' / 'wandb_id.txt').read_text()}"
+    assert read_model(paths[0]).origin == load_model(paths[0]).origin == {"wandb_run": path}
+    one, two = (
+        evaluate(replace(spec, checkpoint=str(path), output_dir=str(path.parent)), Session())[0] for path in paths
+    )
+    assert (one["training_run"], "training_run" in two) == (path, False)
+    assert one["key"] == two["key"]
 
 
 def test_failed_training_ends_its_wandb_run(killed_run, run, wandb_at):
     killed_run(2, 0, logger=OFFLINE)
     run("other", logger=OFFLINE, trainer={"max_steps": 2})
-    wait_for_wandb()
     for name, exit_code in (("run", 1), ("other", 0)):
-        (folder,) = runs(wandb_at / name)
-        (path,) = folder.glob("*.wandb")
-        assert list(history(path)) == [0, 1]
-        assert [r.exit.exit_code for r in records(path) if r.HasField("exit")] == [exit_code]
+        (done,) = offline_runs(wandb_at / name)
+        assert list(done.column("train/loss")) == [0, 1]
+        assert [r.exit.exit_code for r in done.records if r.HasField("exit")] == [exit_code]
 
 
 def test_wandb_without_an_account_is_refused_before_training(run, wandb_at, monkeypatch):
