@@ -10,7 +10,6 @@ import lightning.pytorch.loggers
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from ddim.errors import UserError
 from ddim.results.protocol import is_distance
 from ddim.results.wandb import LoggerSpec, explain_wandb_errors
 from ddim.training.checkpoints import LAST
@@ -55,7 +54,7 @@ class WandbLogger(lightning.pytorch.loggers.WandbLogger):
         import wandb
 
         folder, step = checkpoint_callback.folder, checkpoint_callback.saved
-        is_best = getattr(checkpoint_callback, "best_steps", [])[:1] == [step]
+        is_best = checkpoint_callback.best_steps[:1] == [step]
         if self.log_model == "all" or (self.log_model == "best" and is_best):
             artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata={"step": step})
             artifact.add_file(str(folder / LAST), name="model.ckpt")
@@ -71,12 +70,7 @@ def build_loggers(spec: LoggerSpec, name: str, folder: Path, config: Mapping[str
         folder: of the run; CSV goes to csv/version_0/metrics.csv in it (version_1 after resuming: nothing is
             overwritten), W&B to wandb/, TensorBoard to tensorboard/.
         config: plain values to store with the run.
-
-    Raises:
-        UserError: the best checkpoints are asked for, and nothing is measured.
     """
-    if spec.log_model == "best" and not (config.get("eval") or {}).get("every"):
-        raise UserError("logger.log_model=best needs a measure of what is best; set eval.every, or choose all.")
     loggers: list[Logger] = [CSVLogger(folder, name="csv")]
     if spec.tensorboard:
         loggers.append(TensorBoardLogger(folder, name="", version="tensorboard"))

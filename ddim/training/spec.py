@@ -123,7 +123,7 @@ class TrainSpec:
 
     Raises:
         ValueError: the seed is out of range, or the name is none.
-        UserError: weights of `eval` that there are not.
+        UserError: weights of `eval` that there are not, or the best checkpoints are asked for and nothing is measured.
     """
 
     name: str
@@ -148,6 +148,11 @@ class TrainSpec:
         averages = {} if self.ema is None else self.ema.labels
         for label in self.eval.labels(self.ema is not None):
             choose("eval.weights", label, {"online": None, **averages})
+        if self.logger.log_model == "best" and not (self.eval.every and self.trainer.keep_best):
+            raise UserError(
+                "logger.log_model=best needs a measure of what is best; set eval.every and trainer.keep_best=1, or "
+                "choose all."
+            )
 
     @property
     def folder(self) -> Path:

@@ -285,7 +285,8 @@ class Validation(Callback):
         network.eval()
         try:
             with applied:
-                model = _TrainedModel(module.spec, network, label, weights_hash(network.state_dict()), step, stop)
+                hashed = weights_hash(network.state_dict())
+                model = _TrainedModel(module.spec, network, label, hashed, step, stop, recipe=module.recipe)
                 yield _TrainingSession(self.processes, model, trainer.datamodule.images), job  # type: ignore[attr-defined]
         finally:
             network.train(was_training)

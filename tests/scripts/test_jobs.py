@@ -25,7 +25,8 @@ def test_jobs_are_those_that_hydra_composes(name: str, monkeypatch: pytest.Monke
     sweep = {key: [value.replace("~", str(Path.home())) for value in values] for key, values in SWEEPS[name].items()}
     words = [f"{key}={','.join(values)}" for key, values in sweep.items()]
     jobs = sweep_jobs("evaluate", ["-m", *words])
-    assert jobs is not None and jobs[1]
+    assert jobs is not None
+    assert jobs[1]
     each = [
         [f"{key}={value}" for key, value in zip(sweep, job, strict=True)] for job in itertools.product(*sweep.values())
     ]

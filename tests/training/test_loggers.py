@@ -147,11 +147,6 @@ def test_asked_for_checkpoints_are_artifacts(wandb_at, log_model, aliases):
     assert done.artifacts == [(f"model-{done.run.run_id}", "model", names) for names in expected]
 
 
-def test_best_checkpoints_need_a_measure_of_what_is_best(run):
-    with pytest.raises(UserError, match=r"logger.log_model=best needs .*; set eval.every, or choose all"):
-        run(logger=OFFLINE | {"log_model": "best"})
-
-
 def test_a_record_names_the_wandb_run_but_its_key_does_not(run, wandb_at, spec):
     """The checkpoint of a training knows its W&B run; the same weights without one are the same evaluation."""
     paths = [run(name, logger=logger, trainer={"max_steps": 1}) for name, logger in (("run", OFFLINE), ("other", {}))]

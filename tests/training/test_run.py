@@ -290,6 +290,10 @@ BAD_SETTINGS = {
     "data name": ({"data": {"name": "digit"}}, r"unknown data set 'digit' \(did you mean digits\?\); allowed"),
     "steps of the grid": ({"grid": {"sampler": {"S": 21}}}, "grid.sampler: .*S=21.*20"),
     "batch": ({"trainer": {"accumulate": 3}}, "batch_size=8 .* multiple of 3"),
+    "best": (
+        {"logger": {"log_model": "best", "wandb": True}},
+        r"log_model=best needs .*; set eval.every ",
+    ),
     "seed": ({"seed": -1}, r"seed=-1 must lie in 0 \.\. 2\*\*64 - 1"),
     "large seed": ({"seed": 1 << 64}, "seed=18446744073709551616 must lie"),
     "grid seed": ({"grid": {"seed": -1}}, "grid: seed=-1 must lie"),
