@@ -215,7 +215,7 @@ def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, processes: Proc
                 generated = dataclasses.replace(generated, features={name: shards.read_all(name) for name in layers})
             results["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n)
             influences = compute_influences(
-                generated, reference, spec.metric, lambda: shards.read(layers[0]), job.extractor.device
+                generated, reference, spec.metric, shards.read(layers[0]), job.extractor.device
             )
             results["intervals"] = keep_intervals(job, results["metrics"], influences)
             if spec.grid:

@@ -233,7 +233,7 @@ def _measure(job: Job, generated: FeatureSet, reference: FeatureSet, metric: Met
     assert job.extractor is not None
     metrics = compute_metrics(generated, reference, metric, len(job.indices))
     features = generated.features[job.extractor.layers[0]]
-    influences = compute_influences(generated, reference, metric, lambda: [features], job.extractor.device)
+    influences = compute_influences(generated, reference, metric, [features], job.extractor.device)
     return {"metrics": metrics, "intervals": keep_intervals(job, metrics, influences)}
 
 

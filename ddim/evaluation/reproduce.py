@@ -82,7 +82,7 @@ class Reproduction(NamedTuple):
     checkpoint: Path | None
 
     def agreement(self) -> dict[str, int]:
-        """Return how many significant digits of each metric agree, MOST_DIGITS where it is equal; 0 if it is missing."""
+        """Return how many significant digits of each metric agree: MOST_DIGITS if all do, 0 if it is missing."""
         now = self.now["metrics"]
         return {
             name: agreeing_digits(value, now[name]) if name in now else 0
@@ -173,8 +173,8 @@ def find_weights(spec: ReproduceSpec, record: Record) -> Path:
         if weights_hash(stored.state) == wanted:
             return path
     raise UserError(
-        f"no file under {', '.join(map(str, spec.searched))} has the {weights} weights {wanted[:12]} of the record; add "
-        f"the folder that they are in (they were {recorded})."
+        f"no file under {', '.join(map(str, spec.searched))} has the {weights} weights {wanted[:12]} of the record; "
+        f"add the folder that they are in (they were {recorded})."
     )
 
 

@@ -6,10 +6,8 @@ without its resampling (the infinitesimal jackknife of Efron, 1982). The interva
 other sets of n images give on average. A Fréchet distance of n images is above that of infinitely many, by about c / n;
 a bootstrap adds this bias a second time, since its sets repeat images, and its percentiles lie beside the number.
 
-Each image has two influences: by the derivative at the images with even numbers, and at those with odd ones. Their mean
-u is the usual influence. Half of their difference d is noise of the derivative, by which the variance of u is too large
-where the number is hardly more than noise itself: for a square |m|² of a mean m, E var(u) is 4 Σ_i m_i² σ_i² / n +
-4 Σ_i σ_i⁴ / n² where the variance has 2 Σ_i σ_i⁴ / n². var(u) - var(d) / 2 has the right expectation.
+It is first order: where a distance is hardly more than its bias, between sets that are nearly alike or of not many more
+images than features, it is too wide, by up to a half; the bootstrap's would be wider still.
 """
 
 import math
@@ -32,7 +30,7 @@ def interval(value: float, influence: np.ndarray) -> Interval:
 
     Args:
         value: the number.
-        influence: (n, 2), of each image; by the derivatives at two halves of the images.
+        influence: (n,), of each image.
     """
     half_width = QUANTILE * math.sqrt(_variance(influence))
     return value - half_width, value + half_width
@@ -75,13 +73,13 @@ def paired_difference(
 
 
 def save_influences(folder: Path, key: str, influences: Mapping[str, np.ndarray]) -> None:
-    """Keep the influences of each image on each metric, (n, 2), for the record `key` in `folder`."""
+    """Keep the influences of each image on each metric, (n,), for the record `key` in `folder`."""
     with atomic_write(_path(folder, key)) as partial, partial.open("wb") as file:
         np.savez(file, **{name: values.astype(np.float32) for name, values in influences.items()})
 
 
 def load_influence(folder: Path, key: str, metric: str) -> np.ndarray | None:
-    """Return the influences of each image on a metric, float64 (n, 2), None if they were not kept.
+    """Return the influences of each image on a metric, float64 (n,), None if they were not kept.
 
     Raises:
         UserError: the file is damaged.
@@ -98,6 +96,5 @@ def _path(folder: Path, key: str) -> Path:
 
 
 def _variance(influence: np.ndarray) -> float:
-    """Return the variance of the mean of influences (n, 2); see the top of this file."""
-    u, d = influence.mean(1), (influence[:, 0] - influence[:, 1]) / 2
-    return max(0.0, float(u.var() - d.var() / 2)) / max(1, len(influence) - 1)
+    """Return the variance of the mean of influences (n,)."""
+    return float(influence.var()) / max(1, len(influence) - 1)

@@ -20,6 +20,8 @@ from ddim.results.protocol import FULL, completed, is_distance, shared_protocol
 from ddim.results.records import Record, record_key
 from ddim.results.table import Table, TableSpec
 
+PLAIN = TableSpec()
+
 
 def build_tables(records: Sequence[Record]) -> list[Table]:
     """Return a table for each metric and protocol, in an order that does not depend on that of the records.
@@ -71,7 +73,7 @@ def write_report(
     command: str | None = None,
     failures: Sequence[tuple[str, str]] = (),
     impossible: Sequence[tuple[str, str]] = (),
-    shown: TableSpec = TableSpec(),
+    shown: TableSpec = PLAIN,
 ) -> list[Path]:
     """Write tables, plots and report.html of all records into `folder`.
 

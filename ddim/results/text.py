@@ -107,7 +107,7 @@ def _content(table: Table) -> dict[str, Any]:
         differences = {row: [table.differences.get((row, nfe)) for nfe in table.columns] for row in table.rows}
         content["interval"] = {row: [_rounded(pair) for pair in pairs] for row, pairs in ends.items()}
         content["to_best"] = {
-            row: [d and [rounded(d[0]), *(_rounded(d[1]) or [])] for d in members]
+            row: [None if d is None else [rounded(d[0]), *map(rounded, d[1])] for d in members]
             for row, members in differences.items()
         }
     if table.note:
