@@ -18,6 +18,7 @@ from ddim.checkpoints.convert.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
@@ -44,10 +45,12 @@ SPECS: dict[str, type] = {
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
     "estimate_variance": EstimateVarianceSpec,
+    "metrics": MetricsSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }
 OF_SAMPLERS = {"estimate_variance"}
+OF_EVALUATION = {"metrics"}
 FLAGS = {"-m", "--multirun", "--help"}
 # What stands for a number in a command; other words in capitals stand for text, and so are text.
 NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")
@@ -117,8 +120,9 @@ def test_every_command_names_what_exists(path: Path) -> None:
 
 
 def test_the_documents_show_every_script_for_users() -> None:
-    """In the README, but for those of a single sampler."""
-    for scripts, document in ((set(SPECS) - OF_SAMPLERS, "README.md"), (OF_SAMPLERS, "docs/samplers.md")):
+    """In the README, but for those of a single sampler, and of images that exist already."""
+    others = {"docs/samplers.md": OF_SAMPLERS, "docs/evaluation.md": OF_EVALUATION}
+    for document, scripts in {"README.md": set(SPECS) - OF_SAMPLERS - OF_EVALUATION, **others}.items():
         shown = {words[0] for words in commands((ROOT / document).read_text())}
         assert {f"scripts/{script}.py" for script in scripts} <= shown
 

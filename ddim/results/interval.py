@@ -7,7 +7,8 @@ other sets of n images give on average. A Fréchet distance of n images is above
 a bootstrap adds this bias a second time, since its sets repeat images, and its percentiles lie beside the number.
 
 It is first order: where a distance is hardly more than its bias, between sets that are nearly alike or of not many more
-images than features, it is too wide, by up to a half; the bootstrap's would be wider still.
+images than features, the interval is too wide, in trials by up to
+two thirds; the bootstrap's would be wider still.
 """
 
 import math

@@ -17,7 +17,7 @@ SHORT = 12  # hexadecimal digits of a shortened hash
 def completed(record: Record) -> Record:
     """Return a record with the fields that older records lack."""
     if record.get("kind") == IMAGES:
-        record = NO_MODEL | {"S": record["n"]} | record
+        record = {"S": record["n"]} | record | NO_MODEL
     return DEFAULTS | {"n": record["reference"]["images"], "nfe": record["S"]} | record
 
 

@@ -32,7 +32,10 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     "bf16": (bool,),
 }
 ITEMS: dict[str, Types] = {"metrics": NUMBER, "versions": (str, NoneType), "sampler.tau": INTEGER}
-OF_IMAGES = ("key", "label", "reference.name", "reference.fingerprint", "metrics", "metric", "images.fingerprint")
+OF_IMAGES = (  # required where no model is sampled
+    *("key", "label", "n", "images.fingerprint", "metrics", "metric"),
+    *("reference.name", "reference.images", "reference.fingerprint"),
+)
 AT_LEAST_1 = ("S", "n", "model.T")
 LARGEST = 1 << 64
 NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping", list: "a list"}
@@ -50,7 +53,7 @@ def check_evaluation(record: Record) -> None:
     Raises:
         ValueError: one is missing, of another type, or out of range.
     """
-    required = REQUIRED | {"images.fingerprint": TEXT}
+    required = REQUIRED | {"images.fingerprint": TEXT, "n": INTEGER}
     for path in OF_IMAGES if record.get("kind") == IMAGES else REQUIRED:
         types = required[path]
         if (value := _value(record, path)) is MISSING:
