@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
+from numpy.random import RandomState
 from torch import Tensor
 
 from ddim.evaluation.feature_stats import FeatureSet
@@ -103,7 +104,7 @@ def kernel_influence(generated: FeatureSet, reference: FeatureSet, spec: MetricS
 def inception_score_influence(logits: Tensor) -> Tensor:
     """Return the influences on the Inception score, (n,): exp(K) (KL_i - K) with the mean K of the split."""
     n = len(logits)
-    order = np.random.RandomState(RNG_SEED).permutation(n)  # as torch-fidelity shuffles
+    order = RandomState(RNG_SEED).permutation(n)  # as torch-fidelity shuffles
     influence = torch.zeros(n, dtype=torch.float64)
     for i in range(INCEPTION_SCORE_SPLITS):
         split = order[i * n // INCEPTION_SCORE_SPLITS : (i + 1) * n // INCEPTION_SCORE_SPLITS]

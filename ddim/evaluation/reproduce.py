@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class ReproduceSpec:
         folders: searched for records and weights besides SEARCHED.
         device: None takes that of the record, or the CPU where it is missing.
         root: folder of the data set; None takes that of the record.
-        digits: significant digits that must agree, 1 .. 17.
+        digits: significant digits that must agree, 1 .. 17; 17 for equal to the last bit.
 
     Raises:
         ValueError: a key that is none, or digits out of range.
@@ -179,8 +180,10 @@ def find_weights(spec: ReproduceSpec, record: Record) -> Path:
 
 
 def agreeing_digits(a: float, b: float) -> int:
-    """Return the largest number of significant digits to which both round to the same number, at most MOST_DIGITS."""
-    return next((d for d in range(MOST_DIGITS, 0, -1) if f"{a:.{d - 1}e}" == f"{b:.{d - 1}e}"), 0)
+    """Return how many significant digits agree, by the relative difference: 5 below 10⁻⁵; MOST_DIGITS if equal."""
+    if a == b:
+        return MOST_DIGITS
+    return max(0, min(MOST_DIGITS - 1, math.floor(-math.log10(abs(a - b) / max(abs(a), abs(b))))))
 
 
 def _config(spec: ReproduceSpec, record: Record, checkpoint: Path | None) -> dict[str, Any]:

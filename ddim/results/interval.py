@@ -14,6 +14,7 @@ two thirds; the bootstrap's would be wider still.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,7 +77,8 @@ def paired_difference(
 def save_influences(folder: Path, key: str, influences: Mapping[str, np.ndarray]) -> None:
     """Keep the influences of each image on each metric, (n,), for the record `key` in `folder`."""
     with atomic_write(_path(folder, key)) as partial, partial.open("wb") as file:
-        np.savez(file, **{name: values.astype(np.float32) for name, values in influences.items()})
+        arrays: dict[str, Any] = {name: values.astype(np.float32) for name, values in influences.items()}
+        np.savez(file, **arrays)
 
 
 def load_influence(folder: Path, key: str, metric: str) -> np.ndarray | None:

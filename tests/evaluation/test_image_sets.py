@@ -169,7 +169,7 @@ def test_two_processes_measure_as_one(spec: MetricsSpec, tmp_path: Path) -> None
         ({"reference": "nowhere.npz"}, "statistics nowhere.npz cannot be used"),
         ({"images": "empty"}, "empty holds no images"),
         ({"images": "larger"}, r"\(3, 9, 9\), real-train has \(3, 8, 8\); make them alike.*size=\[H,W\] resize=true"),
-        ({"images": "mixed"}, r"are? .* but size=\[9, 9\]; set resize=true"),
+        ({"images": "mixed"}, r"small.png is 8 x 9 .* but size=\[9, 9\]; set resize=true"),
         ({"images": "few"}, "at least 2 images"),
         ({"images": "floats.npz"}, "arr_0 of floats.npz is float64 of shape"),
         ({"images": "moments.npz"}, "moments.npz holds mu; samples are the array arr_0"),

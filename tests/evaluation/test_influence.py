@@ -10,7 +10,7 @@ from ddim.evaluation.metrics import METRICS, MetricSpec, compute_metrics
 from ddim.results.interval import interval
 
 CASES = 500
-SPEC = MetricSpec("digits_classifier", ("fd", "kd", "is", "prc"), kid_subset_size=50, kid_subsets=3)
+SPEC = MetricSpec("digits_classifier", ("fd", "kd", "is", "prc"), kid_subset_size=100, kid_subsets=3)
 
 
 def draw(n: int, generator: torch.Generator, shift: float = 0.0, scale: float = 1.0, D: int = 6) -> torch.Tensor:
@@ -24,7 +24,7 @@ def of(x: torch.Tensor) -> FeatureSet:
 
 def measured(x: torch.Tensor, reference: FeatureSet, *metrics: str) -> dict[str, tuple[float, np.ndarray]]:
     """Return each metric, by the first part of its name, with its influences."""
-    spec = MetricSpec("digits_classifier", metrics, kid_subset_size=50, kid_subsets=3)
+    spec = MetricSpec("digits_classifier", metrics, kid_subset_size=100, kid_subsets=3)
     values = compute_metrics(of(x), reference, spec, len(x))
     influences = compute_influences(of(x), reference, spec, [x], torch.device("cpu"))
     return {name.partition("_")[0]: (values[name], influence) for name, influence in influences.items()}
@@ -36,11 +36,14 @@ def share_covered(cases: list[tuple[float, np.ndarray]]) -> float:
     return float(np.mean([low <= mean <= high for low, high in (interval(*case) for case in cases)]))
 
 
-@pytest.mark.parametrize(("metric", "n"), [("fd", 400), ("kd", 150), ("is", 300), ("prc", 200)])
-def test_intervals_cover_the_mean_over_sets_of_images(metric: str, n: int) -> None:
+@pytest.mark.parametrize(
+    ("metric", "n", "shift", "scale"),
+    [("fd", 400, 0.5, 1.2), ("kd", 300, 0.5, 0.5), ("is", 200, 0, 1), ("prc", 100, 1, 1)],
+)
+def test_intervals_cover_the_mean_over_sets_of_images(metric: str, n: int, shift: float, scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    reference = of(draw(500, generator))
-    cases = [measured(draw(n, generator, 0.5, 1.2), reference, metric).popitem()[1] for _ in range(CASES)]
+    reference = of(draw(120, generator))
+    cases = [measured(draw(n, generator, shift, scale), reference, metric).popitem()[1] for _ in range(CASES)]
     assert 0.93 <= share_covered(cases) <= 0.97
 
 
@@ -66,7 +69,7 @@ def weighted(x: torch.Tensor, weights: torch.Tensor) -> FeatureSet:
 @pytest.mark.parametrize("n", [5, 40])  # fewer images than features, and more
 def test_frechet_influence_is_the_derivative_by_the_weight(n: int) -> None:
     x = draw(n, torch.Generator().manual_seed(3), 0.3, 1.3)
-    reference, equal, step = of(draw(100, torch.Generator().manual_seed(4))), torch.full((n,), 1 / n).double(), 1e-5
+    reference, equal, step = of(draw(100, torch.Generator().manual_seed(4))), torch.full((n,), 1 / n).double(), 1e-4
     spec = MetricSpec("digits_classifier")
     influence = frechet_influence([x[:2], x[2:]], weighted(x, equal), reference)
     for i in range(5):
@@ -74,7 +77,7 @@ def test_frechet_influence_is_the_derivative_by_the_weight(n: int) -> None:
         towards[i] = 1.0
         sides = [weighted(x, (1 - h) * equal + h * towards) for h in (step, -step)]
         up, down = (METRICS["fd"](side, reference, spec)["fd"] for side in sides)
-        assert (up - down) / (2 * step) == pytest.approx(float(influence[i]), rel=1e-4)
+        assert (up - down) / (2 * step) == pytest.approx(float(influence[i]), rel=1e-3)
 
 
 def test_each_metric_but_recall_has_influences_with_mean_0() -> None:
