@@ -186,7 +186,7 @@ def frechet_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricS
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    if torch.equal(generated.mean, reference.mean) and torch.equal(generated.covariance, reference.covariance):
+    if generated.has_moments_of(reference):
         return {"fd": 0.0}  # without the rounding of the root
     sides = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (generated, reference)]
     return {"fd": max(0.0, fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID])}

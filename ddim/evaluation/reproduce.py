@@ -39,7 +39,7 @@ class ReproduceSpec:
 
     Attributes:
         key: of the record, 16 hexadecimal digits.
-        output_dir: folder of the new evaluations, each in a folder of its own: 1, 2, ...
+        output_dir: folder of the new evaluations, each in a folder of its own: KEY/1, KEY/2, ...
         folders: searched for records and weights besides SEARCHED.
         device: None takes that of the record, or the CPU where it is missing.
         root: folder of the data set; None takes that of the record.
@@ -125,7 +125,7 @@ def reproduce(spec: ReproduceSpec, session: Session | None = None) -> Reproducti
         module, name = KINDS[completed(record)["kind"]]
         package = importlib.import_module(f"ddim.evaluation.{module}")
         again = build(getattr(package, name), _config(spec, record, checkpoint), "config")
-    folder = session.processes.run_on_main(lambda: _unused_folder(Path(spec.output_dir)))
+    folder = session.processes.run_on_main(lambda: _unused_folder(Path(spec.output_dir) / spec.key))
     now, _ = package.evaluate(dataclasses.replace(again, output_dir=str(folder)), session)
     return Reproduction(record, now, records, checkpoint)
 

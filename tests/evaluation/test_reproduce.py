@@ -32,7 +32,7 @@ def recorded(spec: EvaluateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def write(record: dict[str, Any], path: str = f"outputs/run/{RECORDS}") -> ReproduceSpec:
     Path(path).write_text(json.dumps(record) + "\n", encoding="utf-8")
-    return ReproduceSpec(key=record["key"], output_dir=f"outputs/reproduce/{record['key']}")
+    return ReproduceSpec(key=record["key"], output_dir="outputs/reproduce")
 
 
 def test_a_record_comes_out_again(recorded: dict[str, Any]) -> None:
@@ -42,9 +42,9 @@ def test_a_record_comes_out_again(recorded: dict[str, Any]) -> None:
     assert done.now["metrics"] == recorded["metrics"]
     assert done.changes() == []
     assert str(done.checkpoint) == "outputs/elsewhere/moved.ckpt"
-    assert [path.name for path in Path(spec.output_dir).iterdir()] == ["1"]
+    assert [path.name for path in (Path("outputs/reproduce") / spec.key).iterdir()] == ["1"]
     reproduce(spec)  # is computed again, and nothing is overwritten
-    assert {path.name for path in Path(spec.output_dir).iterdir()} == {"1", "2"}
+    assert {path.name for path in (Path("outputs/reproduce") / spec.key).iterdir()} == {"1", "2"}
 
 
 def test_what_differs_is_named(recorded: dict[str, Any]) -> None:
