@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-AXES = {"S": "S, steps", "NFE": "NFE, network evaluations of an image", "images": "number of images"}
 PAPER_IMAGES = 50_000  # Fig. 4 shows hours for 50,000 images
 DPI = 200
 MOST_ROWS = 20  # in a plot, which has room for no more names
@@ -234,7 +233,7 @@ def _figure() -> tuple["Figure", "Axes"]:
 
 
 def _scales(axes: "Axes", column: str, steps: Sequence[int], y: str) -> None:
-    axes.set(xscale="log", yscale=y, xlabel=AXES[column])
+    axes.set(xscale="log", yscale=y, xlabel="S, steps" if column == "S" else "NFE, network evaluations of an image")
     steps = steps[:: math.ceil(len(steps) / MOST_ROWS)]
     axes.set_xticks(steps, [str(S) for S in steps])
     axes.xaxis.minorticks_off()  # only the values of S have ticks; on y, minor ticks label a narrow range

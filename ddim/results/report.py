@@ -18,6 +18,7 @@ from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
 from ddim.results.protocol import FULL, completed, is_distance, shared_protocol
 from ddim.results.records import Record, record_key
+from ddim.results.schema import IMAGES
 from ddim.results.table import Table, TableSpec
 
 PLAIN = TableSpec()
@@ -91,8 +92,7 @@ def write_report(
     complete = [completed(record) for record in records]
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
-        for table in tables:
-            table.with_intervals, table.differences = True, _differences(table, folder)
+        show_intervals(tables, folder)
     timings = plots.timings(complete)
     texts = {
         "table.md": text.markdown(tables, impossible),
@@ -103,15 +103,24 @@ def write_report(
     }
     paths = [_write(folder / name, content) for name, content in texts.items()]
     table_plots = [
-        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png") for i, table in enumerate(tables)
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png")
+        if table.column != IMAGES  # of a single column
+        else None
+        for i, table in enumerate(tables)
     ]
     time_plots = [
         plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png") for i, timing in enumerate(timings)
     ]
-    paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
+    paths += [path for plot in (*table_plots, *time_plots) if plot for path in (plot, plot.with_suffix(".pdf"))]
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
     page = render_page(*with_plots, records, folder, command, failures, impossible)
     return [*paths, _write(folder / "report.html", page)]
+
+
+def show_intervals(tables: Sequence[Table], folder: Path) -> None:
+    """Let tables show intervals, and differences to the best entries, whose influences are in the records' folder."""
+    for table in tables:
+        table.with_intervals, table.differences = True, _differences(table, folder)
 
 
 def _differences(table: Table, folder: Path) -> dict[tuple[str, int], tuple[float, Interval]]:

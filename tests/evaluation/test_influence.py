@@ -43,7 +43,8 @@ def share_covered(cases: list[tuple[float, np.ndarray]]) -> float:
 def test_intervals_cover_the_mean_over_sets_of_images(metric: str, n: int, shift: float, scale: float) -> None:
     generator = torch.Generator().manual_seed(1)
     reference = of(draw(120, generator))
-    cases = [measured(draw(n, generator, shift, scale), reference, metric).popitem()[1] for _ in range(CASES)]
+    count = CASES if metric == "fd" else CASES // 2
+    cases = [measured(draw(n, generator, shift, scale), reference, metric).popitem()[1] for _ in range(count)]
     assert 0.93 <= share_covered(cases) <= 0.97
 
 

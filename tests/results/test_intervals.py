@@ -14,12 +14,11 @@ from ddim.errors import UserError
 from ddim.results import text
 from ddim.results.interval import INFLUENCE, interval, load_influence, save_influences
 from ddim.results.records import RECORDS, Record
-from ddim.results.report import build_tables, write_report
+from ddim.results.report import build_tables, show_intervals, write_report
 from ddim.results.schema import evaluation_records
 from ddim.results.table import TableSpec
 
 NOISE = np.random.default_rng(0).normal(size=(3, 400))
-SHOWN = TableSpec(interval=True)
 
 
 def measured(folder: Path, label: str, value: float, influence: np.ndarray, **changes: Any) -> Record:
@@ -29,13 +28,14 @@ def measured(folder: Path, label: str, value: float, influence: np.ndarray, **ch
     return made
 
 
-def rows(folder: Path, *records: Record, shown: TableSpec = SHOWN) -> list[str]:
-    """Return the lines of the first table of a report, below its header."""
-    [path, *_] = write_report(records, folder, shown=shown)
-    return [line for line in path.read_text().splitlines() if line.startswith("|")][2:]
+def rows(folder: Path, *records: Record) -> list[str]:
+    """Return the lines of the table with intervals, below its header."""
+    tables = build_tables(records)
+    show_intervals(tables, folder)
+    return [line for line in text.markdown(tables).splitlines() if line.startswith("|")][2:]
 
 
-def test_an_interval_is_1_96_standard_errors_wide(tmp_path: Path) -> None:
+def test_an_interval_is_1_96_standard_errors_wide() -> None:
     low, high = interval(5.0, NOISE[0])
     assert high - 5 == pytest.approx(5 - low)
     assert high - 5 == pytest.approx(1.96 * NOISE[0].std(ddof=1) / 20, rel=1e-4)
@@ -43,19 +43,18 @@ def test_an_interval_is_1_96_standard_errors_wide(tmp_path: Path) -> None:
 
 def test_tables_show_intervals_where_they_are_asked_for(tmp_path: Path) -> None:
     made = measured(tmp_path, "η=0.0", 5.0, 10 * NOISE[0])
-    plain = rows(tmp_path, record("η=0.0", 10, 5.0), shown=TableSpec())
-    assert rows(tmp_path, made, shown=TableSpec()) == plain == ["| η=0.0 | 5.00 |"]
     low, high = made["intervals"][FID]
     assert rows(tmp_path, made) == [f"| η=0.0 | 5.00 [{low:.2f}, {high:.2f}] |"]
-    assert "- intervals: of 95 %" in (tmp_path / "table.md").read_text()
-    assert rows(tmp_path, record("η=0.0", 10, 5.0)) == plain  # of an earlier version
+    assert rows(tmp_path, record("η=0.0", 10, 5.0)) == ["| η=0.0 | 5.00 |"]  # of an earlier version
 
 
 def test_a_paired_difference_is_to_the_best_from_the_same_x_T(tmp_path: Path) -> None:
     shared = 10 * NOISE[0]
     best, near = measured(tmp_path, "η=0.0", 5.0, shared), measured(tmp_path, "η=0.2", 5.5, shared + NOISE[1])
     half = 1.96 * NOISE[1].std(ddof=1) / 20
-    texts = rows(tmp_path, best, near)
+    [path, *_] = write_report([best, near], tmp_path, shown=TableSpec(interval=True))
+    assert "- intervals: of 95 %" in path.read_text()
+    texts = [line for line in path.read_text().splitlines() if line.startswith("|")][2:]
     assert texts[2] == f"| η=0.2, to the best | +0.50 [{0.5 - half:.2f}, {0.5 + half:.2f}] |"
     assert len(texts) == 3
     assert 'class="paired"' in (tmp_path / "report.html").read_text()

@@ -158,9 +158,6 @@ IMPORT output_dir=. name=dir overwrite=true -> dir.safetensors
 metrics -> give images=PATH | out=FILE.npz
 METRICS images=mixed -> mixed holds 1 files that are not images
 METRICS images=large -> (1, 16, 16), digits has (1, 8, 8) | resize=true
-METRICS images=text -> the folder text does not exist | a folder of images
-METRICS images=colour reference=text.npz -> the statistics text.npz cannot be used
-METRICS images=colour metric.metrics=[fid] -> unknown metric 'fid' | allowed: fd, kd, is, prc
 reproduce -> key is required
 reproduce 0123456789abcdef -> no .jsonl file under outputs, docs/results has the record 0123456789abcdef
 reproduce 12345678901234 empty -> key='12345678901234' must be the 16 hexadecimal digits
