@@ -44,7 +44,7 @@ def compute_influences(
 
     Args:
         generated, reference, spec: as for `compute_metrics`.
-        batches: the features (b, D) of the generated images, in order; they need not be in memory at once.
+        batches: the features (b, D) of the generated images, in order; they need not all be in memory.
         device: where to multiply.
 
     Recall has none: it is no smooth function of the weights.

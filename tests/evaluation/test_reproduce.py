@@ -1,4 +1,4 @@
-"""A record is found by its key and computed again: equal, or with the digit that differs and what has changed."""
+"""A record is located by its key and computed again: equal, or with the digit that differs and what has changed."""
 
 import dataclasses
 import json
