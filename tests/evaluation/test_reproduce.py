@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ddim.data.datasets import DataSpec
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
+from ddim.evaluation.image_sets import MetricsSpec
+from ddim.evaluation.image_sets import evaluate as evaluate_images
+from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reproduce import MOST_DIGITS, ReproduceSpec, agreeing_digits, reproduce
+from ddim.image_io import save_png
 from ddim.results.records import RECORDS
 
 pytestmark = pytest.mark.integration
@@ -45,6 +51,24 @@ def test_a_record_comes_out_again(recorded: dict[str, Any]) -> None:
     assert [path.name for path in (Path("outputs/reproduce") / spec.key).iterdir()] == ["1"]
     reproduce(spec)  # is computed again, and nothing is overwritten
     assert {path.name for path in (Path("outputs/reproduce") / spec.key).iterdir()} == {"1", "2"}
+
+
+def test_a_record_of_images_comes_out_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(5):
+        save_png(torch.full((1, 8, 8), 40 * i, dtype=torch.uint8), Path("made") / f"{i}.png")
+    spec = MetricsSpec(
+        images="made",
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        metric=MetricSpec("digits_classifier"),
+        device="cpu",
+        name="sets",
+        output_dir="outputs/sets",
+    )
+    record, _ = evaluate_images(spec)
+    done = reproduce(ReproduceSpec(key=record["key"], output_dir="outputs/reproduce"))
+    assert (done.checkpoint, done.changes()) == (None, [])
+    assert done.agreement() == {"fd_digits_classifier_5": MOST_DIGITS}
 
 
 def test_what_differs_is_named(recorded: dict[str, Any]) -> None:
