@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from two_processes import run_in_processes
 
@@ -18,7 +19,6 @@ from ddim.evaluation.extractor_networks import register_extractors
 from ddim.evaluation.image_sets import MetricsSpec, evaluate, write_statistics
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.session import Session
-from ddim.image_io import save_png
 from ddim.results.records import RECORDS
 from ddim.results.report import build_tables
 from ddim.results.schema import evaluation_records
@@ -34,9 +34,14 @@ def images(n: int, seed: int, channels: int = 3) -> torch.Tensor:
 
 
 def folder(path: Path, pixels: torch.Tensor) -> Path:
+    path.mkdir(exist_ok=True)
     for i, image in enumerate(pixels):
-        save_png(image, path / f"{i:03d}.png")
+        save(image, path / f"{i:03d}.png")
     return path
+
+
+def save(image: torch.Tensor, path: Path) -> None:
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)  # unlike save_png without waiting for the disk
 
 
 @pytest.fixture
@@ -182,7 +187,7 @@ def test_what_cannot_be_compared_is_refused(
     Path("empty").mkdir()
     larger = torch.zeros(3, 3, 9, 9, dtype=torch.uint8)
     folder(Path("larger"), larger)
-    save_png(larger[0, :, :8], folder(Path("mixed"), larger) / "small.png")
+    save(larger[0, :, :8], folder(Path("mixed"), larger) / "small.png")
     folder(Path("few"), images(1, 1))
     np.savez("floats.npz", np.zeros((3, 8, 8, 3)))
     np.savez("moments.npz", mu=np.zeros(64))
