@@ -12,6 +12,7 @@ from _jobs import SWEEP_FLAGS
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
+    from ddim.results.table import TableSpec
     from ddim.results.wandb import SweepLogger
 
 
@@ -30,6 +31,7 @@ class Sweep:
         # Of this command, by folder: (title, reason) of each evaluation that failed, and whether it had started.
         self.failures: dict[Path, dict[tuple[str, str], bool]] = {}
         self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
+        self.tables: dict[Path, TableSpec] = {}  # what is shown in those of the same folders
         self.started: set[Path] = set()  # those folders that one of them got to
         self.cleaned: set[Path] = set()  # those that leftovers of killed runs were removed from
 
@@ -45,6 +47,7 @@ class Sweep:
         from ddim.results.wandb import SweepLogger
 
         folder = Path(spec.output_dir)
+        self.tables[folder] = spec.table
         return self.loggers.setdefault(folder, SweepLogger(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
@@ -150,7 +153,14 @@ class Sweep:
 
         if records := current_session().records(str(logger.folder)).read():
             with FileLock(logger.folder / ".report.lock"):
-                paths = write_report(records, logger.folder, command=command, failures=failures, impossible=impossible)
+                paths = write_report(
+                    records,
+                    logger.folder,
+                    command=command,
+                    failures=failures,
+                    impossible=impossible,
+                    shown=self.tables[logger.folder],
+                )
             print(f"\n{paths[0].read_text(encoding='utf-8')}")
             for path in paths:
                 print(path)

@@ -43,7 +43,7 @@ def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
     if not Path(records).is_file():
         raise UserError(f"there is no records file {records}; evaluate.py writes one, records.jsonl.")
     measured = evaluation_records(Path(records)).read()
-    matching = [record for record in measured if record["model"]["weights_hash"] == weights_hash]
+    matching = [record for record in measured if record.get("model", {}).get("weights_hash") == weights_hash]
     if not matching:
         raise UserError(f"{records} has no record of these weights; evaluate them first, or leave records out.")
     return [

@@ -18,6 +18,7 @@ from ddim.checkpoints.convert.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
@@ -46,11 +47,12 @@ SPECS: dict[str, type] = {
     "search_tau": SearchTauSpec,
     "compare": CompareSpec,
     "estimate_variance": EstimateVarianceSpec,
+    "metrics": MetricsSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }
 # Scripts that a document other than the README shows.
-ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps"}
+ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps", "metrics": "evaluation"}
 FLAGS = {"-m", "--multirun", "--help"}
 # What stands for a number in a command; other words in capitals stand for text, and so are text.
 NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")

@@ -231,7 +231,7 @@ def unknown_keys(text: str) -> list[str]:
     unknown = []
     for word in re.split(r"[\s'\";()]+", " ".join(code_in(text))):
         key, equals, _ = word.partition("=")
-        named = re.fullmatch(r"[a-z]\w*(\.\w+)*", key) and not re.search(r"\.(py|md|yaml|json|png|gif)$", key)
+        named = re.fullmatch(r"[a-z]\w*(\.\w+)*", key) and not re.search(r"\.(py|md|yaml|json|png|gif|csv|tex)$", key)
         grouped = "." in key and key.partition(".")[0] in groups
         if named and (equals or grouped) and not key.startswith("hydra.") and key not in known:
             unknown.append(key)

@@ -14,6 +14,7 @@ from ddim.data.image_files import FileImages
 from ddim.data.image_folder import folder_images
 from ddim.data.images import Images, MemoryImages
 from ddim.data.lsun import LSUNImages
+from ddim.data.npz_images import npz_images
 from ddim.errors import UserError
 
 Split = Literal["train", "test"]
@@ -27,7 +28,7 @@ class DataSpec:
         name: one of DATASETS.
         size: (H, W) in pixels.
         channels: 1 (grey) or 3 (RGB).
-        root: folder that holds the data set, or that it is downloaded to.
+        root: folder that holds the data set, or that it is downloaded to; of npz the file.
         flip: mirror training images left to right at random; it is applied to the batches, not to the stored images.
         download: fetch missing files where torchvision can (cifar10, celeba).
         category: of lsun, for example "bedroom".
@@ -141,6 +142,14 @@ def folder(spec: DataSpec, split: Split) -> Images:
     return images if not spec.in_memory else images.load()
 
 
+def npz(spec: DataSpec, split: Split) -> Images:
+    """Samples of another code base: `arr_0` of an .npz file, uint8 (N, H, W, C) as guided-diffusion writes them."""
+    images = npz_images(Path(spec.root))
+    channels, *size = images.shape
+    _require(spec, (channels, *size) == (spec.channels, *spec.size), f"size={size} and channels={channels}")
+    return images
+
+
 def _root(spec: DataSpec) -> Path:
     """Return the root with ~ expanded.
 
@@ -217,4 +226,5 @@ DATASETS: dict[str, Callable[[DataSpec, Split], Images]] = {
     "lsun": lsun,
     "digits": digits,
     "folder": folder,
+    "npz": npz,
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from ddim.data.image_files import FileImages, resize_and_center_crop
+from ddim.data.image_files import FileImages, explain_damage, resize_and_center_crop
 from ddim.errors import UserError
 from ddim.io import printable
 
@@ -65,6 +65,24 @@ def folder_images(
         shape=(channels, *size),
         transform=f"{', '.join(steps) or 'none'}, {_MODES[channels]}",
     )
+
+
+def first_image_shape(root: Path, split: str) -> tuple[int, int, int]:
+    """Return (C, H, W) of the first image that `folder_images` lists.
+
+    Raises:
+        UserError: as `folder_images`, or the file is no image of 8 bits per channel.
+    """
+    if not root.is_dir():
+        raise UserError(f"the folder {root} does not exist; give a folder of images.")
+    path = _list_images(_split_folder(root, split))[0]
+    with explain_damage(f"the image file {printable(path)}", path), Image.open(path) as image:
+        channels = _CHANNELS.get(image.mode)
+        if channels is None:
+            raise UserError(f"{printable(path)} has pixels of mode {image.mode}, not 8 bits per channel; convert it.")
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        height, width = image.size if turned else image.size[::-1]
+    return channels, height, width
 
 
 def _split_folder(root: Path, split: str) -> Path:

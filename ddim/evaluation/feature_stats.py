@@ -35,6 +35,10 @@ class FeatureSet:
     covariance: Tensor
     features: Features = field(default_factory=dict)
 
+    def has_moments_of(self, other: "FeatureSet") -> bool:
+        """Whether mean and covariance are those of another set, to the last bit."""
+        return torch.equal(self.mean, other.mean) and torch.equal(self.covariance, other.covariance)
+
 
 def feature_set(features: Features, layer: str) -> FeatureSet:
     """Return the set of these features; mean and covariance are those of `layer`."""

@@ -15,7 +15,9 @@ from ddim.config import FilePath
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.labels import asked_steps, title
 from ddim.distributed import Processes
+from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, moments
+from ddim.evaluation.influence import compute_influences, keep_intervals
 from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_metrics
 from ddim.evaluation.session import Session
@@ -125,15 +127,35 @@ class EvaluateSpec(JobSpec):
 
     def _check_reference(self, session: Session, model: LoadedModel, device: str) -> dict[str, Any]:
         """Return what a record states about the reference set."""
-        npz, split = self.metric.reference_npz, self.metric.reference_split
-        if npz is not None:
-            stats, fingerprint = session.published_stats(npz, self.metric, device, model.spec.image_shape)
-            check_sizes(self.metric, self.n, stats.count)
-            return {"name": Path(npz).name, "images": None, "fingerprint": fingerprint}
-        images = session.images(self.data, split)
-        check_shape(model, images)
-        check_sizes(self.metric, self.n, len(images))
-        return {"name": images.name, "images": len(images), "fingerprint": session.fingerprint(self.data, split)}
+        if self.metric.reference_npz is None:
+            check_shape(model, session.images(self.data, self.metric.reference_split))
+        return reference_settings(session, self.data, self.metric, device, self.n, model.spec.image_shape)
+
+
+def reference_settings(
+    session: Session, data: DataSpec, metric: MetricSpec, device: str, n: int, shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Return what a record states about the reference set of n images (C, H, W).
+
+    Raises:
+        UserError: the reference cannot be used, has images of another shape, or a set is too small for the metric.
+    """
+    if metric.reference_npz is not None:
+        stats, fingerprint = session.published_stats(metric.reference_npz, metric, device, shape)
+        check_sizes(metric, n, stats.count)
+        return {"name": Path(metric.reference_npz).name, "images": None, "fingerprint": fingerprint}
+    images = session.images(data, metric.reference_split)
+    if images.shape != shape:
+        raise UserError(
+            f"the images are of (channels, height, width) {shape}, {images.name} has {images.shape}; make them alike, "
+            "for folders by size=[H,W] resize=true, or channels=... convert=true."
+        )
+    check_sizes(metric, n, len(images))
+    return {
+        "name": images.name,
+        "images": len(images),
+        "fingerprint": session.fingerprint(data, metric.reference_split),
+    }
 
 
 def evaluate(
@@ -156,6 +178,7 @@ def evaluate(
     with job.lock_unless_done(session.processes) as record:
         if record is not None:
             return record, False
+        assert job.model is not None
         shape = job.model.spec.image_shape
         reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir, shape)
         generate_shards(spec, job, session.processes)
@@ -168,6 +191,7 @@ def evaluate(
 def generate_shards(spec: EvaluateSpec, job: Job, processes: Processes) -> None:
     """Generate the missing images and store their features, each process its share."""
     assert job.extractor is not None
+    assert job.model is not None
     shards = job.shards
     shards.discard_unless(lambda batch, tensors: _suffices(spec, job, batch, tensors), processes)
     batches = shards.missing(job.compute.batch_size, processes)
@@ -195,6 +219,10 @@ def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, processes: Proc
             if spec.metric.needs_features:
                 generated = dataclasses.replace(generated, features={name: shards.read_all(name) for name in layers})
             results["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n)
+            influences = compute_influences(
+                generated, reference, spec.metric, shards.read(layers[0]), job.extractor.device
+            )
+            results["intervals"] = keep_intervals(job, results["metrics"], influences)
             if spec.grid:
                 results["grid"] = f"grids/{_file_stem(spec, job)}.png"
                 save_png(grid(shards.read_all(SHOWN)[: spec.grid]), job.output_dir / results["grid"])

@@ -26,6 +26,7 @@ from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
 from ddim.results.records import Record, RecordFile, provenance, record_key
+from ddim.results.table import TableSpec
 from ddim.results.wandb import LoggerSpec
 
 UNFINISHED = "unfinished"  # sub-folder with the shards of evaluations that have no record yet
@@ -44,6 +45,7 @@ class JobSpec(ABC):
         grid: images shown in the grid; 0 for none.
         paper: the table of the paper that the numbers are compared with.
         logger: W&B, if at all.
+        table: what the tables show besides the numbers.
 
     Raises:
         ValueError: a negative grid, a logger's option that is for training, an unknown table, or a name that is none.
@@ -58,6 +60,7 @@ class JobSpec(ABC):
     grid: int = 64
     paper: str | None = None
     logger: LoggerSpec = field(default_factory=LoggerSpec)
+    table: TableSpec = field(default_factory=TableSpec)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -106,7 +109,8 @@ class Job:
         metadata: what else goes into the record.
         indices: numbers of its images.
         steps: network evaluations of one image.
-        model, compute: the network and how it is run.
+        model: the network; None where none is run.
+        compute: how it is run.
         extractor: of the features; None where none are extracted.
     """
 
@@ -117,7 +121,7 @@ class Job:
     metadata: dict[str, Any]
     indices: range
     steps: int
-    model: LoadedModel
+    model: LoadedModel | None
     compute: ComputeSpec
     extractor: FeatureExtractor | None = None
 

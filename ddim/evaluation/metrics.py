@@ -6,14 +6,13 @@ since several processes may each have a share of the features. A number is calle
 Inception's: `metric_name`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.random import RandomState
-from torch import Tensor
 
 from ddim.config import FilePath, choose
 from ddim.errors import UserError
@@ -187,6 +186,8 @@ def frechet_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricS
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
+    if generated.has_moments_of(reference):
+        return {"fd": 0.0}  # without the rounding of the root
     sides = [{"mu": side.mean.numpy(), "sigma": side.covariance.numpy()} for side in (generated, reference)]
     return {"fd": max(0.0, fid_statistics_to_metric(*sides, verbose=False)[KEY_METRIC_FID])}
 
@@ -199,13 +200,21 @@ def kernel_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
     """
     from torch_fidelity.metric_kid import kernel_mmd
 
+    return {"kd": float(np.mean([kernel_mmd(x, y) for _, x, y in kernel_subsets(generated, reference, spec)]))}
+
+
+def kernel_subsets(
+    generated: FeatureSet, reference: FeatureSet, spec: MetricSpec
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield for each subset of the kernel distance the numbers of its generated images, their features, and others.
+
+    The features are float64 (kid_subset_size, D), of generated images and of as many of the reference.
+    """
     layer, rng = EXTRACTORS[spec.extractor].feature_layer, RandomState(RNG_SEED)
-
-    def subset(features: Tensor) -> np.ndarray:
-        return features[rng.choice(len(features), spec.kid_subset_size, replace=False)].double().numpy()
-
-    sides = generated.features[layer], reference.features[layer]
-    return {"kd": float(np.mean([kernel_mmd(*map(subset, sides)) for _ in range(spec.kid_subsets)]))}
+    x, y = generated.features[layer], reference.features[layer]
+    for _ in range(spec.kid_subsets):
+        ours, theirs = (rng.choice(len(side), spec.kid_subset_size, replace=False) for side in (x, y))
+        yield ours, x[ours].double().numpy(), y[theirs].double().numpy()
 
 
 def inception_score(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:

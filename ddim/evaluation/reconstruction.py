@@ -19,6 +19,7 @@ from ddim.diffusion.sampling import trajectory
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.errors import UserError
+from ddim.evaluation.influence import keep_intervals, mean_influence
 from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
@@ -138,8 +139,9 @@ def measure(spec: ReconstructSpec, job: Job, processes: Processes) -> dict[str, 
     shards, n = job.shards, len(job.indices)
     with processes.barrier():
         if processes.is_main:
-            error = float(shards.read_all(ERRORS).mean())
-            results["metrics"] = {f"reconstruction_mse_{count_name(n)}": error}
+            errors, name = shards.read_all(ERRORS), f"reconstruction_mse_{count_name(n)}"
+            results["metrics"] = {name: float(errors.mean())}
+            results["intervals"] = keep_intervals(job, results["metrics"], {name: mean_influence(errors)})
             results["seconds_sampling"] = float(sum(shards.read(SECONDS)))
             results["seconds_metrics"] = 0.0
             if spec.grid:
@@ -175,6 +177,7 @@ def reconstruct(
 
 
 def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: range, bar: tqdm) -> Tensors:
+    assert job.model is not None
     start = time.perf_counter()
     pixels = torch.stack([images[i] for i in batch])
     x_0 = normalize(pixels.to(job.compute.device))

@@ -57,6 +57,15 @@ class Session:
         """Return a data set."""
         return self._load("images", (data, split), lambda: load_images(data, split))
 
+    def samples(self, data: DataSpec) -> tuple[Images, str]:
+        """Return a set of generated images with its fingerprint, 64 hexadecimal digits."""
+
+        def load() -> tuple[Images, str]:
+            images = load_images(data)
+            return images, images.fingerprint()
+
+        return self._load("samples", (data, _modified(data.root)), load)
+
     def fingerprint(self, data: DataSpec, split: Literal["train", "test"]) -> str:
         """Return the fingerprint of a data set, 64 hexadecimal digits."""
         return self._load("fingerprint", (data, split), lambda: self.images(data, split).fingerprint())

@@ -29,7 +29,7 @@ MAX_BYTES = 1 << 26  # of a manifest
 NOT_STARTED = "not started"  # state of a planned job that was refused, such as for a path that does not exist
 IMPOSSIBLE = "impossible"  # state of a planned job whose rule cannot do its NFE; it is skipped
 JOBS = "cells"  # the key in the file, as earlier versions wrote it
-NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir")
+NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir", "table")
 LONG_ENOUGH = 0.3  # seconds, for a timing
 
 
@@ -39,7 +39,8 @@ def job_id(spec: JobSpec) -> str:
     A job that continues with another batch size, or on another device, keeps its name.
     """
     values = dataclasses.asdict(spec)
-    values["compute"] = values["compute"]["bf16"]
+    if "compute" in values:
+        values["compute"] = values["compute"]["bf16"]
     if not values.get("data", {}).get("convert", True):
         del values["data"]["convert"]  # the names of before this option
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
@@ -249,13 +250,14 @@ def _expected(jobs: Sequence[_Remaining], processes: int) -> str:
 
 def time_job(job: Job) -> Timing:
     """Time a network evaluation and the extraction of features, with at most as many images as the job has."""
-    compute, extractor = job.compute, job.extractor
+    model, compute, extractor = job.model, job.compute, job.extractor
+    assert model is not None
     largest = min(compute.batch_size, len(job.indices))
     compiled = compute.compile or compute.graphs  # for one batch size
-    network = seconds_per_image(lambda count: evaluate_zeros(job.model, compute, count), largest, compiled)
+    network = seconds_per_image(lambda count: evaluate_zeros(model, compute, count), largest, compiled)
     if extractor is None:
         return Timing(network, 0.0)
-    shape = job.model.spec.image_shape
+    shape = model.spec.image_shape
     extraction = seconds_per_image(
         lambda count: extractor.extract(torch.zeros(count, *shape, dtype=torch.uint8)), largest
     )

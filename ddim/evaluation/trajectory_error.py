@@ -12,6 +12,7 @@ from torch import Tensor
 from ddim.diffusion.labels import asked_steps, row_label, title
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
+from ddim.evaluation.influence import keep_intervals, mean_influence
 from ddim.evaluation.job import Job, JobSpec, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
@@ -132,6 +133,7 @@ def evaluate(spec: TrajectoryErrorSpec, session: Session | None = None) -> tuple
 def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Tensor:
     """Return x_0 of the exact trajectories, (n, C, H, W); computed in float32, and kept in the folder exact/HASH."""
     shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
+    assert job.model is not None
     T = job.model.spec.schedule.T
     sampler, compute = spec.exact_sampler(T), dataclasses.replace(job.compute, bf16=False)
     with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
@@ -145,6 +147,7 @@ def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> 
 
 def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes: Processes) -> None:
     """Sample the missing images and store their errors, each process its share."""
+    assert job.model is not None
     shards, compute = job.shards, job.compute
     shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= count_shown(spec.grid, batch), processes)
     batches = shards.missing(compute.batch_size, processes)
@@ -164,8 +167,11 @@ def measure(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> dict[s
     shards = job.shards
     with processes.barrier():
         if processes.is_main:
-            error = float(shards.read_all(ERRORS).mean().sqrt())
-            results["metrics"] = {f"trajectory_rmse_{count_name(spec.n)}": error}
+            errors, name = shards.read_all(ERRORS), f"trajectory_rmse_{count_name(spec.n)}"
+            error = float(errors.mean().sqrt())
+            results["metrics"] = {name: error}
+            influence = mean_influence(errors, 0.5 / error if error else 0.0)  # the derivative of the root
+            results["intervals"] = keep_intervals(job, results["metrics"], {name: influence})
             results["seconds_sampling"] = float(sum(shards.read(SECONDS)))
             results["seconds_metrics"] = 0.0
             if spec.grid:

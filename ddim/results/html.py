@@ -17,7 +17,7 @@ MAX_GRIDS = 100  # on the page
 
 
 def render_page(
-    tables: Sequence[tuple[Table, Path]],
+    tables: Sequence[tuple[Table, Path | None]],
     timings: Sequence[tuple[Timing, Path]],
     records: Sequence[Record],
     folder: Path,
@@ -28,7 +28,7 @@ def render_page(
     """Return the page.
 
     Args:
-        tables, timings: each with its plot, a PNG file.
+        tables, timings: each with its plot, a PNG file; None where there is none.
         records: whose grids and versions are shown.
         folder: that the paths of the grids are relative to.
         command: that repeats the sweep.
@@ -40,7 +40,7 @@ def render_page(
         count=len(records),
         failures=failures,
         impossible=impossible,
-        tables=[(table, _data_uri(plot.read_bytes())) for table, plot in tables],
+        tables=[(table, plot and _data_uri(plot.read_bytes())) for table, plot in tables],
         timings=[(timing, _data_uri(plot.read_bytes())) for timing, plot in timings],
         grids=_grids(records, folder),
         command=command,

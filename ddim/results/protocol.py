@@ -5,16 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ddim.results.records import Record
+from ddim.results.schema import IMAGES
 
 DEFAULTS = {"kind": "fidelity", "first": 0, "paper": None, "seed": None, "bf16": False, "pixels": None}
 SHARED = ("kind", "paper", "model", "n", "seed", "bf16", "pixels", "reference", "metric")
 FULL = "full"  # the spacing of the chain 1..T
+NO_MODEL = {"model": None, "sampler": {"last_time": 0, "tau": []}, "spacing": FULL}  # of a record of images
 LABELS = {"raw": "online"}  # how records name weights -> how tables do
 SHORT = 12  # hexadecimal digits of a shortened hash
 
 
 def completed(record: Record) -> Record:
     """Return a record with the fields that older records lack."""
+    if record.get("kind") == IMAGES:
+        record = {"S": record["n"]} | record | NO_MODEL
     return DEFAULTS | {"n": record["reference"]["images"], "nfe": record["S"]} | record
 
 
@@ -89,6 +93,8 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         # Published statistics do not state their number of images.
         count = "" if data["images"] is None else f"{data['images']:,} of "
         images = f"{p['n']:,} images against {count}{data['name']}"
+    if p["kind"] == IMAGES:
+        return f"{metric}: {images}"
     of = f"of {len(model['checkpoints'])} checkpoints" if "checkpoints" in model else model["weights_hash"][:8]
     step = "" if model["step"] is None else f" at step {model['step']:,}"
     sets = "sets" if isinstance(p["seed"], list) else "ranges"
@@ -114,13 +120,25 @@ def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, f
         full: give hashes and lists of times in full; else shortened.
     """
     records = [record for members in rows.values() for record in members]
-    model = p["model"]
-    models = [*model.get("checkpoints", {"": model}).values()]
+    of_images = p["kind"] == IMAGES
     items = [
         ("metric", f"{metric} (less is better)" if is_distance(metric) else metric),
-        ("images", f"n = {p['n']:,}: {_ranges(records, full)}"),
+        ("images", f"n = {p['n']:,}: {_fingerprints(records, full) if of_images else _ranges(records, full)}"),
         ("reference set", _reference(p["reference"], p["metric"], full)),
         ("extractor", _extractor(p["metric"], full)),
+    ]
+    if not of_images:
+        items += _sampling(p, rows, full)
+    items.append(("code revision", distinct(_hash(r.get("revision"), full) for r in records)))
+    return [(name, text) for name, text in items if text]
+
+
+def _sampling(p: dict[str, Any], rows: dict[str, list[Record]], full: bool) -> list[tuple[str, str]]:
+    """Return the part of the protocol that is about the model and the sampler."""
+    records = [record for members in rows.values() for record in members]
+    model = p["model"]
+    models = [*model.get("checkpoints", {"": model}).values()]
+    return [
         ("weights", _weights(model, records, full)),
         ("settings", _settings(model)),
         ("schedule", "; ".join(dict.fromkeys(map(_schedule, models)))),
@@ -130,9 +148,7 @@ def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, f
         ("pixels", p["pixels"] or ""),
         ("network in", "bfloat16" if p["bf16"] else "float32"),
         ("seed", _seeds(p["seed"], full).removeprefix("seed ")),
-        ("code revision", distinct(_hash(r.get("revision"), full) for r in records)),
     ]
-    return [(name, text) for name, text in items if text]
 
 
 def is_distance(metric: str) -> bool:
@@ -234,6 +250,10 @@ def _clip(rows: dict[str, list[Record]]) -> str:
 def _clip_policy(sampler: dict[str, Any]) -> str:
     limits = (_named(key, sampler.get(key)) for key in ("clip_range", "threshold_ratio", "threshold_max"))
     return " ".join([sampler.get("clip") or "", *filter(None, limits)])
+
+
+def _fingerprints(records: list[Record], full: bool) -> str:
+    return "; ".join(f"{r['label']} fingerprint {_hash(r['images']['fingerprint'], full)}" for r in records)
 
 
 def _ranges(records: list[Record], full: bool) -> str:

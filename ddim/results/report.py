@@ -14,10 +14,14 @@ from typing import Any
 from ddim.io import atomic_write
 from ddim.results import plots, text
 from ddim.results.html import render_page
+from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
-from ddim.results.protocol import FULL, completed, join_checkpoints, shared_protocol
+from ddim.results.protocol import FULL, completed, is_distance, join_checkpoints, shared_protocol
 from ddim.results.records import Record, record_key
-from ddim.results.table import Table
+from ddim.results.schema import IMAGES
+from ddim.results.table import Table, TableSpec
+
+PLAIN = TableSpec()
 
 
 def build_tables(records: Sequence[Record]) -> list[Table]:
@@ -71,6 +75,7 @@ def write_report(
     command: str | None = None,
     failures: Sequence[tuple[str, str]] = (),
     impossible: Sequence[tuple[str, str]] = (),
+    shown: TableSpec = PLAIN,
 ) -> list[Path]:
     """Write tables, plots and report.html of all records into `folder`.
 
@@ -80,6 +85,7 @@ def write_report(
         command: that repeats the sweep, shown on the page.
         failures: (evaluation, reason) of those that failed, shown on the page.
         impossible: (evaluation, reason) of those that no table can have, listed below the tables.
+        shown: what the tables show besides the numbers.
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
@@ -87,6 +93,8 @@ def write_report(
     complete = [completed(record) for record in records]
     named = join_checkpoints(complete)
     tables = [*build_tables(records), *sigma_hat_variants(records)]
+    if shown.interval:
+        show_intervals(tables, folder)
     timings = plots.timings(complete)
     texts = {
         "table.md": text.markdown(tables, impossible),
@@ -97,15 +105,37 @@ def write_report(
     }
     paths = [_write(folder / name, content) for name, content in texts.items()]
     table_plots = [
-        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png") for i, table in enumerate(tables)
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png")
+        if table.column != IMAGES  # of a single column
+        else None
+        for i, table in enumerate(tables)
     ]
     time_plots = [
         plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png") for i, timing in enumerate(timings)
     ]
-    paths += [path for plot in (*table_plots, *time_plots) for path in (plot, plot.with_suffix(".pdf"))]
+    paths += [path for plot in (*table_plots, *time_plots) if plot for path in (plot, plot.with_suffix(".pdf"))]
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
     page = render_page(*with_plots, named, folder, command, failures, impossible)
     return [*paths, _write(folder / "report.html", page)]
+
+
+def show_intervals(tables: Sequence[Table], folder: Path) -> None:
+    """Let tables show intervals, and differences to the best entries, whose influences are in the records' folder."""
+    for table in tables:
+        table.with_intervals, table.differences = True, _differences(table, folder)
+
+
+def _differences(table: Table, folder: Path) -> dict[tuple[str, int], tuple[float, Interval]]:
+    """Return the difference of each entry to the best of its column, where both are from the same x_T."""
+    differences = {}
+    for nfe in table.columns:
+        values = {row: value for row in table.rows if (value := table.value(row, nfe)) is not None}
+        best = (min if is_distance(table.metric) else max)(values, key=values.__getitem__)
+        for row in values.keys() - {best}:
+            sides = table.entries[row, nfe], table.entries[best, nfe]
+            if (difference := paired_difference(*sides, table.metric, folder)) is not None:
+                differences[row, nfe] = difference
+    return differences
 
 
 def _by_protocol(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[Record]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ddim.results.records import Record, RecordFile
 
+IMAGES = "images"  # the kind of a record of images that no checkpoint here made
 Types = tuple[type, ...]
 TEXT, INTEGER, NUMBER = (str,), (int,), (int, float)
 REQUIRED: dict[str, Types] = {
@@ -26,11 +27,15 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     **dict.fromkeys(("n", "first", "nfe"), INTEGER),
     **dict.fromkeys(("seed", "compute.processes", "compute.batch_size"), (*INTEGER, NoneType)),
     **dict.fromkeys(("seconds_sampling", "seconds_metrics"), (*NUMBER, NoneType)),
-    **dict.fromkeys(("config", "versions", "recipe"), (dict,)),
+    **dict.fromkeys(("config", "versions", "recipe", "intervals"), (dict,)),
     "compute": (dict, NoneType),
     "bf16": (bool,),
 }
 ITEMS: dict[str, Types] = {"metrics": NUMBER, "versions": (str, NoneType), "sampler.tau": INTEGER}
+OF_IMAGES = (  # required where no model is sampled
+    *("key", "label", "n", "images.fingerprint", "metrics", "metric"),
+    *("reference.name", "reference.images", "reference.fingerprint"),
+)
 AT_LEAST_1 = ("S", "n", "model.T")
 LARGEST = 1 << 64
 NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false", dict: "a mapping", list: "a list"}
@@ -48,7 +53,9 @@ def check_evaluation(record: Record) -> None:
     Raises:
         ValueError: one is missing, of another type, or out of range.
     """
-    for path, types in REQUIRED.items():
+    required = REQUIRED | {"images.fingerprint": TEXT, "n": INTEGER}
+    for path in OF_IMAGES if record.get("kind") == IMAGES else REQUIRED:
+        types = required[path]
         if (value := _value(record, path)) is MISSING:
             raise ValueError(f"it lacks {path}")
         _check(path, value, types)
@@ -59,6 +66,11 @@ def check_evaluation(record: Record) -> None:
         if (values := _value(record, path)) is not MISSING:
             for value in values.values() if isinstance(values, dict) else values:
                 _check(f"an entry of {path}", value, types)
+    for name, ends in record.get("intervals", {}).items():
+        if not isinstance(ends, list) or len(ends) != 2:
+            raise ValueError(f"the interval of {name} must be two numbers")
+        for end in ends:
+            _check(f"an end of the interval of {name}", end, NUMBER)
     if "n" not in record and record["reference"]["images"] is None:
         raise ValueError("it lacks n")
     if record.get("compute") and "device" not in record["compute"]:

@@ -8,10 +8,14 @@ from typing import Any, Literal, NamedTuple
 
 from ddim.results import protocol
 from ddim.results.escape import escape_markdown
+from ddim.results.interval import Interval, mean_interval
 from ddim.results.paper import SIGMA_HAT, PaperTable, comparison
 from ddim.results.records import Record
+from ddim.results.schema import IMAGES
 
 DIGITS = 6  # significant digits of numbers in files: the last bits of a float64 are not reproducible everywhere
+KINDS = {"ours": "", "paper": "paper", "difference": "difference", "paired": "to the best"}  # names of lines
+INTERVALS = "of 95 %, over sets of n images with this reference set; to the best: paired, from the same x_T"
 Verdict = Literal["", "better", "worse", "same", "best"]
 
 
@@ -19,14 +23,15 @@ class Line(NamedTuple):
     """A printed line of a table.
 
     Attributes:
-        kind: our numbers, the paper's, or the difference, ours minus the paper's.
+        kind: our numbers, the paper's, the difference, ours minus the paper's, or "paired": ours minus the best of its
+            column, from the same x_T.
         row: label of the row that the line belongs to, "" if it belongs to all rows.
         texts: one for each column, "" where there is no number.
         verdicts: for each column of a difference, whether ours is better than the paper's, worse, or the same to the
             paper's last digit; for ours in a table by NFE, which is the best of its column; "" elsewhere.
     """
 
-    kind: Literal["ours", "paper", "difference"]
+    kind: Literal["ours", "paper", "difference", "paired"]
     row: str
     texts: list[str]
     verdicts: list[Verdict]
@@ -34,12 +39,23 @@ class Line(NamedTuple):
     @property
     def name(self) -> str:
         """Return the name of the line, complete without the lines around it."""
-        return ", ".join(filter(None, (self.row, "" if self.kind == "ours" else self.kind)))
+        return ", ".join(filter(None, (self.row, KINDS[self.kind])))
 
     @property
     def short_name(self) -> str:
         """Return the name of the line in the group of its row (`Table.groups`)."""
-        return self.row if self.kind == "ours" else self.kind
+        return KINDS[self.kind] or self.row
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What the tables of a report show besides the numbers.
+
+    Attributes:
+        interval: the 95 % interval of each number, and of its difference to the best of its column.
+    """
+
+    interval: bool = False
 
 
 @dataclass
@@ -51,6 +67,8 @@ class Table:
         protocol: everything that the entries share.
         entries: (row label, NFE) -> one record for each range of images, in rising order.
         heading: what the table shows, if the title is not enough.
+        with_intervals: show the 95 % interval of each number.
+        differences: to the best of the column, from the same x_T, with intervals; {} if they are not shown.
         paper: the paper's table to compare with, None if there is none.
         note: what the table is compared with, or why it is not; "" if no comparison was asked for.
     """
@@ -59,6 +77,8 @@ class Table:
     protocol: dict[str, Any]
     entries: Mapping[tuple[str, int], tuple[Record, ...]]
     heading: str = ""
+    with_intervals: bool = False
+    differences: Mapping[tuple[str, int], tuple[float, Interval]] = field(default_factory=dict)
     paper: PaperTable | None = field(init=False)
     note: str = field(init=False)
 
@@ -83,8 +103,8 @@ class Table:
 
     @property
     def column(self) -> str:
-        """What the columns are: NFE, or S where both are the same."""
-        return "NFE" if self.by_nfe else "S"
+        """What the columns are: NFE, or S where both are the same; the number of images where none was sampled."""
+        return "images" if self.protocol["kind"] == IMAGES else "NFE" if self.by_nfe else "S"
 
     def records(self) -> dict[str, list[Record]]:
         """Return the records of each row, by rising NFE."""
@@ -108,6 +128,12 @@ class Table:
         # Without the last bits, so that the spread of equal values is 0.
         values = [rounded(value, 2 * DIGITS) for value in self.values(row, nfe)]
         return statistics.stdev(values) if len(values) > 1 else None
+
+    def interval(self, row: str, nfe: int) -> Interval | None:
+        """Return the 95 % interval of an entry, None where a record has none."""
+        intervals = [r.get("intervals", {}).get(self.metric) for r in self.entries.get((row, nfe), ())]
+        value = self.value(row, nfe)
+        return None if value is None or None in intervals else mean_interval(value, intervals)
 
     def paper_value(self, row: str, nfe: int) -> float | None:
         """Return the paper's value for an entry, None where there is none to compare with."""
@@ -145,7 +171,8 @@ class Table:
 
     def describe_protocol(self, *, full: bool) -> list[tuple[str, str]]:
         """Return the complete protocol as (name, text), hashes and lists shortened unless `full`."""
-        return protocol.describe(self.metric, self.protocol, self.records(), full=full)
+        items = protocol.describe(self.metric, self.protocol, self.records(), full=full)
+        return [*items, ("intervals", INTERVALS)] if self.with_intervals else items
 
     def groups(self) -> list[list[Line]]:
         """Return the lines of each row: ours, and where the paper has such a row also the paper's and the difference.
@@ -158,6 +185,9 @@ class Table:
         for row, paper in papers.items():
             best: list[Verdict] = ["best" if self.is_best(row, nfe) else "" for nfe in self.columns]
             group = [Line("ours", row, [self._text(row, nfe) for nfe in self.columns], best)]
+            if any((row, nfe) in self.differences for nfe in self.columns):
+                texts = [self._paired_text(row, nfe) for nfe in self.columns]
+                group.append(Line("paired", row, texts, [""] * len(texts)))
             if paper is not None:
                 group += [self._difference_line(row)] if shared else [paper, self._difference_line(row)]
             groups.append(group)
@@ -196,7 +226,17 @@ class Table:
             return ""
         of = f" (of {count})" if count != self.ranges else ""
         # As many decimals as the mean has; all digits are in the CSV.
-        return number_text(value) + ("" if spread is None else f" ± {number_text(spread, value)}") + of
+        shown = number_text(value) + ("" if spread is None else f" ± {number_text(spread, value)}")
+        if self.with_intervals and (ends := self.interval(row, nfe)) is not None:
+            shown += f" {interval_text(ends, value)}"
+        return shown + of
+
+    def _paired_text(self, row: str, nfe: int) -> str:
+        if (row, nfe) not in self.differences:
+            return ""
+        difference, ends = self.differences[row, nfe]
+        value = self.value(row, nfe)
+        return f"{'+' if difference > 0 else ''}{number_text(difference, value)} {interval_text(ends, value)}"
 
     def _difference_text(self, row: str, nfe: int) -> str:
         difference, percent = self.difference(row, nfe), self.percent(row, nfe)
@@ -205,6 +245,12 @@ class Table:
         shown = f"{difference:+.{self.paper.decimals}f}"
         # The paper's number is known to its last digit only, so a percentage of less than that would mislead.
         return f"{shown[1:]} (same)" if self.verdict(row, nfe) == "same" else f"{shown} ({percent:+.1f} %)"
+
+
+def interval_text(ends: Interval, like: float | None = None) -> str:
+    """Return an interval, with as many decimals as the number `like`."""
+    low, high = (number_text(end, like) for end in ends)
+    return f"[{low}, {high}]"
 
 
 def row_order(label: str) -> tuple[int, str, str]:

@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ddim.results.escape import escape_csv, escape_latex, escape_markdown
+from ddim.results.interval import Interval
 from ddim.results.protocol import times_of
 from ddim.results.records import Record
 from ddim.results.table import DIGITS, Table, rounded
 from ddim.results.templates import load_template
 
 TABLE_COLUMNS = ("table", "metric", "sampler", "S", "value", "std", "ranges", "paper", "difference", "percent")
+INTERVAL_COLUMNS = ("low", "high", "to_best", "to_best_low", "to_best_high")  # with table.interval=true
 RECORD_COLUMNS = ("n", "spacing", "distinct_evaluations")
 LATEX_DELIMITERS = {  # of the template's expressions: Jinja's own braces belong to LaTeX
     **{"block_start_string": "<%", "block_end_string": "%>"},
@@ -45,7 +47,8 @@ def _section(table: Table) -> str:
 def as_csv(tables: Sequence[Table]) -> str:
     """Return a line for each entry: `value` is the mean over `ranges` ranges of images, `key` lists their records."""
     added = ["nfe"] if any(table.by_nfe for table in tables) else []
-    lines: list[Sequence[Any]] = [[*TABLE_COLUMNS, *RECORD_COLUMNS, *added, "key"]]
+    intervals = INTERVAL_COLUMNS if any(table.with_intervals for table in tables) else ()
+    lines: list[Sequence[Any]] = [[*TABLE_COLUMNS, *RECORD_COLUMNS, *added, *intervals, "key"]]
     for number, table in enumerate(tables):
         for row, nfe in ((row, nfe) for row in table.rows for nfe in table.columns if (row, nfe) in table.entries):
             records = table.entries[row, nfe]
@@ -53,6 +56,9 @@ def as_csv(tables: Sequence[Table]) -> str:
             numbers = [_digits(table.value(row, nfe)), _digits(table.spread(row, nfe)), len(records), *comparison]
             settings = [records[0].get(column, "") for column in (*RECORD_COLUMNS, *added)]
             keys = " ".join(r["key"] for r in records)
+            if intervals:
+                difference, ends = table.differences.get((row, nfe), (None, None))
+                settings += map(_digits, (*_ends(table.interval(row, nfe)), difference, *_ends(ends)))
             lines.append([number, table.metric, row, records[0]["S"], *numbers, *settings, keys])
     return csv_text(lines)
 
@@ -96,6 +102,14 @@ def _content(table: Table) -> dict[str, Any]:
     }
     if table.ranges > 1:
         content["std"] = _rows(table, table.spread)
+    if table.with_intervals:
+        ends = {row: [table.interval(row, nfe) for nfe in table.columns] for row in table.rows}
+        differences = {row: [table.differences.get((row, nfe)) for nfe in table.columns] for row in table.rows}
+        content["interval"] = {row: [_rounded(pair) for pair in pairs] for row, pairs in ends.items()}
+        content["to_best"] = {
+            row: [None if d is None else [rounded(d[0]), *map(rounded, d[1])] for d in members]
+            for row, members in differences.items()
+        }
     if table.note:
         content["comparison"] = table.note
     if table.paper is not None:
@@ -117,6 +131,14 @@ def latex(tables: Sequence[Table]) -> str:
 
 def _digits(value: float | None) -> str:
     return "" if value is None else f"{rounded(value):.{DIGITS}g}"
+
+
+def _ends(interval: Interval | None) -> tuple[float | None, float | None]:
+    return (None, None) if interval is None else interval
+
+
+def _rounded(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [rounded(end) for end in interval]
 
 
 def csv_text(lines: Sequence[Sequence[Any]]) -> str:

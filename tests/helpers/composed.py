@@ -9,7 +9,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from ddim.config import build
 from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
+from ddim.evaluation.reproduce import ReproduceSpec
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import FigureSpec
@@ -27,9 +29,12 @@ SPECS: dict[str, Any] = {
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
     "estimate_variance": EstimateVarianceSpec,
+    "metrics": MetricsSpec,
+    "reproduce": ReproduceSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
 REQUIRED["figures"].append("figure=all")
+REQUIRED |= {"metrics": ["images=a"], "reproduce": ["key=0123456789abcdef"]}
 
 
 def compose(main: str, *overrides: str, with_hydra: bool = False) -> DictConfig:

@@ -61,8 +61,8 @@ def group_of(main: str) -> list[str]:
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
 NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers"))]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
-REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train"}
-REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error")}
+REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
+REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error", "metrics")}
 CHOICES = [
     choice
     for main in SPECS

@@ -30,6 +30,7 @@ SHORT = {
     "FIGURES": "figures checkpoint=tiny.ckpt output_dir=out compute.device=cpu",
     "TRAIN": "train network=unet_digits trainer.max_steps=2 trainer.accelerator=cpu output_dir=out",
     "FOLDER": "data=folder data.size=[8,8] data.channels=1",
+    "METRICS": "metrics data=digits metric=digits_classifier device=cpu",
     "IMPORT": f"import_checkpoint checkpoint=flat.ckpt {' '.join(NETWORK)}",
     "EXPORT": "export_checkpoint checkpoint=m.safetensors output_dir=x",
 }
@@ -155,6 +156,13 @@ import_checkpoint checkpoint=empty -> empty holds nothing | diffusion_pytorch_mo
 IMPORT output_dir=. name=m -> m.safetensors exists already | overwrite=true
 IMPORT output_dir=text -> text
 IMPORT output_dir=. name=dir overwrite=true -> dir.safetensors
+
+metrics -> give images=PATH | out=FILE.npz
+METRICS images=mixed -> mixed holds 1 files that are not images
+METRICS images=large -> (1, 16, 16), digits has (1, 8, 8) | resize=true
+reproduce -> key is required
+reproduce 0123456789abcdef -> no .jsonl file under outputs, docs/results has the record 0123456789abcdef
+reproduce 12345678901234 empty -> key='12345678901234' must be the 16 hexadecimal digits
 
 export_checkpoint output_dir=x -> checkpoint is required
 export_checkpoint checkpoint=m.safetensors -> output_dir is required
