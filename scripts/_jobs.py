@@ -1,6 +1,8 @@
 """The jobs of a sweep, known before the first of them runs."""
 
 import itertools
+import os
+import sys
 from typing import Any
 
 from _messages import CONFIGS
@@ -53,9 +55,18 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain values.
+    """Import the plugins that a configuration names, and return its other keys as plain values.
 
     Raises:
         OmegaConfBaseException: a value is missing or cannot be resolved.
+        UserError: a plugin cannot be imported.
     """
-    return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if names := values.pop("plugins", None):
+        from ddim.config import convert
+        from ddim.plugins import import_plugins
+
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        import_plugins(convert(names, tuple[str, ...], "plugins"))
+    return values

@@ -11,6 +11,7 @@ from ddim.diffusion.prediction import check_level
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
 from ddim.networks import NETWORKS
+from ddim.plugins import imported_plugins
 from ddim.random import check_seed
 from ddim.results.wandb import LoggerSpec
 from ddim.training.callbacks import GridSpec
@@ -163,7 +164,8 @@ class TrainSpec:
         fields = dict(self.network)
         name = fields.pop("name", "unet")
         network_spec = build(choose("network", name, NETWORKS)[0], fields, "network")
-        model = ModelSpec(name, network_spec, self.schedule.build(), self.objective.prediction, self.data.name)
+        plugins, prediction = tuple(imported_plugins()), self.objective.prediction
+        model = ModelSpec(name, network_spec, self.schedule.build(), prediction, self.data.name, plugins)
         if model.image_shape != (self.data.channels, *self.data.size):
             raise UserError(
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
