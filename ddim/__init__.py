@@ -78,7 +78,7 @@ __all__ = [
 
 
 def load_model(path: str | Path, weights: str = "ema") -> "Model":
-    """Return the model in a checkpoint, on the CPU: `.sample(indices, sampler, seed)` makes images, `.to(device)` moves.
+    """Return the model in a checkpoint, on the CPU; `.sample(indices, sampler, seed)` makes images.
 
     Args:
         path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.

@@ -2,7 +2,7 @@
 
 python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER                       # a diffusers folder
 python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER layout=safetensors    # or layout=flat
-python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER push=USER/NAME        # also to the Hugging Face hub
+python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER push=USER/NAME              # also to the hub
 python scripts/export_checkpoint.py --help
 """
 

@@ -1,4 +1,4 @@
-"""The notebook of the documents runs from its first line to its last, on a small model, and is stored without outputs."""
+"""The notebook of the documents runs to its last line, on a small model, and is stored without outputs."""
 
 import json
 from pathlib import Path

@@ -220,6 +220,7 @@ def unknown_keys(text: str) -> list[str]:
         "experiment",
         "debug",
         "like",
+        "plugins",
         "network",
         "schedule",
         *(f"network.{name}" for name in get_type_hints(UNetSpec)),

@@ -80,7 +80,7 @@ class ModelSpec:
             if plugins and name not in NETWORKS:
                 raise UserError(
                     f"the network {name!r} is none of this package, and the checkpoint was trained with plugins; add "
-                    f"plugins=[{','.join(map(printable, plugins))}] to the command, or import these modules before you load it."
+                    f"plugins=[{','.join(map(printable, plugins))}] to the command, or import them before you load it."
                 )
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
             network_spec = build(choose("network", name, NETWORKS)[0], network, "network")

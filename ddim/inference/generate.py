@@ -20,6 +20,7 @@ from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, s
 
 Numbers = Sequence[int] | Tensor  # of images
 
+
 def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]:
     """Return the times tau of a sampler on this model's schedule; they can be fractions where a scheduler's are.
 
@@ -125,9 +126,7 @@ def sample_batch(
     return state.x
 
 
-def sample_steps(
-    model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Numbers, seed: int
-) -> Iterator[State]:
+def sample_steps(model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Numbers, seed: int) -> Iterator[State]:
     """Yield the state after each step of the sampler from given x_T, (B, C, H, W) on the device of the model.
 
     The noise of the steps depends on `seed` and the image numbers `indices`, (B,).

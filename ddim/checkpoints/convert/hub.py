@@ -27,7 +27,9 @@ def check_repository(repository: str, files: Sequence[str], private: bool, overw
         info = api.repo_info(repository) if api.repo_exists(repository) else None
     owner, owners = repository.partition("/")[0], [user["name"], *(group["name"] for group in user.get("orgs", ()))]
     if owner not in owners:
-        raise UserError(f"push={repository}: your token is for {', '.join(owners)}, not for {owner}; choose one of these.")
+        raise UserError(
+            f"push={repository}: your token is for {', '.join(owners)}, not for {owner}; choose one of these."
+        )
     if info is None:
         return
     if private and not info.private:
@@ -62,7 +64,9 @@ def _connect() -> Any:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError("push=... needs the package huggingface_hub; install it with pip install huggingface_hub.") from error
+        raise UserError(
+            "push=... needs the package huggingface_hub; install it with pip install huggingface_hub."
+        ) from error
     if huggingface_hub.get_token() is None:
         raise UserError("push=... needs a token of the hub that may write; run hf auth login, or set HF_TOKEN.")
     return huggingface_hub.HfApi()

@@ -54,7 +54,7 @@ Weights: {label} SHA-256 `{weights_hash(model.state)[:16]}`{step}{source}.
 ```python
 from diffusers import DDIMPipeline
 
-pipeline = DDIMPipeline.from_pretrained("{location}")     # {'this folder' if location == "PATH" else 'on the hub'}
+pipeline = DDIMPipeline.from_pretrained("{location}")     # {"this folder" if location == "PATH" else "on the hub"}
 images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images
 ```
 
