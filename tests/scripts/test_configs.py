@@ -203,9 +203,7 @@ def test_help_shows_every_key_at_the_top(main: str) -> None:
 
 
 def test_every_script_takes_plugins() -> None:
-    assert {path.stem: OmegaConf.load(path).get("plugins") for path in CONFIGS.glob("*.yaml")} == {
-        name: [] for name in (*SPECS, "import_checkpoint", "export_checkpoint")
-    }
+    assert [path.stem for path in CONFIGS.glob("*.yaml") if OmegaConf.load(path).get("plugins") != []] == []
 
 
 @pytest.mark.parametrize("main", ["sample", "evaluate", "reconstruct", "solver_error", "figures"])

@@ -124,7 +124,7 @@ def check_network(model: StoredModel, layout: str) -> None:
 
 
 def write_diffusers(
-    model: StoredModel, folder: Path, results: Sequence[Result], license: str | None, repository: str | None
+    model: StoredModel, folder: Path, results: Sequence[Result], license: str | None, repository: str | None = None
 ) -> None:
     """Write what `DDIMPipeline.from_pretrained` and `DDPMPipeline.from_pretrained` load, and a model card.
 
