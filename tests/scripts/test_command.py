@@ -49,6 +49,15 @@ def test_help_and_errors_name_commands_not_files(run: Run) -> None:
     assert re.search(r"no checkpoint no\.ckpt.* ddim train", done.err)
 
 
+def test_reports_state_the_command_that_was_typed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["scripts/evaluate.py", "-m", "name=two words"])
+    from _sweep import command
+
+    assert command() == "python scripts/evaluate.py -m 'name=two words'"
+    monkeypatch.setenv("DDIM_COMMAND", "evaluate")
+    assert command() == "ddim evaluate -m 'name=two words'"
+
+
 @pytest.mark.slow
 def test_a_wheel_samples_in_an_empty_folder(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
