@@ -47,7 +47,7 @@ def begin() -> None:
 
 
 def typed(text: str) -> str:
-    """Return a text that names scripts, with `ddim NAME` for `python scripts/NAME.py` if this one was started so."""
+    """Return a text that names scripts, with `ddim train` for the path of train.py if this script was started so."""
     return re.sub(r"(python )?\bscripts/(\w+)\.py", r"ddim \2", text) if COMMAND in os.environ else text
 
 

@@ -25,9 +25,10 @@ def main(config: dict[str, Any]) -> None:
         print(f"warning: {warning}.", file=sys.stderr)
     print(f"model file: {imported.path}")
     model = f"checkpoint={imported.path}{' weights=online' if imported.model.weights == 'online' else ''}"
-    print(typed(f"sample from it: python scripts/sample.py {model}"))
+    run = "python scripts"
+    print(typed(f"sample from it: {run}/sample.py {model}"))
     if experiment := TABLES.get(imported.model.spec.image_shape):
-        print(typed(f"evaluate it:    python scripts/evaluate.py -m experiment={experiment} {model}"))
+        print(typed(f"evaluate it:    {run}/evaluate.py -m experiment={experiment} {model}"))
 
 
 if __name__ == "__main__":
