@@ -1,5 +1,8 @@
 """Denoising Diffusion Implicit Models (Song, Meng, Ermon, ICLR 2021). `import ddim` needs torch only."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.diffusion.objective import add_noise, antithetic_times, per_sample_loss, q_sample, uniform_times, velocity
@@ -29,6 +32,9 @@ from ddim.diffusion.timesteps import (
     trailing_tau,
 )
 
+if TYPE_CHECKING:
+    from ddim.inference.model import Model
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -51,6 +57,7 @@ __all__ = [
     "linear_schedule",
     "linear_tau",
     "linspace_tau",
+    "load_model",
     "per_sample_loss",
     "q_sample",
     "quadratic_tau",
@@ -68,3 +75,20 @@ __all__ = [
     "velocity",
     "zero_terminal_snr",
 ]
+
+
+def load_model(path: str | Path, weights: str = "ema") -> "Model":
+    """Return the model in a checkpoint, on the CPU; `.sample(indices, sampler, seed)` makes images.
+
+    Args:
+        path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.
+        weights: "ema" for the EMA weights, "online" for the weights that the optimiser updates, "ema_RATE" for an
+            additional EMA.
+
+    Raises:
+        UserError: the file does not exist, is damaged or unknown, lacks these weights, or its weights do not fit its
+            description.
+    """
+    from ddim.inference import model  # here, because it needs more than torch
+
+    return model.load_model(path, weights)

@@ -3,7 +3,7 @@
 Only this file, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
 """
 
-from _start import STOPPED, TRY_AGAIN, rank  # first: it handles signals
+from _start import STOPPED, TRY_AGAIN, rank, typed  # first: it handles signals
 
 # ruff: isort: split
 import importlib.util
@@ -141,7 +141,7 @@ class Failures:
         """Print the reasons, once for all processes that started together, and exit if there are any."""
         if rank() == 0 or self.defects:
             for reason, count in self.reasons.items():
-                print(f"error: {reason}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
+                print(f"error: {typed(reason)}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
         if self.reasons:
             sys.exit(1 if self.defects else 2)
         if self.interrupted:

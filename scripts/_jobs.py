@@ -3,7 +3,9 @@
 import copy
 import functools
 import itertools
+import os
 import re
+import sys
 from typing import Any
 
 from _messages import CONFIGS
@@ -85,13 +87,22 @@ def _compose_all(config_name: str, jobs: list[list[str]]) -> list[DictConfig]:
 
 
 def to_plain(config: DictConfig) -> dict[str, Any]:
-    """Return a configuration as plain values; of a checkpoint on W&B, the path of its download.
+    """Import the plugins that a configuration names, and return its other keys as plain values.
+
+    Of a checkpoint on W&B these hold the path of its download.
 
     Raises:
         OmegaConfBaseException: a value is missing or cannot be resolved.
-        UserError: the checkpoint cannot be downloaded.
+        UserError: a plugin cannot be imported, or the checkpoint cannot be downloaded.
     """
-    values: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    if names := values.pop("plugins", None):
+        from ddim.config import convert
+        from ddim.plugins import import_plugins
+
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        import_plugins(convert(names, tuple[str, ...], "plugins"))
     if str(values.get("checkpoint")).startswith("wandb:"):
         values["checkpoint"] = _download(values["checkpoint"])
     return values

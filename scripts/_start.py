@@ -1,6 +1,7 @@
 """What a script does first: signals end it with one line, and any terminal can show its output."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from types import FrameType
 TRY_AGAIN = 75  # the exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
 STOPPED = 130  # the exit status of a run that Ctrl-C ended (128 + SIGINT)
 PROCESS = os.getpid()
+COMMAND = "DDIM_COMMAND"  # set in the environment by the command `ddim` (_command.py)
 
 
 def rank() -> int:
@@ -42,6 +44,11 @@ def begin() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not None, as without a terminal
             stream.reconfigure(errors="backslashreplace")
+
+
+def typed(text: str) -> str:
+    """Return a text that names scripts, with `ddim train` for the path of train.py if this script was started so."""
+    return re.sub(r"(python )?\bscripts/(\w+)\.py", r"ddim \2", text) if COMMAND in os.environ else text
 
 
 begin()

@@ -1,6 +1,7 @@
 """What the scripts that measure share: each job is one evaluation, with a plan before and a report after all."""
 
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
 from _jobs import SWEEP_FLAGS
+from _start import COMMAND
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
@@ -196,4 +198,5 @@ def reason(error: Exception) -> str:
 
 def command() -> str:
     """Return the command that is running, to be typed again."""
-    return shlex.join(["python", *sys.argv])
+    script, *words = sys.argv
+    return shlex.join(["ddim", Path(script).stem, *words] if COMMAND in os.environ else ["python", *sys.argv])

@@ -2,6 +2,7 @@
 
 python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER                       # a diffusers folder
 python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER layout=safetensors    # or layout=flat
+python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER push=USER/NAME              # also to the hub
 python scripts/export_checkpoint.py --help
 """
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def main(config: dict[str, Any]) -> None:
-    """Run the export; print the files that were written."""
-    from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
+    """Run the export; print the files that were written, and where they were pushed."""
+    from ddim.checkpoints.convert.exporting import FILES, ExportSpec, export_checkpoint
+    from ddim.checkpoints.convert.hub import push_files
     from ddim.config import build
 
     spec = build(ExportSpec, config, "")
@@ -27,6 +29,8 @@ def main(config: dict[str, Any]) -> None:
         print(path)
     for warning in warnings:
         print(f"warning: {warning}.", file=sys.stderr)
+    if spec.push is not None:
+        print(push_files(spec.push, Path(spec.output_dir), FILES[spec.layout], spec.private))
 
 
 def results(records: str | None, weights_hash: str) -> "Sequence[Result]":

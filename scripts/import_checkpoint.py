@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from _cli import entry
+from _start import typed
 
 TABLES = {(3, 32, 32): "table1_cifar10", (3, 64, 64): "table1_celeba"}  # image shape -> experiment
 
@@ -25,9 +26,9 @@ def main(config: dict[str, Any]) -> None:
     print(f"model file: {imported.path}")
     model = f"checkpoint={imported.path}{' weights=online' if imported.model.weights == 'online' else ''}"
     run = "python scripts"
-    print(f"sample from it: {run}/sample.py {model}")
+    print(typed(f"sample from it: {run}/sample.py {model}"))
     if experiment := TABLES.get(imported.model.spec.image_shape):
-        print(f"evaluate it:    {run}/evaluate.py -m experiment={experiment} {model}")
+        print(typed(f"evaluate it:    {run}/evaluate.py -m experiment={experiment} {model}"))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ SPECS: dict[str, type] = {
 # Scripts that a document other than the README shows.
 ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps", "metrics": "evaluation"}
 FLAGS = {"-m", "--multirun", "--help"}
+OWN_CONFIGS = "--config-dir=my_configs"  # of plugins
 # What stands for a number in a command; other words in capitals stand for text, and so are text.
 NUMBERS = re.compile(r"\b(N|S|K|STEPS|SEED|STEP|COUNT)$")
 
@@ -96,6 +97,8 @@ def problems(words: tuple[str, ...]) -> list[str]:
     if script not in SPECS:
         source = (ROOT / path).read_text()
         return [f"{path} knows no {flag}" for flag in flags if f'"{flag}"' not in source and flag != "--help"]
+    if OWN_CONFIGS in flags:  # which have groups and options of any name
+        return []
     if unknown := set(flags) - FLAGS:
         return [f"{path} knows no {', '.join(unknown)}"]
     overrides = tuple(NUMBERS.sub("1", argument) for argument in arguments if argument not in flags)
@@ -111,6 +114,8 @@ def problems(words: tuple[str, ...]) -> list[str]:
             own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
             if "--help" not in flags:
                 values: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=True)
+                if values.pop("plugins"):  # which may register any name
+                    return []
                 build(SPECS[script], values, "")
     except (HydraException, OmegaConfBaseException, UserError) as error:
         return [f"{' '.join(words)}: {' '.join(str(error).split())}"]

@@ -221,6 +221,7 @@ def unknown_keys(text: str) -> list[str]:
         "debug",
         "hparams_search",
         "like",
+        "plugins",
         "network",
         "schedule",
         *(f"network.{name}" for name in get_type_hints(UNetSpec)),

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from ddim.config import build, choose
+from ddim.config import build, choose, convert
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
+from ddim.io import printable
 from ddim.networks import NETWORKS
 
 FORMAT = 1
@@ -29,6 +30,7 @@ class ModelSpec:
         schedule: the noise levels of the training.
         prediction: what the network predicts, a key of PREDICTIONS.
         data: name of the training set, human-readable.
+        plugins: the user's modules that were imported for the training, by name; loading never imports them.
     """
 
     network: str
@@ -36,6 +38,7 @@ class ModelSpec:
     schedule: NoiseSchedule
     prediction: str = "eps"
     data: str = ""
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         choose("prediction", self.prediction, PREDICTIONS)
@@ -58,6 +61,7 @@ class ModelSpec:
             "prediction": self.prediction,
             "image": {"shape": list(self.image_shape), "range": [-1.0, 1.0]},
             "data": self.data,
+            **({"plugins": list(self.plugins)} if self.plugins else {}),
         }
 
     @classmethod
@@ -72,9 +76,15 @@ class ModelSpec:
         try:
             network = dict(values["network"])
             name = network.pop("name")
+            plugins = convert(values.get("plugins", ()), tuple[str, ...], "plugins")
+            if plugins and name not in NETWORKS:
+                raise UserError(
+                    f"the network {name!r} is none of this package, and the checkpoint was trained with plugins; add "
+                    f"plugins=[{','.join(map(printable, plugins))}] to the command, or import them before you load it."
+                )
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
             network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
-            spec = cls(name, network_spec, schedule, values["prediction"], values["data"])
+            spec = cls(name, network_spec, schedule, values["prediction"], values["data"], plugins)
             texts = {"data": spec.data, "schedule.name": schedule.name}
             if wrong := [f"{key}={text!r}" for key, text in texts.items() if not isinstance(text, str)]:
                 raise ValueError(f"{', '.join(wrong)} must be text")

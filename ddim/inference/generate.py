@@ -19,6 +19,8 @@ from ddim.inference.batching import map_batches, map_shared, share, split
 from ddim.inference.compute import ComputeSpec, autocast
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 
+Numbers = Sequence[int] | Tensor  # of images
+
 
 def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]:
     """Return the times tau of a sampler on this model's schedule; they can be fractions where a scheduler's are.
@@ -51,7 +53,7 @@ def network_evaluations(model: LoadedModel, sampler: SamplerSpec) -> int:
 def generate(
     model: LoadedModel,
     sampler: SamplerSpec,
-    indices: range,
+    indices: Numbers,
     seed: int,
     compute: ComputeSpec,
     title: str = "sampling",
@@ -98,7 +100,7 @@ def sample_batches(
 
 
 def generate_batch(
-    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, bar: tqdm
+    model: LoadedModel, sampler: SamplerSpec, indices: Numbers, seed: int, compute: ComputeSpec, bar: tqdm
 ) -> Tensor:
     """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, in one batch; see `sample_batch`.
 
@@ -110,7 +112,7 @@ def generate_batch(
 
 @torch.inference_mode()
 def sample_batch(
-    model: LoadedModel, sampler: SamplerSpec, indices: range, seed: int, compute: ComputeSpec, bar: tqdm
+    model: LoadedModel, sampler: SamplerSpec, indices: Numbers, seed: int, compute: ComputeSpec, bar: tqdm
 ) -> Tensor:
     """Return the samples x_0 numbered `indices`, (len(indices), C, H, W) in about [-1, 1] on the device.
 
@@ -133,9 +135,7 @@ def sample_batch(
     return state.x
 
 
-def sample_steps(
-    model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Sequence[int], seed: int
-) -> Iterator[State]:
+def sample_steps(model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Numbers, seed: int) -> Iterator[State]:
     """Yield the state after each step of the sampler from given x_T, (B, C, H, W) on the device of the model.
 
     The noise of the steps depends on `seed` and the image numbers `indices`, (B,).

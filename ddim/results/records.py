@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from ddim.errors import UserError
 from ddim.io import check_regular_file
+from ddim.plugins import imported_plugins
 
 Record = dict[str, Any]
 RECORDS = "records.jsonl"  # the name of the file in a folder of results
@@ -126,7 +127,8 @@ def provenance() -> dict[str, Any]:
     """Return the code revision and the versions behind a result."""
     return {
         "revision": code_revision(),
-        "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in (*PACKAGES, *imported_plugins())}
+        | {"python": platform.python_version()},
     }
 
 

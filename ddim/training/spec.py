@@ -13,6 +13,7 @@ from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.networks import NETWORKS
+from ddim.plugins import imported_plugins
 from ddim.random import check_seed
 from ddim.results.wandb import LoggerSpec
 from ddim.training.callbacks import GridSpec
@@ -187,7 +188,8 @@ class TrainSpec:
         fields = dict(self.network)
         name = fields.pop("name", "unet")
         network_spec = build(choose("network", name, NETWORKS)[0], fields, "network")
-        model = ModelSpec(name, network_spec, self.schedule.build(), self.objective.prediction, self.data.name)
+        plugins, prediction = tuple(imported_plugins()), self.objective.prediction
+        model = ModelSpec(name, network_spec, self.schedule.build(), prediction, self.data.name, plugins)
         if model.image_shape != (self.data.channels, *self.data.size):
             raise UserError(
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "

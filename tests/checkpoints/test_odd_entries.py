@@ -145,6 +145,7 @@ WRONG = {
     "step": ["7", 1.5, -1, True],
     "origin": [None, "published.ckpt", [1], {"file": 1}],
     "data": [3, None],
+    "plugins": [3, "text", [1], None],
     "image": [{"shape": [1, 4, 4], "range": [0.0, 1.0]}, {"shape": [3, 4, 4], "range": [-1.0, 1.0]}],
 }
 

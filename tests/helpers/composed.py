@@ -48,6 +48,7 @@ def spec_of(main: str, *overrides: str) -> Any:
     """Return the spec that a script gets, for the CPU."""
     values = OmegaConf.to_container(compose(main, *overrides), resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
+    assert values.pop("plugins") == []
     if "compute" in values:
         values["compute"]["device"] = "cpu"
     return build(SPECS[main], values, "")

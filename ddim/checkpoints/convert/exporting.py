@@ -1,6 +1,7 @@
 """Export of our weights: a diffusers folder, a model file, or the flat state dict of the original DDPM files."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any, Literal
 import torch
 
 from ddim.checkpoints.convert import diffusers
+from ddim.checkpoints.convert.hub import check_repository
 from ddim.checkpoints.convert.model_card import Result, model_card
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.checkpoints.convert.parameter_names import ParameterNames
 from ddim.checkpoints.model import UNLABELLED, StoredModel, encode_metadata, read_model, save_model, weights_hash
 from ddim.config import FilePath
 from ddim.diffusion.schedule import linear_schedule
+from ddim.errors import UserError
 from ddim.io import atomic_write, check_can_write, explain_write_errors, write_safetensors
+from ddim.networks import UNetSpec
 
 # Layout -> the files that are written into the folder, in this order.
 FILES = {
@@ -42,10 +46,12 @@ class ExportSpec:
         weights: ema, online, or ema_RATE for an additional EMA.
         records: path of a records file; the records of these weights go into the model card. For diffusers only.
         license: of the weights, for the model card, for example mit or cc-by-nc-4.0; null: not stated.
-        overwrite: replace existing files.
+        push: a model repository of the Hugging Face hub, USER/NAME, that gets the files too.
+        private: the repository is to be private.
+        overwrite: replace existing files, in the repository too.
 
     Raises:
-        ValueError: records or a license for a layout without a model card.
+        ValueError: records or a license for a layout without a model card, or a repository that is none.
     """
 
     checkpoint: FilePath
@@ -54,9 +60,15 @@ class ExportSpec:
     weights: str = "ema"
     records: FilePath | None = None
     license: str | None = None
+    push: str | None = None
+    private: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push, re.ASCII):
+            raise ValueError(f"push={self.push!r} is no repository of the hub; write USER/NAME.")
+        if self.private and self.push is None:
+            raise ValueError("private=true is for a repository of the hub; add push=USER/NAME, or leave it out.")
         if self.layout != "diffusers" and (self.records or self.license):
             raise ValueError(f"layout={self.layout} has no model card, so it takes neither records nor license.")
 
@@ -74,16 +86,20 @@ def export_checkpoint(
         The files, in the order in which they were written, and warnings.
 
     Raises:
-        UserError: bad input, or files that would be overwritten; before anything is written.
+        UserError: bad input, a network that the layout cannot hold, or files that would be overwritten, in the
+            repository too; before anything is written.
     """
     model = read_model(Path(spec.checkpoint).expanduser(), spec.weights)
     folder = Path(spec.output_dir).expanduser()
     paths = [folder / name for name in FILES[spec.layout]]
+    check_network(model, spec.layout)
     for path in paths:
         check_can_write(path, spec.overwrite)
+    if spec.push is not None:
+        check_repository(spec.push, FILES[spec.layout], spec.private, spec.overwrite)
     with explain_write_errors(folder if spec.layout == "diffusers" else paths[0]):
         if spec.layout == "diffusers":
-            write_diffusers(model, folder, results(weights_hash(model.state)), spec.license)
+            write_diffusers(model, folder, results(weights_hash(model.state)), spec.license, spec.push)
         elif spec.layout == "safetensors":
             save_model(model, paths[0])
         else:
@@ -92,7 +108,24 @@ def export_checkpoint(
     return paths, _lost_in_flat(model) if spec.layout == "flat" else []
 
 
-def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result], license: str | None) -> None:
+def check_network(model: StoredModel, layout: str) -> None:
+    """Check that a layout can hold a model; `safetensors` can hold any.
+
+    Raises:
+        UserError: it cannot.
+    """
+    advice = "choose layout=safetensors, which holds every model"
+    if layout != "safetensors" and not isinstance(model.spec.network_spec, UNetSpec):
+        raise UserError(f"layout={layout} holds DDPM's U-Net, not the network {model.spec.network!r}; {advice}.")
+    if layout == "diffusers":
+        diffusers.unet_config(model.spec.network_spec)
+        if model.spec.prediction not in diffusers.PREDICTION_TYPES:
+            raise UserError(f"diffusers does not know the prediction {model.spec.prediction!r}; {advice}.")
+
+
+def write_diffusers(
+    model: StoredModel, folder: Path, results: Sequence[Result], license: str | None, repository: str | None = None
+) -> None:
     """Write what `DDIMPipeline.from_pretrained` and `DDPMPipeline.from_pretrained` load, and a model card.
 
     The header of the weights keeps our own description, so that importing the folder restores the same model.
@@ -107,7 +140,7 @@ def write_diffusers(model: StoredModel, folder: Path, results: Sequence[Result],
     texts = (
         _json(diffusers.unet_config(network)),
         _json(diffusers.scheduler_config(model.spec.schedule, model.spec.prediction)),
-        model_card(folder.resolve().name, model, results, license),
+        model_card(Path(repository or folder.resolve()).name, model, results, license, repository or "PATH"),
         _json(index),
     )
     weights_file, *text_files = FILES["diffusers"]

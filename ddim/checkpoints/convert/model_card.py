@@ -27,8 +27,13 @@ class Result:
     protocol: str
 
 
-def model_card(name: str, model: StoredModel, results: Sequence[Result], license: str | None) -> str:
-    """Return the README.md of a model: YAML front matter for the Hugging Face hub, and Markdown."""
+def model_card(
+    name: str, model: StoredModel, results: Sequence[Result], license: str | None, location: str = "PATH"
+) -> str:
+    """Return the README.md of a model: YAML front matter for the Hugging Face hub, and Markdown.
+
+    `location` is where its example loads the model from.
+    """
     spec = model.spec
     height, width = spec.network_spec.image_size
     step = "" if model.step is None else f" at step {model.step:,}"
@@ -49,7 +54,7 @@ Weights: {label} SHA-256 `{weights_hash(model.state)[:16]}`{step}{source}.
 ```python
 from diffusers import DDIMPipeline
 
-pipeline = DDIMPipeline.from_pretrained("PATH")     # this folder
+pipeline = DDIMPipeline.from_pretrained("{location}")     # {"this folder" if location == "PATH" else "on the hub"}
 images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images
 ```
 
