@@ -1,6 +1,6 @@
 """The entry point that all scripts share: Hydra composes the configuration, and errors become exit codes.
 
-Only this file, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
+Only this file, _help.py, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
 """
 
 from _start import STOPPED, TRY_AGAIN, rank  # first: it handles signals
@@ -26,8 +26,10 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
     )
 
 import hydra
+from _help import help_groups, help_keys
 from _jobs import sweep_jobs, to_plain
-from _messages import CONFIGS, explain, explain_any, explain_hydra, help_groups
+from _messages import CONFIGS, explain, explain_any, explain_hydra
+from _next import same_command
 from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 
@@ -35,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() else here, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
+OmegaConf.register_new_resolver("keys", help_keys, replace=True)
 
 
 def entry(
@@ -83,10 +86,13 @@ def entry(
 
 
 def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig) -> Any:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from ddim.distributed import check_launch_variables
 
     check_launch_variables()  # before Lightning, which reads them when it is imported
-    return task(to_plain(config))
+    with logging_redirect_tqdm():  # lines above a progress bar, not at its end
+        return task(to_plain(config))
 
 
 class Failures:
@@ -121,6 +127,8 @@ class Failures:
             if isinstance(error, Interrupted):
                 self.interrupted = True
                 print(error, file=sys.stderr)
+                if rank() == 0:
+                    print(same_command("checkpoint=last"), file=sys.stderr)
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None

@@ -5,12 +5,14 @@ python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER layout=saf
 python scripts/export_checkpoint.py --help
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry
+from _next import next_command, of_model
 
 if TYPE_CHECKING:
     from ddim.checkpoints.convert.model_card import Result
@@ -27,6 +29,11 @@ def main(config: dict[str, Any]) -> None:
         print(path)
     for warning in warnings:
         print(f"warning: {warning}.", file=sys.stderr)
+    if spec.layout == "safetensors":
+        print(next_command("sample", f"checkpoint={paths[0]}", *of_model(spec)[1:]))
+    if spec.layout == "diffusers":
+        program = f"from diffusers import DDIMPipeline as P; P.from_pretrained({spec.output_dir!r})().images[0].show()"
+        print(f"next: {shlex.join(['python', '-c', program])}")
 
 
 def results(records: str | None, weights_hash: str) -> "Sequence[Result]":

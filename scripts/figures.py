@@ -4,12 +4,14 @@ python scripts/figures.py figure=samples checkpoint=PATH
 python scripts/figures.py figure=consistency checkpoint=PATH
 python scripts/figures.py figure=interpolation checkpoint=PATH 'indices=[3,17,8,42]'
 python scripts/figures.py figure=all checkpoint=PATH name=NAME
+python scripts/figures.py figure=samples checkpoint=PATH figure.width=3.25 figure.format=pdf    # for a paper's column
 python scripts/figures.py --help
 """
 
 from typing import Any
 
 from _cli import entry, pick_device
+from _next import same_command
 
 
 def main(config: dict[str, Any]) -> None:
@@ -18,8 +20,11 @@ def main(config: dict[str, Any]) -> None:
     from ddim.figures.paper_figures import FigureSpec, write_figures
 
     pick_device(config.get("compute"), "device")
-    for path in write_figures(build(FigureSpec, config, "")):
+    spec = build(FigureSpec, config, "")
+    for path in write_figures(spec):
         print(path)
+    if spec.figure.format == "png":
+        print(same_command(f"name={spec.name}_column", "figure.width=3.25", "figure.format=pdf"))
 
 
 if __name__ == "__main__":

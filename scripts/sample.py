@@ -9,6 +9,7 @@ python scripts/sample.py --help
 from typing import Any
 
 from _cli import entry, pick_device
+from _next import next_command, of_model
 
 
 def main(config: dict[str, Any]) -> None:
@@ -17,8 +18,10 @@ def main(config: dict[str, Any]) -> None:
     from ddim.inference.sample_files import SampleSpec, write_samples
 
     pick_device(config.get("compute"), "device")
-    for path in write_samples(build(SampleSpec, config, "")):
+    spec = build(SampleSpec, config, "")
+    for path in write_samples(spec):
         print(path)
+    print(next_command("figures", "figure=samples", *of_model(spec)))
 
 
 if __name__ == "__main__":

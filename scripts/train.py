@@ -9,15 +9,24 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry, pick_device
+from _next import next_command
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 if TYPE_CHECKING:
-    from ddim.training.spec import TrainerSpec
+    from ddim.training.spec import TrainerSpec, TrainSpec
+
+TABLES = {  # option of data -> experiment of evaluate.py
+    "digits": "table_digits",
+    "cifar10": "table1_cifar10",
+    "celeba": "table1_celeba",
+    "lsun_bedroom": "table3_bedroom",
+    "lsun_church": "table3_church",
+}
 
 
 def main(config: dict[str, Any]) -> None:
-    """Train as `config` says and print the path of the checkpoint."""
+    """Train as `config` says and print where the checkpoint is, and what to do with it."""
     from ddim.config import build
     from ddim.training.dry_run import dry_run
     from ddim.training.run import train
@@ -34,6 +43,25 @@ def main(config: dict[str, Any]) -> None:
         print("\n".join(dry_run(spec)))
     else:
         print(f"checkpoint: {train(spec, config)}")
+        if not sweep:
+            print("\n".join(last_words(spec)))
+
+
+def last_words(spec: "TrainSpec") -> list[str]:
+    """Return where the files of a run are, and what to do with its checkpoint."""
+    grids = sorted((spec.folder / "samples").glob("step_*.png"))
+    metrics = sorted(spec.folder.glob("csv/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    checkpoint = f"checkpoint={spec.checkpoint_dir / 'last.ckpt'}"
+    hydra = HydraConfig.get()
+    data = hydra.runtime.choices["data"]
+    own = [word for word in hydra.overrides.task if word.startswith("data.")]
+    evaluation = ["-m", f"experiment={TABLES[data]}"] if data in TABLES else [f"data={data}", *own]
+    return [
+        *(f"samples: {path}" for path in grids[-1:]),
+        *(f"metrics: {path}" for path in metrics[-1:]),
+        next_command("sample", checkpoint),
+        next_command("evaluate", *evaluation, checkpoint, *(["dry_run=true"] if data != "digits" else [])),
+    ]
 
 
 def group_runs(config: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from ddim.evaluation.shards import Shards
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
+from ddim.results.plot_spec import PlotSpec
 from ddim.results.records import Record, RecordFile, provenance, record_key
 from ddim.results.wandb import LoggerSpec
 
@@ -43,6 +44,9 @@ class JobSpec(ABC):
         grid: images shown in the grid; 0 for none.
         paper: the table of the paper that the numbers are compared with.
         logger: W&B, if at all.
+        dry_run: report what it would cost, instead of evaluating.
+        style: of the plots; paper leaves their titles, with the hashes in them, to the captions of a document.
+        figure: size and format of the plots.
 
     Raises:
         ValueError: a negative grid, TensorBoard, an unknown table, or a name that is none.
@@ -57,6 +61,9 @@ class JobSpec(ABC):
     grid: int = 64
     paper: str | None = None
     logger: LoggerSpec = field(default_factory=LoggerSpec)
+    dry_run: bool = False
+    style: Literal["screen", "paper"] = "screen"
+    figure: PlotSpec = field(default_factory=PlotSpec)
 
     def __post_init__(self) -> None:
         check_name(self.name)

@@ -12,13 +12,35 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
 from ddim.figures import panels
-from ddim.figures.layout import animate, draw
+from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import SamplingContext, evenly_spaced
 from ddim.random import check_seed
+from ddim.results.plot_spec import check_width
 from ddim.results.records import provenance
+
+
+@dataclass(frozen=True)
+class PictureSpec:
+    """Which figure, and its picture.
+
+    Attributes:
+        name: a key of FIGURES, or all.
+        width: inches on paper, with labels of 8 points.
+        format: of the picture; a trajectory is a GIF in any case.
+
+    Raises:
+        ValueError: a width that no page has.
+    """
+
+    name: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
+    width: float = WIDTH
+    format: Literal["png", "pdf"] = "png"
+
+    def __post_init__(self) -> None:
+        check_width(self.width)
 
 
 @dataclass(frozen=True)
@@ -26,7 +48,7 @@ class FigureSpec:
     """See configs/figures.yaml.
 
     Attributes:
-        figure: a key of FIGURES, or all.
+        figure: which, and its width and format.
         checkpoint: path of the model.
         name: of the folder.
         output_dir: receives a picture and a file of tensors for each figure.
@@ -48,7 +70,7 @@ class FigureSpec:
         ValueError: a value out of range, both indices and n, samples without rows, or a name that is none.
     """
 
-    figure: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
+    figure: PictureSpec
     checkpoint: FilePath
     name: str
     output_dir: FilePath
@@ -91,7 +113,7 @@ class FigureSpec:
 
 
 def write_figures(spec: FigureSpec) -> list[Path]:
-    """Write the figures and return the paths: for each a PNG or GIF, and safetensors (`panels.load_panel`).
+    """Write the figures and return the paths: for each a PNG, PDF or GIF, and safetensors (`panels.load_panel`).
 
     Raises:
         UserError: bad input, or files that would be overwritten; raised before anything is sampled.
@@ -99,10 +121,10 @@ def write_figures(spec: FigureSpec) -> list[Path]:
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     spec = dataclasses.replace(spec, compute=with_batch_size(model, spec.compute))
     context = SamplingContext(model, spec.seed, spec.compute)
-    names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
+    names = tuple(FIGURES) if spec.figure.name == "all" else (spec.figure.name,)
     with config_context("sampler"):
         plans = {name: FIGURES[name](spec, context) for name in names}
-    files = {name: targets(name, Path(spec.output_dir)) for name in names}
+    files = {name: targets(name, Path(spec.output_dir), spec.figure.format) for name in names}
     present = [path for paths in files.values() for path in paths if path.exists()]
     if present and not spec.overwrite:
         raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
@@ -111,14 +133,17 @@ def write_figures(spec: FigureSpec) -> list[Path]:
         picture, tensors = files[name]
         panel = plan()
         panel = dataclasses.replace(panel, metadata=panel.metadata | origin)
-        (animate if picture.suffix == ".gif" else draw)(panel, picture)
+        if picture.suffix == ".gif":
+            animate(panel, picture)
+        else:
+            draw(panel, picture, spec.figure.width)
         save_panel(panel, tensors)
     return [path for paths in files.values() for path in paths]
 
 
-def targets(name: str, folder: Path) -> tuple[Path, Path]:
-    """Return the paths of a figure: its picture and its tensors."""
-    return folder / f"{name}{'.gif' if name == 'trajectory' else '.png'}", folder / f"{name}.safetensors"
+def targets(name: str, folder: Path, kind: str = "png") -> tuple[Path, Path]:
+    """Return the paths of a figure: its picture, of this kind unless it is an animation, and its tensors."""
+    return folder / f"{name}.{'gif' if name == 'trajectory' else kind}", folder / f"{name}.safetensors"
 
 
 Plan = Callable[[], Panel]
