@@ -128,7 +128,7 @@ class Failures:
                 self.interrupted = True
                 print(error, file=sys.stderr)
                 if rank() == 0:
-                    print(same_command("checkpoint=last"), file=sys.stderr)
+                    print(same_command("checkpoint=last"))
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None

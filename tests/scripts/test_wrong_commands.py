@@ -71,7 +71,7 @@ EVALUATE metric.metrics=fd -> metric.metrics='fd' must be a list
 SAMPLE compute.device=abacus -> device=abacus | choose cpu
 FIGURES figure=interpolation indices=[1,2,3] -> pairs of images, not 3 | an even number
 
-FIGURES figure=samlpes -> figure='samlpes' | did you mean samples? | allowed: samples, consistency
+FIGURES figure=samlpes -> unknown option figure=samlpes | did you mean samples? | allowed: all, consistency
 SAMPLE sampler.etta=1 -> sampler.etta | did you mean sampler.eta? | sampler.clip
 EVALUATE etta=1 -> unknown key etta | did you mean sampler.eta?
 SAMPLE +sampler.etta=1 -> unknown key sampler.etta | did you mean eta? | allowed:
