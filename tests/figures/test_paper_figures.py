@@ -169,7 +169,7 @@ def test_a_file_of_times_has_no_other_S(spec: FigureSpec, tmp_path: Path) -> Non
     [
         (
             {"figure": {"name": "sample"}},
-            r"figure.name='sample' is not known \(did you mean samples\?\); allowed: samples, consist",
+            r"figure.name='sample' is not known \(did you mean samples\?\); allowed: samples",
         ),
         ({"figure": {"name": "all", "width": 0.1}}, "width=0.1 must be 1 to 40 inches"),
         ({"n": 2, "indices": [1, 2]}, r"either n=2 or indices=\[1, 2\], not both"),

@@ -53,7 +53,7 @@ def test_a_plot_for_a_paper_has_its_width_and_no_title(tmp_path: Path) -> None:
     sizes = {text.get_fontsize() for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels())}
     assert sizes == {8}
     assert "01234567" in plots.plot(table).axes[0].get_title()  # the hash of the weights
-    with pytest.raises(ValueError, match="width=0.5 must be 1 to 40 inches"):
+    with pytest.raises(ValueError, match=r"width=0\.5 must be 1 to 40 inches"):
         PlotSpec(width=0.5)
 
 
