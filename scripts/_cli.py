@@ -148,11 +148,15 @@ class Failures:
 
 
 def silence() -> None:
-    """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take."""
+    """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take.
+
+    Also what fontTools reports of every letter of a PDF.
+    """
     logging.raiseExceptions = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
+    tips = ("utilities.rank_zero", "trainer.connectors.checkpoint_connector")
+    for name in (*(f"lightning.pytorch.{part}" for part in tips), "fontTools"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def pick_device(values: Any, key: str) -> None:

@@ -24,7 +24,7 @@ def main(config: dict[str, Any]) -> None:
     for path in write_figures(spec):
         print(path)
     if spec.figure.format == "png":
-        print(same_command(f"name={spec.name}_column", "figure.width=3.25", "figure.format=pdf"))
+        print(same_command(f"output_dir={spec.output_dir}_column", "figure.width=3.25", "figure.format=pdf"))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ SPECS: dict[str, Any] = {
     "estimate_variance": EstimateVarianceSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
-REQUIRED["figures"].append("figure=all")
 
 
 def compose(main: str, *overrides: str, with_hydra: bool = False) -> DictConfig:

@@ -181,7 +181,7 @@ def test_figures_are_one_command(run: Run, checkpoint: Path, tmp_path: Path) -> 
     outcome = run("figures", "figure=all", "name=mine", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     *written, following = outcome.out.splitlines()
-    assert following.endswith("n=4 points=3 name=mine_column figure.width=3.25 figure.format=pdf")
+    assert following.endswith("n=4 points=3 output_dir=outputs/figures/mine_column figure.width=3.25 figure.format=pdf")
     assert written[:2] == [f"outputs/figures/mine/samples.{kind}" for kind in ("png", "safetensors")]
     assert len(written) == 2 * 6
     assert all((tmp_path / path).is_file() for path in written)
