@@ -37,10 +37,8 @@ def help_groups(config_name: str) -> str:
 
 def help_keys(config_name: str, *, _root_: DictConfig) -> str:
     """Return a line for each key of a script: its value, and what it means; used in configs/hydra/default.yaml."""
-    config = OmegaConf.to_container(_root_)
-    assert isinstance(config, dict)
-    choices = OmegaConf.to_container(_root_.hydra.runtime.choices)
-    assert isinstance(choices, dict)
+    config: Any = OmegaConf.to_container(_root_)
+    choices: Any = OmegaConf.to_container(_root_.hydra.runtime.choices)
     comments = read_comments(CONFIGS / f"{config_name}.yaml")
     for key in own_groups(config_name):
         group, _, package = key.partition("@")
@@ -84,7 +82,7 @@ def read_specs() -> dict[str, Spec]:
 def read_attributes(docstring: str) -> dict[str, str]:
     """Return the meaning of each attribute in a docstring of Google's style."""
     section = re.search(r"^(?:Attributes|Args):\n((?: +.*\n?)+)", inspect.cleandoc(docstring), re.MULTILINE)
-    meanings = {}
+    meanings: dict[str, str] = {}
     for names, text in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", section[1] if section else "", re.MULTILINE):
         meanings |= dict.fromkeys(names.split(", "), " ".join(text.split()).rstrip("."))
     return meanings

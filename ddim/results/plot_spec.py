@@ -24,8 +24,8 @@ class PlotSpec:
     def __post_init__(self) -> None:
         check_width(self.width)
 
-    def parameters(self) -> dict[str, Any]:
-        """Return matplotlib's settings."""
+    def parameters(self) -> Any:
+        """Return matplotlib's settings, by their names."""
         if self.width is None:
             return {"figure.figsize": (6, 4)}
         sizes = dict.fromkeys(("font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize"), FONT)
