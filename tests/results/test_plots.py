@@ -89,7 +89,7 @@ def test_a_report_draws_only_what_changed(tmp_path: Path, monkeypatch: pytest.Mo
     """Drawing takes most of the time of a report."""
     drawn: list[str] = []
     draw = plots.plot
-    monkeypatch.setattr(plots, "plot", lambda table: (drawn.append(table.protocol["n"]), draw(table))[1])
+    monkeypatch.setattr(plots, "plot", lambda table, paper: (drawn.append(table.protocol["n"]), draw(table))[1])
     records = [record("η=0.0", 10, 1.0, n=n) for n in (1000, 2000)]
     names = [path.name for path in write_report(records, tmp_path)]
     assert sorted(drawn) == [1000, 2000]
