@@ -28,8 +28,8 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
 import hydra
 from _help import help_groups, help_keys
 from _jobs import sweep_jobs, to_plain
+from _last_words import same_command
 from _messages import CONFIGS, explain, explain_any, explain_hydra
-from _next import same_command
 from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 

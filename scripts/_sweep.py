@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
 from _jobs import SWEEP_FLAGS
-from _next import next_command, of_model, same_command
+from _last_words import command_line, of_model, same_command
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
@@ -177,7 +177,7 @@ class Sweep:
             for path in (*paths, *grids):
                 print(path)
             logger.log_report(paths)
-            figures = next_command("figures", "figure=samples", *of_model(spec), f"name={spec.name}")
+            figures = command_line("figures", "figure=samples", *of_model(spec), f"name={spec.name}")
             print(same_command() if failures else figures)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry
-from _next import next_command, of_model
+from _last_words import command_line, of_model
 
 if TYPE_CHECKING:
     from ddim.checkpoints.convert.model_card import Result
@@ -30,7 +30,7 @@ def main(config: dict[str, Any]) -> None:
     for warning in warnings:
         print(f"warning: {warning}.", file=sys.stderr)
     if spec.layout == "safetensors":
-        print(next_command("sample", f"checkpoint={paths[0]}", *of_model(spec)[1:]))
+        print(command_line("sample", f"checkpoint={paths[0]}", *of_model(spec)[1:]))
     if spec.layout == "diffusers":
         program = f"from diffusers import DDIMPipeline as P; P.from_pretrained({spec.output_dir!r})().images[0].show()"
         print(f"next: {shlex.join(['python', '-c', program])}")

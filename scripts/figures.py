@@ -11,7 +11,7 @@ python scripts/figures.py --help
 from typing import Any
 
 from _cli import entry, pick_device
-from _next import same_command
+from _last_words import same_command
 
 
 def main(config: dict[str, Any]) -> None:

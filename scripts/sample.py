@@ -9,7 +9,7 @@ python scripts/sample.py --help
 from typing import Any
 
 from _cli import entry, pick_device
-from _next import next_command, of_model
+from _last_words import command_line, of_model
 
 
 def main(config: dict[str, Any]) -> None:
@@ -21,7 +21,7 @@ def main(config: dict[str, Any]) -> None:
     spec = build(SampleSpec, config, "")
     for path in write_samples(spec):
         print(path)
-    print(next_command("figures", "figure=samples", *of_model(spec)))
+    print(command_line("figures", "figure=samples", *of_model(spec)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry, pick_device
-from _next import next_command
+from _last_words import command_line
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
@@ -59,8 +59,8 @@ def last_words(spec: "TrainSpec") -> list[str]:
     return [
         *(f"samples: {path}" for path in grids[-1:]),
         *(f"metrics: {path}" for path in metrics[-1:]),
-        next_command("sample", checkpoint),
-        next_command("evaluate", *evaluation, checkpoint, *(["dry_run=true"] if data != "digits" else [])),
+        command_line("sample", checkpoint),
+        command_line("evaluate", *evaluation, checkpoint, *(["dry_run=true"] if data != "digits" else [])),
     ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def next_command(script: str, *words: str) -> str:
+def command_line(script: str, *words: str) -> str:
     """Return a line with a command of a script."""
     return f"next: {shlex.join(['python', f'scripts/{script}.py', *words])}"
 
@@ -15,7 +15,7 @@ def same_command(*words: str) -> str:
     """Return a line with the command that is running, where these words take the place of others of the same keys."""
     keys = {word.partition("=")[0] for word in words}
     kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in keys]
-    return next_command(Path(sys.argv[0]).stem, *kept, *words)
+    return command_line(Path(sys.argv[0]).stem, *kept, *words)
 
 
 def of_model(spec: Any) -> list[str]:
