@@ -335,7 +335,7 @@ def test_repeats_measure_sets_that_do_not_overlap(run: Run, checkpoint: Path, tm
 @pytest.mark.parametrize("words", [("sampler.S=2",), ("-m", "sampler.S=2,2000")])
 def test_a_dry_run_reports_the_cost_and_records_nothing(run: Run, checkpoint: Path, tmp_path: Path, words: Any) -> None:
     options = ("data=digits", "metric=digits_classifier", "n=20", "compute.device=cpu", "output_dir=out")
-    outcome = run("evaluate", f"checkpoint={checkpoint}", *options, *words, "dry_run=true")
+    outcome = run("evaluate", *words, f"checkpoint={checkpoint}", *options, "dry_run=true")
     assert (outcome.code, outcome.err) == (0, "")
     lines = outcome.out.splitlines()
     assert lines[0] == "plan: 1 job, 40 network evaluations of one image"

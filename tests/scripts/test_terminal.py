@@ -5,6 +5,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ pytestmark = pytest.mark.integration
 def on_a_terminal(folder: Path, *words: str) -> list[str]:
     """Run a training on a pseudo-terminal; return what was shown, cut at each return and new line."""
     outer, inner = pty.openpty()
+    termios.tcsetwinsize(inner, (40, 120))
     command = [sys.executable, str(TRAIN), *SMALL, *words, "output_dir=run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=folder, stdout=inner, stderr=inner, env=environment)
     os.close(inner)
     shown = b""
