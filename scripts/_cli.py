@@ -1,6 +1,6 @@
 """The entry point that all scripts share: Hydra composes the configuration, and errors become exit codes.
 
-Only this file, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
+Only this file, _help.py, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
 """
 
 from _start import STOPPED, TRY_AGAIN, rank, typed  # first: it handles signals
@@ -28,8 +28,10 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
 
 import hydra
 from _gpus import jobs_side_by_side, own_gpu
+from _help import help_groups, help_keys
 from _jobs import sweep_jobs, to_plain
-from _messages import CONFIGS, explain, explain_any, explain_hydra, help_groups
+from _last_words import same_command
+from _messages import CONFIGS, explain, explain_any, explain_hydra
 from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 
@@ -41,6 +43,7 @@ OmegaConf.register_new_resolver("groups", help_groups, replace=True)
 OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=True)
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
+OmegaConf.register_new_resolver("keys", help_keys, replace=True)
 
 
 def entry(
@@ -89,10 +92,13 @@ def entry(
 
 
 def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig) -> Any:
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     from ddim.distributed import check_launch_variables
 
     check_launch_variables()  # before Lightning, which reads them when it is imported
-    return task(to_plain(config))
+    with logging_redirect_tqdm():  # lines above a progress bar, not at its end
+        return task(to_plain(config))
 
 
 class Failures:
@@ -130,6 +136,8 @@ class Failures:
             if isinstance(error, Interrupted):
                 self.interrupted = True
                 print(error, file=sys.stderr)
+                if rank() == 0:
+                    print(same_command("checkpoint=last"))
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None
@@ -149,11 +157,15 @@ class Failures:
 
 
 def silence() -> None:
-    """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take."""
+    """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take.
+
+    Also what fontTools reports of every letter of a PDF.
+    """
     logging.raiseExceptions = False
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
-    for name in ("utilities.rank_zero", "trainer.connectors.checkpoint_connector"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.WARNING)
+    tips = ("utilities.rank_zero", "trainer.connectors.checkpoint_connector")
+    for name in (*(f"lightning.pytorch.{part}" for part in tips), "fontTools"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def pick_device(values: Any, key: str) -> None:

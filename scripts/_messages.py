@@ -112,12 +112,6 @@ def own_options(group: str, config_name: str) -> list[str]:
     return sorted(name for name, scripts in runs.items() if not scripts or config_name in scripts)
 
 
-def help_groups(config_name: str) -> str:
-    """Return a line for each group of a script, with its options; used in configs/hydra/default.yaml."""
-    groups = own_groups(config_name)
-    return "\n".join(f"{key}: {', '.join(own_options(key.partition('@')[0], config_name))}" for key in sorted(groups))
-
-
 def _in_one_line(error: Exception) -> str:
     return re.sub(r" (full_key: )?object_type=\w+$", "", " ".join(str(error).split()))  # OmegaConf's last line
 

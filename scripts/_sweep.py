@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from _cli import explain, pick_device
 from _jobs import SWEEP_FLAGS
+from _last_words import command_line, of_model, same_command
 from _start import COMMAND
 
 if TYPE_CHECKING:
     from ddim.evaluation.session import Session
-    from ddim.results.table import TableSpec
     from ddim.results.wandb import SweepLogger
 
 
@@ -33,9 +33,10 @@ class Sweep:
         # Of this command, by folder: (title, reason) of each evaluation that failed, and whether it had started.
         self.failures: dict[Path, dict[tuple[str, str], bool]] = {}
         self.loggers: dict[Path, SweepLogger] = {}  # by the folders that the evaluations of this command write to
-        self.tables: dict[Path, TableSpec] = {}  # what is shown in those of the same folders
         self.started: set[Path] = set()  # those folders that one of them got to
         self.cleaned: set[Path] = set()  # those that leftovers of killed runs were removed from
+        self.specs: dict[Path, Any] = {}  # the last specification of each folder
+        self.planned = False  # whether there was a plan
 
     def build(self, config: dict[str, Any]) -> Any:
         """Return the specification of an evaluation."""
@@ -49,12 +50,13 @@ class Sweep:
         from ddim.results.wandb import SweepLogger
 
         folder = Path(spec.output_dir)
-        self.tables[folder] = spec.table
+        self.specs[folder] = spec
         return self.loggers.setdefault(folder, SweepLogger(spec.logger, spec.name, folder))
 
     def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
         """Print and note what is going to be computed, `here` or in jobs that a launcher starts elsewhere."""
         from ddim.errors import UserError
+        from ddim.evaluation.dry_run import dry_run
         from ddim.evaluation.sweep import Manifest, forecast, outline
 
         specs, lines = [], []
@@ -63,11 +65,13 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
-        estimate = forecast(specs, current_session()) if here else outline(specs)
+        dry = any(spec.dry_run for spec in specs)
+        estimate = outline(specs) if not (here or dry) else (dry_run if dry else forecast)(specs, current_session())
         if not estimate:  # each job is going to report why
             return
+        self.planned = True
         if current_session().processes.is_main:
-            for folder in {self.logger(spec).folder for spec in specs}:
+            for folder in set() if dry else {self.logger(spec).folder for spec in specs}:
                 self.started |= set() if here else {folder}
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in estimate + lines), flush=True)
@@ -81,6 +85,12 @@ class Sweep:
         session = current_session()
         processes = session.processes
         spec = self.build(config)
+        if getattr(spec, "dry_run", False):  # images that exist already have none
+            if not self.planned:
+                spec.prepare(session)  # raises where nothing can be computed
+                self.plan([config], here=True)
+                self.planned = False
+            return {}
         folder = Path(spec.output_dir)
         manifest, started = Manifest(folder), False
         evaluate = importlib.import_module(self.module).evaluate
@@ -153,6 +163,7 @@ class Sweep:
 
         from ddim.results.report import write_report
 
+        spec, grids = self.specs[logger.folder], (logger.folder / "grids",) * (logger.folder / "grids").is_dir()
         if records := current_session().records(str(logger.folder)).read():
             with FileLock(logger.folder / ".report.lock"):
                 paths = write_report(
@@ -161,12 +172,17 @@ class Sweep:
                     command=command,
                     failures=failures,
                     impossible=impossible,
-                    shown=self.tables[logger.folder],
+                    shown=spec.table,
+                    **({"style": spec.style, "figure": spec.figure} if hasattr(spec, "figure") else {}),
                 )
             print(f"\n{paths[0].read_text(encoding='utf-8')}")
-            for path in paths:
+            for path in (*paths, *grids):
                 print(path)
             logger.log_report(paths)
+            if failures:
+                print(same_command())
+            elif hasattr(spec, "checkpoint"):  # not images that exist already
+                print(command_line("figures", "figure=samples", *of_model(spec), f"name={spec.name}"))
 
 
 def current_session() -> "Session":

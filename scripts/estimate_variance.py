@@ -9,6 +9,7 @@ The file is for sampler=analytic of the same checkpoint, in any script: sampler.
 from typing import Any
 
 from _cli import entry, pick_device
+from _last_words import command_line, of_model
 
 
 def main(config: dict[str, Any]) -> None:
@@ -23,6 +24,7 @@ def main(config: dict[str, Any]) -> None:
     relative = max((error / mean for error, mean in pairs if mean), default=0.0)
     print(f"largest standard error: {relative:.2g} of the estimate, from {spec.n:,} images")
     print(spec.path)
+    print(command_line("sample", *of_model(spec), "sampler=analytic", f"sampler.kwargs.file={spec.path}"))
 
 
 if __name__ == "__main__":

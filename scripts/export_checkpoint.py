@@ -6,12 +6,14 @@ python scripts/export_checkpoint.py checkpoint=PATH output_dir=FOLDER push=USER/
 python scripts/export_checkpoint.py --help
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry
+from _last_words import command_line, of_model
 
 if TYPE_CHECKING:
     from ddim.checkpoints.convert.model_card import Result
@@ -31,6 +33,11 @@ def main(config: dict[str, Any]) -> None:
         print(f"warning: {warning}.", file=sys.stderr)
     if spec.push is not None:
         print(push_files(spec.push, Path(spec.output_dir), FILES[spec.layout], spec.private))
+    if spec.layout == "safetensors":
+        print(command_line("sample", f"checkpoint={paths[0]}", *of_model(spec)[1:]))
+    if spec.layout == "diffusers":
+        program = f"from diffusers import DDIMPipeline as P; P.from_pretrained({spec.output_dir!r})().images[0].show()"
+        print(f"next: {shlex.join(['python', '-c', program])}")
 
 
 def results(records: str | None, weights_hash: str) -> "Sequence[Result]":

@@ -4,12 +4,14 @@ python scripts/figures.py figure=samples checkpoint=PATH
 python scripts/figures.py figure=consistency checkpoint=PATH
 python scripts/figures.py figure=interpolation checkpoint=PATH 'indices=[3,17,8,42]'
 python scripts/figures.py figure=all checkpoint=PATH name=NAME
+python scripts/figures.py figure=samples checkpoint=PATH figure.width=3.25 figure.format=pdf    # for a paper's column
 python scripts/figures.py --help
 """
 
 from typing import Any
 
 from _cli import entry, pick_device
+from _last_words import same_command
 
 
 def main(config: dict[str, Any]) -> None:
@@ -24,6 +26,8 @@ def main(config: dict[str, Any]) -> None:
     for path in write_figures(spec, processes):
         if processes.is_main:
             print(path)
+    if spec.figure.format == "png" and processes.is_main:
+        print(same_command(f"output_dir={spec.output_dir}_column", "figure.width=3.25", "figure.format=pdf"))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ python scripts/sample.py --help
 from typing import Any
 
 from _cli import entry, pick_device
+from _last_words import command_line, of_model
 
 
 def main(config: dict[str, Any]) -> None:
@@ -23,6 +24,8 @@ def main(config: dict[str, Any]) -> None:
     for path in write_samples(spec, processes):
         if processes.is_main:
             print(path)
+    if processes.is_main:
+        print(command_line("figures", "figure=samples", *of_model(spec)))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import entry, pick_device
+from _last_words import command_line
 from _start import rank
 from compare import write_table
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 if TYPE_CHECKING:
-    from ddim.training.spec import TrainerSpec
+    from ddim.training.spec import TrainerSpec, TrainSpec
+
+TABLES = {  # option of data -> experiment of evaluate.py
+    "digits": "table_digits",
+    "cifar10": "table1_cifar10",
+    "celeba": "table1_celeba",
+    "lsun_bedroom": "table3_bedroom",
+    "lsun_church": "table3_church",
+}
 
 # Environment variable with the folder of a sweep's comparison, also for the processes that a launcher starts.
 COMPARISON = "DDIM_COMPARISON"
@@ -26,7 +35,7 @@ RUNS = "runs.txt"  # in it: the folder of each run, a line each
 
 
 def main(config: dict[str, Any]) -> float | None:
-    """Train as `config` says and print the path of the checkpoint; return what a sweeper such as Optuna minimises.
+    """Train as `config` says, print where the files are and what to type next, and return what a sweeper minimises.
 
     That is the best value of the validation metric, and the last training loss where there is no validation; None
     where it is not finite, which Optuna takes for a failed trial.
@@ -51,6 +60,8 @@ def main(config: dict[str, Any]) -> float | None:
         return None
     trained = train(spec, config)
     print(f"checkpoint: {trained.checkpoint}")
+    if not sweep:
+        print("\n".join(last_words(spec)))
     value = last_loss(spec.folder) if trained.metric is None else trained.metric
     return value if value is not None and math.isfinite(value) else None
 
@@ -69,6 +80,23 @@ def compare_runs() -> None:
     listed = Path(os.environ[COMPARISON], RUNS)
     if rank() == 0 and listed.exists():
         write_table(map(Path, listed.read_text(encoding="utf-8").splitlines()), listed.parent)
+
+
+def last_words(spec: "TrainSpec") -> list[str]:
+    """Return where the files of a run are, and what to do with its checkpoint."""
+    grids = sorted((spec.folder / "samples").glob("step_*.png"))
+    metrics = sorted(spec.folder.glob("csv/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+    checkpoint = f"checkpoint={spec.checkpoint_dir / 'last.ckpt'}"
+    hydra = HydraConfig.get()
+    data = hydra.runtime.choices["data"]
+    own = [word for word in hydra.overrides.task if word.startswith("data.")]
+    evaluation = ["-m", f"experiment={TABLES[data]}"] if data in TABLES else [f"data={data}", *own]
+    return [
+        *(f"samples: {path}" for path in grids[-1:]),
+        *(f"metrics: {path}" for path in metrics[-1:]),
+        command_line("sample", checkpoint),
+        command_line("evaluate", *evaluation, checkpoint, *(["dry_run=true"] if data != "digits" else [])),
+    ]
 
 
 def group_runs(config: dict[str, Any]) -> None:

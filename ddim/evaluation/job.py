@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -25,6 +25,7 @@ from ddim.evaluation.shards import Shards
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
+from ddim.results.plot_spec import PlotSpec
 from ddim.results.records import Record, RecordFile, provenance, record_key
 from ddim.results.table import TableSpec
 from ddim.results.wandb import LoggerSpec
@@ -46,6 +47,9 @@ class JobSpec(ABC):
         paper: the table of the paper that the numbers are compared with.
         logger: W&B, if at all.
         table: what the tables show besides the numbers.
+        dry_run: report what it would cost, instead of evaluating.
+        style: of the plots; paper leaves their titles, with the hashes in them, to the captions of a document.
+        figure: size and format of the plots.
 
     Raises:
         ValueError: a negative grid, a logger's option that is for training, an unknown table, or a name that is none.
@@ -61,6 +65,9 @@ class JobSpec(ABC):
     paper: str | None = None
     logger: LoggerSpec = field(default_factory=LoggerSpec)
     table: TableSpec = field(default_factory=TableSpec)
+    dry_run: bool = False
+    style: Literal["screen", "paper"] = "screen"
+    figure: PlotSpec = field(default_factory=PlotSpec)
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -161,8 +168,7 @@ class Job:
             "key": self.key,
             **self.settings,
             **self.metadata,
-            "run": run_name(self.metadata["config"]["checkpoint"]),
-            **({"training_run": self.model.origin[WANDB_RUN]} if WANDB_RUN in self.model.origin else {}),
+            **self._training(),
             **results,
             "network_evaluations": len(self.indices) * self.steps,
             "compute": {
@@ -177,6 +183,13 @@ class Job:
                 self.records.append(record)
                 self.shards.delete()
         return processes.broadcast(record)
+
+    def _training(self) -> dict[str, str]:
+        """Return the names of the training and of its W&B run, as far as there are any."""
+        if self.model is None:
+            return {}
+        run = {"run": run_name(self.metadata["config"]["checkpoint"])}
+        return run | ({"training_run": self.model.origin[WANDB_RUN]} if WANDB_RUN in self.model.origin else {})
 
 
 def run_name(checkpoint: str) -> str:

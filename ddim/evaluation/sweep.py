@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -24,12 +24,13 @@ from ddim.io import atomic_write, check_regular_file, partial_files, printable
 from ddim.results.records import RecordFile, record_key
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 MANIFEST = "manifest.json"
 MAX_BYTES = 1 << 26  # of a manifest
 NOT_STARTED = "not started"  # state of a planned job that was refused, such as for a path that does not exist
 IMPOSSIBLE = "impossible"  # state of a planned job whose rule cannot do its NFE; it is skipped
 JOBS = "cells"  # the key in the file, as earlier versions wrote it
-NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir", "table")
+NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir", "table", "dry_run", "style", "figure")
 LONG_ENOUGH = 0.3  # seconds, for a timing
 
 
@@ -195,15 +196,8 @@ def forecast(specs: Sequence[JobSpec], session: Session) -> list[str]:
 
     Jobs that cannot be computed are named here, and fail when their turn comes; there are no lines if none can.
     """
-    lines: list[str] = []
-    jobs: list[_Remaining] = []
     timings: dict[tuple[str, ComputeSpec], Timing] = {}  # by model and compute, which most jobs of a sweep share
-    for spec in specs:
-        try:
-            # One after the other, so that a sweep over checkpoints has one at a time in memory.
-            jobs += [_remaining(repetition.prepare(session), timings) for repetition in spec.repetitions]
-        except UserError as error:
-            lines.append(f"not possible: {spec.title}: {' '.join(str(error).split())}")
+    jobs, lines = for_each_job(specs, session, lambda _, job: _remaining(job, timings))
     if not jobs:
         return []
     total, left = sum(job.images * job.steps for job in jobs), sum(job.missing * job.steps for job in jobs)
@@ -214,6 +208,23 @@ def forecast(specs: Sequence[JobSpec], session: Session) -> list[str]:
     if left:
         lines.append(_expected([job for job in jobs if job.missing], session.processes.world_size))
     return lines
+
+
+def for_each_job(
+    specs: Sequence[JobSpec], session: Session, measure: Callable[[JobSpec, Job], T]
+) -> tuple[list[T], list[str]]:
+    """Return `measure(spec, job)` of each job, and a line for each specification that cannot be computed.
+
+    One after the other, so that a sweep over checkpoints has one at a time in memory.
+    """
+    measured: list[T] = []
+    refused: list[str] = []
+    for spec in specs:
+        try:
+            measured += [measure(spec, repetition.prepare(session)) for repetition in spec.repetitions]
+        except UserError as error:
+            refused.append(f"not possible: {spec.title}: {' '.join(str(error).split())}")
+    return measured, refused
 
 
 def outline(specs: Sequence[JobSpec]) -> list[str]:

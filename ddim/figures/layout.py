@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from ddim.figures.panels import Axis, Panel
 from ddim.image_io import grid, save_gif, to_pil
 from ddim.inference.generate import to_pixels
 from ddim.io import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 POINTS = 72  # per inch
 FONT = 8  # points
@@ -43,29 +46,53 @@ class Layout(NamedTuple):
     top: float
 
 
-def draw(panel: Panel, path: Path) -> None:
-    """Write a panel as PNG, about 6.5 inches wide at 300 dpi or more, with its metadata.
+def draw(panel: Panel, path: Path, width: float = WIDTH) -> None:
+    """Write a panel as PNG or PDF, about `width` inches wide at 300 dpi or more, with its metadata.
 
     A panel that would be higher than a page is made narrower. Each pixel becomes a square of dots of its exact colour.
+    In a PDF the labels are letters, not dots.
 
     Raises:
         UserError: a sample is infinite or not a number.
     """
-    layout = lay_out(panel)
+    layout = lay_out(panel, width)
     images = arrange(panel, layout.scale)
     left, top, pad = (round(inches * layout.dpi) for inches in (layout.left, layout.top, PAD / POINTS))
     bottom, right = top + images.shape[1], left + images.shape[2]
-    page = _labelled_page(panel, layout, (bottom + pad, right + pad), (top, left))
+    figure = _labelled_page(panel, layout, (bottom + pad, right + pad), (top, left))
+    description = json.dumps(panel.metadata, ensure_ascii=False, sort_keys=True)
+    if path.suffix == ".pdf":
+        _save_pdf(figure, images, (left, pad), description, path)
+        return
+    page = _rasterised(figure)
     page[:, top:bottom, left:right] = images
     metadata = PngInfo()
-    metadata.add_itxt("Description", json.dumps(panel.metadata, ensure_ascii=False, sort_keys=True))
+    metadata.add_itxt("Description", description)
     with atomic_write(path) as partial:
         to_pil(page).save(partial, format="PNG", dpi=(layout.dpi, layout.dpi), pnginfo=metadata)
 
 
-def _labelled_page(panel: Panel, layout: Layout, size: tuple[int, int], corner: tuple[int, int]) -> Tensor:
-    """Return a white page, uint8 (3, *size), with the labels of a panel whose upper left corner is at `corner`."""
+def _save_pdf(figure: "Figure", images: Tensor, corner: tuple[int, int], description: str, path: Path) -> None:
+    """Write labels and images, whose lower left corner is at `corner` in dots, as PDF."""
+    import matplotlib
+
+    figure.figimage(images.permute(1, 2, 0).numpy(), *corner, origin="upper")
+    metadata = {"Subject": description, "CreationDate": None}
+    # Publishers refuse matplotlib's Type 3 fonts.
+    with atomic_write(path) as partial, matplotlib.rc_context({"pdf.fonttype": 42}):
+        figure.savefig(partial, format="pdf", dpi=figure.dpi, metadata=metadata)
+
+
+def _rasterised(figure: "Figure") -> Tensor:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+
+
+def _labelled_page(panel: Panel, layout: Layout, size: tuple[int, int], corner: tuple[int, int]) -> "Figure":
+    """Return a white page of `size` in dots with the labels of a panel whose upper left corner is at `corner`."""
     from matplotlib.figure import Figure
 
     (height, width), (top, left), pad = size, corner, PAD / POINTS * layout.dpi
@@ -78,9 +105,7 @@ def _labelled_page(panel: Panel, layout: Layout, size: tuple[int, int], corner: 
     style = {"fontsize": FONT, "ha": "center", "va": "bottom", "rotation": 90 if layout.vertical else 0}
     for label, middle in _labels(panel.columns, w):
         figure.text((left + middle) / width, 1 - (top - pad) / height, label, **style)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return torch.from_numpy(np.asarray(canvas.buffer_rgba())[..., :3].copy()).permute(2, 0, 1)
+    return figure
 
 
 def animate(panel: Panel, path: Path) -> None:
@@ -93,20 +118,20 @@ def animate(panel: Panel, path: Path) -> None:
     save_gif([grid(to_pixels(frame), scale=scale) for frame in panel.images], path)
 
 
-def lay_out(panel: Panel) -> Layout:
-    """Return the layout of a panel: the smallest scale that gives 300 dpi."""
+def lay_out(panel: Panel, inches: float = WIDTH) -> Layout:
+    """Return the layout of a panel, `inches` wide: the smallest scale that gives 300 dpi."""
     pad = PAD / POINTS
     label_width, label_height = (max(size) / POINTS for size in zip(*map(_size, _texts(panel.columns)), strict=True))
     left = pad + max(_size(text)[0] for text in _texts(panel.rows)) / POINTS + pad
-    width = WIDTH - left - pad
+    width = max(1.0, inches - left - pad)  # an inch at least, however wide the labels are
     # Neighbours with one label share it, so the whole group has to be as wide as the label.
     smallest_group = min(len(list(group)) for _, group in groupby(column["label"] for column in panel.columns))
     vertical = label_width > smallest_group * width / len(panel.columns)
     top = pad + (label_width if vertical else label_height) + pad
     axes = zip((panel.rows, panel.columns), panel.images.shape[-2:], (HEIGHT - top - pad, width), strict=True)
-    sides = [(len(axis) * pixels, _ends(axis, 0)[-1], inches) for axis, pixels, inches in axes]
-    scale = max(1, min(math.ceil((MIN_DPI * inches - gaps) / pixels) for pixels, gaps, inches in sides))
-    dpi = max(MIN_DPI, *(math.ceil((pixels * scale + gaps) / inches) for pixels, gaps, inches in sides))
+    sides = [(len(axis) * pixels, _ends(axis, 0)[-1], room) for axis, pixels, room in axes]
+    scale = max(1, min(math.ceil((MIN_DPI * room - gaps) / pixels) for pixels, gaps, room in sides))
+    dpi = max(MIN_DPI, *(math.ceil((pixels * scale + gaps) / room) for pixels, gaps, room in sides))
     return Layout(scale, dpi, vertical, left, top)
 
 

@@ -13,13 +13,35 @@ from ddim.diffusion.timesteps import SPACINGS
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.figures import panels
-from ddim.figures.layout import animate, draw
+from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import SamplingContext, evenly_spaced
 from ddim.random import check_seed
+from ddim.results.plot_spec import check_width
 from ddim.results.records import provenance
+
+
+@dataclass(frozen=True)
+class PictureSpec:
+    """Which figure, and its picture.
+
+    Attributes:
+        name: a key of FIGURES, or all.
+        width: inches on paper, with labels of 8 points.
+        format: of the picture; a trajectory is a GIF in any case.
+
+    Raises:
+        ValueError: a width that no page has.
+    """
+
+    name: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
+    width: float = WIDTH
+    format: Literal["png", "pdf"] = "png"
+
+    def __post_init__(self) -> None:
+        check_width(self.width)
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class FigureSpec:
     """See configs/figures.yaml.
 
     Attributes:
-        figure: a key of FIGURES, or all.
+        figure: which, and its width and format.
         checkpoint: path of the model.
         name: of the folder.
         output_dir: receives a picture and a file of tensors for each figure.
@@ -49,7 +71,7 @@ class FigureSpec:
         ValueError: a value out of range, both indices and n, samples without rows, or a name that is none.
     """
 
-    figure: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
+    figure: PictureSpec
     checkpoint: FilePath
     name: str
     output_dir: FilePath
@@ -92,15 +114,15 @@ class FigureSpec:
 
 
 def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> list[Path]:
-    """Write the figures and return the paths: for each a PNG or GIF, and safetensors (`panels.load_panel`).
+    """Write the figures and return the paths: for each a PNG, PDF or GIF, and safetensors (`panels.load_panel`).
 
     Each process computes its share of the batches, and the first one writes.
 
     Raises:
         UserError: bad input, or files that would be overwritten; raised before anything is sampled.
     """
-    names = tuple(FIGURES) if spec.figure == "all" else (spec.figure,)
-    files = {name: targets(name, Path(spec.output_dir)) for name in names}
+    names = tuple(FIGURES) if spec.figure.name == "all" else (spec.figure.name,)
+    files = {name: targets(name, Path(spec.output_dir), spec.figure.format) for name in names}
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     with processes.barrier():
         model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
@@ -117,14 +139,17 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
         panel = dataclasses.replace(panel, metadata=panel.metadata | origin)
         with processes.barrier():
             if processes.is_main:
-                (animate if picture.suffix == ".gif" else draw)(panel, picture)
+                if picture.suffix == ".gif":
+                    animate(panel, picture)
+                else:
+                    draw(panel, picture, spec.figure.width)
                 save_panel(panel, tensors)
     return [path for paths in files.values() for path in paths]
 
 
-def targets(name: str, folder: Path) -> tuple[Path, Path]:
-    """Return the paths of a figure: its picture and its tensors."""
-    return folder / f"{name}{'.gif' if name == 'trajectory' else '.png'}", folder / f"{name}.safetensors"
+def targets(name: str, folder: Path, kind: str = "png") -> tuple[Path, Path]:
+    """Return the paths of a figure: its picture, of this kind unless it is an animation, and its tensors."""
+    return folder / f"{name}.{'gif' if name == 'trajectory' else kind}", folder / f"{name}.safetensors"
 
 
 Plan = Callable[[], Panel]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.checkpoints import LoadedModel
 from ddim.distributed import SINGLE_PROCESS, Processes
@@ -132,6 +134,14 @@ def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None
     x = torch.zeros(count, *model.spec.image_shape, device=compute.device)
     with autocast(compute):
         model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
+
+
+def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Return the floating-point operations of an evaluation of one image: two per multiply-add."""
+    device = next(network.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    return counter.get_total_flops()
 
 
 def autocast(compute: ComputeSpec) -> torch.autocast:

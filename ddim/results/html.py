@@ -8,6 +8,7 @@ from pathlib import Path
 from ddim.results.plots import Timing
 from ddim.results.protocol import distinct
 from ddim.results.records import Record
+from ddim.results.runs import Run
 from ddim.results.table import Table, row_order
 from ddim.results.templates import load_template
 
@@ -24,6 +25,8 @@ def render_page(
     command: str | None,
     failures: Sequence[tuple[str, str]],
     impossible: Sequence[tuple[str, str]] = (),
+    runs: Sequence[Run] = (),
+    training_plot: Sequence[Path] = (),
 ) -> str:
     """Return the page.
 
@@ -33,6 +36,8 @@ def render_page(
         folder: that the paths of the grids are relative to.
         command: that repeats the sweep.
         failures, impossible: (evaluation, reason).
+        runs: the training runs that were evaluated.
+        training_plot: of their curves, where there are any.
     """
     names = {str(record["config"]["name"]) for record in records if "name" in record.get("config", {})}
     return load_template("report.html.j2", autoescape=True).render(
@@ -42,6 +47,8 @@ def render_page(
         impossible=impossible,
         tables=[(table, plot and _data_uri(plot.read_bytes())) for table, plot in tables],
         timings=[(timing, _data_uri(plot.read_bytes())) for timing, plot in timings],
+        runs=[(run.name, f"{run.checkpoint} ({'; '.join(run.models)})") for run in runs],
+        training=[_data_uri(plot.read_bytes()) for plot in training_plot],
         grids=_grids(records, folder),
         command=command,
         versions=_versions(records),

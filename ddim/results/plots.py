@@ -12,8 +12,10 @@ import numpy as np
 
 from ddim.io import atomic_write
 from ddim.results.escape import printable
+from ddim.results.plot_spec import PlotSpec
 from ddim.results.protocol import is_distance
 from ddim.results.records import Record, record_key
+from ddim.results.runs import LOSS, Run
 from ddim.results.table import Table, row_order
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 PAPER_IMAGES = 50_000  # Fig. 4 shows hours for 50,000 images
 DPI = 200
+SCREEN = PlotSpec()
+LESS, MORE = "less is better", "more is better"
 MOST_ROWS = 20  # in a plot, which has room for no more names
 PAPER_STYLE: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "markerfacecolor": "none", "markersize": 9}
 
@@ -107,8 +111,10 @@ def _timing(records: list[Record]) -> Timing:
     )
 
 
-def plot(table: Table) -> "Figure":
+def plot(table: Table, paper: bool = False) -> "Figure":
     """Plot the metric against S or NFE, a line for each row, with logarithmic axes unless a value is not positive.
+
+    With `paper` there is no title, which states hashes: a document has captions.
 
     Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's values. Names of errors to
     the exact trajectory state the fitted slope, which is the order of convergence where the steps are small.
@@ -126,23 +132,24 @@ def plot(table: Table) -> "Figure":
             slope = f" (slope {fit_power([*zip(S, values, strict=True)])[0]:.1f})"
         axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row) + slope, **style)
         shown += values
-        paper = [(S, v) for S in table.columns if (v := table.paper_value(row, S)) is not None]
-        if paper and table.paper and (name := table.paper.row(row)) not in drawn:
+        published = [(S, v) for S in table.columns if (v := table.paper_value(row, S)) is not None]
+        if published and table.paper and (name := table.paper.row(row)) not in drawn:
             drawn.add(name)
-            axes.plot(*zip(*paper, strict=True), **PAPER_STYLE, **style)
+            axes.plot(*zip(*published, strict=True), **PAPER_STYLE, **style)
     _mention_more(axes, len(table.rows))
     if table.paper is not None:
         axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
     _scales(axes, table.column, table.columns, "log" if min(shown) > 0 else "linear")
-    axes.set_ylabel(f"{_plain(table.metric)} ({'less' if is_distance(table.metric) else 'more'} is better)")
+    less = is_distance(table.metric)
+    axes.set_ylabel(f"{_plain(table.metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
     _legend(axes)
-    axes.set_title(_plain(": ".join(filter(None, (table.heading, table.title())))), fontsize=6, wrap=True)
+    _title(axes, "" if paper else ": ".join(filter(None, (table.heading, table.title()))))
     return figure
 
 
-def plot_time(timing: Timing) -> "Figure":
-    """Plot hours for 50,000 images against S with the fit, both axes logarithmic."""
+def plot_time(timing: Timing, paper: bool = False) -> "Figure":
+    """Plot hours for 50,000 images against S with the fit, both axes logarithmic; see `plot`."""
     figure, axes = _figure()
     rows = sorted({row for row, _, _ in timing.points}, key=row_order)
     for number, row in enumerate(rows[:MOST_ROWS]):
@@ -162,42 +169,73 @@ def plot_time(timing: Timing) -> "Figure":
     scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
     axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
     _legend(axes)
-    axes.set_title(_plain(timing.caption()), fontsize=6, wrap=True)
+    _title(axes, "" if paper else timing.caption())
     return figure
 
 
-def save_plot(table: Table, path: Path) -> Path:
+def plot_training(runs: Sequence[Run]) -> "Figure":
+    """Plot the loss of training runs against the step, and below it each metric that was measured meanwhile."""
+    from matplotlib.figure import Figure
+
+    names = sorted({name for run in runs for name in run.curves}, key=lambda name: (name != LOSS, name))
+    figure = Figure(layout="constrained")
+    figure.set_figheight(figure.get_figheight() * (1 + len(names)) / 2)
+    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
+        shown = [(run, run.curves[name]) for run in runs[:MOST_ROWS] if name in run.curves]
+        for run, points in shown:
+            axes.plot(*zip(*points, strict=True), marker="" if name == LOSS else "o", label=_plain(run.name))
+        positive = min(value for _, points in shown for _, value in points) > 0
+        axes.set(ylabel=_plain(name), yscale="log" if positive else "linear")
+        axes.grid(alpha=0.3)
+        _legend(axes)
+    axes.set_xlabel("optimiser step")
+    return figure
+
+
+def save_plot(table: Table, path: Path, spec: PlotSpec = SCREEN, paper: bool = False) -> Path:
     """Write `plot(table)` as PNG to `path`, and as PDF for papers next to it, unless they are there; return `path`."""
     entries = [
         (row, S, table.value(row, S), table.spread(row, S), table.paper_value(row, S))
         for row in table.rows[:MOST_ROWS]
         for S in table.columns
     ]
-    content = [table.metric, table.heading, table.title(), len(table.rows), entries]
-    return _save(lambda: plot(table), content, path)
+    content = [table.metric, table.heading, table.title(), len(table.rows), entries, paper]
+    return _save(lambda: plot(table, paper), content, path, spec)
 
 
-def save_time_plot(timing: Timing, path: Path) -> Path:
+def save_time_plot(timing: Timing, path: Path, spec: PlotSpec = SCREEN, paper: bool = False) -> Path:
     """Write `plot_time(timing)` as `save_plot` does."""
-    return _save(lambda: plot_time(timing), dataclasses.astuple(timing), path)
+    return _save(lambda: plot_time(timing, paper), [*dataclasses.astuple(timing), paper], path, spec)
 
 
-def _save(draw: Callable[[], "Figure"], content: Any, path: Path) -> Path:
+def save_training_plot(runs: Sequence[Run], path: Path, spec: PlotSpec = SCREEN) -> Path:
+    """Write `plot_training(runs)` as `save_plot` does."""
+    return _save(lambda: plot_training(runs), [(run.name, run.curves) for run in runs[:MOST_ROWS]], path, spec)
+
+
+def _save(draw: Callable[[], "Figure"], content: Any, path: Path, spec: PlotSpec) -> Path:
     import matplotlib
 
     # Drawing is most of the work of a report, so a plot states what it was drawn from, and by which code.
     key = record_key(
-        {"content": content, "code": Path(__file__).read_text(encoding="utf-8"), "by": matplotlib.__version__}
+        {
+            "content": [content, spec.width],
+            "code": Path(__file__).read_text(encoding="utf-8"),
+            "by": matplotlib.__version__,
+        }
     )
     pdf = path.with_suffix(".pdf")
     if pdf.is_file() and _comment(path) == key:
         return path
-    figure = draw()
     metadata: tuple[dict[str, str | None], ...] = {"CreationDate": None}, {"Comment": key}
-    for target, entries in zip((pdf, path), metadata, strict=True):  # the PNG last: it states that both are complete
-        with atomic_write(target) as partial:
-            figure.savefig(partial, dpi=DPI, metadata=entries)
-        figure.set_layout_engine("none")  # the second picture has the layout of the first
+    with matplotlib.rc_context(spec.parameters()):
+        figure = draw()
+        for target, entries in zip(
+            (pdf, path), metadata, strict=True
+        ):  # the PNG last: it states that both are complete
+            with atomic_write(target) as partial:
+                figure.savefig(partial, dpi=DPI, metadata=entries)
+            figure.set_layout_engine("none")  # the second picture has the layout of the first
     return path
 
 
@@ -225,10 +263,15 @@ def _legend(axes: "Axes") -> None:
     axes.legend(**(many if len(axes.get_legend_handles_labels()[1]) > 10 else {}))
 
 
+def _title(axes: "Axes", text: str) -> None:
+    if text:
+        axes.set_title(_plain(text), fontsize=6, wrap=True)
+
+
 def _figure() -> tuple["Figure", "Axes"]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(layout="constrained")
     return figure, figure.add_subplot()
 
 

@@ -9,15 +9,17 @@ differs between two runs of the same evaluation, such as seconds.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ddim.io import atomic_write
 from ddim.results import plots, text
 from ddim.results.html import render_page
 from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
+from ddim.results.plot_spec import PlotSpec
 from ddim.results.protocol import FULL, completed, is_distance, join_checkpoints, shared_protocol
 from ddim.results.records import Record, record_key
+from ddim.results.runs import find_runs
 from ddim.results.schema import IMAGES
 from ddim.results.table import Table, TableSpec
 
@@ -76,6 +78,8 @@ def write_report(
     failures: Sequence[tuple[str, str]] = (),
     impossible: Sequence[tuple[str, str]] = (),
     shown: TableSpec = PLAIN,
+    style: Literal["screen", "paper"] = "screen",
+    figure: PlotSpec = plots.SCREEN,
 ) -> list[Path]:
     """Write tables, plots and report.html of all records into `folder`.
 
@@ -86,36 +90,48 @@ def write_report(
         failures: (evaluation, reason) of those that failed, shown on the page.
         impossible: (evaluation, reason) of those that no table can have, listed below the tables.
         shown: what the tables show besides the numbers.
+        style: paper leaves the titles of the plots to the captions of a document.
+        figure: size and format of the plots.
 
     Returns:
-        The paths: table.md, table.csv, table.json, table.tex, timing.csv, the plots, each as PNG and PDF, report.html.
+        The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
+        each as PNG and PDF unless one format is asked for, report.html.
     """
     complete = [completed(record) for record in records]
     named = join_checkpoints(complete)
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
         show_intervals(tables, folder)
-    timings = plots.timings(complete)
+    timings, runs = plots.timings(complete), find_runs(records)
     texts = {
         "table.md": text.markdown(tables, impossible),
         "table.csv": text.as_csv(tables),
         "table.json": text.as_json(tables),
         "table.tex": text.latex(tables),
+        **{f"{_numbered('table_body', i)}.tex": text.latex_body(table) for i, table in enumerate(tables)},
         "timing.csv": text.timing_csv(named),
     }
     paths = [_write(folder / name, content) for name, content in texts.items()]
+    drawing = figure, style == "paper"
     table_plots = [
-        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png")
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png", *drawing)
         if table.column != IMAGES  # of a single column
         else None
         for i, table in enumerate(tables)
     ]
     time_plots = [
-        plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png") for i, timing in enumerate(timings)
+        plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png", *drawing)
+        for i, timing in enumerate(timings)
     ]
-    paths += [path for plot in (*table_plots, *time_plots) if plot for path in (plot, plot.with_suffix(".pdf"))]
+    drawn = [run for run in runs if run.curves]
+    training_plot = [plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, named, folder, command, failures, impossible)
+    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot)
+    for path in filter(None, (*table_plots, *time_plots, *training_plot)):
+        both = {"png": path, "pdf": path.with_suffix(".pdf")}
+        if figure.format is not None:
+            both.pop("png" if figure.format == "pdf" else "pdf").unlink()
+        paths += both.values()
     return [*paths, _write(folder / "report.html", page)]
 
 

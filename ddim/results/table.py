@@ -28,7 +28,7 @@ class Line(NamedTuple):
         row: label of the row that the line belongs to, "" if it belongs to all rows.
         texts: one for each column, "" where there is no number.
         verdicts: for each column of a difference, whether ours is better than the paper's, worse, or the same to the
-            paper's last digit; for ours in a table by NFE, which is the best of its column; "" elsewhere.
+            paper's last digit; for ours, which is the best of its column; "" elsewhere.
     """
 
     kind: Literal["ours", "paper", "difference", "paired"]
@@ -98,7 +98,7 @@ class Table:
 
     @cached_property
     def by_nfe(self) -> bool:
-        """Whether an entry has another number of evaluations than steps; then the best of each column is marked."""
+        """Whether an entry has another number of evaluations than steps; then texts mark the best of each column."""
         return any(nfe != record["S"] for (_, nfe), records in self.entries.items() for record in records)
 
     @property
@@ -159,9 +159,9 @@ class Table:
         return "better" if difference < 0 else "worse"
 
     def is_best(self, row: str, nfe: int) -> bool:
-        """Return whether an entry is the best of its column; only in a table by NFE."""
+        """Return whether an entry is the best of its column; never in a table of one row, unless it is by NFE."""
         column = [value for other in self.rows if (value := self.value(other, nfe)) is not None]
-        if not self.by_nfe or (value := self.value(row, nfe)) is None:
+        if (len(self.rows) == 1 and not self.by_nfe) or (value := self.value(row, nfe)) is None:
             return False
         return value == (min if protocol.is_distance(self.metric) else max)(column)
 
@@ -203,7 +203,7 @@ class Table:
         lines = [f"| {self.column} | {' | '.join(map(str, self.columns))} |", f"|---|{'---|' * len(self.columns)}"]
         for line in self.lines():
             texts = [
-                f"**{text}**" if verdict == "best" else text
+                f"**{text}**" if verdict == "best" and self.by_nfe else text
                 for text, verdict in zip(map(escape_markdown, line.texts), line.verdicts, strict=True)
             ]
             lines.append(f"| {' | '.join([escape_markdown(line.name), *texts])} |")

@@ -129,6 +129,13 @@ def latex(tables: Sequence[Table]) -> str:
     return load_template("table.tex.j2", finalize=escape_latex, **LATEX_DELIMITERS).render(tables=tables)
 
 
+def latex_body(table: Table) -> str:
+    """Return a table as a tabular alone, the best of each column bold, for a float and a caption of one's own."""
+    return load_template("table_body.tex.j2", finalize=escape_latex, **LATEX_DELIMITERS).render(
+        table=table, mark_best=True
+    )
+
+
 def _digits(value: float | None) -> str:
     return "" if value is None else f"{rounded(value):.{DIGITS}g}"
 

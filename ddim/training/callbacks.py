@@ -1,11 +1,9 @@
-"""What is logged while a network trains: loss, throughput, skipped steps, sample grids."""
+"""What is logged while a network trains: loss, skipped steps, sample grids; throughput is in progress.py."""
 
 import logging
 import math
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,46 +73,6 @@ class LossByTime(Callback):
     def _over_processes(self, trainer: Trainer) -> Tensor:
         """Return the sums over all processes, (2, 4); all of them must call this."""
         return trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
-
-
-class Progress(Callback):
-    """Logs throughput and the remaining time, as metrics and as lines of the run's log.
-
-    Args:
-        batch_size: the global batch.
-        every: optimiser steps between two reports.
-    """
-
-    def __init__(self, batch_size: int, every: int) -> None:
-        self.batch_size, self.every = batch_size, every
-        self.step, self.since = 0, 0.0  # of the last report
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self.step, self.since = trainer.global_step, time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Report after every `every`-th optimiser step."""
-        if not step_ended(trainer, batch_idx, self.every):
-            return
-        step, now = trainer.global_step, time.perf_counter()
-        steps_per_second = (step - self.step) / (now - self.since)
-        self.step, self.since = step, now
-        images_per_second = steps_per_second * self.batch_size
-        seconds_left = (trainer.max_steps - step) / steps_per_second
-        pl_module.log_dict({"train/images_per_second": images_per_second, "train/hours_left": seconds_left / 3600})
-        if trainer.is_global_zero:
-            log.info(
-                "step %d of %d, loss %.4f, %.1f steps/s, %.0f images/s, %s left",
-                step,
-                trainer.max_steps,
-                float(outputs["loss"]) * trainer.accumulate_grad_batches,
-                steps_per_second,
-                images_per_second,
-                timedelta(seconds=round(seconds_left)),
-            )
 
 
 class DivergenceGuard(Callback):

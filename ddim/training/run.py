@@ -1,7 +1,6 @@
 """A training run: from a validated spec to checkpoints in a folder."""
 
 import logging
-import os
 import signal
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -27,12 +26,13 @@ from ddim.data.images import MemoryImages
 from ddim.errors import Interrupted, UserError
 from ddim.networks import accelerate
 from ddim.signals import StopSignals
-from ddim.training.callbacks import DivergenceGuard, LossByTime, Progress, SampleGrid
+from ddim.training.callbacks import DivergenceGuard, LossByTime, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.ema import EMA
 from ddim.training.lightning_workarounds import leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import COUNTS, DiffusionModule
+from ddim.training.progress import Progress
 from ddim.training.resume import FINGERPRINT, check_images, check_state, explain_restore_errors, find_checkpoint
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import STATE, Validation
@@ -180,7 +180,7 @@ def build_callbacks(spec: TrainSpec, T: int, stop: StopSignals) -> list[Callback
 def build_trainer(
     spec: TrainSpec, folder: Path, callbacks: list[Callback], loggers: list[Logger], max_steps: int | None = None
 ) -> Trainer:
-    """Return the Trainer of a run; with `max_steps`, one that stops there, saves nothing and shows no progress bar.
+    """Return the Trainer of a run; with `max_steps`, one that stops there and saves nothing.
 
     Raises:
         UserError: there is no such accelerator, strategy or number of devices.
@@ -204,7 +204,7 @@ def build_trainer(
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             enable_model_summary=False,
-            enable_progress_bar=os.isatty(2) and max_steps is None,  # a bar for terminals, lines for log files
+            enable_progress_bar=False,  # Progress has one
             default_root_dir=folder,
             profiler=PROFILERS[t.profiler](dirpath=folder, filename="profile") if t.profiler else None,
         )

@@ -24,12 +24,13 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm
 import torch
 from baselines import BASELINES, Baseline, random_weights
 from tables import report
-from timing import Build, flops, interleave, machine, matmul, resolve, this_device, words
+from timing import Build, interleave, machine, matmul, resolve, this_device, words
 from torch import nn
 
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.config import choose
 from ddim.errors import UserError
+from ddim.inference.compute import flops
 from ddim.networks import UNetSpec
 from ddim.results.records import RecordFile
 

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.config import choose
 from ddim.results.records import provenance
@@ -109,14 +107,6 @@ def interleave(
             seconds[name].append(variant())
         print(f"round {number + 1} of {rounds} done after {time.monotonic() - start:.0f} s", flush=True)
     return seconds, missing
-
-
-def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Return the floating-point operations of an evaluation of one image: two per multiply-add."""
-    device = next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
-    return counter.get_total_flops()
 
 
 def matmul(device: torch.device, dtype: torch.dtype, size: int) -> Variant:

@@ -111,8 +111,9 @@ def make(name: str, settings: dict[str, Any], checkpoint: str) -> dict[str, Any]
     from ddim.io import read_safetensors
 
     with tempfile.TemporaryDirectory() as folder:
+        figure = {"name": settings["figure"]}
         fixed = {"checkpoint": checkpoint, "name": "docs", "output_dir": folder, "compute": {"device": "cpu"}}
-        paths = write_figures(build(FigureSpec, settings | fixed, ""))
+        paths = write_figures(build(FigureSpec, settings | fixed | {"figure": figure}, ""))
         (picture,) = (path for path in paths if path.suffix == ".png")
         (tensors,) = (path for path in paths if path.suffix == ".safetensors")
         metadata = read_safetensors(tensors)[1]

@@ -14,13 +14,14 @@ from two_processes import run_in_processes
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.evaluation import sweep
+from ddim.evaluation.dry_run import dry_run
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.job import Job
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Timing, forecast, job_id, outline
-from ddim.inference.compute import ComputeSpec
+from ddim.inference.compute import ComputeSpec, flops
 from ddim.results.records import record_key
 from ddim.results.wandb import LoggerSpec
 
@@ -220,6 +221,24 @@ def test_impossible_jobs_are_named(spec: EvaluateSpec, timed_jobs: list[Path]) -
     assert lines[0] == "1 job, 40 network evaluations of one image"
     assert lines[1].startswith(f"not possible: {much.title}: sampler: S=51 steps cannot be chosen")
     assert forecast([much], Session()) == forecast([], Session()) == []
+
+
+def test_a_dry_run_counts_operations_and_bytes(spec: EvaluateSpec, timed_jobs: list[Path]) -> None:
+    two, much = with_steps(dataclasses.replace(spec, save_images=True, repeats=2), 2, 51)
+    lines = dry_run([much, two], Session())
+    assert lines[:3] == forecast([much, two], Session())
+    job = two.prepare(Session())
+    operations = 2 * 20 * 2 * flops(job.model.network, job.model.spec.image_shape)
+    assert lines[3].startswith(f"operations: {operations:.2g} of the network, 0:00:00 on one GPU at 40 TFLOP/s")
+    assert job.extractor is not None
+    features = 20 * 4 * job.extractor.dimension(job.model.spec.image_shape)
+    images = 2 * 20 * 64
+    assert (
+        lines[4]
+        == f"disk: {features / 2**20:.1f} MiB while an evaluation runs, {images / 2**20:.1f} MiB of images at most"
+    )
+    assert not Path(spec.output_dir).exists()
+    assert dry_run([much], Session()) == []
 
 
 def test_reconstruction_forecast_has_no_features(spec: EvaluateSpec, tmp_path: Path) -> None:

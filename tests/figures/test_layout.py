@@ -1,6 +1,7 @@
 """Pictures for print show every pixel as a square of dots, at 300 dpi or more, next to readable labels."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,3 +189,17 @@ def test_animation_shows_rows_as_frames(tmp_path: Path) -> None:
             corners = [frame[:128, :128], frame[:128, 130:], frame[130:, :128], frame[130:, 130:]]
             assert all(np.array_equal(a, b) for a, b in zip(corners, wanted, strict=True))
         assert movie.info["duration"] == 1000  # of the last frame
+
+
+@pytest.mark.parametrize("name", ["8x8 grey", "32x32 colour", "wide colour"])
+def test_a_pdf_has_its_width_exact_pixels_and_real_letters(name: str, tmp_path: Path) -> None:
+    panel = PANELS[name]
+    draw(panel, tmp_path / "figure.pdf", 3.25)
+    content = (tmp_path / "figure.pdf").read_bytes()
+    box = re.search(rb"/MediaBox \[ 0 0 ([\d.]+) ([\d.]+) \]", content)
+    assert box is not None
+    assert 3.0 < float(box[1]) / 72 < 3.45
+    assert b"/Type3" not in content
+    assert b"/DCTDecode" not in content  # JPEG would change the colours
+    rows, columns = arrange(panel, lay_out(panel, 3.25).scale).shape[1:]
+    assert b"/Width %d /Height %d" % (columns, rows) in content

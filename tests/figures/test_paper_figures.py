@@ -15,7 +15,7 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.figures import panels
 from ddim.figures.layout import animate, draw
-from ddim.figures.paper_figures import FIGURES, FigureSpec, numbers_of_steps, targets, write_figures
+from ddim.figures.paper_figures import FIGURES, FigureSpec, PictureSpec, numbers_of_steps, targets, write_figures
 from ddim.inference import trajectories
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.trajectories import SamplingContext
@@ -27,7 +27,9 @@ pytestmark = pytest.mark.integration
 def spec(checkpoint: Path, tmp_path: Path) -> FigureSpec:
     compute = ComputeSpec("cpu", batch_size=16)
     sampler = SamplerSpec(S=5)
-    return FigureSpec("all", str(checkpoint), "mine", str(tmp_path / "out"), compute, sampler, points=3, S=(2, 4))
+    return FigureSpec(
+        PictureSpec("all"), str(checkpoint), "mine", str(tmp_path / "out"), compute, sampler, points=3, S=(2, 4)
+    )
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedMod
 
 
 def test_seed_and_weights_are_used(spec: FigureSpec) -> None:
-    spec = dataclasses.replace(spec, figure="consistency")
+    spec = dataclasses.replace(spec, figure=PictureSpec("consistency"))
     loaded = []
     for number, changes in enumerate(({}, {"seed": 1}, {"weights": "online"})):
         folder = f"{spec.output_dir}{number}"
@@ -103,7 +105,7 @@ def test_seed_and_weights_are_used(spec: FigureSpec) -> None:
 
 @pytest.mark.parametrize("name", ["samples", "trajectory"])
 def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, request: pytest.FixtureRequest) -> None:
-    spec = dataclasses.replace(spec, figure=name)
+    spec = dataclasses.replace(spec, figure=PictureSpec(name))
     written = write_figures(spec)
     before = [path.read_bytes() for path in written]
     written[0].unlink()  # the tensors are enough
@@ -114,35 +116,35 @@ def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, requ
     with pytest.raises(UserError, match=r"safetensors exists already; choose another name=..., or overwrite=true"):
         write_figures(spec)
     with pytest.raises(UserError, match="exists already"):
-        write_figures(dataclasses.replace(spec, figure="all"))
+        write_figures(dataclasses.replace(spec, figure=PictureSpec("all")))
     assert sorted(Path(spec.output_dir).iterdir()) == written[1:]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"figure": "samples", "S": (10, 51)}, r"S=51 .*T=50"),
-        ({"figure": "consistency", "S": (51,)}, r"S=51 .*T=50"),
-        ({"figure": "all", "S": (51,)}, r"S=51 .*T=50"),
-        ({"figure": "interpolation", "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
-        ({"figure": "x0_strip", "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
-        ({"figure": "trajectory", "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
-        ({"figure": "interpolation", "n": 3}, "pairs of images, not 3; give an even number"),
-        ({"figure": "interpolation", "indices": (4,)}, "pairs of images, not 1"),
-        ({"figure": "interpolation_grid", "n": 3}, "two pairs of images, not 3 images; give four"),
+        ({"figure": PictureSpec("samples"), "S": (10, 51)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("consistency"), "S": (51,)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("all"), "S": (51,)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("interpolation"), "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("x0_strip"), "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("trajectory"), "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("interpolation"), "n": 3}, "pairs of images, not 3; give an even number"),
+        ({"figure": PictureSpec("interpolation"), "indices": (4,)}, "pairs of images, not 1"),
+        ({"figure": PictureSpec("interpolation_grid"), "n": 3}, "two pairs of images, not 3 images; give four"),
         (
-            {"figure": "interpolation_grid", "sampler": SamplerSpec(eta=0.5)},
+            {"figure": PictureSpec("interpolation_grid"), "sampler": SamplerSpec(eta=0.5)},
             r"deterministic sampler, such as sampler=ddim",
         ),
         (
-            {"figure": "interpolation", "sampler": SamplerSpec("sigma_hat", None)},
+            {"figure": PictureSpec("interpolation"), "sampler": SamplerSpec("sigma_hat", None)},
             r"deterministic sampler, such as sampler=ddim",
         ),
         (
-            {"figure": "consistency", "sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))},
+            {"figure": PictureSpec("consistency"), "sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))},
             r"vary S; give a named sampler.spacing",
         ),
-        ({"figure": "samples", "sampler": SamplerSpec(S=None, spacing="ddim25")}, "which takes any S"),
+        ({"figure": PictureSpec("samples"), "sampler": SamplerSpec(S=None, spacing="ddim25")}, "which takes any S"),
         ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt"),
         ({"weights": "average"}, "weights 'average'"),
     ],
@@ -159,13 +161,17 @@ def test_a_file_of_times_has_no_other_S(spec: FigureSpec, tmp_path: Path) -> Non
     (tmp_path / "tau.json").write_text('{"T": 50, "tau": [9, 30]}')
     sampler = SamplerSpec(S=None, spacing=str(tmp_path / "tau.json"))
     with pytest.raises(UserError, match=r"vary S; give a named sampler.spacing"):
-        write_figures(dataclasses.replace(spec, figure="samples", sampler=sampler))
+        write_figures(dataclasses.replace(spec, figure=PictureSpec("samples"), sampler=sampler))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"figure": "sample"}, r"figure='sample' is not known \(did you mean samples\?\); allowed: samples, consist"),
+        (
+            {"figure": {"name": "sample"}},
+            r"figure.name='sample' is not known \(did you mean samples\?\); allowed: samples",
+        ),
+        ({"figure": {"name": "all", "width": 0.1}}, "width=0.1 must be 1 to 40 inches"),
         ({"n": 2, "indices": [1, 2]}, r"either n=2 or indices=\[1, 2\], not both"),
         ({"n": 0}, "n=0 must be at least 1"),
         ({"indices": []}, r"indices=\[\] must hold image numbers"),
@@ -181,7 +187,13 @@ def test_a_file_of_times_has_no_other_S(spec: FigureSpec, tmp_path: Path) -> Non
     ],
 )
 def test_values_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
-    given = {"figure": "all", "checkpoint": "a.ckpt", "name": "a", "output_dir": "out", "compute": {"device": "cpu"}}
+    given = {
+        "figure": {"name": "all"},
+        "checkpoint": "a.ckpt",
+        "name": "a",
+        "output_dir": "out",
+        "compute": {"device": "cpu"},
+    }
     with pytest.raises(UserError, match=message):
         build(FigureSpec, given | changes, "")
     build(FigureSpec, given | {"indices": [0, (1 << 32) - 1], "etas": [], "points": 2}, "")

@@ -33,7 +33,6 @@ SPECS: dict[str, Any] = {
     "reproduce": ReproduceSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
-REQUIRED["figures"].append("figure=all")
 REQUIRED |= {"metrics": ["images=a"], "reproduce": ["key=0123456789abcdef"]}
 
 

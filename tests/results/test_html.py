@@ -23,12 +23,12 @@ HOSTILE = "<script>alert('x')</script> \"' onerror=x & </dd></table> <img src=ht
 def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty pictures in place of drawn plots, which take a second."""
 
-    def save(_: object, path: Path) -> Path:
+    def save(_: object, path: Path, *options: object) -> Path:
         for target in (path, path.with_suffix(".pdf")):
             Image.new("L", (8, 8)).save(target)
         return path
 
-    for name in ("save_plot", "save_time_plot"):
+    for name in ("save_plot", "save_time_plot", "save_training_plot"):
         monkeypatch.setattr(plots, name, save)
 
 
@@ -81,11 +81,11 @@ def test_page_shows_every_number(tmp_path: Path) -> None:
 def test_comparison_uses_colour_mark_and_word(tmp_path: Path) -> None:
     page = written(COMPARED, tmp_path)
     classes = [a["class"] for tag, a in page.elements if tag == "td" and a["class"]]
-    assert classes == ["better", "worse", "same", "better"]
+    assert classes == ["best", "best", "better", "worse", "same", "better"]  # η=0.0 is the best of both columns
     marks = [a["aria-label"] for tag, a in page.elements if "aria-label" in a]
     assert marks == classes
-    assert page.texts["span"][:4] == ["▼", "▲", "=", "▼"]
-    assert [text[0] for text in page.texts["span"][4:]] == ["▼", "▲", "="]  # the legend
+    assert page.texts["span"][:6] == ["★", "★", "▼", "▲", "=", "▼"]
+    assert [text[0] for text in page.texts["span"][6:]] == ["▼", "▲", "="]  # the legend
     plain = written([r | {"paper": None} for r in COMPARED], tmp_path)
     assert not any(a.get("class") in ("better", "worse", "same") for _, a in plain.elements)
 

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 from made_records import record
 from PIL import Image
 
 from ddim.results import plots
+from ddim.results.plot_spec import PlotSpec
 from ddim.results.protocol import completed
 from ddim.results.report import build_tables, write_report
 
@@ -33,6 +35,26 @@ def test_plot_is_written_as_png_and_pdf(tmp_path: Path, numbers: list[float]) ->
         assert (plot.format, plot.size) == ("PNG", (1200, 800))  # 6 x 4 inches at 200 dots per inch
         assert len(plot.convert("RGB").getcolors(1 << 20) or []) > 10
     assert path.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_plot_for_a_paper_has_its_width_and_no_title(tmp_path: Path) -> None:
+    records = [record("η=0.0", S, 100.0 / S) for S in (10, 20)]
+    paths = write_report(records, tmp_path, style="paper", figure=PlotSpec(width=3.25, format="pdf"))
+    [path] = [path for path in paths if path.stem.startswith("plot_")]
+    content = path.read_bytes()
+    assert path.suffix == ".pdf"
+    assert not path.with_suffix(".png").exists()
+    assert b"/Type3" not in content
+    assert b"/MediaBox [ 0 0 234 156 ]" in content  # 3.25 x 2.17 inches of 72 points
+    [table] = build_tables(records)
+    with matplotlib.rc_context(PlotSpec(width=3.25).parameters()):
+        [axes] = plots.plot(table, paper=True).axes
+    assert axes.get_title() == ""
+    sizes = {text.get_fontsize() for text in (axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels())}
+    assert sizes == {8}
+    assert "01234567" in plots.plot(table).axes[0].get_title()  # the hash of the weights
+    with pytest.raises(ValueError, match=r"width=0\.5 must be 1 to 40 inches"):
+        PlotSpec(width=0.5)
 
 
 def test_plot_shows_ours_paper_and_spread() -> None:
@@ -67,7 +89,7 @@ def test_a_report_draws_only_what_changed(tmp_path: Path, monkeypatch: pytest.Mo
     """Drawing takes most of the time of a report."""
     drawn: list[str] = []
     draw = plots.plot
-    monkeypatch.setattr(plots, "plot", lambda table: (drawn.append(table.protocol["n"]), draw(table))[1])
+    monkeypatch.setattr(plots, "plot", lambda table, paper: (drawn.append(table.protocol["n"]), draw(table))[1])
     records = [record("η=0.0", 10, 1.0, n=n) for n in (1000, 2000)]
     names = [path.name for path in write_report(records, tmp_path)]
     assert sorted(drawn) == [1000, 2000]

@@ -163,6 +163,20 @@ def test_latex_has_every_line_and_is_balanced() -> None:
     ]
 
 
+def test_a_table_body_is_the_tabular_with_the_best_bold() -> None:
+    [table] = build_tables(compared(("η=0.0", 10, 13.0), ("η=1.0", 10, 41.0), ("η=0.0", 20, 8.0), ("η=1.0", 20, 7.0)))
+    body, shown = text.latex_body(table), text.latex([table])
+    assert body.splitlines()[0] == r"\begin{tabular}{lrr}"
+    assert body.splitlines()[-1] == r"\end{tabular}"
+    assert [line for line in body.splitlines() if line.startswith(r"$\eta$")] == [
+        r"$\eta$=0.0 & \textbf{13.00} & 8.00 \\",
+        r"$\eta$=1.0 & 41.00 & \textbf{7.00} \\",
+    ]
+    assert re.sub(r"\\textbf\{(.*?)\}", r"\1", body) in shown
+    [alone] = build_tables([record("η=0.0", 10, 13.0)])
+    assert "textbf" not in text.latex_body(alone)
+
+
 def test_latex_escapes_every_character() -> None:
     assert text.escape_latex("σ̂ η=0.5 τ -0.3 +4 v3-compat 2020-10") == (
         r"$\hat\sigma$ $\eta$=0.5 $\tau$ $-$0.3 $+$4 v3-compat 2020-10"
@@ -275,5 +289,6 @@ def test_paths_are_the_files_written(tmp_path: Path) -> None:
     records = [*RECORDS, record("η=0.0", 10, 5.5, "linear")]
     paths = write_report(records, tmp_path)
     plots = [f"plot_fid_50k{number}.{kind}" for number in ("", "_1") for kind in ("png", "pdf")]
-    assert [path.name for path in paths] == [*TABLES, "timing.csv", *plots, "report.html"]
+    bodies = ["table_body.tex", "table_body_1.tex"]
+    assert [path.name for path in paths] == [*TABLES, *bodies, "timing.csv", *plots, "report.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)

@@ -19,13 +19,15 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
 from ddim.evaluation.features import EXTRACTORS
+from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import METRICS, MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
-from ddim.figures.paper_figures import FigureSpec
+from ddim.figures.paper_figures import PictureSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.sample_files import SampleSpec
 from ddim.networks import UNetSpec
+from ddim.results.plot_spec import PlotSpec
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
 from ddim.training.loggers import LoggerSpec
@@ -106,6 +108,7 @@ def fields(spec_type: Any) -> set[str]:
 
 DEFAULTS = {
     "compute": ("default", ComputeSpec("cpu")),
+    "figure": ("all", PictureSpec("all")),
     "logger": ("csv", LoggerSpec()),
     "metric": ("inception", MetricSpec("inception")),
     "network": ("unet_cifar10", UNetSpec((32, 32))),
@@ -127,7 +130,7 @@ def test_defaults_of_yaml_equal_those_of_the_spec(group: str) -> None:
         values["device"] = "cpu"
     assert build(type(spec), values, group) == spec
     for other in options(group):  # --help shows every key
-        assert set(group_values(group, other)) - {"name"} == fields(type(spec)), other
+        assert set(group_values(group, other)) - {"name"} == fields(type(spec)) - {"name"}, other
 
 
 @pytest.mark.parametrize("group", DEFAULTS)
@@ -157,7 +160,9 @@ def test_top_level_defaults_equal_those_of_the_spec(main: str) -> None:
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
-    ("figures", "figure"): FigureSpec,
+    **{(main, "style"): EvaluateSpec for main in ("evaluate", "reconstruct", "solver_error")},
+    **{(main, "format"): PlotSpec for main in ("evaluate", "reconstruct", "solver_error")},
+    ("figure/all", "format"): PictureSpec,
     ("metric/inception", "extractor"): EXTRACTORS,
     ("metric/inception", "metrics"): METRICS,
     ("metric/inception", "reference_split"): MetricSpec,

@@ -330,3 +330,17 @@ def test_repeats_measure_sets_that_do_not_overlap(run: Run, checkpoint: Path, tm
     files = sorted((tmp_path / "out" / "images").rglob("*.png"), key=lambda path: path.name)
     assert [path.name for path in files] == [f"{i:06d}.png" for i in range(60)]
     assert len({path.read_bytes() for path in files}) == 60
+
+
+@pytest.mark.parametrize("words", [("sampler.S=2",), ("-m", "sampler.S=2,2000")])
+def test_a_dry_run_reports_the_cost_and_records_nothing(run: Run, checkpoint: Path, tmp_path: Path, words: Any) -> None:
+    options = ("data=digits", "metric=digits_classifier", "n=20", "compute.device=cpu", "output_dir=out")
+    outcome = run("evaluate", *words, f"checkpoint={checkpoint}", *options, "dry_run=true")
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0] == "plan: 1 job, 40 network evaluations of one image"
+    assert [line.split()[1] for line in lines[len(words) :]] == ["expected:", "operations:", "disk:", "not", "nothing"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["hydra"]
+    if len(words) == 1:
+        outcome = run("evaluate", f"checkpoint={checkpoint}", *options, "sampler.S=2000", "dry_run=true")
+        assert (outcome.code, outcome.out) == (2, "")

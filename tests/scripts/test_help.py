@@ -3,9 +3,14 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hydra
 import pytest
+from composed import SPECS
+from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "torchvision", "lightning", "torch_fidelity", "matplotlib", "sklearn", "ddim")
@@ -32,6 +37,11 @@ EXPERIMENTS = {
 pytestmark = pytest.mark.integration
 
 
+def compose_any(script: str) -> DictConfig:
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return hydra.compose(script, return_hydra_config=True)
+
+
 def show_help(script: str) -> str:
     command = [sys.executable, "-c", PROGRAM, str(ROOT / "scripts" / f"{script}.py"), *HEAVY]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
@@ -55,14 +65,37 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
     assert ("\nnetwork: unet" in text) == (script == "train")
     assert re.search("\nexperiment: (.*)|$", text)[1] == EXPERIMENTS.get(script)
     assert f"python scripts/{script}.py" in text
-    keys = {
-        "train": ["checkpoint", "max_steps"],
-        "sample": ["format", "eta"],
-        "evaluate": ["weights", "eta"],
-        "figures": ["figure", "eta"],
+    lines = {
+        "train": "trainer.keep_last=2 newest checkpoints; if the last is damaged, a run resumes from the one before",
+        "sample": "checkpoint=... (required) path of the model",
+        "evaluate": "repeats=1 3 measures on three sets of n images that do not overlap: mean and spread",
+        "figures": "figure.width=6.5 inches on paper, labels of 8 points; 3.25 for a column",
     }
-    for key in keys[script]:
-        assert f"{key}: " in text
+    assert lines[script] in " ".join(text.split())
+
+
+def leaves(values: dict[str, Any], outer: str = "") -> Iterator[str]:
+    for key, value in sorted(values.items(), key=lambda item: isinstance(item[1], dict)):  # groups last
+        if isinstance(value, dict):
+            yield from leaves(value, f"{outer}{key}.")
+        else:
+            yield f"{outer}{key}"
+
+
+@pytest.mark.parametrize("script", [*SPECS, "import_checkpoint", "export_checkpoint"])
+def test_help_says_what_each_key_means(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from _help import help_keys
+
+    config = compose_any(script)
+    text = help_keys(script, _root_=config)
+    entries = re.split(r"\n  (?=\S)", f"\n{text}")[1:]
+    names = [entry.partition("=")[0] for entry in entries]
+    values = OmegaConf.to_container(config)
+    assert isinstance(values, dict)
+    assert names == [*leaves({key: value for key, value in values.items() if key != "hydra"})]
+    said = {entry.partition("=")[0]: re.split(r"\s{2,}", entry, maxsplit=1)[1:] for entry in entries}
+    assert [name for name, meaning in said.items() if not "".join(meaning).replace("(required)", "").strip()] == []
 
 
 def test_the_digits_classifier_script_says_what_it_makes() -> None:

@@ -71,3 +71,5 @@ def test_a_signal_ends_a_sweep_and_not_one_run(run, monkeypatch):
     outcome = run("train", "-m", "experiment=digits", "seed=1,2", "name=n${seed}")
     assert (outcome.code, started) == (75, [1])
     assert outcome.err == "stopped at step 1 of 2 and saved it; go on with checkpoint=last.\n"
+    following = "next: python scripts/train.py -m experiment=digits seed=1,2 'name=n${seed}' checkpoint=last"
+    assert outcome.out.splitlines()[-1] == following

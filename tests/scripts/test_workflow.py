@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,13 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
     outcome, folder = training
     assert outcome.code == 0, outcome.err
     assert outcome.err == ""
-    assert outcome.out.splitlines()[-1] == "checkpoint: training/checkpoints/last.ckpt"
+    assert outcome.out.splitlines()[-5:] == [
+        "checkpoint: training/checkpoints/last.ckpt",
+        "samples: training/samples/step_00000004.png",
+        "metrics: training/csv/version_0/metrics.csv",
+        "next: python scripts/sample.py checkpoint=training/checkpoints/last.ckpt",
+        "next: python scripts/evaluate.py -m experiment=table_digits checkpoint=training/checkpoints/last.ckpt",
+    ]
     assert "step 4 of 4" in outcome.out
     model = load_model(folder / "checkpoints" / "last.ckpt")
     assert (model.step, model.spec.image_shape, model.spec.network_spec.ch) == (4, (1, 8, 8), 16)
@@ -132,9 +139,15 @@ def test_the_estimated_variance_is_a_file_to_sample_with(run: Run, checkpoint: P
     arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "output_dir=out")
     outcome = run("estimate_variance", *arguments, "data=digits", "n=3", "sampler=ddim", "sampler.S=4")
     assert (outcome.code, outcome.err) == (0, "")
-    assert outcome.out.splitlines()[-1] == "out/digits.json"
+    *_, path, following = outcome.out.splitlines()
+    assert path == "out/digits.json"
+    assert following.startswith(
+        f"next: python scripts/sample.py checkpoint={checkpoint} sampler=analytic sampler.kwargs."
+    )
     options = ("sampler=analytic", "sampler.kwargs.file=out/digits.json", "sampler.S=4")
-    assert run("sample", *arguments, "n=2", *options) == (0, "out/grid.png\n", "")
+    outcome = run("sample", *arguments, "n=2", *options)
+    following = f"next: python scripts/figures.py figure=samples checkpoint={checkpoint}"
+    assert outcome == (0, f"out/grid.png\n{following}\n", "")
     outcome = run("sample", *arguments, "n=2", *options, "sampler.S=5", "overwrite=true")
     assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
     assert outcome.err.startswith("error: sampler: the variance at alpha_bar=")
@@ -167,12 +180,19 @@ def test_figures_are_one_command(run: Run, checkpoint: Path, tmp_path: Path) -> 
     arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "sampler.S=3", "S=[2,3]", "n=4", "points=3")
     outcome = run("figures", "figure=all", "name=mine", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
-    written = outcome.out.splitlines()
+    *written, following = outcome.out.splitlines()
+    assert following.endswith("n=4 points=3 output_dir=outputs/figures/mine_column figure.width=3.25 figure.format=pdf")
     assert written[:2] == [f"outputs/figures/mine/samples.{kind}" for kind in ("png", "safetensors")]
     assert len(written) == 2 * 6
     assert all((tmp_path / path).is_file() for path in written)
     outcome = run("figures", "figure=x0_strip", "name=mine", *arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert "outputs/figures/mine/x0_strip.png exists already" in outcome.err
-    outcome = run("figures", *arguments)
-    assert outcome.err == "error: figure is required; add figure=... to the command.\n"
+    outcome = run(
+        *shlex.split(following.partition("scripts/")[2].replace(".py", "").replace("figure=all", "figure=x0_strip"))
+    )
+    assert outcome == (
+        0,
+        "".join(f"outputs/figures/mine_column/x0_strip.{kind}\n" for kind in ("pdf", "safetensors")),
+        "",
+    )

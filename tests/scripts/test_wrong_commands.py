@@ -74,7 +74,7 @@ SAMPLE hydra/launcher=box -> hydra/launcher=box: a launcher starts the jobs of a
 TRAIN data=digits trainer.devices=[2,2] -> devices=[2, 2] must hold the numbers of different GPUs, such as [0,2]
 FIGURES figure=interpolation indices=[1,2,3] -> pairs of images, not 3 | an even number
 
-FIGURES figure=samlpes -> figure='samlpes' | did you mean samples? | allowed: samples, consistency
+FIGURES figure=samlpes -> unknown option figure=samlpes | did you mean samples? | allowed: all, consistency
 SAMPLE sampler.etta=1 -> sampler.etta | did you mean sampler.eta? | sampler.clip
 EVALUATE etta=1 -> unknown key etta | did you mean sampler.eta?
 SAMPLE +sampler.etta=1 -> unknown key sampler.etta | did you mean eta? | allowed:

@@ -1,8 +1,4 @@
-"""Sample grids and the progress report."""
-
-import logging
-import re
-from types import SimpleNamespace
+"""Sample grids."""
 
 import pytest
 import torch
@@ -11,8 +7,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ddim import DDIM, initial_noise, linear_tau, sample
 from ddim.checkpoints import load_model
-from ddim.training import callbacks
-from ddim.training.callbacks import GridSpec, Progress
+from ddim.training.callbacks import GridSpec
 
 N, STEPS = 3, 4
 pytestmark = pytest.mark.integration
@@ -83,38 +78,3 @@ def test_every_0_samples_no_grids(run, tmp_path):
 def test_wrong_grid_settings_are_refused(change):
     with pytest.raises(ValueError, match=f"{next(iter(change))}="):
         GridSpec(**change)
-
-
-def test_throughput_and_time_left_follow_the_clock(monkeypatch, caplog):
-    """Ten steps of 8 images in 5 seconds, from step 100 on; 880 steps to go; loss in two micro-batches of one half."""
-    clock = iter([1000.0, 1005.0, 1007.5])
-    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: next(clock))
-    logged = []
-    module = SimpleNamespace(log_dict=logged.append)
-    trainer = SimpleNamespace(global_step=100, max_steps=990, is_global_zero=True, accumulate_grad_batches=2)
-    progress = Progress(batch_size=8, every=10)
-    progress.on_train_start(trainer, module)
-    with caplog.at_level(logging.INFO, logger="ddim"):
-        for batch_idx in range(200, 240):
-            trainer.global_step = (batch_idx + 1) // 2
-            progress.on_train_batch_end(trainer, module, {"loss": torch.tensor(0.125)}, None, batch_idx)
-    assert logged == [
-        {"train/images_per_second": pytest.approx(16.0), "train/hours_left": pytest.approx(440 / 3600)},
-        {"train/images_per_second": pytest.approx(32.0), "train/hours_left": pytest.approx(870 / 4 / 3600)},
-    ]
-    assert [r.getMessage() for r in caplog.records] == [
-        "step 110 of 990, loss 0.2500, 2.0 steps/s, 16 images/s, 0:07:20 left",
-        "step 120 of 990, loss 0.2500, 4.0 steps/s, 32 images/s, 0:03:38 left",
-    ]
-
-
-def test_run_reports_throughput_in_log_and_metrics(run, logged, caplog):
-    with caplog.at_level(logging.INFO, logger="ddim"):
-        run(trainer={"max_steps": 6, "log_every": 2})
-    lines = [m for r in caplog.records if (m := r.getMessage()).startswith("step ")]
-    form = re.compile(r"step (\d) of 6, loss \d\.\d{4}, .* images/s, 0:00:\d\d left")
-    assert [form.fullmatch(m)[1] for m in lines] == ["2", "4", "6"]
-    throughput, hours = (logged("run", f"train/{name}") for name in ("images_per_second", "hours_left"))
-    assert list(throughput) == [1, 3, 5]
-    assert min(throughput.values()) > 1
-    assert hours[1] > hours[5] == 0

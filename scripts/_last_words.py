@@ -1,0 +1,25 @@
+"""The last words of a command: the exact command to type next."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from _start import typed
+
+
+def command_line(script: str, *words: str) -> str:
+    """Return a line with a command of a script."""
+    return typed(f"next: {shlex.join(['python', f'scripts/{script}.py', *words])}")
+
+
+def same_command(*words: str) -> str:
+    """Return a line with the command that is running, where these words take the place of others of the same keys."""
+    keys = {word.partition("=")[0] for word in words}
+    kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in keys]
+    return command_line(Path(sys.argv[0]).stem, *kept, *words)
+
+
+def of_model(spec: Any) -> list[str]:
+    """Return the words for the model of a specification."""
+    return [f"checkpoint={spec.checkpoint}", *([] if spec.weights == "ema" else [f"weights={spec.weights}"])]
