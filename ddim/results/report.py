@@ -127,12 +127,17 @@ def write_report(
     training_plot = [plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
     page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot)
-    for path in filter(None, (*table_plots, *time_plots, *training_plot)):
-        both = {"png": path, "pdf": path.with_suffix(".pdf")}
-        if figure.format is not None:
-            both.pop("png" if figure.format == "pdf" else "pdf").unlink()
-        paths += both.values()
-    return [*paths, _write(folder / "report.html", page)]
+    drawings = [path for path in (*table_plots, *time_plots, *training_plot) if path is not None]
+    return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
+
+
+def _formats(pictures: Sequence[Path], kept: Literal["png", "pdf"] | None) -> list[Path]:
+    """Return the PNG and the PDF of each plot; where one format is asked for, the other is removed."""
+    paths = [path.with_suffix(f".{kind}") for path in pictures for kind in ("png", "pdf")]
+    for path in paths:
+        if kept is not None and path.suffix != f".{kept}":
+            path.unlink()
+    return [path for path in paths if kept is None or path.suffix == f".{kept}"]
 
 
 def show_intervals(tables: Sequence[Table], folder: Path) -> None:
