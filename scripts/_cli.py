@@ -50,7 +50,7 @@ def entry(
     task: Callable[[dict[str, Any]], Any],
     config_name: str,
     finish: Callable[[], None] | None = None,
-    plan: Callable[[list[dict[str, Any]], bool], None] | None = None,
+    plan: Callable[[list[dict[str, Any]], bool], bool] | None = None,
 ) -> None:
     """Run `task` on the composed configuration as plain values.
 
@@ -63,7 +63,7 @@ def entry(
         config_name: of a file in configs/.
         finish: called after the last job.
         plan: called before the first job of a sweep, with the configuration of each and whether they run in this
-            process.
+            process; returns whether nothing is left to compute.
     """
     failures = Failures(wants_traceback=os.environ.get("HYDRA_FULL_ERROR") == "1")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its exceptions instead of printing a summary of them
@@ -79,26 +79,31 @@ def entry(
         silence()  # again in the processes of a launcher
         return failures.guard(partial(_checked, task, config), explain)
 
+    jobs = nothing_left = None
     if plan is not None:
         jobs = failures.guard(lambda: sweep_jobs(config_name, sys.argv[1:]), lambda e: explain_any(e, config_name))
         if jobs is not None:
-            failures.guard(partial(plan, *jobs), explain)
+            nothing_left = failures.guard(partial(plan, *jobs), explain)
         failures.exit()
-    main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    failures.guard(main(job), lambda error: explain_hydra(error, config_name))
+    if jobs is not None and nothing_left:  # Hydra would compose the configuration of each job twice more
+        for values in jobs[0]:
+            failures.guard(partial(_checked, task, values), explain)
+    else:
+        main = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+        failures.guard(main(job), lambda error: explain_hydra(error, config_name))
     if finish is not None:
         failures.guard(finish, explain)
     failures.exit()
 
 
-def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig) -> Any:
+def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig | dict[str, Any]) -> Any:
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     from ddim.distributed import check_launch_variables
 
     check_launch_variables()  # before Lightning, which reads them when it is imported
     with logging_redirect_tqdm():  # lines above a progress bar, not at its end
-        return task(to_plain(config))
+        return task(to_plain(config) if isinstance(config, DictConfig) else config)
 
 
 class Failures:

@@ -53,11 +53,15 @@ class Sweep:
         self.specs[folder] = spec
         return self.loggers.setdefault(folder, SweepLogger(spec.logger, spec.name, folder))
 
-    def plan(self, configs: list[dict[str, Any]], here: bool) -> None:
-        """Print and note what is going to be computed, `here` or in jobs that a launcher starts elsewhere."""
+    def plan(self, configs: list[dict[str, Any]], here: bool) -> bool:
+        """Print and note what is going to be computed, `here` or in jobs that a launcher starts elsewhere.
+
+        Returns:
+            Whether nothing is.
+        """
         from ddim.errors import UserError
         from ddim.evaluation.dry_run import dry_run
-        from ddim.evaluation.sweep import Manifest, forecast, outline
+        from ddim.evaluation.sweep import Manifest, for_each_job, forecast, outline
 
         specs, lines = [], []
         for config in configs:
@@ -68,13 +72,17 @@ class Sweep:
         dry = any(spec.dry_run for spec in specs)
         estimate = outline(specs) if not (here or dry) else (dry_run if dry else forecast)(specs, current_session())
         if not estimate:  # each job is going to report why
-            return
+            return False
         self.planned = True
         if current_session().processes.is_main:
             for folder in set() if dry else {self.logger(spec).folder for spec in specs}:
                 self.started |= set() if here else {folder}
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in estimate + lines), flush=True)
+        if dry or lines or not here:
+            return dry
+        recorded, refused = for_each_job(specs, current_session(), lambda _, job: job.find_record() is not None)
+        return all(recorded) and not refused
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one evaluation and print its numbers."""
