@@ -48,8 +48,8 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
             values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
             choices[override.get_key_element()] = [f"{override.get_key_element()}={value}" for value in values]
         configs = _compose_all(config_name, [list(job) for job in itertools.product(*choices.values())])
-        if any("${now:" in str(OmegaConf.to_container(config)) for config in configs):  # the jobs start later
-            return None
+        if any(re.search(r"\$\{(now|hydra):", str(OmegaConf.to_container(config))) for config in configs):
+            return None  # only a running job knows its time and number
         try:
             plain = [to_plain(config) for config in configs]
         except InterpolationResolutionError:  # only a running job knows values such as ${hydra:job.num}

@@ -18,7 +18,7 @@ from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
-from ddim.figures.paper_figures import FigureSpec, write_figures
+from ddim.figures.paper_figures import FigureSpec, PictureSpec, write_figures
 from ddim.inference import generate as generate_module
 from ddim.inference import trajectories
 from ddim.inference.batching import share
@@ -154,7 +154,8 @@ def write_pictures(processes: Processes, spec: EvaluateSpec, to: Path) -> tuple[
                 SampleSpec(output_dir=str(to / kind), sampler=spec.sampler, n=11, format=kind, **given), processes
             )
         write_figures(
-            FigureSpec("samples", name="a", output_dir=str(to / "figure"), S=(3,), etas=(1.0,), **given), processes
+            FigureSpec(PictureSpec("samples"), name="a", output_dir=str(to / "figure"), S=(3,), etas=(1.0,), **given),
+            processes,
         )
     return numbers
 

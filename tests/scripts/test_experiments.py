@@ -16,6 +16,7 @@ from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import MetricSpec
 from ddim.networks import build_network
 from ddim.training.ema import EMASpec
+from ddim.training.validation import EvalSpec
 
 pytestmark = pytest.mark.integration
 
@@ -174,6 +175,6 @@ def test_the_digits_experiments_fit_together() -> None:
 
 
 def test_the_defaults_are_those_of_cifar10() -> None:
-    assert spec_of("train") == spec_of("train", "experiment=cifar10")
+    assert dataclasses.replace(spec_of("train", "experiment=cifar10"), eval=EvalSpec()) == spec_of("train")
     assert spec_of("train").data == DataSpec("cifar10", (32, 32), 3)
     assert spec_of("evaluate").sampler == spec_of("sample").sampler == SamplerSpec()

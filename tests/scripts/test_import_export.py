@@ -67,7 +67,9 @@ def test_import_and_export_write_only_their_output(run: Run, flat: Path, tmp_pat
         "README.md",
         "model_index.json",
     ]
-    assert outcome == (0, "".join(f"folder/{name}\n" for name in files), "")
+    *paths, last = outcome.out.splitlines()
+    assert (outcome.code, paths, outcome.err) == (0, [f"folder/{name}" for name in files], "")
+    assert last.startswith("next: python -c 'from diffusers import DDIMPipeline")
     folders = {"flat.ckpt", "model.safetensors", "folder", "folder/unet", "folder/scheduler"}
     paths = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
     assert paths == folders | {f"folder/{name}" for name in files}

@@ -76,13 +76,14 @@ def test_a_second_run_computes_only_what_is_missing(
 ) -> None:
     folder = shutil.copytree(sweep[1], tmp_path / "sweep")
     before = (folder / "records.jsonl").read_bytes()
-    table = (folder / "table.md").read_text()
+    table, calls = (folder / "table.md").read_text(), list((folder / "hydra").iterdir())
     monkeypatch.setattr(generate, "generate_batch", no_images)
     outcome = run("evaluate", *sweep_arguments, "output_dir=sweep")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.count("(already in the records)") == 4
     assert table in outcome.out
     assert (folder / "records.jsonl").read_bytes() == before
+    assert list((folder / "hydra").iterdir()) == calls  # Hydra starts no jobs for nothing
 
 
 def test_a_failed_evaluation_does_not_stop_the_others(run: Run, checkpoint: Path, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_damaged_records_are_an_error_and_not_a_warning(run: Run, checkpoint: Pa
 def test_sampling_writes_the_images_of_the_library(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("n=4", "seed=3", "sampler=ddpm", "sampler.S=5", "compute.device=cpu", "output_dir=pictures")
     outcome = run("sample", f"checkpoint={checkpoint}", *arguments)
-    assert outcome == (0, "pictures/grid.png\n", "")
+    assert (outcome.code, outcome.out.splitlines()[0], outcome.err) == (0, "pictures/grid.png", "")
     model = load_model(checkpoint)
     images = grid(generate.generate(model, SamplerSpec(eta=1.0, S=5), range(4), 3, ComputeSpec("cpu")))
     with Image.open(tmp_path / "pictures" / "grid.png") as picture:

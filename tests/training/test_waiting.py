@@ -46,4 +46,4 @@ def test_only_steps_that_report_wait_for_the_device(run, monkeypatch):
     waits = {k: set(callers) - ON_THE_CPU for k, callers in by_step.items()}
     assert len(waits) == 9
     assert {k for k, callers in waits.items() if callers} == {3, 7}
-    assert all("on_train_batch_end" in waits[k] for k in (3, 7))  # of Progress and DivergenceGuard
+    assert all("_loss" in waits[k] for k in (3, 7))  # that Progress reports
