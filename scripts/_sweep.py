@@ -57,11 +57,11 @@ class Sweep:
         """Print and note what is going to be computed, `here` or in jobs that a launcher starts elsewhere.
 
         Returns:
-            Whether nothing is.
+            Whether nothing is: no image is left to sample.
         """
         from ddim.errors import UserError
         from ddim.evaluation.dry_run import dry_run
-        from ddim.evaluation.sweep import Manifest, for_each_job, forecast, outline
+        from ddim.evaluation.sweep import Manifest, forecast, outline, survey
 
         specs, lines = [], []
         for config in configs:
@@ -69,8 +69,15 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
-        dry = any(spec.dry_run for spec in specs)
-        estimate = outline(specs) if not (here or dry) else (dry_run if dry else forecast)(specs, current_session())
+        nothing_left = dry = any(spec.dry_run for spec in specs)
+        if dry:
+            estimate = dry_run(specs, current_session())
+        elif here:
+            jobs, refused = survey(specs, current_session())
+            estimate = forecast(jobs, refused, current_session().processes.world_size)
+            nothing_left = not (lines or refused or any(job.missing for job in jobs))
+        else:
+            estimate = outline(specs)
         if not estimate:  # each job is going to report why
             return False
         self.planned = True
@@ -79,10 +86,7 @@ class Sweep:
                 self.started |= set() if here else {folder}
                 Manifest(folder).plan(command(), [spec for spec in specs if Path(spec.output_dir) == folder])
             print("\n".join(f"plan: {line}" for line in estimate + lines), flush=True)
-        if dry or lines or not here:
-            return dry
-        recorded, refused = for_each_job(specs, current_session(), lambda _, job: job.find_record() is not None)
-        return all(recorded) and not refused
+        return nothing_left
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
         """Compute one evaluation and print its numbers."""

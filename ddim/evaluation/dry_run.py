@@ -9,7 +9,7 @@ import torch
 
 from ddim.evaluation.job import Job, JobSpec
 from ddim.evaluation.session import Session
-from ddim.evaluation.sweep import for_each_job, forecast
+from ddim.evaluation.sweep import Timings, for_each_job, forecast, remaining
 from ddim.inference.compute import flops
 from ddim.networks import build_network
 
@@ -29,9 +29,12 @@ def dry_run(specs: Sequence[JobSpec], session: Session) -> list[str]:
 
     Those that cannot be computed are named; there are no lines if none can.
     """
-    if not (lines := forecast(specs, session)):
+    timings: Timings = {}
+    measured, refused = for_each_job(specs, session, lambda spec, job: (remaining(job, timings), _cost(spec, job)))
+    if not measured:
         return []
-    costs, _ = for_each_job(specs, session, _cost)
+    lines = forecast([work for work, _ in measured], refused, session.processes.world_size)
+    costs = [cost for _, cost in measured]
     hours = timedelta(seconds=round(sum(cost.operations for cost in costs) / RATE))
     images = sum(cost.images for cost in costs)
     return [

@@ -181,7 +181,10 @@ class Timing(NamedTuple):
     extraction: float
 
 
-class _Remaining(NamedTuple):
+Timings = dict[tuple[str, ComputeSpec], Timing]  # by model and compute, which most jobs of a sweep share
+
+
+class Remaining(NamedTuple):
     """The work of a job: images in all and still missing, network evaluations of one image, and its timing."""
 
     images: int
@@ -191,22 +194,31 @@ class _Remaining(NamedTuple):
     timing: Timing | None
 
 
-def forecast(specs: Sequence[JobSpec], session: Session) -> list[str]:
-    """Return the size of a sweep and the time it is expected to take, from a short timing, as human-readable lines.
+def survey(specs: Sequence[JobSpec], session: Session) -> tuple[list[Remaining], list[str]]:
+    """Return the work of each job, timed, and a line for each specification that cannot be computed."""
+    timings: Timings = {}
+    return for_each_job(specs, session, lambda _, job: remaining(job, timings))
 
-    Jobs that cannot be computed are named here, and fail when their turn comes; there are no lines if none can.
+
+def forecast(jobs: Sequence[Remaining], refused: Sequence[str], processes: int) -> list[str]:
+    """Return the size of a sweep and the time it is expected to take, as human-readable lines.
+
+    Args:
+        jobs, refused: see `survey`. What is refused is named here, and fails when its turn comes.
+        processes: that share each job.
+
+    Returns:
+        No lines if nothing can be computed.
     """
-    timings: dict[tuple[str, ComputeSpec], Timing] = {}  # by model and compute, which most jobs of a sweep share
-    jobs, lines = for_each_job(specs, session, lambda _, job: _remaining(job, timings))
     if not jobs:
         return []
     total, left = sum(job.images * job.steps for job in jobs), sum(job.missing * job.steps for job in jobs)
-    lines.insert(0, f"{_count(len(jobs))}, {total:,} network evaluations of one image")
+    lines = [f"{_count(len(jobs))}, {total:,} network evaluations of one image", *refused]
     if left < total:
         finished, begun = sum(job.missing == 0 for job in jobs), sum(0 < job.missing < job.images for job in jobs)
         lines.append(f"done: {_count(finished)}, and {begun} in part; {left:,} network evaluations are left")
     if left:
-        lines.append(_expected([job for job in jobs if job.missing], session.processes.world_size))
+        lines.append(_expected([job for job in jobs if job.missing], processes))
     return lines
 
 
@@ -238,16 +250,17 @@ def _count(jobs: int) -> str:
     return f"{jobs} job{'' if jobs == 1 else 's'}"
 
 
-def _remaining(job: Job, timings: dict[tuple[str, ComputeSpec], Timing]) -> _Remaining:
+def remaining(job: Job, timings: Timings) -> Remaining:
+    """Return the work of a job; its timing is one of `timings`, or becomes one."""
     images = len(job.indices)
     missing = 0 if job.find_record() else images - sum(map(len, job.shards.complete()))
     model = (record_key(job.settings["model"]), job.compute)
     if missing and model not in timings:
         timings[model] = time_job(job)
-    return _Remaining(images, missing, job.steps, job.compute.device, timings.get(model))
+    return Remaining(images, missing, job.steps, job.compute.device, timings.get(model))
 
 
-def _expected(jobs: Sequence[_Remaining], processes: int) -> str:
+def _expected(jobs: Sequence[Remaining], processes: int) -> str:
     timed = [(job, job.timing) for job in jobs if job.timing is not None]
     seconds = sum(job.missing * (job.steps * timing.network + timing.extraction) for job, timing in timed)
     job, timing = timed[0]

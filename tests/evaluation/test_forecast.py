@@ -20,7 +20,7 @@ from ddim.evaluation.job import Job
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
-from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Timing, forecast, job_id, outline
+from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Timing, job_id, outline, survey
 from ddim.inference.compute import ComputeSpec, flops
 from ddim.results.records import record_key
 from ddim.results.wandb import LoggerSpec
@@ -44,6 +44,10 @@ def timed_jobs(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(sweep, "time_job", time_job)
     return timed
+
+
+def forecast(specs: list[EvaluateSpec], session: Session) -> list[str]:
+    return sweep.forecast(*survey(specs, session), session.processes.world_size)
 
 
 def with_steps(spec: EvaluateSpec, *steps: int) -> list[EvaluateSpec]:
