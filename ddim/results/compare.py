@@ -1,6 +1,5 @@
 """Trainings side by side: the settings in which they differ, and what came of them; made from their folders alone."""
 
-import csv
 import logging
 import math
 from collections import Counter
@@ -14,8 +13,10 @@ import yaml
 
 from ddim.config import FilePath, check_name, suggest
 from ddim.errors import UserError
-from ddim.results.protocol import LABELS, differing_keys, is_distance
+from ddim.results.protocol import differing_keys, is_distance, weights_label
 from ddim.results.records import RECORDS
+from ddim.results.runs import LOSS as LOGGED_LOSS
+from ddim.results.runs import read_logs, step_of
 from ddim.results.schema import evaluation_records
 
 log = logging.getLogger(__name__)
@@ -150,7 +151,7 @@ def read_run(folder: Path) -> Run | None:
     metrics: dict[str, dict[tuple[str, str, int], Points]] = {}
     for record in evaluation_records(folder / RECORDS).read():
         model, step = record["model"], record["model"]["step"]
-        row = LABELS.get(model["weights"], model["weights"]), record["label"], record["S"]
+        row = weights_label(model), record["label"], record["S"]
         for metric, value in record["metrics"].items() if step is not None else ():
             metrics.setdefault(metric, {}).setdefault(row, {})[step] = value
     losses, seconds = _read_log(folder, settings)
@@ -231,22 +232,20 @@ def _read_log(folder: Path, settings: Mapping[str, Any]) -> tuple[Points, float]
     """Return the training loss by step and the seconds of training, of all calls together."""
     losses, seconds = Points(), 0.0
     most, images = (settings.get(f"trainer.{key}") for key in ("log_every", "batch_size"))
-    versions = sorted(folder.glob("csv/version_*/metrics.csv"), key=lambda path: (len(path.parent.name), path))
-    for path in versions:
+    for rows in read_logs(folder):
         before = None
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                try:
-                    step, loss = int(row["step"]) + 1, float(row["train/loss"])  # Lightning counts from 0
-                    per_second = float(row["train/images_per_second"])
-                except (KeyError, TypeError, ValueError) as error:  # a row of other metrics, or cut short
-                    log.debug("%s: %s", path, error)
-                    continue
-                losses[step] = loss
-                # A call that resumes logs after at most log_every steps.
-                steps = min(step, most or step) if before is None else step - before
-                seconds += steps * (images or 0) / per_second if per_second > 0 else 0
-                before = step
+        for row in rows:
+            try:
+                step, loss = step_of(row), float(row[LOGGED_LOSS])
+                per_second = float(row["train/images_per_second"])
+            except (KeyError, TypeError, ValueError) as error:  # a row of other metrics, or cut short
+                log.debug("%s: %s", folder, error)
+                continue
+            losses[step] = loss
+            # A call that resumes logs after at most log_every steps.
+            steps = min(step, most or step) if before is None else step - before
+            seconds += steps * (images or 0) / per_second if per_second > 0 else 0
+            before = step
     return losses, seconds
 
 

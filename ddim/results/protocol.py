@@ -192,8 +192,13 @@ def _weights(model: dict[str, Any], records: list[Record], full: bool) -> str:
     return "; ".join(texts)
 
 
-def _weights_label(model: dict[str, Any]) -> str:
-    return LABELS.get(model["weights"], model["weights"]) or "the"
+def weights_label(model: Mapping[str, Any]) -> str:
+    """Return how tables name the weights of a record's `model`."""
+    return LABELS.get(model["weights"], model["weights"])
+
+
+def _weights_label(model: Mapping[str, Any]) -> str:
+    return weights_label(model) or "the"
 
 
 def _schedule(model: dict[str, Any]) -> str:

@@ -2,12 +2,12 @@
 
 import csv
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ddim.io import check_regular_file
-from ddim.results.protocol import LABELS
+from ddim.results.protocol import weights_label
 from ddim.results.records import RECORDS, Record
 from ddim.results.schema import evaluation_records
 
@@ -40,8 +40,7 @@ def find_runs(records: Sequence[Record]) -> list[Run]:
         if isinstance(path := record.get("config", {}).get("checkpoint"), str):
             model = record["model"]
             step = "" if model["step"] is None else f" at step {model['step']:,}"
-            weights = LABELS.get(model["weights"], model["weights"])
-            models.setdefault(path, set()).add(f"{weights} weights {model['weights_hash'][:8]}{step}")
+            models.setdefault(path, set()).add(f"{weights_label(model)} weights {model['weights_hash'][:8]}{step}")
     return [_run(path, tuple(sorted(models[path]))) for path in sorted(models)]
 
 
@@ -64,16 +63,30 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         UserError, ValueError, OSError: a file is damaged, or cannot be read.
     """
     values: dict[str, dict[int, float]] = {}
-    versions = [path for path in (folder / "csv").glob("version_*") if path.name[8:].isdecimal()]
-    for version in sorted(versions, key=lambda path: int(path.name[8:])):  # a resumed run begins another
-        check_regular_file(path := version / "metrics.csv", "file of metrics")
-        if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = [(int(row["step"]) + 1, float(row[LOSS])) for row in csv.DictReader(file) if row.get(LOSS)]
-            values.setdefault(LOSS, {}).update(rows)
+    for rows in read_logs(folder):
+        values.setdefault(LOSS, {}).update((step_of(row), float(row[LOSS])) for row in rows if row.get(LOSS))
     for record in evaluation_records(folder / RECORDS).read():
         for metric, value in record["metrics"].items():
             if record["model"]["step"] is not None:
-                weights = LABELS.get(record["model"]["weights"], record["model"]["weights"])
-                values.setdefault(f"{metric}, {weights}", {})[record["model"]["step"]] = value
+                curve = f"{metric}, {weights_label(record['model'])}"
+                values.setdefault(curve, {})[record["model"]["step"]] = value
     return {name: tuple(sorted(points.items())) for name, points in values.items() if points}
+
+
+def read_logs(folder: Path) -> Iterator[list[dict[str, str]]]:
+    """Yield the rows of metrics.csv of each call of a run, oldest first: a run that is resumed begins another file.
+
+    Raises:
+        UserError, ValueError, OSError: a file is no regular one, or cannot be read.
+    """
+    versions = [path for path in (folder / "csv").glob("version_*") if path.name[8:].isdecimal()]
+    for version in sorted(versions, key=lambda path: int(path.name[8:])):
+        check_regular_file(path := version / "metrics.csv", "file of metrics")
+        if path.is_file():
+            with path.open(encoding="utf-8", newline="") as file:
+                yield list(csv.DictReader(file))
+
+
+def step_of(row: dict[str, str]) -> int:
+    """Return the number of steps when a row was logged; Lightning counts from 0."""
+    return int(row["step"]) + 1

@@ -38,8 +38,11 @@ class EMASpec:
     @property
     def labels(self) -> dict[str, float]:
         """Label of the weights, as in weights=ema_RATE -> rate."""
-        first, *others = self.rates
-        return {"ema": first} | {f"ema_{rate:g}": rate for rate in others}
+        return {self.label(rate): rate for rate in self.rates}
+
+    def label(self, rate: float) -> str:
+        """Return the label of the weights that are averaged at a rate."""
+        return "ema" if rate == self.rates[0] else f"ema_{rate:g}"
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -87,8 +90,7 @@ class EMA(Callback):
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
             log_every = trainer.log_every_n_steps  # type: ignore[attr-defined]
             if self.spec.warmup and self.updates % log_every == 0:  # without a warm-up it is in the configuration
-                label = "ema" if rate == self.spec.rates[0] else f"ema_{rate:g}"
-                pl_module.log(f"train/{label}_rate", decay)
+                pl_module.log(f"train/{self.spec.label(rate)}_rate", decay)
 
     @contextmanager
     def applied(self, module: nn.Module, label: str = "ema") -> Iterator[None]:

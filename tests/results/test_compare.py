@@ -215,3 +215,12 @@ def test_pairs_that_are_no_grid_are_points(tmp_path: Path) -> None:
     assert points.get_offsets().tolist() == [[i, lr] for lr, i in reversed(pairs)]
     assert points.get_array().tolist() == [4.0, 3.0, 2.0, 1.0]
     assert axes.get_yscale() == "log"
+
+
+def test_a_pipe_in_place_of_the_metrics_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", {10: 5.0})
+    for path in folder.glob("csv/*/metrics.csv"):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(UserError, match=r"metrics\.csv is a fifo, not a regular file"):
+        read_run(folder)
