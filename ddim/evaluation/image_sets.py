@@ -83,8 +83,7 @@ class MetricsSpec:
             )
         if self.metric.reference_npz is not None:
             raise ValueError("metric.reference_npz is for evaluations of a checkpoint; write reference=FILE.npz here.")
-        if self.logger.tensorboard:
-            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
+        self.logger.check_evaluation()
 
     @property
     def title(self) -> str:

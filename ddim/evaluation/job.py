@@ -73,10 +73,7 @@ class JobSpec(ABC):
         check_name(self.name)
         if self.grid < 0:
             raise ValueError(f"grid={self.grid} must not be negative.")
-        if self.logger.tensorboard:
-            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
-        if self.logger.log_model:
-            raise ValueError("logger.log_model is for training; leave it false.")
+        self.logger.check_evaluation()
         if self.paper is not None:
             choose("table of the paper", self.paper, PAPER_TABLES)
 

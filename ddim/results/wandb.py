@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from ddim.errors import UserError
 from ddim.io import atomic_write, check_regular_file
-from ddim.results.protocol import is_distance
+from ddim.results.protocol import completed, is_distance
 from ddim.results.records import RECORDS, Record
 from ddim.results.report import build_tables
 from ddim.results.schema import evaluation_records
@@ -65,6 +65,17 @@ class LoggerSpec:
         for tag in self.tags:
             if not 1 <= len(tag) <= 64:
                 raise ValueError(f"tags: {tag!r} has {len(tag)} characters; W&B takes tags of 1 to 64.")
+
+    def check_evaluation(self) -> None:
+        """Check that these are options of an evaluation.
+
+        Raises:
+            ValueError: one is for training.
+        """
+        if self.tensorboard:
+            raise ValueError("logger=tensorboard is for training; choose logger=wandb or wandb_offline.")
+        if self.log_model:
+            raise ValueError("logger.log_model is for training; leave it false.")
 
 
 @contextmanager
@@ -166,11 +177,11 @@ class SweepLogger:
         metrics = sorted({metric for record in records for metric in record["metrics"]})
         columns: list[str | int] = ["sampler", "S", "NFE", "n", "seed", "checkpoint", "weights", "step", *metrics]
         table = wandb.Table([*columns, "seconds_sampling", "seconds_metrics", "grid"])
-        for record in records:
-            model = record["model"]
+        for record in map(completed, records):
+            model = record["model"] or {"weights": None, "step": None}  # of images that exist already
             grid = self.folder / record["grid"] if "grid" in record else None
             table.add_data(
-                *(record["label"], record["S"], record.get("nfe", record["S"]), record.get("n"), record.get("seed")),
+                *(record["label"], record["S"], record["nfe"], record["n"], record["seed"]),
                 *(record.get("config", {}).get("checkpoint"), model["weights"], model["step"]),
                 *(record["metrics"].get(metric) for metric in metrics),
                 *(record.get(key) for key in ("seconds_sampling", "seconds_metrics")),

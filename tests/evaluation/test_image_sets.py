@@ -22,6 +22,7 @@ from ddim.evaluation.session import Session
 from ddim.results.records import RECORDS
 from ddim.results.report import build_tables
 from ddim.results.schema import evaluation_records
+from ddim.results.wandb import LoggerSpec
 
 FD = "fd_digits_classifier_60"
 
@@ -203,3 +204,9 @@ def test_what_cannot_be_compared_is_refused(
 def test_images_or_a_file_to_write_are_needed(spec: MetricsSpec, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         dataclasses.replace(spec, **changes)
+
+
+@pytest.mark.parametrize("logger", [LoggerSpec(tensorboard=True), LoggerSpec(wandb=True, log_model="all")])
+def test_loggers_of_a_training_are_refused(spec: MetricsSpec, logger: LoggerSpec) -> None:
+    with pytest.raises(ValueError, match="is for training"):
+        dataclasses.replace(spec, logger=logger)

@@ -229,3 +229,13 @@ def test_the_limits_of_names_are_those_of_wandb() -> None:
     for refused in ({"project": "p" * 129}, {"project": "a/b"}, {"run_tags": ("t" * 65,)}):
         with pytest.raises((ValueError, wandb.errors.UsageError)):
             wandb.Settings(**refused)  # type: ignore[arg-type]
+
+
+def test_images_that_no_model_here_made_are_logged(tmp_path: Path, started: list[dict[str, Any]]) -> None:
+    made = {key: value for key, value in record("cats", 5, 3.0).items() if key not in ("model", "sampler")}
+    images = {"name": "cats", "images": made["n"], "fingerprint": "f"}
+    RecordFile(tmp_path / "records.jsonl").append(made | {"kind": "images", "images": images})
+    SweepLogger(OFFLINE, "tiny", tmp_path).log_report([])
+    columns, [row] = (getattr(started[0]["logged"]["evaluations"], name) for name in ("columns", "data"))
+    values = dict(zip(columns, row, strict=True))
+    assert (values["sampler"], values["weights"], values[FID]) == ("cats", None, 3.0)
