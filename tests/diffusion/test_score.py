@@ -327,7 +327,7 @@ def test_forward_kernels_compose(r, s, t):
     assert forward_kernel(SCHEDULE[t], SCHEDULE[r]) == pytest.approx((c_1 * c_2, c_2**2 * v_1 + v_2), rel=1e-12)
 
 
-def test_forward_kernel_from_data_is_equation_4_and_beta_in_one_step():
+def test_forward_kernel_is_equation_4_and_beta_in_one_step():
     x_0, z = initial_noise([0], SHAPE, 0).double(), initial_noise([1], SHAPE, 0).double()
     betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
     for t in (1, 2, 1000):
