@@ -24,6 +24,7 @@ STREAMS = {
     "DROPOUT": "6bbb9e71 c12e9678 f93d9210 b2f7e828 5e4a8f3f 8e30d777 18b1b3a1 81632202",
     "WEIGHTS": "3bfedc8f 97fcda30 ac4a706b 873856cb 3322eb90 0cab47f6 e70577ab 02160801",
     "VARIANCE": "e9ae2b37 2b5b59f1 9f3a7e2e 1b795b57 bdcdd96e 76cd725d a9d41d3c 8e8c0282",
+    "CORRECTOR": "abcbd24c b800acc7 300b0fa9 f2b1fd1d ba366247 3a0a8e1e ad965c11 8ae333e3",
 }
 NORMALS = {  # bits of float32
     "initial": (

@@ -104,9 +104,10 @@ def test_checkpoint_example_runs(checkpoint: Path) -> None:
     assert bool(torch.isfinite(names["x_0"]).all())
 
 
-def test_sampler_example_runs() -> None:
-    code = blocks((ROOT / "docs" / "samplers.md").read_text(), "python")[0]  # test_installed_rule.py runs the other
-    names: dict[str, Any] = {"model": model}
+@pytest.mark.parametrize("number", [0, -1])  # test_installed_rule.py runs the one between
+def test_sampler_example_runs(number: int) -> None:
+    code = blocks((ROOT / "docs" / "samplers.md").read_text(), "python")[number]
+    names: dict[str, Any] = {"model": model, "sigma_bars": [0.1, 1.0, 9.0], "score_network": lambda x, levels: -x}
     exec(code, names)
     assert names["x_0"].shape == (4, 3, 32, 32)
     assert bool(torch.isfinite(names["x_0"]).all())

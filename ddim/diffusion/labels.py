@@ -25,7 +25,7 @@ def _spacing(sampler: SamplerSpec) -> str:
 
 
 def row_label(sampler: SamplerSpec) -> str:
-    """Return how a table's first column names a sampler: η=0.5, or UniPC-2 B2, with a clip policy if there is one."""
+    """Return how a table's first column names a sampler: η=0.5, or UniPC-2 B2, with what is added to it."""
     if sampler.scheduler is not None:
         return _with_arguments(sampler.scheduler, sampler)
     rule = sampler.build_rule()
@@ -33,6 +33,8 @@ def row_label(sampler: SamplerSpec) -> str:
         name = LABELS[sampler.rule](rule)
     else:  # of another package
         name = rule.label or _with_arguments(type(rule).__name__, sampler)
+    if sampler.corrector_steps:
+        name = f"PC ({name}, M={sampler.corrector_steps}, r={sampler.corrector_snr:g})"  # predictor and corrector
     if sampler.clip == "none":
         return name
     limit = "" if sampler.clip_range == 1 else f" to ±{sampler.clip_range}"
@@ -76,6 +78,11 @@ def title(sampler: SamplerSpec) -> str:
 def asked_steps(sampler: SamplerSpec) -> int:
     """Return the number of steps asked for; `uniform` may take more."""
     return len(sampler.times or ()) or sampler.steps or respaced_count(sampler.spacing) or 0
+
+
+def asked_evaluations(sampler: SamplerSpec) -> int:
+    """Return the network evaluations of an image that S and the rule ask for; `uniform` and `quad` may take others."""
+    return sampler.nfe or 1 + (asked_steps(sampler) - 1) * sampler.evaluations_per_step
 
 
 def changes(sampler: SamplerSpec, names: Collection[str] | None = None) -> str:

@@ -1,11 +1,11 @@
-"""The noise of sampling: x_T, and the fresh noise of each step, as functions of (seed, image, step)."""
+"""The noise of sampling: x_T, and the fresh noise of each step and corrector step: functions of (seed, image, step)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ddim.random import SAMPLING, gaussian
+from ddim.random import CORRECTOR, SAMPLING, gaussian
 
 
 def initial_noise(
@@ -31,3 +31,16 @@ def step_noise(
 ) -> Tensor:
     """Return the noise of sampling step 1, 2, ..., float32 (B, *shape); see `initial_noise`, which is step 0."""
     return gaussian(seed, SAMPLING, step, torch.as_tensor(indices, dtype=torch.int64, device=device), shape)
+
+
+def corrector_noise(
+    indices: Sequence[int] | Tensor,
+    shape: Sequence[int],
+    seed: int,
+    step: int,
+    number: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return the noise of corrector step `number` = 1, 2, ..., 1023 after a sampling step; see `step_noise`."""
+    indices = torch.as_tensor(indices, dtype=torch.int64, device=device)
+    return gaussian(seed, CORRECTOR, step << 10 | number, indices, shape)

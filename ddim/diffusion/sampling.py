@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddim.diffusion.noise import step_noise
+from ddim.diffusion.noise import corrector_noise, step_noise
 from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps
 from ddim.diffusion.rules import DDIM, Coefficients, Estimate, Rule, apply
 from ddim.diffusion.schedule import NoiseSchedule
+from ddim.diffusion.score import Corrector
 
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W)
 Noise = Callable[[int], Tensor] | Sequence[Tensor]  # of step k = 1, 2, ...: by number, or one for each step
@@ -89,10 +90,11 @@ def rows(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> list[Row]
     return result
 
 
-def count_evaluations(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> int:
+def count_evaluations(rule: Rule, schedule: NoiseSchedule, times: Sequence[int], corrector_steps: int = 0) -> int:
     """Return how often a trajectory evaluates the network (NFE), for each image."""
     steps = rows(rule, schedule, times)
-    return len(steps) + sum(row.correction is not None for row in steps) * rule.two_evaluations
+    corrections = sum(row.correction is not None for row in steps) * rule.two_evaluations
+    return len(steps) + corrections + (len(steps) - 1) * corrector_steps
 
 
 def trajectory(
@@ -107,8 +109,11 @@ def trajectory(
     seed: int = 0,
     indices: Sequence[int] | Tensor | None = None,
     noise: Noise | None = None,
+    corrector: Corrector | None = None,
 ) -> Iterator[State]:
     """Walk x through `times` and yield the state after each step; a step costs one network evaluation, or two (Heun).
+
+    A corrector takes its steps after each step but the last; each costs one evaluation more.
 
     Args:
         model: called as model(x_t, t) with paper times t in 1..T, shape (B,). At t = 0, where encoding starts, no
@@ -122,12 +127,13 @@ def trajectory(
         seed, indices: decide the noise: image `indices[i]` gets the noise (seed, indices[i], k) at step k.
             The indices default to 0..B-1, as in `initial_noise(range(B), ...)`.
         noise: the fresh noise instead, z of step k with the shape of x: noise(k), or noise[k - 1]; a step that adds
-            none does not ask for it.
+            none does not ask for it. That of the corrector always follows from the seed and the indices.
+        corrector: Langevin steps; for descending times only.
 
     Raises:
         ValueError: an unknown name, a time outside 0..T, a step that the rule cannot take, a noise level at which the
-            prediction gives no x̂0 or ε̂, or noise for another number of steps; before the first network evaluation.
-            Noise of another shape than x, when its step comes.
+            prediction gives no x̂0 or ε̂, a corrector on the way up, or noise for another number of steps; before the
+            first network evaluation. Noise of another shape than x, when its step comes.
     """
     rule = rule or DDIM()
     if prediction not in PREDICTIONS:
@@ -136,27 +142,34 @@ def trajectory(
         raise ValueError(f"times={list(times)} must hold at least a start and an end.")
     for t in times[:-1]:
         check_level(prediction, schedule[t])
-    draw = _noise(noise, len(times) - 1, x, seed, range(len(x)) if indices is None else indices)
-    return _walk(model, schedule, x, rows(rule, schedule, times), rule, prediction, as_clip(clip), draw)
+    corrector = corrector or Corrector(steps=0)
+    if corrector.steps and not all(0 < t >= s for t, s in pairwise(times)):
+        raise ValueError("a corrector is for sampling, over descending times; encoding is deterministic: leave it out.")
+    steps = rows(rule, schedule, times)
+    draw = _noise(noise, len(steps), x, seed, range(len(x)) if indices is None else indices)
+    return _walk(model, schedule, x, steps, rule, prediction, as_clip(clip), draw, corrector)
 
 
 def _noise(
     noise: Noise | None, steps: int, x: Tensor, seed: int, indices: Sequence[int] | Tensor
-) -> Callable[[int], Tensor]:
-    """Return the noise of step k, as a function of k, in the dtype of x."""
-    if noise is None:
-        addresses = torch.as_tensor(indices, dtype=torch.int64, device=x.device)
-        return lambda k: step_noise(addresses, x.shape[1:], seed, k).to(x.dtype)
-    if not callable(noise) and len(noise) != steps:
+) -> Callable[[int, int], Tensor]:
+    """Return the noise of step k, or of corrector step j = 1, 2, ... after it, as a function of k and j."""
+    if noise is not None and not callable(noise) and len(noise) != steps:
         raise ValueError(f"noise is given for {len(noise)} steps, but the trajectory has {steps}.")
+    addresses = torch.as_tensor(indices, dtype=torch.int64, device=x.device)
 
-    def given(k: int) -> Tensor:
-        z = noise(k) if callable(noise) else noise[k - 1]
+    def draw(k: int, j: int) -> Tensor:
+        if j:
+            z = corrector_noise(addresses, x.shape[1:], seed, k, j)
+        elif noise is None:
+            z = step_noise(addresses, x.shape[1:], seed, k)
+        else:
+            z = noise(k) if callable(noise) else noise[k - 1]
         if z.shape != x.shape:
             raise ValueError(f"the noise of step {k} has the shape {tuple(z.shape)}, x {tuple(x.shape)}.")
         return z.to(x.dtype)
 
-    return given
+    return draw
 
 
 def _walk(
@@ -167,7 +180,8 @@ def _walk(
     rule: Rule,
     prediction: str,
     clip: Clip,
-    noise: Callable[[int], Tensor],
+    noise: Callable[[int, int], Tensor],
+    corrector: Corrector,
 ) -> Iterator[State]:
     evaluations = 0
 
@@ -181,15 +195,17 @@ def _walk(
     corrected: Estimate | None = None  # the one at x, where a correction has made it
     for k, (t, s, row, correction) in enumerate(steps, start=1):
         with torch.no_grad():  # around the step only: the caller's own gradient mode holds between steps
-            newest = corrected or estimate(x, t)
-            corrected = None
+            newest, corrected = corrected or estimate(x, t), None
             estimates = [newest, *(e for e in estimates if e.level != newest.level)][: rule.memory]
-            x = apply(row, estimates, noise(k) if row.noise else None)
+            x = apply(row, estimates, noise(k, 0) if row.noise else None)
             if correction is not None:
                 ahead = estimate(x, s)
                 x = apply(correction, [ahead, *estimates])
                 if not rule.two_evaluations:  # x̂0 stays, ε̂ is derived again so that both make up the corrected x
                     corrected = ahead._replace(eps=eps_from_x0(ahead.x0, x, ahead.level))
+            for j in range(1, corrector.steps + 1 if k < len(steps) else 1):  # between two steps: not after the last
+                at, corrected = corrected or estimate(x, s), None
+                x = corrector.step(x, at.eps, noise(k, j), schedule[s], schedule[s] / schedule[s - 1])
         yield State(k, s, x, newest.x0, newest.eps, evaluations)
 
 
@@ -206,6 +222,7 @@ def sample(
     seed: int = 0,
     indices: Sequence[int] | Tensor | None = None,
     noise: Noise | None = None,
+    corrector: Corrector | None = None,
 ) -> Tensor:
     """Return x_0, (B, C, H, W), for the starting points x_T over the increasing times tau; see `trajectory`.
 
@@ -213,7 +230,17 @@ def sample(
     """
     times = (*reversed(tau), last_time)
     states = trajectory(
-        model, schedule, x_T, times, rule, prediction=prediction, clip=clip, seed=seed, indices=indices, noise=noise
+        model,
+        schedule,
+        x_T,
+        times,
+        rule,
+        prediction=prediction,
+        clip=clip,
+        seed=seed,
+        indices=indices,
+        noise=noise,
+        corrector=corrector,
     )
     return last_state(states)
 

@@ -15,6 +15,7 @@ from ddim.diffusion.registry import DIFFUSERS, RULES, check_arguments, find_rule
 from ddim.diffusion.rules import Rule
 from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
 from ddim.diffusion.schedule import NoiseSchedule
+from ddim.diffusion.score import Corrector
 from ddim.diffusion.tau_file import SUFFIX, TauFile, read_tau
 from ddim.diffusion.timesteps import (
     SPACINGS,
@@ -50,6 +51,7 @@ class SamplerSpec:
         kwargs: other arguments of the rule, or those of the scheduler and of its `step`. A file among them is read when
             this is created.
         scheduler: a class of diffusers, with rule=diffusers; `ddim.inference.diffusers_scheduler` samples with it.
+        corrector_steps, corrector_snr: Langevin steps after each step but the last, see `Corrector`; 0 for none.
 
     Raises:
         ValueError: an unknown name, fields that contradict each other, or a file that is not one of S times.
@@ -70,6 +72,8 @@ class SamplerSpec:
     kwargs: dict[str, Any] | None = None
     scheduler: str | None = None
     nfe: int | None = None
+    corrector_steps: int = 0
+    corrector_snr: float = 0.16
 
     def __post_init__(self) -> None:
         respaced = None if self.has_file else respaced_count(self.spacing)
@@ -99,6 +103,9 @@ class SamplerSpec:
         if self.steps_offset is not None and self.spacing != "leading":
             raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
         self.build_clip()
+        self.build_corrector()
+        if not self.corrector_steps and self.corrector_snr != Corrector.snr:
+            raise ValueError(f"corrector_snr={self.corrector_snr} needs corrector_steps, such as 1; 0 is no corrector.")
         if self.rule == DIFFUSERS or self.scheduler is not None or self.spacing == "scheduler":
             self._check_scheduler_fields()
             return
@@ -122,11 +129,25 @@ class SamplerSpec:
     @property
     def steps(self) -> int | None:
         """S, or the steps that the rule makes of nfe evaluations; None with times that are given otherwise."""
-        return (self.nfe + 1) // 2 if self.nfe and self.build_rule().two_evaluations else self.nfe or self.S
+        return 1 + (self.nfe - 1) // self.evaluations_per_step if self.nfe else self.S
+
+    @property
+    def evaluations_per_step(self) -> int:
+        """Network evaluations of a step, with those of the corrector; the last step takes one."""
+        return 1 + (self.scheduler is None and self.build_rule().two_evaluations) + self.corrector_steps
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether x_T alone decides the sample: neither the rule nor the corrector adds noise."""
+        return self.build_rule().convergence is not None and not self.corrector_steps
 
     def build_clip(self) -> Clip:
         """Return the clip policy."""
         return Clip(self.clip, self.clip_range, self.threshold_ratio, self.threshold_max)
+
+    def build_corrector(self) -> Corrector:
+        """Return the Langevin corrector; of 0 steps where there is none."""
+        return Corrector(self.corrector_steps, self.corrector_snr)
 
     def check(self, schedule: NoiseSchedule, prediction: str) -> None:
         """Check before work starts that the sampler fits a schedule and what the network predicts.
@@ -192,8 +213,11 @@ class SamplerSpec:
             "clip_range": 1.0,
             "threshold_ratio": None,
             "threshold_max": None,
+            "corrector_steps": 0,
         }
         added = {name: getattr(self, name) for name in unset} | {"kwargs": self.kwargs or None}
+        if self.corrector_steps:
+            chosen["corrector_snr"] = self.corrector_snr
         if self.scheduler is not None:
             chosen[DIFFUSERS] = importlib.metadata.version(DIFFUSERS)
         elif isinstance(rule := self.build_rule(), AnalyticVariance):
@@ -223,11 +247,13 @@ class SamplerSpec:
             seed=seed,
             indices=indices,
             noise=noise,
+            corrector=self.build_corrector(),
         )
 
     def evaluations(self, schedule: NoiseSchedule) -> int:
         """Return how often a sample evaluates the network (NFE)."""
-        return count_evaluations(self.build_rule(), schedule, self.descending_times(schedule.T))
+        times = self.descending_times(schedule.T)
+        return count_evaluations(self.build_rule(), schedule, times, self.corrector_steps)
 
     def descending_times(self, T: int) -> tuple[int, ...]:
         """Return the times of a trajectory, from tau's last to `last_time`."""
@@ -256,7 +282,8 @@ class SamplerSpec:
             tau = leading_tau(T, self.steps, self.steps_offset)
         else:
             tau = SPACINGS[self.spacing](T, self.steps)
-        taken = len(tau) + (distinct_evaluations(tau) - 1) * self.build_rule().two_evaluations
+        taken = 1 + (len(tau) - 1) * self.evaluations_per_step
+        taken -= (len(tau) - distinct_evaluations(tau)) * self.build_rule().two_evaluations
         if self.nfe not in (None, taken):
             raise NFENotPossible(
                 f"nfe={self.nfe} is not possible with rule={self.rule} and spacing={self.spacing}, whose {len(tau)} "

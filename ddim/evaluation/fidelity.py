@@ -13,7 +13,7 @@ from torch import Tensor
 from ddim.checkpoints import LoadedModel
 from ddim.config import FilePath
 from ddim.data.datasets import DataSpec
-from ddim.diffusion.labels import asked_steps, title
+from ddim.diffusion.labels import asked_evaluations, asked_steps, title
 from ddim.distributed import Processes
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, moments
@@ -90,7 +90,7 @@ class EvaluateSpec(JobSpec):
     @property
     def network_evaluations(self) -> int:
         """Network evaluations of single images, over all repeats."""
-        return self.repeats * self.n * (self.sampler.nfe or asked_steps(self.sampler))
+        return self.repeats * self.n * asked_evaluations(self.sampler)
 
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without generating an image.

@@ -58,8 +58,10 @@ class ReconstructSpec(JobSpec):
         if self.n is not None and self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1, or null for all images.")
         super().__post_init__()
-        if self.sampler.build_rule() != DDIM(0.0) or self.sampler.last_time:
-            raise ValueError("encoding is deterministic and starts at the image: take sampler.eta=0 and last_time=0.")
+        if self.sampler.build_rule() != DDIM(0.0) or self.sampler.last_time or self.sampler.corrector_steps:
+            raise ValueError(
+                "encoding is deterministic and starts at the image: take sampler.eta=0, last_time=0 and no corrector."
+            )
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim.diffusion.labels import asked_steps, row_label, title
+from ddim.diffusion.labels import asked_evaluations, row_label, title
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.evaluation.influence import keep_intervals, mean_influence
@@ -51,7 +51,7 @@ class TrajectoryErrorSpec(JobSpec):
             raise ValueError(f"n={self.n} must be at least 1, and at most {MOST_IMAGES:,}.")
         check_seed(self.seed)
         super().__post_init__()
-        if self.sampler.build_rule().convergence is None:
+        if not self.sampler.deterministic:
             raise ValueError(
                 f"{row_label(self.sampler)} adds noise, so no exact trajectory belongs to it; choose a deterministic "
                 "sampler, such as sampler=ddim."
@@ -65,7 +65,7 @@ class TrajectoryErrorSpec(JobSpec):
     @property
     def network_evaluations(self) -> int:
         """Network evaluations of single images, without those of the exact trajectory."""
-        return self.n * (self.sampler.nfe or asked_steps(self.sampler))
+        return self.n * asked_evaluations(self.sampler)
 
     def exact_sampler(self, T: int) -> SamplerSpec:
         """Return what stands for the exact trajectory: order 3 over all times 1..T, clipped in the same way."""

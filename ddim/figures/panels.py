@@ -189,7 +189,7 @@ def load_panel(path: str | Path) -> Panel:
 
 def _from_starts(title: str, context: SamplingContext, sampler: SamplerSpec, starts: Tensor) -> Tensor:
     """Sample from x_T in rows and columns. These have no image number, which noise in the steps would need."""
-    if sampler.build_rule().convergence is None:
+    if not sampler.deterministic:
         raise ValueError(
             f"interpolation needs a deterministic sampler such as ddim with eta=0, not {row_label(sampler)}."
         )

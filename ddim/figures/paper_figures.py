@@ -214,7 +214,7 @@ def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[
 
 def _check_deterministic(spec: FigureSpec, context: SamplingContext) -> None:
     check_sampler(context.model, spec.sampler)
-    if spec.sampler.build_rule().convergence is None:
+    if not spec.sampler.deterministic:
         raise UserError("interpolation needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
 
 

@@ -71,7 +71,7 @@ class SearchTauSpec:
             raise ValueError(f"n={self.n} must be at least 1.")
         check_image_numbers(self.first, 2 * self.n)
         check_seed(self.seed)
-        if self.sampler.build_rule().convergence is None:
+        if not self.sampler.deterministic:
             raise ValueError("the search needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
         if self.sampler.S is None or self.sampler.has_file:
             raise ValueError("the search chooses the times: give sampler.S and leave sampler.spacing and times out.")

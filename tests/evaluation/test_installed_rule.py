@@ -18,7 +18,7 @@ from ddim.results.report import write_report
 from ddim.testing import check_order
 
 PAGE = (Path(__file__).parents[2] / "docs" / "samplers.md").read_text()
-MODULE = PAGE.split("```python\n")[-1].split("```")[0]
+MODULE = PAGE.split("## Write a rule")[1].split("```python\n")[1].split("```")[0]
 
 
 @pytest.fixture

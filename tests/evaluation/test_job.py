@@ -23,6 +23,7 @@ CHOSEN = {"rule": "ddim", "eta": 0.0, "clip": "x0", "last_time": 0, "tau": [1, 2
         ({"clip_range": 2.0}, {"clip_range": 2.0}),
         ({"threshold_ratio": 0.9}, {"threshold_ratio": 0.9}),
         ({"threshold_ratio": 0.9, "threshold_max": 1.5}, {"threshold_ratio": 0.9, "threshold_max": 1.5}),
+        ({"corrector_steps": 1}, {"corrector_steps": 1, "corrector_snr": 0.16}),
     ],
 )
 def test_later_fields_enter_the_key_where_they_are_set(fields: dict[str, Any], added: dict[str, Any]) -> None:
@@ -38,6 +39,8 @@ def test_later_fields_enter_the_key_where_they_are_set(fields: dict[str, Any], a
         ({"clip_range": 2.0}, "η=0.0 (clip x0 to ±2.0)", "linear", 50),
         ({"threshold_ratio": 0.9}, "η=0.0 (clip x0, threshold 0.9)", "linear", 50),
         ({"threshold_ratio": 0.9, "threshold_max": 2.0}, "η=0.0 (clip x0, threshold 0.9 up to 2.0)", "linear", 50),
+        ({"corrector_steps": 2, "corrector_snr": 0.1}, "PC (η=0.0, M=2, r=0.1) (clip x0)", "linear", 50),
+        ({"corrector_steps": 1, "nfe": 7, "S": None}, "PC (η=0.0, M=1, r=0.16) (clip x0)", "linear", 4),
         ({"spacing": "leading", "S": 5}, "η=0.0 (clip x0)", "leading", 5),
         ({"spacing": "leading", "S": 5, "steps_offset": 1}, "η=0.0 (clip x0)", "leading+1", 5),
         ({"spacing": "10,20", "S": None}, "η=0.0 (clip x0)", "10,20", 30),

@@ -43,6 +43,8 @@ FIGURES figure=consistency S=[10,2000] -> sampler: S=2000 | T=50 | must lie in 1
 TRAIN data=digits grid.sampler.S=2000 -> grid.sampler: S=2000 | T=1000
 SAMPLE sampler.S=null sampler.spacing=ddim30 -> spacing=ddim30 does not exist for T=50
 SAMPLE sampler.spacing=ddim25 -> S=50 contradicts spacing=ddim25 | set S=null
+SAMPLE sampler.corrector_snr=0.1 -> sampler: corrector_snr=0.1 needs corrector_steps
+FIGURES figure=interpolation sampler=ddim_corrector -> interpolation needs a deterministic sampler
 SAMPLE sampler.clip_range=2 -> need clip=x0
 SAMPLE checkpoint=zero_snr.safetensors -> a network that predicts ε gives no x0 | prediction=v or x0
 TRAIN data=digits schedule.zero_terminal_snr=true -> objective: a network that predicts ε | prediction=v or x0
