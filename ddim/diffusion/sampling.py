@@ -4,6 +4,7 @@ Descending times sample; ascending times encode (paper, Eq. 14). What a step doe
 (`rules.py`, `solvers.py`) gives; the loop evaluates the network and remembers what the rule needs of earlier steps.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.noise import step_noise
-from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps
+from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps, x0_from_eps
 from ddim.diffusion.rules import DDIM, Coefficients, Estimate, Rule, apply
 from ddim.diffusion.schedule import NoiseSchedule
 
@@ -92,7 +93,13 @@ def rows(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> list[Row]
 def count_evaluations(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> int:
     """Return how often a trajectory evaluates the network (NFE), for each image."""
     steps = rows(rule, schedule, times)
-    return len(steps) + sum(row.correction is not None for row in steps) * rule.two_evaluations
+    return len(steps) * max(1, rule.implicit) + sum(row.correction is not None for row in steps) * rule.two_evaluations
+
+
+def check_levels(rule: Rule, schedule: NoiseSchedule, times: Sequence[int], prediction: str) -> None:
+    """Refuse times at which what the network predicts gives no x̂0 or ε̂; see `check_level`."""
+    for t in times[1:] if rule.implicit and not rule.shifted else times[:-1]:
+        check_level(prediction, schedule[t])
 
 
 def trajectory(
@@ -107,6 +114,7 @@ def trajectory(
     seed: int = 0,
     indices: Sequence[int] | Tensor | None = None,
     noise: Noise | None = None,
+    second: Tensor | None = None,
 ) -> Iterator[State]:
     """Walk x through `times` and yield the state after each step; a step costs one network evaluation, or two (Heun).
 
@@ -123,6 +131,7 @@ def trajectory(
             The indices default to 0..B-1, as in `initial_noise(range(B), ...)`.
         noise: the fresh noise instead, z of step k with the shape of x: noise(k), or noise[k - 1]; a step that adds
             none does not ask for it.
+        second: the state at times[1], where it is known; then the first step is not computed (see `inversion.py`).
 
     Raises:
         ValueError: an unknown name, a time outside 0..T, a step that the rule cannot take, a noise level at which the
@@ -134,10 +143,14 @@ def trajectory(
         raise ValueError(f"prediction={prediction!r} must be one of {', '.join(PREDICTIONS)}.")
     if len(times) < 2:
         raise ValueError(f"times={list(times)} must hold at least a start and an end.")
-    for t in times[:-1]:
-        check_level(prediction, schedule[t])
+    check_levels(rule, schedule, times, prediction)
     draw = _noise(noise, len(times) - 1, x, seed, range(len(x)) if indices is None else indices)
-    return _walk(model, schedule, x, rows(rule, schedule, times), rule, prediction, as_clip(clip), draw)
+    steps = rows(rule, schedule, times)
+    past: list[Estimate] = []
+    if second is not None:  # any x̂0 and ε̂ that make up x serve as the prediction that led from there
+        past = [Estimate(a_t := schedule[times[0]], torch.zeros_like(x), x / math.sqrt(1 - a_t))]
+        x, steps = second, steps[1:]
+    return _walk(model, schedule, x, steps, rule, prediction, as_clip(clip), draw, past)
 
 
 def _noise(
@@ -168,25 +181,33 @@ def _walk(
     prediction: str,
     clip: Clip,
     noise: Callable[[int], Tensor],
+    estimates: list[Estimate],
 ) -> Iterator[State]:
     evaluations = 0
 
-    def estimate(x: Tensor, t: int) -> Estimate:
+    def estimate(x: Tensor, t: int, level: float) -> Estimate:
         nonlocal evaluations
         evaluations += 1
         output = model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype)
-        return Estimate(schedule[t], *x0_and_eps(prediction, clip, output, x, schedule[t]))
+        return Estimate(level, *x0_and_eps(prediction, clip, output, x, level))
 
-    estimates: list[Estimate] = []
+    def solve(x: Tensor, t: int, s: int, row: Coefficients) -> Estimate:
+        x_s = x
+        for _ in range(rule.implicit):  # fixed-point iterations for the x_s whose step down ends at x
+            eps = estimate(x_s, s, schedule[t if rule.shifted else s]).eps
+            newest = Estimate(schedule[t], x0_from_eps(eps, x, schedule[t]), eps)
+            x_s = apply(row, [newest])
+        return newest
+
     corrected: Estimate | None = None  # the one at x, where a correction has made it
-    for k, (t, s, row, correction) in enumerate(steps, start=1):
+    for k, (t, s, row, correction) in enumerate(steps, start=1 + len(estimates)):
         with torch.no_grad():  # around the step only: the caller's own gradient mode holds between steps
-            newest = corrected or estimate(x, t)
+            newest = corrected or (solve(x, t, s, row) if rule.implicit else estimate(x, t, schedule[t]))
             corrected = None
             estimates = [newest, *(e for e in estimates if e.level != newest.level)][: rule.memory]
             x = apply(row, estimates, noise(k) if row.noise else None)
             if correction is not None:
-                ahead = estimate(x, s)
+                ahead = estimate(x, s, schedule[s])
                 x = apply(correction, [ahead, *estimates])
                 if not rule.two_evaluations:  # x̂0 stays, ε̂ is derived again so that both make up the corrected x
                     corrected = ahead._replace(eps=eps_from_x0(ahead.x0, x, ahead.level))

@@ -210,6 +210,7 @@ class SamplerSpec:
         seed: int = 0,
         indices: Sequence[int] | Tensor | None = None,
         noise: Noise | None = None,
+        second: Tensor | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
         return trajectory(
@@ -223,6 +224,7 @@ class SamplerSpec:
             seed=seed,
             indices=indices,
             noise=noise,
+            second=second,
         )
 
     def evaluations(self, schedule: NoiseSchedule) -> int:
