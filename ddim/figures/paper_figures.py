@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ddim.checkpoints import load_model
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath, check_name, config_context
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
@@ -16,6 +16,7 @@ from ddim.figures import panels
 from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import SamplingContext, evenly_spaced
 from ddim.random import check_seed
@@ -64,6 +65,7 @@ class FigureSpec:
         columns: number of times in x0_strip.
         frames: number of predictions in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
+        x_T: a file of encoded images (scripts/encode.py) to start from in place of noise; image i is its i-th.
         weights: ema, online, or ema_RATE for an additional EMA.
         overwrite: replace files of an earlier call.
 
@@ -87,6 +89,7 @@ class FigureSpec:
     frames: int = 30
     seed: int = 0
     weights: str = "ema"
+    x_T: FilePath | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -129,10 +132,15 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
         present = [path for paths in files.values() for path in paths if path.exists()]
         if present and not spec.overwrite:
             raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
+        encoded = None if spec.x_T is None else _load_x_T(spec, spec.x_T, model)
+    origin = provenance()
     context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
+    if encoded is not None:
+        spec = dataclasses.replace(spec, n=None if spec.indices else min(spec.n or len(encoded.x_T), len(encoded.x_T)))
+        context = dataclasses.replace(context, given=encoded.x_T)
+        origin |= {"x_T": encoded.metadata}
     with processes.barrier(), config_context("sampler"):
         plans = {name: FIGURES[name](spec, context) for name in names}
-    origin = provenance()
     for name, plan in plans.items():
         picture, tensors = files[name]
         panel = plan()
@@ -145,6 +153,13 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
                     draw(panel, picture, spec.figure.width)
                 save_panel(panel, tensors)
     return [path for paths in files.values() for path in paths]
+
+
+def _load_x_T(spec: FigureSpec, path: str, model: LoadedModel) -> EncodedImages:
+    encoded = load_encoded(path, model)
+    check_images(encoded, path, spec.indices or (0,))
+    say_what_differs(encoded, path, spec.sampler, check_sampler(model, spec.sampler))
+    return encoded
 
 
 def targets(name: str, folder: Path, kind: str = "png") -> tuple[Path, Path]:

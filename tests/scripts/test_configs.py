@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
+from ddim.diffusion.inversion import INVERSIONS
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
 from ddim.diffusion.registry import DIFFUSERS, RULES
@@ -170,7 +171,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
     ("objective/ddpm", "times"): TIME_SAMPLERS,
+    ("encode", "inversion"): INVERSIONS,
     ("estimate_variance", "split"): EstimateVarianceSpec,
+    ("reconstruct", "inversion"): INVERSIONS,
     ("reconstruct", "split"): ReconstructSpec,
     ("sample", "format"): SampleSpec,
     ("sampler/ddim", "clip"): CLIP_POLICIES,
