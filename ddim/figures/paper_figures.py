@@ -136,7 +136,6 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     origin = provenance()
     context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
     if encoded is not None:
-        spec = dataclasses.replace(spec, n=None if spec.indices else min(spec.n or len(encoded.x_T), len(encoded.x_T)))
         context = dataclasses.replace(context, given=encoded.x_T)
         origin |= {"x_T": encoded.metadata}
     with processes.barrier(), config_context("sampler"):
@@ -157,7 +156,6 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
 
 def _load_x_T(spec: FigureSpec, path: str, model: LoadedModel) -> EncodedImages:
     encoded = load_encoded(path, model)
-    check_images(encoded, path, spec.indices or (0,))
     say_what_differs(encoded, path, spec.sampler, check_sampler(model, spec.sampler))
     return encoded
 
@@ -170,22 +168,33 @@ def targets(name: str, folder: Path, kind: str = "png") -> tuple[Path, Path]:
 Plan = Callable[[], Panel]
 
 
+def _images(spec: FigureSpec, context: SamplingContext, default: int) -> tuple[int, ...]:
+    """Return the image numbers of a figure: `default` of them, or those asked for, of a file those that it has."""
+    if context.given is None:
+        return spec.images(default)
+    indices = spec.images(min(default, len(context.given)))
+    check_images(context.given, spec.x_T, indices)
+    return indices
+
+
 def _samples(spec: FigureSpec, context: SamplingContext) -> Plan:
     S = numbers_of_steps(spec, context, (10, 100))
     rows = [dataclasses.replace(spec.sampler, rule="ddim", eta=eta, S=S[0]) for eta in spec.etas]
     if spec.sigma_hat:
         rows.append(dataclasses.replace(spec.sampler, rule="sigma_hat", eta=None))
-    return lambda: panels.samples(context, rows, S, spec.images(5))
+    images = _images(spec, context, 5)
+    return lambda: panels.samples(context, rows, S, images)
 
 
 def _consistency(spec: FigureSpec, context: SamplingContext) -> Plan:
     S = numbers_of_steps(spec, context, (10, 20, 50, 100, 1000))
-    return lambda: panels.consistency(context, spec.sampler, S, spec.images(5))
+    images = _images(spec, context, 5)
+    return lambda: panels.consistency(context, spec.sampler, S, images)
 
 
 def _interpolation(spec: FigureSpec, context: SamplingContext) -> Plan:
     _check_deterministic(spec, context)
-    images = spec.images(8)
+    images = _images(spec, context, 8)
     if len(images) % 2:
         raise UserError(f"interpolation takes pairs of images, not {len(images)}; give an even number of them.")
     pairs = list(zip(images[0::2], images[1::2], strict=True))
@@ -194,7 +203,7 @@ def _interpolation(spec: FigureSpec, context: SamplingContext) -> Plan:
 
 def _interpolation_grid(spec: FigureSpec, context: SamplingContext) -> Plan:
     _check_deterministic(spec, context)
-    if len(images := spec.images(4)) < 4:
+    if len(images := _images(spec, context, 4)) < 4:
         raise UserError(f"interpolation_grid takes two pairs of images, not {len(images)} images; give four.")
     corners = (images[0], images[1], images[2], images[3])
     return lambda: panels.interpolation_grid(context, spec.sampler, corners, _weights(spec), _weights(spec))
@@ -202,13 +211,14 @@ def _interpolation_grid(spec: FigureSpec, context: SamplingContext) -> Plan:
 
 def _x0_strip(spec: FigureSpec, context: SamplingContext) -> Plan:
     steps = evenly_spaced(spec.columns, len(check_sampler(context.model, spec.sampler)))
-    return lambda: panels.x0_strip(context, spec.sampler, spec.images(4), steps)
+    images = _images(spec, context, 4)
+    return lambda: panels.x0_strip(context, spec.sampler, images, steps)
 
 
 def _trajectory(spec: FigureSpec, context: SamplingContext) -> Plan:
     steps = evenly_spaced(spec.frames, len(check_sampler(context.model, spec.sampler)))
     # Fewer large images: all frames are kept unrounded for the file of tensors.
-    images = spec.images(16 if context.model.spec.image_shape[1] < 128 else 4)
+    images = _images(spec, context, 16 if context.model.spec.image_shape[1] < 128 else 4)
     return lambda: panels.trajectory(context, spec.sampler, images, steps)
 
 

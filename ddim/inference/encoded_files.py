@@ -87,14 +87,14 @@ def load_encoded(path: str, model: LoadedModel) -> EncodedImages:
     return encoded
 
 
-def check_images(encoded: EncodedImages, path: str, indices: Sequence[int]) -> None:
+def check_images(x_T: Tensor, path: str | None, indices: Sequence[int]) -> None:
     """Check that a file has the images asked for.
 
     Raises:
         UserError: it has not.
     """
-    if (largest := max(indices)) >= len(encoded.x_T):
-        raise UserError(f"x_T={path} holds the images 0 .. {len(encoded.x_T) - 1}, not {largest}; ask for these.")
+    if (largest := max(indices)) >= len(x_T):
+        raise UserError(f"x_T={path} holds the images 0 .. {len(x_T) - 1}, not {largest}; ask for these.")
 
 
 def say_what_differs(encoded: EncodedImages, path: str, sampler: SamplerSpec, tau: Sequence[float]) -> bool:

@@ -241,7 +241,7 @@ def _write_images(
 def _load_x_T(model: LoadedModel, spec: SampleSpec, path: str, tau: Sequence[float]) -> EncodedImages:
     """Return the file of encoded images, without the second states where the sampler is not the one they are for."""
     encoded = load_encoded(path, model)
-    check_images(encoded, path, [spec.first])
+    check_images(encoded.x_T, path, [spec.first])
     same = say_what_differs(encoded, path, spec.sampler, tau)
     return encoded if same else dataclasses.replace(encoded, second=None)
 
