@@ -80,8 +80,8 @@ def checkpoint_images(root: Path, shape: tuple[int, int, int], resize: bool, con
     """
     if not root.is_dir():
         raise UserError(f"the folder source={root} does not exist; give a folder of images.")
-    channels, *size = shape
-    read = partial(_read, size=tuple(size), channels=channels, resize=resize, convert=convert, for_checkpoint=True)
+    channels, height, width = shape
+    read = partial(_read, size=(height, width), channels=channels, resize=resize, convert=convert, for_checkpoint=True)
     return FileImages(root.resolve().name, list_images(root), read, shape, f"resize {resize}, convert {convert}")
 
 

@@ -96,7 +96,7 @@ class ReconstructSpec(JobSpec):
         if n > len(images):
             raise UserError(f"n={n} images are more than the {len(images)} of {images.name}; n=null takes all.")
         with config_context("inversion"):
-            self.how.check_levels(model.spec.schedule, tau, model.spec.prediction)
+            self.how.check_levels(model.spec.schedule, self.sampler.tau(model.spec.schedule.T), model.spec.prediction)
         fingerprint = session.fingerprint(self.data, self.split)
         settings = {
             "kind": "reconstruction",

@@ -149,8 +149,8 @@ def sample_batch(
     if start is None:
         x_T, second = initial_noise(indices, model.spec.image_shape, seed, device=compute.device), None
     else:
-        x_T, second = (None if x is None else x.to(compute.device) for x in start(indices))
-        assert x_T is not None
+        x_T, second = start(indices)
+        x_T, second = x_T.to(compute.device), None if second is None else second.to(compute.device)
     counted = 0
     with autocast(compute):
         for state in sample_steps(model, sampler, x_T, indices, seed, second):
