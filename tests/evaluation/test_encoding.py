@@ -23,7 +23,7 @@ from ddim.errors import UserError
 from ddim.evaluation import encoding
 from ddim.evaluation.encoding import EncodeSpec, decode_with, write_encoded
 from ddim.figures.panels import load_panel
-from ddim.figures.paper_figures import FigureSpec, write_figures
+from ddim.figures.paper_figures import FigureSpec, PictureSpec, write_figures
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.encoded_files import load_encoded
 from ddim.inference.sample_files import SampleSpec, write_samples
@@ -72,7 +72,7 @@ def test_the_file_holds_x_T_and_where_it_is_from(
     stated = {"tau": list(tau), "files": NAMES, "weights": "ema", "weights_hash": model.weights_hash, "nfe": 5}
     assert stated.items() <= metadata.items()
     assert metadata["inversion"] == {"method": "paper"}
-    assert [*Path(spec.output_dir).glob("unfinished/*")] == []
+    assert [*Path(spec.output_dir).glob("unfinished/*/*")] == []
     with pytest.raises(UserError, match="exists already"):
         write_encoded(spec)
 
@@ -161,7 +161,7 @@ def test_figures_interpolate_between_encoded_images(
     spec: EncodeSpec, tmp_path: Path, pixels: torch.Tensor, model: LoadedModel
 ) -> None:
     write_encoded(dataclasses.replace(spec, sampler=SamplerSpec(S=50)))
-    figures = FigureSpec("interpolation", spec.checkpoint, "f", str(tmp_path / "figures"), CPU, points=3)
+    figures = FigureSpec(PictureSpec("interpolation"), spec.checkpoint, "f", str(tmp_path / "figures"), CPU, points=3)
     figures = dataclasses.replace(figures, x_T=str(spec.path), indices=(1, 4))
     panel = load_panel(write_figures(figures)[1])
     x_T = load_encoded(str(spec.path), model).x_T
