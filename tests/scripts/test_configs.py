@@ -61,9 +61,8 @@ def group_of(main: str) -> list[str]:
 
 
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
-REFUSED = {
-    (m, f"sampler={option}") for m in ("reconstruct", "encode") for option in options("sampler") if option != "ddim"
-}
+NOT_DDIM = [option for option in options("sampler") if option != "ddim"]
+REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "encode") for option in NOT_DDIM}
 NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers"))]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
