@@ -167,7 +167,7 @@ def test_figures_interpolate_between_encoded_images(
     x_T = load_encoded(str(spec.path), model).x_T
     halfway = ddim.slerp(x_T[1:2], x_T[4:5], 0.5)
     expected = ddim.sample(model, model.spec.schedule, torch.cat([x_T[1:2], halfway, x_T[4:5]]), range(1, 51))
-    assert torch.allclose(panel.images[0], expected, atol=1e-4)
+    assert torch.allclose(panel.images[0], expected, rtol=1e-3, atol=1e-2)
     assert panel.metadata["x_T"]["files"] == NAMES
     with pytest.raises(UserError, match="not 7"):
         write_figures(dataclasses.replace(figures, indices=(1, 7), name="g", output_dir=str(tmp_path / "g")))
