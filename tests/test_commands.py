@@ -17,6 +17,7 @@ from ddim.checkpoints.convert.exporting import ExportSpec
 from ddim.checkpoints.convert.importing import ImportSpec
 from ddim.config import build
 from ddim.errors import UserError
+from ddim.evaluation.encoding import EncodeSpec
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
@@ -47,12 +48,14 @@ SPECS: dict[str, type] = {
     "search_tau": SearchTauSpec,
     "compare": CompareSpec,
     "estimate_variance": EstimateVarianceSpec,
+    "encode": EncodeSpec,
     "metrics": MetricsSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }
 # Scripts that a document other than the README shows.
 ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps", "metrics": "evaluation"}
+ELSEWHERE |= {"encode": "inversion"}
 FLAGS = {"-m", "--multirun", "--help"}
 OWN_CONFIGS = "--config-dir=my_configs"  # of plugins
 # What stands for a number in a command; other words in capitals stand for text, and so are text.

@@ -55,7 +55,7 @@ def folder_images(
     if not root.is_dir():
         raise UserError(f"the folder {root} does not exist; set data.root to a folder of images.")
     folder = _split_folder(root, split)
-    files = _list_images(folder)
+    files = list_images(folder)
     steps = ["shorter side bilinear, centre crop"] * resize + ["converted"] * convert
     return FileImages(
         # as text even if the folder's name is no UTF-8
@@ -67,6 +67,24 @@ def folder_images(
     )
 
 
+def checkpoint_images(root: Path, shape: tuple[int, int, int], resize: bool, convert: bool) -> FileImages:
+    """List all images under a folder, as a checkpoint takes them; there are no splits.
+
+    Args:
+        root: the folder.
+        shape: (C, H, W) of the checkpoint's images.
+        resize, convert: see `folder_images`.
+
+    Raises:
+        UserError: the folder is missing, has no images, or holds files that are not images.
+    """
+    if not root.is_dir():
+        raise UserError(f"the folder source={root} does not exist; give a folder of images.")
+    channels, height, width = shape
+    read = partial(_read, size=(height, width), channels=channels, resize=resize, convert=convert, for_checkpoint=True)
+    return FileImages(root.resolve().name, list_images(root), read, shape, f"resize {resize}, convert {convert}")
+
+
 def first_image_shape(root: Path, split: str) -> tuple[int, int, int]:
     """Return (C, H, W) of the first image that `folder_images` lists.
 
@@ -75,7 +93,7 @@ def first_image_shape(root: Path, split: str) -> tuple[int, int, int]:
     """
     if not root.is_dir():
         raise UserError(f"the folder {root} does not exist; give a folder of images.")
-    path = _list_images(_split_folder(root, split))[0]
+    path = list_images(_split_folder(root, split))[0]
     with explain_damage(f"the image file {printable(path)}", path), Image.open(path) as image:
         channels = _CHANNELS.get(image.mode)
         if channels is None:
@@ -150,7 +168,12 @@ def _walk(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _list_images(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
+    """Return the image files under a folder, sub-folders included, in the order of their relative paths.
+
+    Raises:
+        UserError: there are none, or other files; or a folder is linked into itself.
+    """
     images: list[Path] = []
     others: list[Path] = []
     for path in _walk(folder):
@@ -166,8 +189,11 @@ def _list_images(folder: Path) -> list[Path]:
     return sorted(images, key=lambda path: path.relative_to(folder).as_posix())
 
 
-def _read(path: Path, size: tuple[int, int], channels: int, resize: bool, convert: bool) -> Image.Image:
-    """Open a file and return it in mode L or RGB and of size (H, W)."""
+def _read(
+    path: Path, size: tuple[int, int], channels: int, resize: bool, convert: bool, for_checkpoint: bool = False
+) -> Image.Image:
+    """Open a file and return it in mode L or RGB and of size (H, W); those of a data set, or of a checkpoint."""
+    prefix, fixed = ("", "the checkpoint's ") if for_checkpoint else ("data.", "data.")
     name = printable(path)
     with Image.open(path) as image:
         has = _CHANNELS.get(image.mode)
@@ -175,9 +201,10 @@ def _read(path: Path, size: tuple[int, int], channels: int, resize: bool, conver
             raise UserError(f"{name} has pixels of mode {image.mode}, not 8 bits per channel; convert it.")
         if has != channels and not convert:
             kind = {1: "grey", 3: "in colour"}[has]
+            choice = "" if for_checkpoint else f"data.channels={has} if all images are {kind}, or "
             raise UserError(
-                f"{name} is {kind}, but data.channels={channels}; set data.channels={has} if all images are {kind}, or "
-                "data.convert=true to convert those that are not."
+                f"{name} is {kind}, but {fixed}channels={channels}; set {choice}{prefix}convert=true to convert those "
+                "that are not."
             )
         if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise UserError(f"{name} has transparent pixels; put it on a background first.")
@@ -187,8 +214,8 @@ def _read(path: Path, size: tuple[int, int], channels: int, resize: bool, conver
         upright = image if turn is None else image.transpose(turn)
         if (upright.height, upright.width) != size and not resize:
             raise UserError(
-                f"{name} is {upright.height} x {upright.width} pixels (height x width), but data.size={list(size)}; "
-                "set data.resize=true to resize the shorter side and centre-crop."
+                f"{name} is {upright.height} x {upright.width} pixels (height x width), but {fixed}size={list(size)}; "
+                f"set {prefix}resize=true to resize the shorter side and centre-crop."
             )
         upright = upright.convert(_MODES[channels])
     return upright if upright.size == size[::-1] else resize_and_center_crop(upright, size)

@@ -61,6 +61,7 @@ LABELS: dict[str, Callable[[Any], str]] = {
     "dpm_solver_pp": lambda rule: f"DPM-Solver++ {rule.order}M",
     "sde_dpm_solver_pp": lambda rule: f"SDE-DPM-Solver++ {rule.order}M",
     "unipc": lambda rule: f"Uni{'PC' if rule.corrector else 'P'}-{rule.order} {rule.variant}",
+    "bdia": lambda rule: "BDIA",
     "analytic": lambda rule: (
         {1: "Analytic-DDPM", 0: "Analytic-DDIM"}.get(rule.eta, f"Analytic-DDIM η={rule.eta}")
         + ("" if rule.clip_bound else ", bound not clipped")

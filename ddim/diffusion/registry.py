@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ddim.diffusion.analytic import AnalyticVariance
+from ddim.diffusion.inversion import BDIA
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
 from ddim.diffusion.solvers import (
     DEIS,
@@ -87,5 +88,6 @@ RULES: dict[str, Callable[..., Rule]] = {
     "dpm_solver_pp": DPMSolverPP,
     "sde_dpm_solver_pp": SDEDPMSolverPP,
     "unipc": UniPC,
+    "bdia": BDIA,
     "analytic": AnalyticVariance.from_file,
 }

@@ -55,6 +55,8 @@ class Rule:
         lower_order_below: in a trajectory of fewer steps than this, a step uses no more predictions than there are
             steps left, which is more stable.
         zero_snr: a step can start at alpha_bar = 0, where the variables of most rules are infinite.
+        implicit: of a rule that encodes (`inversion.py`): how many evaluations at the end of a step solve for it.
+        shifted: of such a rule: its network's output is read as one at the start of the step.
         label: of a rule of another package: its name in tables; None for the name of the class.
     """
 
@@ -63,6 +65,8 @@ class Rule:
     two_evaluations: bool = False
     lower_order_below: float = 0
     zero_snr: bool = False
+    implicit: int = 0
+    shifted: bool = False
     label: str | None = None
 
     def coefficients(self, levels: Sequence[float], a_s: float) -> Coefficients:

@@ -4,6 +4,7 @@ Descending times sample; ascending times encode (paper, Eq. 14). What a step doe
 (`rules.py`, `solvers.py`) gives; the loop evaluates the network and remembers what the rule needs of earlier steps.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.noise import corrector_noise, step_noise
-from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps
+from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps, x0_from_eps
 from ddim.diffusion.rules import DDIM, Coefficients, Estimate, Rule, apply
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.diffusion.score import Corrector
@@ -94,7 +95,13 @@ def count_evaluations(rule: Rule, schedule: NoiseSchedule, times: Sequence[int],
     """Return how often a trajectory evaluates the network (NFE), for each image."""
     steps = rows(rule, schedule, times)
     corrections = sum(row.correction is not None for row in steps) * rule.two_evaluations
-    return len(steps) + corrections + (len(steps) - 1) * corrector_steps
+    return len(steps) * max(1, rule.implicit) + corrections + (len(steps) - 1) * corrector_steps
+
+
+def check_levels(rule: Rule, schedule: NoiseSchedule, times: Sequence[int], prediction: str) -> None:
+    """Refuse times at which what the network predicts gives no x̂0 or ε̂; see `check_level`."""
+    for t in times[1:] if rule.implicit and not rule.shifted else times[:-1]:
+        check_level(prediction, schedule[t])
 
 
 def trajectory(
@@ -110,6 +117,7 @@ def trajectory(
     indices: Sequence[int] | Tensor | None = None,
     noise: Noise | None = None,
     corrector: Corrector | None = None,
+    second: Tensor | None = None,
 ) -> Iterator[State]:
     """Walk x through `times` and yield the state after each step; a step costs one network evaluation, or two (Heun).
 
@@ -129,6 +137,7 @@ def trajectory(
         noise: the fresh noise instead, z of step k with the shape of x: noise(k), or noise[k - 1]; a step that adds
             none does not ask for it. That of the corrector always follows from the seed and the indices.
         corrector: Langevin steps; for descending times only.
+        second: the state at times[1], where it is known; then the first step is not computed (see `inversion.py`).
 
     Raises:
         ValueError: an unknown name, a time outside 0..T, a step that the rule cannot take, a noise level at which the
@@ -140,14 +149,17 @@ def trajectory(
         raise ValueError(f"prediction={prediction!r} must be one of {', '.join(PREDICTIONS)}.")
     if len(times) < 2:
         raise ValueError(f"times={list(times)} must hold at least a start and an end.")
-    for t in times[:-1]:
-        check_level(prediction, schedule[t])
+    check_levels(rule, schedule, times, prediction)
     corrector = corrector or Corrector(steps=0)
     if corrector.steps and not all(0 < t >= s for t, s in pairwise(times)):
         raise ValueError("a corrector is for sampling, over descending times; encoding is deterministic: leave it out.")
     steps = rows(rule, schedule, times)
     draw = _noise(noise, len(steps), x, seed, range(len(x)) if indices is None else indices)
-    return _walk(model, schedule, x, steps, rule, prediction, as_clip(clip), draw, corrector)
+    past: list[Estimate] = []
+    if second is not None:  # any x̂0 and ε̂ that make up x serve as the prediction that led from there
+        past = [Estimate(a_t := schedule[times[0]], torch.zeros_like(x), x / math.sqrt(1 - a_t))]
+        x, steps = second, steps[1:]
+    return _walk(model, schedule, x, steps, rule, prediction, as_clip(clip), draw, corrector, past)
 
 
 def _noise(
@@ -182,29 +194,38 @@ def _walk(
     clip: Clip,
     noise: Callable[[int, int], Tensor],
     corrector: Corrector,
+    estimates: list[Estimate],
 ) -> Iterator[State]:
-    evaluations = 0
+    evaluations, total = 0, len(estimates) + len(steps)
 
-    def estimate(x: Tensor, t: int) -> Estimate:
+    def estimate(x: Tensor, t: int, level: float) -> Estimate:
         nonlocal evaluations
         evaluations += 1
         output = model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype)
-        return Estimate(schedule[t], *x0_and_eps(prediction, clip, output, x, schedule[t]))
+        return Estimate(level, *x0_and_eps(prediction, clip, output, x, level))
 
-    estimates: list[Estimate] = []
+    def solve(x: Tensor, t: int, s: int, row: Coefficients) -> Estimate:
+        x_s = x
+        for _ in range(rule.implicit):  # fixed-point iterations for the x_s whose step down ends at x
+            eps = estimate(x_s, s, schedule[t if rule.shifted else s]).eps
+            newest = Estimate(schedule[t], x0_from_eps(eps, x, schedule[t]), eps)
+            x_s = apply(row, [newest])
+        return newest
+
     corrected: Estimate | None = None  # the one at x, where a correction has made it
-    for k, (t, s, row, correction) in enumerate(steps, start=1):
+    for k, (t, s, row, correction) in enumerate(steps, start=1 + len(estimates)):
         with torch.no_grad():  # around the step only: the caller's own gradient mode holds between steps
-            newest, corrected = corrected or estimate(x, t), None
+            newest = corrected or (solve(x, t, s, row) if rule.implicit else estimate(x, t, schedule[t]))
+            corrected = None
             estimates = [newest, *(e for e in estimates if e.level != newest.level)][: rule.memory]
             x = apply(row, estimates, noise(k, 0) if row.noise else None)
             if correction is not None:
-                ahead = estimate(x, s)
+                ahead = estimate(x, s, schedule[s])
                 x = apply(correction, [ahead, *estimates])
                 if not rule.two_evaluations:  # x̂0 stays, ε̂ is derived again so that both make up the corrected x
                     corrected = ahead._replace(eps=eps_from_x0(ahead.x0, x, ahead.level))
-            for j in range(1, corrector.steps + 1 if k < len(steps) else 1):  # between two steps: not after the last
-                at, corrected = corrected or estimate(x, s), None
+            for j in range(1, corrector.steps + 1 if k < total else 1):  # between two steps: not after the last
+                at, corrected = corrected or estimate(x, s, schedule[s]), None
                 x = corrector.step(x, at.eps, noise(k, j), schedule[s], schedule[s] / schedule[s - 1])
         yield State(k, s, x, newest.x0, newest.eps, evaluations)
 

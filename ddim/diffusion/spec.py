@@ -234,6 +234,7 @@ class SamplerSpec:
         seed: int = 0,
         indices: Sequence[int] | Tensor | None = None,
         noise: Noise | None = None,
+        second: Tensor | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
         return trajectory(
@@ -248,6 +249,7 @@ class SamplerSpec:
             indices=indices,
             noise=noise,
             corrector=self.build_corrector(),
+            second=second,
         )
 
     def evaluations(self, schedule: NoiseSchedule) -> int:

@@ -11,14 +11,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
+from ddim.config import config_context
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, normalize
-from ddim.diffusion.labels import asked_steps, title
-from ddim.diffusion.rules import DDIM
-from ddim.diffusion.sampling import trajectory
+from ddim.diffusion.inversion import Inversion
+from ddim.diffusion.labels import asked_steps, row_label, title
+from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.errors import UserError
+from ddim.evaluation.encoding import check_encoding, counted, encode_batch
 from ddim.evaluation.influence import keep_intervals, mean_influence
 from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
@@ -31,6 +33,7 @@ from ddim.io import Tensors
 from ddim.results.records import Record
 
 ERRORS, SHOWN, SECONDS = "errors", "shown", "seconds"  # in a shard
+ROW = Inversion().label  # what tables call the sampler itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,36 +45,42 @@ class ReconstructSpec(JobSpec):
         sampler: the times, the same in both directions; deterministic, eta=0.
         n: number of images, the first ones of the split; null for all.
         grid: images shown with their reconstructions; 0 for none.
+        inversion, iterations: how to encode, see `ddim.diffusion.inversion.Inversion`.
 
     The others are those of `JobSpec`.
 
     Raises:
-        ValueError: n below 1, a sampler that is not deterministic or does not end at t = 0, or what `JobSpec` refuses.
+        ValueError: n below 1, a sampler that is not deterministic or does not end at t = 0, or what `JobSpec` and
+            `Inversion` refuse.
     """
 
     data: DataSpec
     split: Literal["train", "test"] = "test"
     n: int | None = None
     grid: int = 32
+    inversion: str = "paper"
+    iterations: int | None = None
 
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
             raise ValueError(f"n={self.n} must be at least 1, or null for all images.")
         super().__post_init__()
-        if self.sampler.build_rule() != DDIM(0.0) or self.sampler.last_time or self.sampler.corrector_steps:
-            raise ValueError(
-                "encoding is deterministic and starts at the image: take sampler.eta=0, last_time=0 and no corrector."
-            )
+        check_encoding(self.sampler, self.how)
+
+    @property
+    def how(self) -> Inversion:
+        """How images are encoded and decoded."""
+        return Inversion(self.inversion, self.iterations)
 
     @property
     def title(self) -> str:
         """The evaluation in a few words."""
-        return f"reconstruction {title(self.sampler)}"
+        return f"reconstruction {title(self.sampler).replace(ROW, self.how.label)}"
 
     @property
     def network_evaluations(self) -> int | None:
         """Network evaluations of single images, there and back; None for all images of the split."""
-        return None if self.n is None else 2 * self.n * asked_steps(self.sampler)
+        return None if self.n is None else self.n * sum(self.how.evaluations(asked_steps(self.sampler)))
 
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without encoding an image.
@@ -86,8 +95,8 @@ class ReconstructSpec(JobSpec):
         n = len(images) if self.n is None else self.n
         if n > len(images):
             raise UserError(f"n={n} images are more than the {len(images)} of {images.name}; n=null takes all.")
-        if model.spec.prediction == "x0":
-            raise UserError("a network that predicts x0 gives no ε at t=0, where encoding starts.")
+        with config_context("inversion"):
+            self.how.check_levels(model.spec.schedule, self.sampler.tau(model.spec.schedule.T), model.spec.prediction)
         fingerprint = session.fingerprint(self.data, self.split)
         settings = {
             "kind": "reconstruction",
@@ -99,15 +108,22 @@ class ReconstructSpec(JobSpec):
             "reference": {"name": images.name, "images": len(images), "fingerprint": fingerprint},
             "metric": {"name": "reconstruction", "scale": "mean squared error of a value in [0, 1]"},
         }
-        metadata = {"paper": self.paper, "config": dataclasses.asdict(self)}
+        encoding, decoding = self.how.evaluations(len(tau))
+        counts = {"nfe_encoding": encoding, "nfe_decoding": decoding}
+        metadata = {"paper": self.paper, "config": dataclasses.asdict(self), **counts}
+        position = table_position(model, self.sampler, tau)
+        if self.inversion != "paper":  # whose records keep their keys
+            settings["inversion"] = self.how.settings()
+            position["label"] = row_label(self.sampler).replace(ROW, self.how.label)
+            del position["nfe"]  # the columns of these tables are S
         return Job(
             title=self.title,
             output_dir=Path(self.output_dir),
             records=session.records(self.output_dir),
             settings=settings,
-            metadata=metadata | table_position(model, self.sampler, tau),
+            metadata=metadata | position,
             indices=range(n),
-            steps=2 * len(tau),
+            steps=encoding + decoding,
             model=model,
             compute=compute,
         )
@@ -155,27 +171,14 @@ def measure(spec: ReconstructSpec, job: Job, processes: Processes) -> dict[str, 
 
 @torch.inference_mode()
 def reconstruct(
-    model: LoadedModel, sampler: SamplerSpec, x_0: Tensor, compute: ComputeSpec, bar: tqdm | None = None
+    model: LoadedModel, how: Inversion, sampler: SamplerSpec, x_0: Tensor, compute: ComputeSpec, bar: tqdm | None = None
 ) -> Tensor:
-    """Return x_0, (B, C, H, W) in [-1, 1], encoded to x_T (Eq. 13 upwards) and decoded over the same times."""
-    tau = sampler.tau(model.spec.schedule.T)
-    x = x_0
+    """Return x_0, (B, C, H, W) in [-1, 1], encoded to x_T and decoded over the same times (section 5.4)."""
+    x_T, second = encode_batch(model, how, sampler, x_0, compute, bar)
+    tau, clip, spec = sampler.tau(model.spec.schedule.T), sampler.build_clip(), model.spec
     with autocast(compute):
-        for times in ((0, *tau), (*reversed(tau), 0)):
-            states = trajectory(
-                model,
-                model.spec.schedule,
-                x,
-                times,
-                DDIM(),
-                prediction=model.spec.prediction,
-                clip=sampler.build_clip(),
-            )
-            for state in states:
-                x = state.x
-                if bar is not None:
-                    bar.update(len(x))
-    return x
+        states = how.decode(model, spec.schedule, x_T, tau, second=second, prediction=spec.prediction, clip=clip)
+        return last_state(counted(states, how.evaluations(len(tau))[1], bar))
 
 
 def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: range, bar: tqdm) -> Tensors:
@@ -183,7 +186,7 @@ def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: r
     start = time.perf_counter()
     pixels = torch.stack([images[i] for i in batch])
     x_0 = normalize(pixels.to(job.compute.device))
-    x = reconstruct(job.model, spec.sampler, x_0, job.compute, bar)
+    x = reconstruct(job.model, spec.how, spec.sampler, x_0, job.compute, bar)
     errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
     pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: count_shown(spec.grid, batch)]
     return {ERRORS: errors, SHOWN: pairs, SECONDS: torch.tensor(time.perf_counter() - start, dtype=torch.float64)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ddim.checkpoints import load_model
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath, check_name, config_context
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
@@ -16,6 +16,7 @@ from ddim.figures import panels
 from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import SamplingContext, evenly_spaced
 from ddim.random import check_seed
@@ -64,6 +65,7 @@ class FigureSpec:
         columns: number of times in x0_strip.
         frames: number of predictions in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
+        x_T: a file of encoded images (scripts/encode.py) to start from in place of noise; image i is its i-th.
         weights: ema, online, or ema_RATE for an additional EMA.
         overwrite: replace files of an earlier call.
 
@@ -87,6 +89,7 @@ class FigureSpec:
     frames: int = 30
     seed: int = 0
     weights: str = "ema"
+    x_T: FilePath | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -129,10 +132,14 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
         present = [path for paths in files.values() for path in paths if path.exists()]
         if present and not spec.overwrite:
             raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
+        encoded = None if spec.x_T is None else _load_x_T(spec, spec.x_T, model)
+    origin = provenance()
     context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
+    if encoded is not None:
+        context = dataclasses.replace(context, given=encoded.x_T)
+        origin |= {"x_T": encoded.metadata}
     with processes.barrier(), config_context("sampler"):
         plans = {name: FIGURES[name](spec, context) for name in names}
-    origin = provenance()
     for name, plan in plans.items():
         picture, tensors = files[name]
         panel = plan()
@@ -147,6 +154,12 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     return [path for paths in files.values() for path in paths]
 
 
+def _load_x_T(spec: FigureSpec, path: str, model: LoadedModel) -> EncodedImages:
+    encoded = load_encoded(path, model)
+    say_what_differs(encoded, path, spec.sampler, check_sampler(model, spec.sampler))
+    return encoded
+
+
 def targets(name: str, folder: Path, kind: str = "png") -> tuple[Path, Path]:
     """Return the paths of a figure: its picture, of this kind unless it is an animation, and its tensors."""
     return folder / f"{name}.{'gif' if name == 'trajectory' else kind}", folder / f"{name}.safetensors"
@@ -155,22 +168,33 @@ def targets(name: str, folder: Path, kind: str = "png") -> tuple[Path, Path]:
 Plan = Callable[[], Panel]
 
 
+def _images(spec: FigureSpec, context: SamplingContext, default: int) -> tuple[int, ...]:
+    """Return the image numbers of a figure: `default` of them, or those asked for, of a file those that it has."""
+    if context.given is None:
+        return spec.images(default)
+    indices = spec.images(min(default, len(context.given)))
+    check_images(context.given, spec.x_T, indices)
+    return indices
+
+
 def _samples(spec: FigureSpec, context: SamplingContext) -> Plan:
     S = numbers_of_steps(spec, context, (10, 100))
     rows = [dataclasses.replace(spec.sampler, rule="ddim", eta=eta, S=S[0]) for eta in spec.etas]
     if spec.sigma_hat:
         rows.append(dataclasses.replace(spec.sampler, rule="sigma_hat", eta=None))
-    return lambda: panels.samples(context, rows, S, spec.images(5))
+    images = _images(spec, context, 5)
+    return lambda: panels.samples(context, rows, S, images)
 
 
 def _consistency(spec: FigureSpec, context: SamplingContext) -> Plan:
     S = numbers_of_steps(spec, context, (10, 20, 50, 100, 1000))
-    return lambda: panels.consistency(context, spec.sampler, S, spec.images(5))
+    images = _images(spec, context, 5)
+    return lambda: panels.consistency(context, spec.sampler, S, images)
 
 
 def _interpolation(spec: FigureSpec, context: SamplingContext) -> Plan:
     _check_deterministic(spec, context)
-    images = spec.images(8)
+    images = _images(spec, context, 8)
     if len(images) % 2:
         raise UserError(f"interpolation takes pairs of images, not {len(images)}; give an even number of them.")
     pairs = list(zip(images[0::2], images[1::2], strict=True))
@@ -179,7 +203,7 @@ def _interpolation(spec: FigureSpec, context: SamplingContext) -> Plan:
 
 def _interpolation_grid(spec: FigureSpec, context: SamplingContext) -> Plan:
     _check_deterministic(spec, context)
-    if len(images := spec.images(4)) < 4:
+    if len(images := _images(spec, context, 4)) < 4:
         raise UserError(f"interpolation_grid takes two pairs of images, not {len(images)} images; give four.")
     corners = (images[0], images[1], images[2], images[3])
     return lambda: panels.interpolation_grid(context, spec.sampler, corners, _weights(spec), _weights(spec))
@@ -187,13 +211,14 @@ def _interpolation_grid(spec: FigureSpec, context: SamplingContext) -> Plan:
 
 def _x0_strip(spec: FigureSpec, context: SamplingContext) -> Plan:
     steps = evenly_spaced(spec.columns, len(check_sampler(context.model, spec.sampler)))
-    return lambda: panels.x0_strip(context, spec.sampler, spec.images(4), steps)
+    images = _images(spec, context, 4)
+    return lambda: panels.x0_strip(context, spec.sampler, images, steps)
 
 
 def _trajectory(spec: FigureSpec, context: SamplingContext) -> Plan:
     steps = evenly_spaced(spec.frames, len(check_sampler(context.model, spec.sampler)))
     # Fewer large images: all frames are kept unrounded for the file of tensors.
-    images = spec.images(16 if context.model.spec.image_shape[1] < 128 else 4)
+    images = _images(spec, context, 16 if context.model.spec.image_shape[1] < 128 else 4)
     return lambda: panels.trajectory(context, spec.sampler, images, steps)
 
 

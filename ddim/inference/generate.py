@@ -1,6 +1,6 @@
 """Generate exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ddim.inference.compute import ComputeSpec, autocast
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 
 Numbers = Sequence[int] | Tensor  # of images
+# Image numbers -> x_T, and the state after the first step where it is known, (B, C, H, W): see `encoded_files`.
+Start = Callable[[Numbers], tuple[Tensor, Tensor | None]]
 
 
 def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]:
@@ -58,6 +60,7 @@ def generate(
     compute: ComputeSpec,
     title: str = "sampling",
     processes: Processes = SINGLE_PROCESS,
+    start: Start | None = None,
 ) -> Tensor:
     """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU; see `generate_batch`.
 
@@ -77,19 +80,25 @@ def generate(
     with progress(own * network_evaluations(model, sampler), title) as bar:
 
         def generate_part(part: range) -> Tensor:
-            return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar)
+            return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar, start)
 
         return torch.cat(map_shared(batches, generate_part, processes))
 
 
 def generate_batches(
-    model: LoadedModel, sampler: SamplerSpec, batches: Sequence[range], seed: int, compute: ComputeSpec, bar: tqdm
+    model: LoadedModel,
+    sampler: SamplerSpec,
+    batches: Sequence[range],
+    seed: int,
+    compute: ComputeSpec,
+    bar: tqdm,
+    start: Start | None = None,
 ) -> Iterator[tuple[range, Tensor]]:
     """Yield (batch, its images) for each batch of consecutive numbers, halved where it does not fit into memory.
 
     Arguments and errors are those of `generate_batch`.
     """
-    return map_batches(batches, lambda batch: generate_batch(model, sampler, batch, seed, compute, bar))
+    return map_batches(batches, lambda batch: generate_batch(model, sampler, batch, seed, compute, bar, start))
 
 
 def sample_batches(
@@ -100,19 +109,31 @@ def sample_batches(
 
 
 def generate_batch(
-    model: LoadedModel, sampler: SamplerSpec, indices: Numbers, seed: int, compute: ComputeSpec, bar: tqdm
+    model: LoadedModel,
+    sampler: SamplerSpec,
+    indices: Numbers,
+    seed: int,
+    compute: ComputeSpec,
+    bar: tqdm,
+    start: Start | None = None,
 ) -> Tensor:
     """Return the images numbered `indices`, uint8 (len(indices), C, H, W) on the CPU, in one batch; see `sample_batch`.
 
     Raises:
         UserError: the samples are not finite.
     """
-    return to_pixels(sample_batch(model, sampler, indices, seed, compute, bar))
+    return to_pixels(sample_batch(model, sampler, indices, seed, compute, bar, start))
 
 
 @torch.inference_mode()
 def sample_batch(
-    model: LoadedModel, sampler: SamplerSpec, indices: Numbers, seed: int, compute: ComputeSpec, bar: tqdm
+    model: LoadedModel,
+    sampler: SamplerSpec,
+    indices: Numbers,
+    seed: int,
+    compute: ComputeSpec,
+    bar: tqdm,
+    start: Start | None = None,
 ) -> Tensor:
     """Return the samples x_0 numbered `indices`, (len(indices), C, H, W) in about [-1, 1] on the device.
 
@@ -123,29 +144,39 @@ def sample_batch(
         seed: of x_T and of the noise of the steps.
         compute: device and precision.
         bar: counts network evaluations of single images.
+        start: of the images, in place of noise.
     """
-    x_T = initial_noise(indices, model.spec.image_shape, seed, device=compute.device)
+    if start is None:
+        x_T, second = initial_noise(indices, model.spec.image_shape, seed, device=compute.device), None
+    else:
+        x_T, second = start(indices)
+        x_T, second = x_T.to(compute.device), None if second is None else second.to(compute.device)
     counted = 0
     with autocast(compute):
-        for state in sample_steps(model, sampler, x_T, indices, seed):
+        for state in sample_steps(model, sampler, x_T, indices, seed, second):
             bar.update(len(state.x) * (state.evaluations - counted))
             counted = state.evaluations
     # Records state this number; it must be what was computed.
-    assert counted == network_evaluations(model, sampler), (counted, sampler)
+    assert counted == network_evaluations(model, sampler) - (second is not None), (counted, sampler)
     return state.x
 
 
-def sample_steps(model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Numbers, seed: int) -> Iterator[State]:
+def sample_steps(
+    model: LoadedModel, sampler: SamplerSpec, x_T: Tensor, indices: Numbers, seed: int, second: Tensor | None = None
+) -> Iterator[State]:
     """Yield the state after each step of the sampler from given x_T, (B, C, H, W) on the device of the model.
 
-    The noise of the steps depends on `seed` and the image numbers `indices`, (B,).
+    The noise of the steps depends on `seed` and the image numbers `indices`, (B,). `second` is as in `trajectory`, of a
+    rule of this package.
     """
     spec = model.spec
     if sampler.scheduler is not None:
         return scheduler_trajectory(
             sampler, model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices
         )
-    return sampler.trajectory(model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices)
+    return sampler.trajectory(
+        model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices, second=second
+    )
 
 
 def progress(evaluations: int, title: str) -> tqdm:

@@ -21,6 +21,7 @@ from ddim.errors import UserError
 from ddim.image_io import grid, read_png_text, save_gif, save_png
 from ddim.inference.batching import share, split
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
 from ddim.inference.generate import (
     check_sampler,
     generate,
@@ -55,6 +56,8 @@ class SampleSpec:
         first: number of the first image; image i of a seed is the same in every call.
         seed: of the noise, 0 .. 2**64 - 1.
         weights: ema, online, or ema_RATE for an additional EMA.
+        x_T: a file of encoded images (scripts/encode.py) to decode in place of noise: its images from `first` on, at
+            most n; `seed` is then that of the noise of the steps only.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
         overwrite: replace files of an earlier call; without it, single images of the same settings are kept, and
             those of others refused.
@@ -71,6 +74,7 @@ class SampleSpec:
     first: int = 0
     seed: int = 0
     weights: str = "ema"
+    x_T: FilePath | None = None
     format: Literal["grid", "png", "gif"] = "grid"
     overwrite: bool = False
 
@@ -91,25 +95,31 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
         UserError: bad input, or files that would be overwritten; before any image is generated.
     """
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
-    indices = range(spec.first, spec.first + spec.n)
     target = Path(spec.output_dir) / {"png": "", "grid": "grid.png", "gif": "trajectory.gif"}[spec.format]
     with processes.barrier():
         model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
-        check_size(spec, model.spec.image_shape, len(check_sampler(model, spec.sampler)))
-    missing = processes.run_on_main(lambda: _missing(model, spec, target, indices))
+        tau = check_sampler(model, spec.sampler)
+        encoded = None if spec.x_T is None else _load_x_T(model, spec, spec.x_T, tau)
+        if encoded is not None:
+            spec = dataclasses.replace(spec, n=min(spec.n, len(encoded.x_T) - spec.first))
+        check_size(spec, model.spec.image_shape, len(tau))
+    indices = range(spec.first, spec.first + spec.n)
+    text = _made_from(model, spec, encoded)
+    missing = processes.run_on_main(lambda: _missing(text, spec, target, indices))
     if missing:
         compute = with_batch_size(model, compute, spec.n, processes)
     spec = dataclasses.replace(spec, compute=compute)
     if spec.format == "gif":
-        frames = _frames(model, spec, indices, processes)
+        frames = _frames(model, spec, indices, processes, encoded)
         processes.run_on_main(lambda: save_gif(frames, target))
     elif spec.format == "grid":
-        images = generate(model, spec.sampler, indices, spec.seed, compute, processes=processes)
+        start = None if encoded is None else encoded.start
+        images = generate(model, spec.sampler, indices, spec.seed, compute, processes=processes, start=start)
         processes.run_on_main(lambda: save_png(grid(images), target))
     else:
         batches = [batch for gap in missing for batch in split(gap, compute.batch_size, spec.first)]
         with processes.barrier():
-            _write_images(model, spec, share(batches, processes), target)
+            _write_images(model, spec, share(batches, processes), target, text, encoded)
     return [target]
 
 
@@ -138,14 +148,14 @@ def check_size(spec: SampleSpec, image_shape: tuple[int, int, int], steps: int) 
         )
 
 
-def _missing(model: LoadedModel, spec: SampleSpec, target: Path, indices: range) -> list[range]:
+def _missing(text: str, spec: SampleSpec, target: Path, indices: range) -> list[range]:
     """Return the images that are not there yet; temporary files of killed calls are removed.
 
     Raises:
         UserError: a file is there that is not of these settings, and may not be overwritten.
     """
     if spec.format == "png":
-        present = [] if spec.overwrite else sorted(_present(model, spec, target, indices))
+        present = [] if spec.overwrite else sorted(_present(text, target, indices))
     elif target.exists() and not spec.overwrite:
         raise _refused(target, "")
     else:
@@ -159,13 +169,12 @@ def _missing(model: LoadedModel, spec: SampleSpec, target: Path, indices: range)
     return [range(i + 1, j) for i, j in pairwise(edges) if i + 1 < j]
 
 
-def _present(model: LoadedModel, spec: SampleSpec, folder: Path, indices: range) -> Iterator[int]:
+def _present(wanted: str, folder: Path, indices: range) -> Iterator[int]:
     """Yield the numbers of the images that are there.
 
     Raises:
         UserError: one is not of these settings.
     """
-    wanted = _made_from(model, spec)
     # The folder is listed, since there may be far more images to come than files.
     for path in folder.glob("*.png"):
         if not path.stem.isdecimal() or int(path.stem) not in indices or path.name != _file_name(int(path.stem)):
@@ -189,7 +198,7 @@ def _differences(text: str | None, wanted: str) -> str:
     return f" ({', '.join(f'{key}={old.get(key)}, not {new.get(key)}' for key in keys)})"
 
 
-def _made_from(model: LoadedModel, spec: SampleSpec) -> str:
+def _made_from(model: LoadedModel, spec: SampleSpec, encoded: EncodedImages | None) -> str:
     """Return what decides an image besides its number, as its file states it."""
     tau = check_sampler(model, spec.sampler)
     description = model.spec.to_dict() | {"schedule": model.spec.schedule.alpha_bar.tolist()}
@@ -202,6 +211,8 @@ def _made_from(model: LoadedModel, spec: SampleSpec) -> str:
         "description_hash": record_key(description),
         "bf16": spec.compute.bf16,
     }
+    if encoded is not None:
+        settings["x_T"] = record_key({key: encoded.metadata[key] for key in ("fingerprint", "inversion", "tau")})
     return json.dumps(settings, sort_keys=True)
 
 
@@ -209,24 +220,41 @@ def _file_name(number: int) -> str:
     return f"{number:06d}.png"
 
 
-def _write_images(model: LoadedModel, spec: SampleSpec, batches: Sequence[range], folder: Path) -> None:
+def _write_images(
+    model: LoadedModel,
+    spec: SampleSpec,
+    batches: Sequence[range],
+    folder: Path,
+    made_from: str,
+    encoded: EncodedImages | None,
+) -> None:
     """Write the images of some batches; a signal to stop waits until the images of a batch are written."""
-    text = {TEXT: _made_from(model, spec)}
+    start = None if encoded is None else encoded.start
     evaluations = sum(map(len, batches)) * network_evaluations(model, spec.sampler)
     with progress(evaluations, "sampling") as bar, StopSignals() as stop:
-        for batch, images in generate_batches(model, spec.sampler, batches, spec.seed, spec.compute, bar):
+        for batch, images in generate_batches(model, spec.sampler, batches, spec.seed, spec.compute, bar, start):
             for i, image in zip(batch, images, strict=True):
-                save_png(image, folder / _file_name(i), text)
+                save_png(image, folder / _file_name(i), {TEXT: made_from})
             stop.deliver()
 
 
-def _frames(model: LoadedModel, spec: SampleSpec, indices: range, processes: Processes) -> list[Tensor]:
+def _load_x_T(model: LoadedModel, spec: SampleSpec, path: str, tau: Sequence[float]) -> EncodedImages:
+    """Return the file of encoded images, without the second states where the sampler is not the one they are for."""
+    encoded = load_encoded(path, model)
+    check_images(encoded.x_T, path, [spec.first])
+    same = say_what_differs(encoded, path, spec.sampler, tau)
+    return encoded if same else dataclasses.replace(encoded, second=None)
+
+
+def _frames(
+    model: LoadedModel, spec: SampleSpec, indices: range, processes: Processes, encoded: EncodedImages | None
+) -> list[Tensor]:
     """Return a grid of x_T, then one of x̂0 for each step."""
     context = SamplingContext(model, spec.seed, spec.compute, processes)
-    x_T, count = context.x_T(indices), len(check_sampler(model, spec.sampler))
-    steps = range(1, count + 1)
+    x_T, second = (context.x_T(indices), None) if encoded is None else encoded.start(indices)
+    steps = range(1 if second is None else 2, len(check_sampler(model, spec.sampler)) + 1)
     with progress(len(indices) * network_evaluations(model, spec.sampler), "sampling") as bar:
         frames = record_steps(
-            context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update
+            context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update, second
         )  # pixels: a long trajectory of floats would be large
     return [grid(to_pixels(x_T)), *(grid(frame) for frame in frames.transpose(0, 1))]

@@ -27,15 +27,19 @@ class SamplingContext:
         seed: of x_T and of the noise of the steps.
         compute: how to compute.
         processes: that share the batches; each gets all results.
+        given: starting points in place of noise, (N, C, H, W), such as images that were encoded; image i is the i-th.
     """
 
     model: LoadedModel
     seed: int
     compute: ComputeSpec
     processes: Processes = SINGLE_PROCESS
+    given: Tensor | None = None
 
     def x_T(self, indices: Sequence[int]) -> Tensor:
         """Return the starting points of images, float32 (B, C, H, W) on the CPU; always the same for image i."""
+        if self.given is not None:
+            return self.given[list(indices)]
         return initial_noise(indices, self.model.spec.image_shape, self.seed)
 
     def tau(self, sampler: SamplerSpec) -> tuple[float, ...]:
@@ -52,6 +56,7 @@ def record_steps(
     steps: Sequence[int],
     record: Record,
     advance: Callable[[int], object],
+    second: Tensor | None = None,
 ) -> Tensor:
     """Sample from x_T in batches and return what `record` takes from some of the steps.
 
@@ -63,6 +68,7 @@ def record_steps(
         steps: which steps, increasing, of 1..len(tau).
         record: called as record(x_t, state) with x_t before the step and the state after it; returns (B, ...).
         advance: called after each step with its number of network evaluations of single images.
+        second: the states after the first step, (N, C, H, W), where they are known; there is no first step then.
 
     Returns:
         (N, len(steps), ...) on the CPU.
@@ -70,10 +76,11 @@ def record_steps(
 
     def record_batch(batch: range) -> Tensor:
         x_t, images = x_T[batch.start : batch.stop].to(context.compute.device), indices[batch.start : batch.stop]
+        x_2 = None if second is None else second[batch.start : batch.stop].to(context.compute.device)
         recorded: list[Tensor] = []
         counted = 0
         with autocast(context.compute):
-            for state in sample_steps(context.model, sampler, x_t, images, context.seed):
+            for state in sample_steps(context.model, sampler, x_t, images, context.seed, x_2):
                 if state.k in steps:
                     recorded.append(record(x_t, state).cpu())
                 x_t = state.x

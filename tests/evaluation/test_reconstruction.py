@@ -19,6 +19,7 @@ from ddim.evaluation.reconstruction import ReconstructSpec, evaluate, reconstruc
 from ddim.evaluation.session import Session
 from ddim.inference.compute import ComputeSpec
 from ddim.results.records import RecordFile
+from ddim.results.report import build_tables
 
 pytestmark = pytest.mark.integration
 
@@ -58,6 +59,36 @@ def test_error_equals_encode_then_sample(spec: ReconstructSpec, model: LoadedMod
     assert (Path(spec.output_dir) / record["grid"]).is_file()
     assert RecordFile(Path(spec.output_dir) / "records.jsonl").read() == [json.loads(json.dumps(record))]
     assert evaluate(spec) == (json.loads(json.dumps(record)), False)
+
+
+def test_each_inversion_is_a_row_by_S_with_its_evaluations(spec: ReconstructSpec) -> None:
+    records = {}
+    for inversion, k in (("paper", None), ("diffusers", None), ("fixed_point", 4), ("bdia", None)):
+        record, _ = evaluate(dataclasses.replace(spec, inversion=inversion, iterations=k))
+        records[inversion] = record
+        assert record["network_evaluations"] == 20 * (record["nfe_encoding"] + record["nfe_decoding"])
+    assert len({record["key"] for record in records.values()}) == 4
+    [table] = build_tables(list(records.values()))
+    assert (table.column, table.columns) == ("S", [5])
+    assert table.rows == [
+        "η=0.0",
+        "η=0.0, diffusers' inversion (NFE 2 S)",
+        "η=0.0, fixed point, k=4 (NFE 5 S)",
+        "BDIA (NFE 2 S - 1)",
+    ]
+    assert {m: (r["nfe_encoding"], r["nfe_decoding"]) for m, r in records.items()} == {
+        "paper": (5, 5),
+        "diffusers": (5, 5),
+        "fixed_point": (20, 5),
+        "bdia": (5, 4),
+    }
+    errors = {method: record["metrics"]["reconstruction_mse_20"] for method, record in records.items()}
+    assert errors.pop("bdia") < 1e-9 < min(errors.values())
+
+
+def test_records_of_the_papers_inversion_keep_their_keys(spec: ReconstructSpec) -> None:
+    settings = spec.prepare(Session()).settings
+    assert set(settings) == {"kind", "model", "sampler", "n", "bf16", "pixels", "reference", "metric"}
 
 
 def test_more_steps_come_back_closer(spec: ReconstructSpec) -> None:
@@ -136,6 +167,9 @@ def test_all_images_are_the_default(spec: ReconstructSpec) -> None:
         ({"sampler": SamplerSpec("sigma_hat", None)}, "deterministic"),
         ({"sampler": SamplerSpec(last_time=1)}, "last_time=0"),
         ({"n": 0}, "n=0"),
+        ({"inversion": "exact"}, "inversion='exact' is not known"),
+        ({"iterations": 2}, "is for inversion=fixed_point"),
+        ({"inversion": "bdia", "sampler": SamplerSpec(clip="x0")}, "do not clip x0"),
         ({"grid": -1}, "grid=-1"),
         ({"paper": "table9"}, "unknown table of the paper 'table9'"),
     ],

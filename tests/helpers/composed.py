@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from ddim.config import build
+from ddim.evaluation.encoding import EncodeSpec
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
@@ -29,10 +30,12 @@ SPECS: dict[str, Any] = {
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
     "estimate_variance": EstimateVarianceSpec,
+    "encode": EncodeSpec,
     "metrics": MetricsSpec,
     "reproduce": ReproduceSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
+REQUIRED["encode"].append("source=mine")
 REQUIRED |= {"metrics": ["images=a"], "reproduce": ["key=0123456789abcdef"]}
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
+from ddim.diffusion.inversion import INVERSIONS
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
 from ddim.diffusion.registry import DIFFUSERS, RULES
@@ -60,7 +61,8 @@ def group_of(main: str) -> list[str]:
 
 
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
-REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
+NOT_DDIM = [option for option in options("sampler") if option != "ddim"]
+REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "encode") for option in NOT_DDIM}
 NOISE = ("ddim_eta", "ddim_corrector", "ddpm", "sigma_hat", "sde_", "diffusers")
 NOISY = [name for name in options("sampler") if name.startswith(NOISE)]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
@@ -171,7 +173,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
     ("objective/ddpm", "times"): TIME_SAMPLERS,
+    ("encode", "inversion"): INVERSIONS,
     ("estimate_variance", "split"): EstimateVarianceSpec,
+    ("reconstruct", "inversion"): INVERSIONS,
     ("reconstruct", "split"): ReconstructSpec,
     ("sample", "format"): SampleSpec,
     ("sampler/ddim", "clip"): CLIP_POLICIES,
