@@ -75,9 +75,9 @@ def per_sample_loss(
         prediction: a key of PREDICTIONS.
         reduction: over the C H W dimensions of an image, a key of REDUCTIONS: `mean` (Ho et al.) or `sum` (the official
             implementation).
-        weight: one of LOSS_WEIGHTS. `simple`: every square counts alike. `min_snr`: see `min_snr_weight`. `vlb`: T times the
-            bound's term at t, bits per dimension (L_vlb on average over t). `hybrid`: simple + vlb_weight * vlb, whose
-            gradient reaches v alone (Nichol and Dhariwal 2021, Eq. 16).
+        weight: one of LOSS_WEIGHTS. `simple`: all squares count alike. `min_snr`: see `min_snr_weight`. `vlb`: T times
+            the bound's term at t in bits per dimension, which is L_vlb on average over t. `hybrid`: simple plus
+            vlb_weight times vlb, which trains v alone: x̂0 is a constant in it (Nichol and Dhariwal 2021, Eq. 16).
         gamma: γ of `min_snr`.
         vlb_weight: λ of `hybrid`.
     """
