@@ -35,8 +35,7 @@ class ModelSpec:
         variance: one of VARIANCES: fixed, or learned_range for a network with twice the channels of the image.
 
     Raises:
-        UserError: an unknown name.
-        ValueError: another number of output channels.
+        UserError: an unknown name, or another number of output channels.
     """
 
     network: str
@@ -52,7 +51,7 @@ class ModelSpec:
         channels = self.network_spec.channels
         outputs = getattr(self.network_spec, "out_channels", None) or channels
         if outputs != (needed := channels * choose("variance", self.variance, VARIANCES)):
-            raise ValueError(f"variance={self.variance} needs {needed} output channels; the network has {outputs}.")
+            raise UserError(f"variance={self.variance} needs {needed} output channels; the network has {outputs}.")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

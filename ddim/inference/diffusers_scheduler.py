@@ -109,10 +109,8 @@ def _walk(
         with torch.no_grad():
             a_t = _level(scheduler, schedule, k, times[k])
             output = model(x_t, torch.full((len(x_t),), times[k], device=x_t.device)).to(x_t.dtype)
-            predicted, _ = split_output(output, x_t)
-            if "learned" not in str(scheduler.config.get("variance_type")):  # one that takes no v
-                output = predicted
-            x0, eps = x0_and_eps(prediction, "none", predicted, x_t, a_t)
+            output, _ = split_output(output, x_t)
+            x0, eps = x0_and_eps(prediction, "none", output, x_t, a_t)
             with torch.autocast(x.device.type, enabled=False):  # the state is float32; UniPC multiplies matrices
                 x = scheduler.step(output, timestep, x, **arguments).prev_sample
             x_t = x if k + 1 == len(timesteps) else scheduler.scale_model_input(x, timesteps[k + 1])

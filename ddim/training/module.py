@@ -183,7 +183,7 @@ class DiffusionModule(LightningModule):
                 vlb_weight=self.objective.vlb_weight,
             )
         if self.has_importance_times:
-            self._drawn.append(torch.stack([positions, t, losses.detach()], 1).double())
+            self._drawn.append(torch.stack([x.double() for x in (positions, t, losses.detach())], 1))
         return {"loss": (weights * losses).mean(), "losses": losses.detach(), "t": t, "weights": weights}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -83,7 +83,7 @@ def test_every_network_field_of_the_weights_is_a_difference(spec, field):
     assert other.differences(spec) == [f"network.{field}: {theirs} and {mine}"]
 
 
-def test_learned_variance_is_in_the_description_and_a_difference(spec):
+def test_learned_variance_is_described_and_a_difference(spec):
     learned = replace(spec, network_spec=replace(NETWORK, out_channels=2), variance="learned_range")
     stored = learned.to_dict()
     assert (stored["variance"], stored["network"]["out_channels"]) == ("learned_range", 2)
@@ -93,7 +93,7 @@ def test_learned_variance_is_in_the_description_and_a_difference(spec):
     assert "variance" not in spec.to_dict()
     assert "out_channels" not in spec.to_dict()["network"]
     for wrong in ({"variance": "fixed"}, {"network_spec": NETWORK}):
-        with pytest.raises(ValueError, match="output channels; the network has"):
+        with pytest.raises(UserError, match="output channels; the network has"):
             replace(learned, **wrong)
 
 

@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
-from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
+from ddim.diffusion.importance import LOSS_SECOND_MOMENT
+from ddim.diffusion.learned_variance import VARIANCES
+from ddim.diffusion.objective import LOSS_WEIGHTS, REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
 from ddim.diffusion.registry import DIFFUSERS, RULES
 from ddim.diffusion.schedule import ScheduleSpec
@@ -61,7 +63,8 @@ def group_of(main: str) -> list[str]:
 
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
-NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers"))]
+STOCHASTIC = ("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers", "learned_variance")
+NOISY = [name for name in options("sampler") if name.startswith(STOCHASTIC)]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
 REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error", "metrics")}
@@ -169,7 +172,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("network/unet_cifar10", "init"): UNetSpec,
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
-    ("objective/ddpm", "times"): TIME_SAMPLERS,
+    ("objective/ddpm", "times"): (*TIME_SAMPLERS, LOSS_SECOND_MOMENT),
+    ("objective/ddpm", "weight"): LOSS_WEIGHTS,
+    ("objective/ddpm", "variance"): VARIANCES,
     ("estimate_variance", "split"): EstimateVarianceSpec,
     ("reconstruct", "split"): ReconstructSpec,
     ("sample", "format"): SampleSpec,
