@@ -190,8 +190,11 @@ class DiffusionModule(LightningModule):
         """Record the losses of the step, of all processes and micro-batches, for the times of later steps."""
         if not self.has_importance_times:
             return
-        samples = self.all_gather(torch.cat(self._drawn)).reshape(-1, 3)  # type: ignore[union-attr]
-        _, t, losses = samples[samples[:, 0].argsort()].T
+        samples = torch.cat(self._drawn)
+        # By position in the global batch: each process knows its own, and 0 for the others.
+        batch = samples.new_zeros(len(samples) * self.trainer.world_size, 2)
+        batch[samples[:, 0].long()] = samples[:, 1:]
+        t, losses = self.trainer.strategy.reduce(batch, reduce_op="sum").T  # type: ignore[union-attr]
         self.loss_history.copy_(record_losses(self.loss_history, t.long(), losses))
         self._drawn.clear()
 

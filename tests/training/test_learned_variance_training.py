@@ -16,6 +16,7 @@ from ddim.training.spec import TrainSpec
 VLB = {
     "objective": {"weight": "vlb", "variance": "learned_range", "times": "loss_second_moment"},
     "schedule": {"T": 2, "beta_start": 0.1, "beta_end": 0.9},
+    "grid": {"sampler": {"S": 1}},
 }
 
 
