@@ -194,7 +194,7 @@ class DiffusionModule(LightningModule):
         # By position in the global batch: each process knows its own, and 0 for the others.
         batch = samples.new_zeros(len(samples) * self.trainer.world_size, 2)
         batch[samples[:, 0].long()] = samples[:, 1:]
-        t, losses = self.trainer.strategy.reduce(batch, reduce_op="sum").T  # type: ignore[union-attr]
+        t, losses = self.trainer.strategy.reduce(batch, reduce_op="sum").T
         self.loss_history.copy_(record_losses(self.loss_history, t.long(), losses))
         self._drawn.clear()
 
