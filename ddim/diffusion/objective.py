@@ -1,14 +1,16 @@
-"""The training objective: L_1 of the paper (Eq. 5 with all weights 1), which is DDPM's L_simple.
+"""The training objective: L_1 of the paper (Eq. 5 with all weights 1), which is DDPM's L_simple, and other weights.
 
 || ε - ε_θ( sqrt(a_t) x_0 + sqrt(1 - a_t) ε, t ) ||²
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ddim.diffusion.prediction import PREDICTIONS
+from ddim.diffusion.learned_variance import vlb_terms
+from ddim.diffusion.prediction import PREDICTIONS, split_output
 from ddim.diffusion.sampling import Model
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.random import TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
@@ -58,11 +60,14 @@ def per_sample_loss(
     *,
     prediction: str = "eps",
     reduction: str = "mean",
+    weight: str = "simple",
+    gamma: float = 5.0,
+    vlb_weight: float = 0.001,
 ) -> Tensor:
     """Return the loss of each image, float32 (B,).
 
     Args:
-        model: (x_t, t) -> prediction.
+        model: (x_t, t) -> prediction, (B, C, H, W), or (B, 2C, H, W) with v of a learned variance.
         alpha_bar: float64 (T+1,) on the device of x0.
         x0: images in [-1, 1], (B, C, H, W).
         t: times in 1..T, int64 (B,).
@@ -70,12 +75,40 @@ def per_sample_loss(
         prediction: a key of PREDICTIONS.
         reduction: over the C H W dimensions of an image, a key of REDUCTIONS: `mean` (Ho et al.) or `sum` (the official
             implementation).
+        weight: one of LOSS_WEIGHTS. `simple`: all squares count alike. `min_snr`: see `min_snr_weight`. `vlb`: T times
+            the bound's term at t in bits per dimension, which is L_vlb on average over t. `hybrid`: simple plus
+            vlb_weight times vlb, which trains v alone: x̂0 is a constant in it (Nichol and Dhariwal 2021, Eq. 16).
+        gamma: γ of `min_snr`.
+        vlb_weight: λ of `hybrid`.
     """
     a_t = alpha_bar[t].reshape(-1, *[1] * (x0.ndim - 1))
     x_t = q_sample(x0, eps, a_t)
     target = PREDICTIONS[prediction].target(x0, eps, a_t)
-    square = (model(x_t, t).float() - target) ** 2
-    return REDUCTIONS[reduction](square.flatten(1))
+    output, v = split_output(model(x_t, t).float(), x_t)
+    loss = ((output - target) ** 2).flatten(1)
+    if weight == "min_snr":
+        loss = min_snr_weight(prediction, alpha_bar[t], gamma).to(loss.dtype)[:, None] * loss
+    elif weight in ("vlb", "hybrid"):
+        x0_hat = PREDICTIONS[prediction].x0(output.detach() if weight == "hybrid" else output, x_t, a_t)
+        nats = vlb_terms(alpha_bar, t, x0, x0_hat, v)
+        bits = (len(alpha_bar) - 1) * nats[:, None] / (loss.shape[1] * math.log(2))  # of each dimension
+        loss = loss + vlb_weight * bits if weight == "hybrid" else bits.expand_as(loss)
+    return REDUCTIONS[reduction](loss)
+
+
+def min_snr_weight(prediction: str, a_t: Tensor, gamma: float) -> Tensor:
+    """Return the weight of the squared error of what the network predicts (Hang et al. 2023, Min-SNR-γ).
+
+    With SNR = a_t / (1 - a_t), the squared error of x̂0 counts min(SNR, γ) times. It is 1 / SNR times that of ε̂, and
+    1 - a_t = 1 / (SNR + 1) times that of v.
+
+    Args:
+        prediction: a key of PREDICTIONS.
+        a_t: alpha_bar, float64, below 1; above 0 for `eps`.
+        gamma: γ > 0; 5 in the paper.
+    """
+    snr = a_t / (1 - a_t)
+    return snr.clamp(max=gamma) / {"eps": snr, "x0": torch.ones_like(snr), "v": snr + 1}[prediction]
 
 
 def uniform_times(T: int, seed: int, step: int, positions: Sequence[int] | Tensor) -> Tensor:
@@ -104,6 +137,7 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # (B, D) -> (B,)
     "mean": lambda square: square.mean(1),
     "sum": lambda square: square.sum(1),
 }
+LOSS_WEIGHTS = ("simple", "min_snr", "vlb", "hybrid")
 TIME_SAMPLERS: dict[str, Callable[[int, int, int, Sequence[int] | Tensor], Tensor]] = {
     "uniform": uniform_times,
     "antithetic": antithetic_times,

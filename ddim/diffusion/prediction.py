@@ -120,6 +120,12 @@ def check_level(prediction: str, a_t: float) -> None:
         raise ValueError("a network that predicts x0 gives no ε at t=0; start encoding at t=1.")
 
 
+def split_output(output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the prediction, like x_t, and v of a learned variance: the second half of 2C channels, or None."""
+    doubled = output.ndim > 1 and output.shape[1] == 2 * x_t.shape[1]
+    return output.tensor_split(2, dim=1) if doubled else (output, None)  # type: ignore[return-value]
+
+
 def x0_and_eps(prediction: str, clip: str | Clip, output: Tensor, x_t: Tensor, a_t: float) -> tuple[Tensor, Tensor]:
     """Return x̂0 and ε̂ for one network output under a clip policy.
 

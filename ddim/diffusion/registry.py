@@ -7,6 +7,7 @@ from typing import Any
 
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.inversion import BDIA
+from ddim.diffusion.learned_variance import LearnedVariance
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
 from ddim.diffusion.solvers import (
     DEIS,
@@ -90,4 +91,5 @@ RULES: dict[str, Callable[..., Rule]] = {
     "unipc": UniPC,
     "bdia": BDIA,
     "analytic": AnalyticVariance.from_file,
+    "learned_variance": LearnedVariance,
 }

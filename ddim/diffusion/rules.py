@@ -23,12 +23,14 @@ class Coefficients(NamedTuple):
         x0, eps: of the newest prediction.
         noise: of z.
         past: (factor of x̂0, factor of ε̂) of each earlier prediction that the step uses, newest first.
+        noise_max: of a rule whose noise the network decides, between `noise` and this; see `noise_std`.
     """
 
     x0: float
     eps: float
     noise: float = 0.0
     past: tuple[tuple[float, float], ...] = ()
+    noise_max: float | None = None
 
 
 class Estimate(NamedTuple):
@@ -37,11 +39,13 @@ class Estimate(NamedTuple):
     Attributes:
         level: alpha_bar at the state that the network got.
         x0, eps: x̂0 and ε̂, (B, C, H, W).
+        v: of a network with a learned variance: where it lies in its range, about -1 to 1, (B, C, H, W).
     """
 
     level: float
     x0: Tensor
     eps: Tensor
+    v: Tensor | None = None
 
 
 class Rule:
@@ -161,6 +165,19 @@ def _direction(a_s: float, std: float) -> float:
     return math.sqrt(max(0.0, 1 - a_s - std**2))
 
 
+def noise_std(c: Coefficients, v: Tensor | None) -> float | Tensor:
+    """Return the factor of z: c.noise, or for each pixel what v says, from c.noise at -1 to c.noise_max at 1.
+
+    Raises:
+        ValueError: the network has to say it, but predicts no variance.
+    """
+    if c.noise_max is None:
+        return c.noise
+    if v is None:
+        raise ValueError("the rule needs a variance that the network predicts, and this network predicts none.")
+    return c.noise * (c.noise_max / c.noise) ** ((v + 1) / 2)
+
+
 def apply(c: Coefficients, estimates: Sequence[Estimate], noise: Tensor | None = None) -> Tensor:
     """Return the weighted sum that the coefficients describe, (B, C, H, W).
 
@@ -180,4 +197,4 @@ def apply(c: Coefficients, estimates: Sequence[Estimate], noise: Tensor | None =
         return x_s
     if noise is None:
         raise ValueError("the rule adds noise in this step, but none was given.")
-    return x_s + c.noise * noise
+    return x_s + noise_std(c, estimates[0].v) * noise

@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.noise import corrector_noise, step_noise
-from ddim.diffusion.prediction import PREDICTIONS, Clip, as_clip, check_level, eps_from_x0, x0_and_eps, x0_from_eps
+from ddim.diffusion.prediction import (
+    PREDICTIONS,
+    Clip,
+    as_clip,
+    check_level,
+    eps_from_x0,
+    split_output,
+    x0_and_eps,
+    x0_from_eps,
+)
 from ddim.diffusion.rules import DDIM, Coefficients, Estimate, Rule, apply
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.diffusion.score import Corrector
 
-Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W)
+Model = Callable[[Tensor, Tensor], Tensor]  # (x_t (B,C,H,W), t (B,) int64 in 1..T) -> (B,C,H,W); (B,2C,H,W) with v
 Noise = Callable[[int], Tensor] | Sequence[Tensor]  # of step k = 1, 2, ...: by number, or one for each step
 
 
@@ -201,8 +210,8 @@ def _walk(
     def estimate(x: Tensor, t: int, level: float) -> Estimate:
         nonlocal evaluations
         evaluations += 1
-        output = model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype)
-        return Estimate(level, *x0_and_eps(prediction, clip, output, x, level))
+        output, v = split_output(model(x, torch.full((len(x),), max(t, 1), device=x.device)).to(x.dtype), x)
+        return Estimate(level, *x0_and_eps(prediction, clip, output, x, level), v)
 
     def solve(x: Tensor, t: int, s: int, row: Coefficients) -> Estimate:
         x_s = x

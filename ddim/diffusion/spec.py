@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ddim.diffusion.analytic import AnalyticVariance
+from ddim.diffusion.learned_variance import LearnedVariance
 from ddim.diffusion.prediction import Clip, check_level
 from ddim.diffusion.registry import DIFFUSERS, RULES, check_arguments, find_rule
 from ddim.diffusion.rules import Rule
@@ -149,12 +150,17 @@ class SamplerSpec:
         """Return the Langevin corrector; of 0 steps where there is none."""
         return Corrector(self.corrector_steps, self.corrector_snr)
 
-    def check(self, schedule: NoiseSchedule, prediction: str) -> None:
+    def check(self, schedule: NoiseSchedule, prediction: str, variance: str = "fixed") -> None:
         """Check before work starts that the sampler fits a schedule and what the network predicts.
 
         Raises:
-            ValueError: it does not; see `tau`, `rows` and `check_level`.
+            ValueError: it does not; see `tau`, `rows` and `check_level`. Or the rule needs a learned variance.
         """
+        if isinstance(self.build_rule(), LearnedVariance) and variance == "fixed":
+            raise ValueError(
+                f"rule={self.rule} needs a network that predicts the variance (objective.variance=learned_range), and "
+                "this one has a fixed variance; take sampler=ddpm."
+            )
         for t in self.tau(schedule.T):
             check_level(prediction, schedule[t])
         self.evaluations(schedule)  # refuses steps that the rule cannot take

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddim.config import suggest
 from ddim.diffusion.noise import initial_noise
-from ddim.diffusion.prediction import check_level, x0_and_eps
+from ddim.diffusion.prediction import check_level, split_output, x0_and_eps
 from ddim.diffusion.registry import check_arguments
 from ddim.diffusion.sampling import Model, State, last_state
 from ddim.diffusion.schedule import NoiseSchedule
@@ -109,6 +109,7 @@ def _walk(
         with torch.no_grad():
             a_t = _level(scheduler, schedule, k, times[k])
             output = model(x_t, torch.full((len(x_t),), times[k], device=x_t.device)).to(x_t.dtype)
+            output, _ = split_output(output, x_t)
             x0, eps = x0_and_eps(prediction, "none", output, x_t, a_t)
             with torch.autocast(x.device.type, enabled=False):  # the state is float32; UniPC multiplies matrices
                 x = scheduler.step(output, timestep, x, **arguments).prev_sample

@@ -34,7 +34,7 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
         if sampler.scheduler is not None:
             check_scheduler(sampler, model.spec.schedule, model.spec.prediction)
             return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
-        sampler.check(model.spec.schedule, model.spec.prediction)
+        sampler.check(model.spec.schedule, model.spec.prediction, model.spec.variance)
         rule = sampler.build_rule()
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(

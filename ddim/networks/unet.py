@@ -24,7 +24,7 @@ class UNetSpec:
 
     Args:
         image_size: (H, W) in pixels; both divisible by 2 ** (len(ch_mult) - 1).
-        channels: channels of the image, and of the output.
+        channels: channels of the image.
         ch: width of the first convolution, and length of the sinusoidal time embedding.
         ch_mult: one entry per level, from the full resolution down; level i is `ch * ch_mult[i]` wide.
         num_res_blocks: residual blocks per level on the way down; one more on the way up.
@@ -33,6 +33,7 @@ class UNetSpec:
         dropout: probability of zeroing an activation inside a residual block, in [0, 1).
         num_groups: groups of every group normalisation; each group must hold at least two channels.
         init: "ddpm" is Ho et al.'s initialisation, "torch" the PyTorch defaults that the official PyTorch code uses.
+        out_channels: channels of the output; None for those of the image.
 
     Raises:
         ValueError: a value out of range, or values that do not fit together.
@@ -47,10 +48,13 @@ class UNetSpec:
     dropout: float = 0.1
     num_groups: int = 32
     init: Init = "ddpm"
+    out_channels: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "ch", "ch_mult", "num_res_blocks", "num_groups"):
+        for name in ("image_size", "channels", "ch", "ch_mult", "num_res_blocks", "num_groups", "out_channels"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if value == () or min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise ValueError(f"{name}={value} must be positive; give whole numbers of at least 1.")
         if not 0 <= self.dropout < 1:
@@ -258,7 +262,7 @@ class Middle(nn.Module):
 
 
 class UNet(nn.Module):
-    """DDPM's U-Net: predicts a (B, C, H, W) tensor, usually the noise, from x_t and the time.
+    """DDPM's U-Net: predicts a (B, out_channels, H, W) tensor, usually the noise, from x_t and the time.
 
     Activations keep the memory format of the input when the weights have it too (`to(memory_format=channels_last)`).
     """
@@ -289,7 +293,7 @@ class UNet(nn.Module):
         self.up = nn.ModuleList(reversed(up))
 
         self.norm_out = _norm_silu(spec, widths[0])
-        self.conv_out = nn.Conv2d(widths[0], spec.channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], spec.out_channels or spec.channels, 3, padding=1)
         if spec.init == "ddpm":
             _init_ddpm(self)
 
@@ -301,7 +305,7 @@ class UNet(nn.Module):
             t: (B,) integer, zero-based network times 0..T-1 (`ddim.networks.zero_based` takes the paper's 1..T).
 
         Returns:
-            (B, C, H, W), in the dtype of x, or in autocast's where that is on.
+            (B, out_channels, H, W), in the dtype of x, or in autocast's where that is on.
 
         Raises:
             ValueError: x or t has the wrong shape.

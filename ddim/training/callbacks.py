@@ -41,7 +41,7 @@ class LossByTime(Callback):
 
     def __init__(self, T: int, every: int) -> None:
         self.T, self.every = T, every
-        self.sums = torch.zeros(2, 4)  # of this process's losses, and how many: by quarter
+        self.sums = torch.zeros(2, 4)  # of this process's weighted losses, and of their weights: by quarter
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the sums over all processes, on one of them."""
@@ -58,8 +58,8 @@ class LossByTime(Callback):
     ) -> None:
         """Add the losses of a micro-batch; log after every `every`-th optimiser step."""
         finite = outputs["losses"].isfinite()
-        values = outputs["losses"].float().where(finite, 0)
-        self.sums.index_add_(1, (outputs["t"] - 1) * 4 // self.T, torch.stack([values, finite.float()]))
+        values, weights = outputs["losses"].float().where(finite, 0), outputs["weights"].where(finite, 0)
+        self.sums.index_add_(1, (outputs["t"] - 1) * 4 // self.T, torch.stack([weights * values, weights]))
         if step_ended(trainer, batch_idx, self.every):
             sums, numbers = self._over_processes(trainer)
             pl_module.log("train/loss", sums.sum() / numbers.sum())

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from ddim.checkpoints.model import RECIPE, WANDB_RUN
 from ddim.checkpoints.spec import KEY
 from ddim.config import choose
 from ddim.data.batches import Batch
-from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.diffusion.importance import LOSS_SECOND_MOMENT, empty_history, importance_times, record_losses
+from ddim.diffusion.learned_variance import VARIANCES
+from ddim.diffusion.objective import LOSS_WEIGHTS, REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
@@ -35,20 +37,47 @@ class ObjectiveSpec:
         prediction: what the network learns, a key of PREDICTIONS: eps, x0 or v.
         reduction: over the dimensions of an image, a key of REDUCTIONS: mean (Ho et al.) or sum (the official
             implementation).
-        times: a key of TIME_SAMPLERS: uniform (Ho et al.) or antithetic (the official implementation).
+        times: a key of TIME_SAMPLERS: uniform (Ho et al.) or antithetic (the official implementation); or
+            loss_second_moment, importance sampling (Nichol and Dhariwal 2021, for weight=vlb).
+        weight: of the squares, one of LOSS_WEIGHTS: simple (Ho et al.), min_snr, vlb or hybrid; see `per_sample_loss`.
+        gamma: γ of min_snr.
+        vlb_weight: λ of hybrid.
+        variance: a key of VARIANCES: fixed, or learned_range, for which the network gets twice the output channels.
 
     Raises:
         UserError: an unknown name.
+        ValueError: a number that is not positive, or a weight that leaves a learned variance without a gradient, or
+            needs one.
     """
 
     prediction: str = "eps"
     reduction: str = "mean"
     times: str = "uniform"
+    weight: str = "simple"
+    gamma: float = 5.0
+    vlb_weight: float = 0.001
+    variance: str = "fixed"
 
     def __post_init__(self) -> None:
         choose("objective.prediction", self.prediction, PREDICTIONS)
         choose("objective.reduction", self.reduction, REDUCTIONS)
-        choose("objective.times", self.times, TIME_SAMPLERS)
+        choose("objective.times", self.times, {**TIME_SAMPLERS, LOSS_SECOND_MOMENT: None})
+        choose("objective.weight", self.weight, dict.fromkeys(LOSS_WEIGHTS))
+        choose("objective.variance", self.variance, VARIANCES)
+        for name in ("gamma", "vlb_weight"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if self.variance == "fixed" and self.weight == "hybrid":
+            raise ValueError("weight=hybrid trains a learned variance; set variance=learned_range, or weight=simple.")
+        if self.variance != "fixed" and self.weight not in ("vlb", "hybrid"):
+            raise ValueError(
+                f"variance={self.variance} is not trained by weight={self.weight}; set weight=hybrid or weight=vlb."
+            )
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the fields that decide the weights; newer ones where they are set, so that old runs can be resumed."""
+        default, old = ObjectiveSpec(), ("prediction", "reduction", "times")
+        return {k: v for k, v in asdict(self).items() if k in old or v != getattr(default, k)}
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,7 @@ class DiffusionModule(LightningModule):
 
     adam: torch.optim.Adam
     skipped: Tensor
+    loss_history: Tensor
 
     def __init__(
         self,
@@ -113,7 +143,14 @@ class DiffusionModule(LightningModule):
         self.register_buffer("alpha_bar", spec.schedule.alpha_bar, persistent=False)
         # Steps whose gradient was NaN or infinite: all so far, and those in a row up to now.
         self.register_buffer("skipped", torch.zeros(2, dtype=torch.int64), persistent=False)
-        keep_buffers_local(self, ["alpha_bar", "skipped"])
+        self.register_buffer("loss_history", empty_history(spec.schedule.T), persistent=False)  # of importance sampling
+        self._drawn: list[Tensor] = []  # position, time and loss of the samples of this step, by micro-batch
+        keep_buffers_local(self, ["alpha_bar", "skipped", "loss_history"])
+
+    @property
+    def has_importance_times(self) -> bool:
+        """Whether times are drawn by the losses of earlier steps."""
+        return self.objective.times == LOSS_SECOND_MOMENT
 
     @property
     def model(self) -> Model:
@@ -121,9 +158,16 @@ class DiffusionModule(LightningModule):
         return zero_based(self.network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return loss: the mean over the micro-batch, (); losses: (b,), detached; t: their times in 1..T, (b,)."""
+        """Return loss: the weighted mean over the micro-batch, (); losses: (b,), detached, their t in 1..T and weights.
+
+        The weights are 1 unless times are sampled by importance.
+        """
         x0, step, positions = batch["images"], batch["step"], batch["positions"]
-        t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
+        if self.has_importance_times:
+            t, weights = importance_times(self.loss_history, self.seed, step, positions)
+        else:
+            t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
+            weights = torch.ones(len(x0), device=x0.device)
         eps = training_noise(self.seed, step, positions, x0.shape[1:])
         with self._addressed_dropout(step, batch_idx):
             losses = per_sample_loss(
@@ -134,8 +178,25 @@ class DiffusionModule(LightningModule):
                 eps,
                 prediction=self.objective.prediction,
                 reduction=self.objective.reduction,
+                weight=self.objective.weight,
+                gamma=self.objective.gamma,
+                vlb_weight=self.objective.vlb_weight,
             )
-        return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
+        if self.has_importance_times:
+            self._drawn.append(torch.stack([x.double() for x in (positions, t, losses.detach())], 1))
+        return {"loss": (weights * losses).mean(), "losses": losses.detach(), "t": t, "weights": weights}
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Record the losses of the step, of all processes and micro-batches, for the times of later steps."""
+        if not self.has_importance_times:
+            return
+        samples = torch.cat(self._drawn)
+        # By position in the global batch: each process knows its own, and 0 for the others.
+        batch = samples.new_zeros(len(samples) * self.trainer.world_size, 2)
+        batch[samples[:, 0].long()] = samples[:, 1:]
+        t, losses = self.trainer.strategy.reduce(batch, reduce_op="sum").T
+        self.loss_history.copy_(record_losses(self.loss_history, t.long(), losses))
+        self._drawn.clear()
 
     def configure_gradient_clipping(
         self,
@@ -168,18 +229,23 @@ class DiffusionModule(LightningModule):
         return {"optimizer": self.adam, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the description of the model, the recipe and the number of skipped steps."""
+        """Store the description of the model, the recipe, the number of skipped steps and the losses of each time."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
         for logger in self.trainer.loggers if self.trainer.is_global_zero else ():
             if isinstance(logger, WandbLogger):
                 checkpoint[KEY][WANDB_RUN] = logger.experiment.path
-        checkpoint.setdefault(COUNTS, {})["skipped"] = self.skipped
+        counts = checkpoint.setdefault(COUNTS, {})
+        counts["skipped"] = self.skipped
+        if self.has_importance_times:
+            counts["loss_history"] = self.loss_history
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the number of skipped steps, and resume at the start of an optimiser step."""
+        """Restore what `on_save_checkpoint` stored, and resume at the start of an optimiser step."""
         self._adapt_optimizer_states(checkpoint["optimizer_states"])
         if counts := checkpoint.get(COUNTS):  # older checkpoints have none
             self.skipped.copy_(counts["skipped"])
+            if self.has_importance_times:
+                self.loss_history.copy_(counts["loss_history"])
         count_complete_steps(checkpoint, self.trainer.accumulate_grad_batches)
 
     def _adapt_optimizer_states(self, states: list[dict[str, Any]]) -> None:

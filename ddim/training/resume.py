@@ -108,7 +108,10 @@ def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule,
             for shadow in (ema["shadow"], *ema.get("others", {}).values()):
                 _check_shapes("EMA", shadow, parameters)
         counts = checkpoint.get(COUNTS, {})
-        for key, shape in (("skipped", (2,)), ("losses", (2, 4))):
+        history = tuple(module.loss_history.shape)
+        if module.has_importance_times and "loss_history" not in counts:
+            raise ValueError("loss_history is missing")
+        for key, shape in (("skipped", (2,)), ("losses", (2, 4)), ("loss_history", history)):
             if key in counts and counts[key].shape != shape:
                 raise ValueError(f"{key} has the shape {tuple(counts[key].shape)}, not {shape}")
 

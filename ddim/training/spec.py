@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ddim.checkpoints import ModelSpec
 from ddim.config import FilePath, build, check_name, choose, config_context
 from ddim.data.datasets import DataSpec
+from ddim.diffusion.learned_variance import VARIANCES
 from ddim.diffusion.prediction import check_level
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.errors import UserError
@@ -170,7 +171,7 @@ class TrainSpec:
         data = {key: getattr(self.data, key) for key in ("name", "category", "flip", "resize")}
         if self.data.convert:
             data["convert"] = True  # only then: checkpoints of before this option can be resumed
-        groups = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
+        groups = {"objective": self.objective.recipe(), "optim": asdict(self.optim), "data": data}
         groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
         groups["trainer"] = {"batch_size": self.trainer.batch_size}
         if self.trainer.overfit:
@@ -187,9 +188,17 @@ class TrainSpec:
         """
         fields = dict(self.network)
         name = fields.pop("name", "unet")
+        o, schedule = self.objective, self.schedule.build()
+        out_channels = VARIANCES[o.variance] * self.data.channels
+        if fields.get("out_channels") not in (None, out_channels):
+            raise UserError("network.out_channels follows from objective.variance; leave it null.")
+        if o.variance != "fixed":
+            fields["out_channels"] = out_channels
         network_spec = build(choose("network", name, NETWORKS)[0], fields, "network")
-        plugins, prediction = tuple(imported_plugins()), self.objective.prediction
-        model = ModelSpec(name, network_spec, self.schedule.build(), prediction, self.data.name, plugins)
+        if o.weight in ("vlb", "hybrid") and schedule.T < 2:
+            raise UserError(f"objective.weight={o.weight} needs at least two times; set schedule.T above 1.")
+        plugins = tuple(imported_plugins())
+        model = ModelSpec(name, network_spec, schedule, o.prediction, self.data.name, plugins, o.variance)
         if model.image_shape != (self.data.channels, *self.data.size):
             raise UserError(
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
@@ -198,10 +207,10 @@ class TrainSpec:
         with config_context("objective"):
             check_level(model.prediction, model.schedule[model.schedule.T])
         with config_context("grid.sampler"):
-            self.grid.sampler.check(model.schedule, model.prediction)
+            self.grid.sampler.check(model.schedule, model.prediction, model.variance)
         if self.eval.every and self.eval.n:
             with config_context("eval.sampler"):
-                self.eval.sampler.check(model.schedule, model.prediction)
+                self.eval.sampler.check(model.schedule, model.prediction, model.variance)
         return model
 
     def evaluation(self) -> EvaluateSpec:

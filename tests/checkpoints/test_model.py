@@ -71,6 +71,8 @@ OTHER = {
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(UNetSpec)])
 def test_every_network_field_of_the_weights_is_a_difference(spec, field):
+    if field == "out_channels":  # follows from the variance, below
+        return
     if field in ("dropout", "init"):  # of the training, not of the weights
         other = replace(spec, network_spec=replace(NETWORK, dropout=0.1, init="ddpm"), data="others")
         assert spec.differences(other) == []
@@ -79,6 +81,20 @@ def test_every_network_field_of_the_weights_is_a_difference(spec, field):
     mine, theirs = spec.to_dict()["network"][field], other.to_dict()["network"][field]
     assert spec.differences(other) == [f"network.{field}: {mine} and {theirs}"]
     assert other.differences(spec) == [f"network.{field}: {theirs} and {mine}"]
+
+
+def test_learned_variance_is_described_and_a_difference(spec):
+    learned = replace(spec, network_spec=replace(NETWORK, out_channels=2), variance="learned_range")
+    stored = learned.to_dict()
+    assert (stored["variance"], stored["network"]["out_channels"]) == ("learned_range", 2)
+    back = ModelSpec.from_dict(stored)
+    assert (back.variance, back.network_spec.out_channels) == ("learned_range", 2)
+    assert spec.differences(learned) == ["network.out_channels: None and 2"]
+    assert "variance" not in spec.to_dict()
+    assert "out_channels" not in spec.to_dict()["network"]
+    for wrong in ({"variance": "fixed"}, {"network_spec": NETWORK}):
+        with pytest.raises(UserError, match="output channels; the network has"):
+            replace(learned, **wrong)
 
 
 def test_schedule_and_prediction_are_differences(spec):

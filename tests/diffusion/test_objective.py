@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from ddim import antithetic_times, linear_schedule, per_sample_loss, uniform_times
-from ddim.diffusion.objective import q_sample, training_noise
-from ddim.diffusion.prediction import PREDICTIONS
+from ddim.diffusion.objective import min_snr_weight, q_sample, training_noise
+from ddim.diffusion.prediction import PREDICTIONS, eps_from_x0
 
 SCHEDULE = linear_schedule(1000)
 X0 = torch.linspace(-1, 1, 6 * 3 * 4 * 4).reshape(6, 3, 4, 4)
@@ -70,3 +70,34 @@ def test_antithetic_pairs_sum_to_T_plus_1():
     assert abs(torch.corrcoef(torch.stack([t[0:-2:2], t[2::2]]).double())[0, 1]) < 0.1
     uniform = uniform_times(1000, 0, 0, range(4000)).double()
     assert abs(torch.corrcoef(torch.stack([uniform[0::2], uniform[1::2]]))[0, 1]) < 0.1
+
+
+def test_min_snr_weights_are_hang_et_als():
+    a_t = SCHEDULE.alpha_bar[1:]
+    snr = a_t / (1 - a_t)
+    least = torch.minimum(snr, torch.tensor(5.0).double())
+    for prediction, expected in {"eps": least / snr, "x0": least, "v": least / (snr + 1)}.items():
+        assert torch.allclose(min_snr_weight(prediction, a_t, 5.0), expected, rtol=1e-12)
+
+
+def test_min_snr_does_not_depend_on_what_is_predicted():
+    """The same x̂0 in three ways; with a large γ it is the squared error of x0 times SNR."""
+    x0_hat, a_t = X0 + 0.3 * EPS.flip(0), SCHEDULE.alpha_bar[T].reshape(-1, 1, 1, 1)
+    eps_hat = eps_from_x0(x0_hat, q_sample(X0, EPS, a_t), a_t)
+    for gamma in (5.0, 1e9):
+        losses = [
+            per_sample_loss(
+                lambda x, t, p=p: PREDICTIONS[p].target(x0_hat, eps_hat, a_t).float(),
+                SCHEDULE.alpha_bar,
+                X0,
+                T,
+                EPS,
+                prediction=p,
+                weight="min_snr",
+                gamma=gamma,
+            )
+            for p in PREDICTIONS
+        ]
+        snr = (a_t / (1 - a_t)).flatten().clamp(max=gamma)
+        expected = snr * ((x0_hat - X0) ** 2).mean((1, 2, 3)).double()
+        assert all(torch.allclose(loss.double(), expected, rtol=2e-3) for loss in losses)

@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 
 from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
+from ddim.diffusion.importance import LOSS_SECOND_MOMENT
 from ddim.diffusion.inversion import INVERSIONS
-from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
+from ddim.diffusion.learned_variance import VARIANCES
+from ddim.diffusion.objective import LOSS_WEIGHTS, REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
 from ddim.diffusion.registry import DIFFUSERS, RULES
 from ddim.diffusion.schedule import ScheduleSpec
@@ -63,7 +65,7 @@ def group_of(main: str) -> list[str]:
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 NOT_DDIM = [option for option in options("sampler") if option != "ddim"]
 REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "encode") for option in NOT_DDIM}
-NOISE = ("ddim_eta", "ddim_corrector", "ddpm", "sigma_hat", "sde_", "diffusers")
+NOISE = ("ddim_eta", "ddim_corrector", "ddpm", "sigma_hat", "sde_", "diffusers", "learned_variance")
 NOISY = [name for name in options("sampler") if name.startswith(NOISE)]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
@@ -172,7 +174,9 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("network/unet_cifar10", "init"): UNetSpec,
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
-    ("objective/ddpm", "times"): TIME_SAMPLERS,
+    ("objective/ddpm", "times"): (*TIME_SAMPLERS, LOSS_SECOND_MOMENT),
+    ("objective/ddpm", "weight"): LOSS_WEIGHTS,
+    ("objective/ddpm", "variance"): VARIANCES,
     ("encode", "inversion"): INVERSIONS,
     ("estimate_variance", "split"): EstimateVarianceSpec,
     ("reconstruct", "inversion"): INVERSIONS,

@@ -90,6 +90,11 @@ def export_checkpoint(
             repository too; before anything is written.
     """
     model = read_model(Path(spec.checkpoint).expanduser(), spec.weights)
+    if model.spec.variance != "fixed" and spec.layout != "safetensors":
+        raise UserError(
+            f"layout={spec.layout} cannot hold a learned variance: DDIMPipeline of diffusers cannot sample with it, "
+            "and a flat state dict does not say that it is there; take layout=safetensors."
+        )
     folder = Path(spec.output_dir).expanduser()
     paths = [folder / name for name in FILES[spec.layout]]
     check_network(model, spec.layout)

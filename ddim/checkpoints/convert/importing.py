@@ -229,6 +229,7 @@ def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, net
         schedule=source.schedule or schedule or linear_schedule(),
         prediction=source.prediction or spec.prediction or "eps",
         data=spec.trained_on or source.data or (known.data if known else ""),
+        variance="fixed" if network.out_channels in (None, network.channels) else "learned_range",
     )
     requested = replace(
         described,

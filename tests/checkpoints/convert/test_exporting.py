@@ -198,3 +198,16 @@ def test_export_resaved_by_diffusers_imports_as_the_same_model(hf, model_file, t
     assert back.model.spec.network_spec.dropout == spec.network_spec.dropout
     assert (back.model.weights, back.model.step) == ("ema", None)
     assert back.warnings == []
+
+
+def test_learned_variance_survives_as_safetensors_alone(model_file, tmp_path):
+    spec = replace(PLAIN, network_spec=replace(PLAIN.network_spec, out_channels=2), variance="learned_range")
+    assert spec.network_spec.channels == 1
+    source = model_file(spec=spec)
+    for layout in ("diffusers", "flat"):
+        assert "take layout=safetensors" in refusal(export_checkpoint, ExportSpec(source, str(tmp_path), layout))
+    (path,), _ = export_checkpoint(ExportSpec(source, str(tmp_path / "out"), "safetensors"))
+    bring(path)
+    back = read_model(tmp_path / "out" / "imported" / "model.safetensors.safetensors")
+    assert (back.spec.variance, back.spec.network_spec) == ("learned_range", spec.network_spec)
+    assert weights_hash(back.state) == weights_hash(read_model(source).state)
