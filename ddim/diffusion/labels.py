@@ -63,6 +63,7 @@ LABELS: dict[str, Callable[[Any], str]] = {
         {1: "Analytic-DDPM", 0: "Analytic-DDIM"}.get(rule.eta, f"Analytic-DDIM η={rule.eta}")
         + ("" if rule.clip_bound else ", bound not clipped")
     ),
+    "multinomial": lambda rule: f"σ={rule.sigma_fraction} σ_max",
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ddim.diffusion.analytic import AnalyticVariance
+from ddim.diffusion.multinomial import Multinomial
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
 from ddim.diffusion.solvers import (
     DEIS,
@@ -88,4 +89,5 @@ RULES: dict[str, Callable[..., Rule]] = {
     "sde_dpm_solver_pp": SDEDPMSolverPP,
     "unipc": UniPC,
     "analytic": AnalyticVariance.from_file,
+    "multinomial": Multinomial,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddim.diffusion import multinomial
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.prediction import Clip, check_level
 from ddim.diffusion.registry import DIFFUSERS, RULES, check_arguments, find_rule
@@ -128,12 +129,26 @@ class SamplerSpec:
         """Return the clip policy."""
         return Clip(self.clip, self.clip_range, self.threshold_ratio, self.threshold_max)
 
-    def check(self, schedule: NoiseSchedule, prediction: str) -> None:
-        """Check before work starts that the sampler fits a schedule and what the network predicts.
+    def check(self, schedule: NoiseSchedule, prediction: str, classes: int | None = None) -> None:
+        """Check before work starts that the sampler fits a schedule, what the network predicts, and what pixels are.
+
+        Args:
+            schedule, prediction: of the model.
+            classes: K where pixels are one of K classes; None where they are numbers.
 
         Raises:
             ValueError: it does not; see `tau`, `rows` and `check_level`.
         """
+        if (self.rule == "multinomial") != (classes is not None):
+            pixels = "numbers" if classes is None else f"one of {classes} classes"
+            advice = "any other rule" if classes is None else "sampler=multinomial, the only one for them"
+            raise ValueError(
+                f"rule={self.scheduler or self.rule} does not fit a model whose pixels are {pixels}; take {advice}."
+            )
+        if classes is not None and self.clip != "none":
+            raise ValueError(
+                f"clip={self.clip} is for numbers; pixels that are one of {classes} classes take clip=none."
+            )
         for t in self.tau(schedule.T):
             check_level(prediction, schedule[t])
         self.evaluations(schedule)  # refuses steps that the rule cannot take
@@ -212,12 +227,15 @@ class SamplerSpec:
         noise: Noise | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
+        rule, times = self.build_rule(), self.descending_times(schedule.T)
+        if isinstance(rule, multinomial.Multinomial):
+            return multinomial.trajectory(model, schedule, x_T, times, rule, seed=seed, indices=indices)
         return trajectory(
             model,
             schedule,
             x_T,
-            self.descending_times(schedule.T),
-            self.build_rule(),
+            times,
+            rule,
             prediction=prediction,
             clip=self.build_clip(),
             seed=seed,

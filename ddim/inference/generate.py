@@ -10,7 +10,6 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.analytic import AnalyticVariance
-from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
@@ -29,10 +28,10 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
         UserError: the sampler does not fit the schedule, what the network predicts, or its weights.
     """
     with config_context("sampler"):
-        if sampler.scheduler is not None:
+        if sampler.scheduler is not None and model.spec.classes is None:
             check_scheduler(sampler, model.spec.schedule, model.spec.prediction)
             return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
-        sampler.check(model.spec.schedule, model.spec.prediction)
+        sampler.check(model.spec.schedule, model.spec.prediction, model.spec.classes)
         rule = sampler.build_rule()
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(
@@ -124,7 +123,7 @@ def sample_batch(
         compute: device and precision.
         bar: counts network evaluations of single images.
     """
-    x_T = initial_noise(indices, model.spec.image_shape, seed, device=compute.device)
+    x_T = model.spec.x_T(indices, seed, compute.device)
     counted = 0
     with autocast(compute):
         for state in sample_steps(model, sampler, x_T, indices, seed):

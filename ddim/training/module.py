@@ -16,11 +16,12 @@ from ddim.checkpoints.model import RECIPE, WANDB_RUN
 from ddim.checkpoints.spec import KEY
 from ddim.config import choose
 from ddim.data.batches import Batch
+from ddim.diffusion import multinomial
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
-from ddim.random import DROPOUT, WEIGHTS, random_words
+from ddim.random import DROPOUT, TRAINING_NOISE, WEIGHTS, random_words
 from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, for each parameter
@@ -36,19 +37,27 @@ class ObjectiveSpec:
         reduction: over the dimensions of an image, a key of REDUCTIONS: mean (Ho et al.) or sum (the official
             implementation).
         times: a key of TIME_SAMPLERS: uniform (Ho et al.) or antithetic (the official implementation).
+        multinomial: the loss where pixels are one of K classes, a key of `ddim.diffusion.multinomial.LOSSES`, for the
+            largest σ; null where they are numbers. It is the mean over pixels of a prediction of x0.
 
     Raises:
         UserError: an unknown name.
+        ValueError: a multinomial loss with another prediction or reduction.
     """
 
     prediction: str = "eps"
     reduction: str = "mean"
     times: str = "uniform"
+    multinomial: str | None = None
 
     def __post_init__(self) -> None:
         choose("objective.prediction", self.prediction, PREDICTIONS)
         choose("objective.reduction", self.reduction, REDUCTIONS)
         choose("objective.times", self.times, TIME_SAMPLERS)
+        if self.multinomial is not None:
+            choose("objective.multinomial", self.multinomial, multinomial.LOSSES)
+            if (self.prediction, self.reduction) != ("x0", "mean"):
+                raise ValueError(f"multinomial={self.multinomial} needs prediction=x0 and reduction=mean.")
 
 
 @dataclass(frozen=True)
@@ -124,18 +133,19 @@ class DiffusionModule(LightningModule):
         """Return loss: the mean over the micro-batch, (); losses: (b,), detached; t: their times in 1..T, (b,)."""
         x0, step, positions = batch["images"], batch["step"], batch["positions"]
         t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
-        eps = training_noise(self.seed, step, positions, x0.shape[1:])
         with self._addressed_dropout(step, batch_idx):
-            losses = per_sample_loss(
-                self.model,
-                self.alpha_bar,  # type: ignore[arg-type]
-                x0,
-                t,
-                eps,
-                prediction=self.objective.prediction,
-                reduction=self.objective.reduction,
-            )
+            losses = self._losses(x0, t, step, positions)
         return {"loss": losses.mean(), "losses": losses.detach(), "t": t}
+
+    def _losses(self, x0: Tensor, t: Tensor, step: int, positions: Tensor) -> Tensor:
+        alpha_bar: Tensor = self.alpha_bar  # type: ignore[assignment]
+        if self.objective.multinomial is not None:
+            words = multinomial.words_of(self.seed, TRAINING_NOISE, step, positions, x0.shape[1:])
+            K = self.spec.classes or 0
+            return multinomial.per_sample_loss(self.model, alpha_bar, x0, t, words, K, self.objective.multinomial)
+        eps = training_noise(self.seed, step, positions, x0.shape[1:])
+        prediction, reduction = self.objective.prediction, self.objective.reduction
+        return per_sample_loss(self.model, alpha_bar, x0, t, eps, prediction=prediction, reduction=reduction)
 
     def configure_gradient_clipping(
         self,

@@ -171,6 +171,8 @@ class TrainSpec:
         if self.data.convert:
             data["convert"] = True  # only then: checkpoints of before this option can be resumed
         groups = {"objective": asdict(self.objective), "optim": asdict(self.optim), "data": data}
+        if self.objective.multinomial is None:
+            del groups["objective"]["multinomial"]  # checkpoints of before this option can be resumed
         groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
         groups["trainer"] = {"batch_size": self.trainer.batch_size}
         if self.trainer.overfit:
@@ -195,13 +197,18 @@ class TrainSpec:
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
                 f"{(self.data.channels, *self.data.size)}; leave network.channels and network.image_size to the data."
             )
+        if (model.classes is None) != (self.objective.multinomial is None):
+            raise UserError(
+                f"network={name} and objective.multinomial={self.objective.multinomial} do not fit: pixels that are one "
+                "of K classes take network.name=categorical_unet with objective=multinomial, and numbers take neither."
+            )
         with config_context("objective"):
             check_level(model.prediction, model.schedule[model.schedule.T])
         with config_context("grid.sampler"):
-            self.grid.sampler.check(model.schedule, model.prediction)
+            self.grid.sampler.check(model.schedule, model.prediction, model.classes)
         if self.eval.every and self.eval.n:
             with config_context("eval.sampler"):
-                self.eval.sampler.check(model.schedule, model.prediction)
+                self.eval.sampler.check(model.schedule, model.prediction, model.classes)
         return model
 
     def evaluation(self) -> EvaluateSpec:
