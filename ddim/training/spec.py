@@ -199,8 +199,8 @@ class TrainSpec:
             )
         if (model.classes is None) != (self.objective.multinomial is None):
             raise UserError(
-                f"network={name} and objective.multinomial={self.objective.multinomial} do not fit: pixels that are one "
-                "of K classes take network.name=categorical_unet with objective=multinomial, and numbers take neither."
+                f"network.name={name} and objective.multinomial={self.objective.multinomial} do not fit: pixels that "
+                "are one of K classes take categorical_unet with objective=multinomial, and numbers take neither."
             )
         with config_context("objective"):
             check_level(model.prediction, model.schedule[model.schedule.T])

@@ -9,6 +9,7 @@ import torch
 from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, step_noise, trajectory
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.quadrature import lagrange_integrals
+from ddim.diffusion.multinomial import Multinomial
 from ddim.diffusion.registry import RULES
 from ddim.diffusion.rules import Estimate, Rule, SigmaHat, apply, sigma_bar
 from ddim.diffusion.sampling import count_evaluations, last_state
@@ -40,7 +41,8 @@ def variants(rule: type[Rule]) -> list[Rule]:
     return rules
 
 
-KINDS = [kind for kind in RULES.values() if isinstance(kind, type)]  # the others are built from a file
+# Those of Gaussian diffusion that need no file.
+KINDS = [kind for kind in RULES.values() if isinstance(kind, type) and kind is not Multinomial]
 DEFAULTS = {str(kind()) for kind in KINDS}
 ALL = [rule for kind in KINDS for rule in variants(kind)]
 ALL += [AnalyticVariance(eta, [(SCHEDULE[t], 0.5) for t in range(1000, 0, -1)]) for eta in (0.0, 1.0)]

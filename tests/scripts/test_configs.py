@@ -13,6 +13,7 @@ from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
+from ddim.diffusion.multinomial import LOSSES
 from ddim.diffusion.registry import DIFFUSERS, RULES
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.diffusion.spec import SamplerSpec
@@ -26,7 +27,7 @@ from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import PictureSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.sample_files import SampleSpec
-from ddim.networks import UNetSpec
+from ddim.networks import NETWORKS, UNetSpec
 from ddim.results.plot_spec import PlotSpec
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
@@ -47,6 +48,8 @@ WITH = {
     "network=unet_digits": ["data=digits"],
     "network=unet_celeba": ["data=celeba"],
     "network=unet_lsun": ["data=lsun_church"],
+    "network=categorical_unet_digits": ["data=digits", "objective=multinomial", "sampler@grid.sampler=multinomial"],
+    "objective=multinomial": ["data=digits", "network=categorical_unet_digits", "sampler@grid.sampler=multinomial"],
     "sampler=diffusers": ["sampler.scheduler=DDIMScheduler"],
     "schedule=custom": ["schedule.betas=[0.1,0.2]", "grid.sampler.S=2"],
 }
@@ -61,7 +64,8 @@ def group_of(main: str) -> list[str]:
 
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
-NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers"))]
+NOISY_NAMES = ("ddim_eta", "ddpm", "sigma_hat", "sde_", "multinomial", "diffusers")
+NOISY = [name for name in options("sampler") if name.startswith(NOISY_NAMES)]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
 REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error", "metrics")}
@@ -130,7 +134,9 @@ def test_defaults_of_yaml_equal_those_of_the_spec(group: str) -> None:
         values["device"] = "cpu"
     assert build(type(spec), values, group) == spec
     for other in options(group):  # --help shows every key
-        assert set(group_values(group, other)) - {"name"} == fields(type(spec)) - {"name"}, other
+        keys = group_values(group, other)
+        spec_type = NETWORKS[keys["name"]][0] if group == "network" else type(spec)
+        assert set(keys) - {"name"} == fields(spec_type) - {"name"}, other
 
 
 @pytest.mark.parametrize("group", DEFAULTS)
@@ -167,6 +173,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("metric/inception", "metrics"): METRICS,
     ("metric/inception", "reference_split"): MetricSpec,
     ("network/unet_cifar10", "init"): UNetSpec,
+    ("objective/ddpm", "multinomial"): LOSSES,
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
     ("objective/ddpm", "times"): TIME_SAMPLERS,

@@ -90,6 +90,8 @@ def export_checkpoint(
             repository too; before anything is written.
     """
     model = read_model(Path(spec.checkpoint).expanduser(), spec.weights)
+    if model.spec.classes is not None and spec.layout != "safetensors":
+        raise UserError(f"layout={spec.layout} has no network for pixels that are classes; take layout=safetensors.")
     folder = Path(spec.output_dir).expanduser()
     paths = [folder / name for name in FILES[spec.layout]]
     check_network(model, spec.layout)
