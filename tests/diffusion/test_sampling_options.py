@@ -77,7 +77,9 @@ def test_encoding_to_alpha_bar_zero_asks_no_network_there():
     assert asked == [1, 1, 500]
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in ("ddim", "sigma_hat", "analytic", "multinomial")])
+@pytest.mark.parametrize(
+    "name", [name for name in RULES if name not in ("ddim", "sigma_hat", "analytic", "multinomial")]
+)
 def test_other_rules_refuse_the_step_from_alpha_bar_zero(name):
     """Their variables are infinite there; from the time before T on they work."""
     schedule = zero_terminal_snr(SCHEDULE)

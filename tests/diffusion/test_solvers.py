@@ -8,8 +8,8 @@ import torch
 
 from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, step_noise, trajectory
 from ddim.diffusion.analytic import AnalyticVariance
-from ddim.diffusion.quadrature import lagrange_integrals
 from ddim.diffusion.multinomial import Multinomial
+from ddim.diffusion.quadrature import lagrange_integrals
 from ddim.diffusion.registry import RULES
 from ddim.diffusion.rules import Estimate, Rule, SigmaHat, apply, sigma_bar
 from ddim.diffusion.sampling import count_evaluations, last_state

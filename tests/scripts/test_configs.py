@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from ddim.checkpoints.convert.diffusers import read_sampler
 from ddim.config import build
+from ddim.diffusion.multinomial import LOSSES
 from ddim.diffusion.objective import REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
-from ddim.diffusion.multinomial import LOSSES
 from ddim.diffusion.registry import DIFFUSERS, RULES
 from ddim.diffusion.schedule import ScheduleSpec
 from ddim.diffusion.spec import SamplerSpec
