@@ -1,5 +1,6 @@
 """The LightningModule owns no formula: a plain loop does the same."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,12 +17,14 @@ from ddim.data.images import normalize
 from ddim.diffusion import multinomial
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SINGLE_PROCESS
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import feature_set
 from ddim.evaluation.metrics import MetricSpec, frechet_distance
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import generate
 from ddim.random import TRAINING_NOISE
+from ddim.training.heldout import heldout_loss
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 from ddim.training.run import build_module
 from ddim.training.spec import TrainSpec
@@ -251,7 +254,7 @@ def test_the_loss_of_a_multinomial_model_is_that_of_its_objective(loss_at, make)
 
 @pytest.mark.integration
 def test_training_on_classes_lowers_the_distance(run):
-    """And the samples are one of three grey levels."""
+    """And the held-out loss; and the samples are of three grey levels."""
     changes = {**CATEGORICAL, "objective": {"prediction": "x0", "multinomial": "cross_entropy"}, "ema": None}
     changes |= {"optim": {"lr": 1e-2}, "schedule": {"name": "cosine", "T": 100, "zero_terminal_snr": True}}
     compute, sampler = ComputeSpec("cpu"), build(SamplerSpec, CATEGORICAL["grid"]["sampler"], "")
@@ -261,15 +264,17 @@ def test_training_on_classes_lowers_the_distance(run):
     def features(pixels):
         return feature_set(extractor.extract(pixels), extractor.layers[0])
 
-    real = features(load_images(DataSpec("digits", (8, 8), 1, flip=False), "train").images)
-    distances = []
+    digits = load_images(DataSpec("digits", (8, 8), 1, flip=False), "train").images
+    real, losses, distances = features(digits), [], []
     for steps in (1, 60):
         trainer = {"max_steps": steps, "batch_size": 64}
         model = load_model(run(f"run{steps}", **changes, trainer=trainer), "online")
         pixels = generate(model, sampler, range(300), 0, compute)
         assert set(pixels.unique().tolist()) <= {0, 128, 255}
         distances.append(frechet_distance(features(pixels), real, metric)["fd"])
+        losses.append(heldout_loss(model, [(range(300), digits[:300])], "mean", 0, compute, SINGLE_PROCESS)["loss"])
     assert distances[1] < distances[0] / 2
+    assert losses[1] < losses[0] < 1.2 * math.log(3)
 
 
 @pytest.mark.integration
