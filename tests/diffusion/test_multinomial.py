@@ -53,7 +53,7 @@ def test_every_sigma_has_the_marginals_of_equation_17(fraction, times):
                 torch.testing.assert_close(q, SCHEDULE[s] * x0 + (1 - SCHEDULE[s]) / K, rtol=0, atol=1e-12)
 
 
-def test_sigma_is_allowed_exactly_where_all_three_are_probabilities():
+def test_sigma_is_allowed_where_all_three_are_probabilities():
     for t, s in [(1000, 700), (700, 699), (2, 1), (1, 0)]:
         for fraction in FRACTIONS:
             row = mixture(SCHEDULE[t], SCHEDULE[s], fraction)
@@ -192,7 +192,7 @@ def test_losses_equal_an_independent_transcription(loss, fraction):
         assert float(values[i]) == pytest.approx(sum(pixels) / 4, rel=1e-9, abs=1e-13)
 
 
-def test_the_bound_is_above_the_divergence_and_equal_at_the_last_step():
+def test_the_bound_is_above_the_divergence_but_at_the_last_step():
     K, x0 = 4, to_values(torch.arange(64).reshape(4, 1, 4, 4) % 4, 4)
     words = torch.arange(64).reshape(4, 1, 4, 4) * 67_108_864
     times = torch.tensor([1, 2, 300, 1000])
@@ -221,7 +221,7 @@ def exact(x, t):
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
 @pytest.mark.parametrize("S", [1, 10, 100])
-def test_the_exact_network_samples_the_data_for_every_S_and_sigma(S, fraction):
+def test_the_exact_network_samples_the_data_for_every_sigma(S, fraction):
     """One pixel: p(x_s | x_t) is then exact, so no number of steps is too small."""
     n = 4000
     x_T = initial_state(range(n), (1, 1, 1), seed=1, classes=4)

@@ -242,7 +242,7 @@ CATEGORICAL = {
 }
 
 
-def test_the_loss_of_a_multinomial_model_is_that_of_its_objective(loss_at, make):
+def test_the_loss_on_classes_is_that_of_the_objective(loss_at, make):
     spec, module = make(**CATEGORICAL)
     x0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(4, -1, -1, -1)
     positions, schedule = torch.arange(4), spec.schedule.build()
