@@ -233,7 +233,7 @@ def test_the_exact_network_samples_the_data_for_every_sigma(S, fraction):
     assert frequencies[2] == 0
 
 
-def test_the_largest_sigma_keeps_a_pixel_or_takes_the_prediction():
+def test_the_largest_sigma_keeps_a_pixel_or_predicts_it():
     x_T = initial_state(range(500), (1, 4, 4), seed=3, classes=6)
 
     def certain(x, t):
