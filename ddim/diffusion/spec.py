@@ -229,6 +229,8 @@ class SamplerSpec:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
         rule, times = self.build_rule(), self.descending_times(schedule.T)
         if isinstance(rule, multinomial.Multinomial):
+            if noise is not None:
+                raise ValueError("rule=multinomial draws classes and adds no noise; leave noise out.")
             return multinomial.trajectory(model, schedule, x_T, times, rule, seed=seed, indices=indices)
         return trajectory(
             model,
