@@ -148,7 +148,7 @@ def test_a_preset_states_only_what_differs(group: str) -> None:
         assert bool(bases) == (path.stem != DEFAULTS[group][0]), path
         for base in bases:
             inherited = group_values(group, base)
-            assert [key for key, value in own.items() if inherited[key] == value] == [], path
+            assert [key for key, value in own.items() if inherited.get(key, ...) == value] == [], path
 
 
 @pytest.mark.parametrize("main", SPECS)
