@@ -11,7 +11,7 @@ import torch
 from test_commands import SPECS, commands, problems
 
 from ddim import quadratic_tau
-from ddim.networks import UNetSpec
+from ddim.networks import NETWORKS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -225,7 +225,7 @@ def unknown_keys(text: str) -> list[str]:
         "plugins",
         "network",
         "schedule",
-        *(f"network.{name}" for name in get_type_hints(UNetSpec)),
+        *(f"network.{name}" for spec, _ in NETWORKS.values() for name in get_type_hints(spec)),
     }
     known |= {key for spec in SPECS.values() for key in keys_of(spec)}
     groups = {key.partition(".")[0] for key in known if "." in key}

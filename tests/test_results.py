@@ -53,6 +53,14 @@ def test_the_digits_show_the_papers_pattern():
         assert value["η=0.0", S] < value["η=1.0", S]
 
 
+def test_the_least_random_multinomial_sampler_gains_from_steps():
+    (table,) = build_tables(RecordFile(RESULTS / "digits_multinomial.jsonl").read())
+    assert table.columns == [5, 10, 20, 50, 100]
+    least, most = ([table.value(f"σ={f} σ_max", S) for S in table.columns] for f in (1.0, 0.0))
+    assert least == sorted(least, reverse=True)
+    assert least[-1] < most[-1]
+
+
 def test_records_name_no_absolute_path():
     for path in RESULTS.glob("*.jsonl"):
         for record in RecordFile(path).read():

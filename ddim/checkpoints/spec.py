@@ -1,14 +1,17 @@
 """The description of a model that is stored with its weights, in plain values."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddim.config import build, choose, convert
+from ddim.diffusion import multinomial
 from ddim.diffusion.learned_variance import VARIANCES
+from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
@@ -57,6 +60,17 @@ class ModelSpec:
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return (self.network_spec.channels, *self.network_spec.image_size)
+
+    @property
+    def categories(self) -> int | None:
+        """K, where pixels are one of K categories (multinomial diffusion); None where they are numbers."""
+        return getattr(self.network_spec, "categories", None)
+
+    def x_T(self, indices: Sequence[int] | Tensor, seed: int, device: torch.device | str | None = None) -> Tensor:
+        """Return the starting points of the images numbered `indices`, float32 (B, C, H, W); see `initial_noise`."""
+        if self.categories is None:
+            return initial_noise(indices, self.image_shape, seed, device)
+        return multinomial.initial_state(indices, self.image_shape, seed, self.categories, device)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values and one tensor (alpha_bar), as stored in a checkpoint."""

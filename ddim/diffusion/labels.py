@@ -67,6 +67,7 @@ LABELS: dict[str, Callable[[Any], str]] = {
         + ("" if rule.clip_bound else ", bound not clipped")
     ),
     "learned_variance": lambda rule: "learned σ",
+    "multinomial": lambda rule: f"σ={rule.sigma_fraction} σ_max",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.inversion import BDIA
 from ddim.diffusion.learned_variance import LearnedVariance
+from ddim.diffusion.multinomial import Multinomial
 from ddim.diffusion.rules import DDIM, Rule, SigmaHat
 from ddim.diffusion.solvers import (
     DEIS,
@@ -92,4 +93,5 @@ RULES: dict[str, Callable[..., Rule]] = {
     "bdia": BDIA,
     "analytic": AnalyticVariance.from_file,
     "learned_variance": LearnedVariance,
+    "multinomial": Multinomial,
 }

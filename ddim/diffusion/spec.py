@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ddim.diffusion import multinomial
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.learned_variance import LearnedVariance
 from ddim.diffusion.prediction import Clip, check_level
@@ -107,6 +108,8 @@ class SamplerSpec:
         self.build_corrector()
         if not self.corrector_steps and self.corrector_snr != Corrector.snr:
             raise ValueError(f"corrector_snr={self.corrector_snr} needs corrector_steps, such as 1; 0 is no corrector.")
+        if self.corrector_steps and self.rule == "multinomial":
+            raise ValueError("a corrector follows the score, which categories do not have; set corrector_steps=0.")
         if self.rule == DIFFUSERS or self.scheduler is not None or self.spacing == "scheduler":
             self._check_scheduler_fields()
             return
@@ -150,8 +153,14 @@ class SamplerSpec:
         """Return the Langevin corrector; of 0 steps where there is none."""
         return Corrector(self.corrector_steps, self.corrector_snr)
 
-    def check(self, schedule: NoiseSchedule, prediction: str, variance: str = "fixed") -> None:
-        """Check before work starts that the sampler fits a schedule and what the network predicts.
+    def check(
+        self, schedule: NoiseSchedule, prediction: str, variance: str = "fixed", categories: int | None = None
+    ) -> None:
+        """Check before work starts that the sampler fits a schedule, what the network predicts, and what pixels are.
+
+        Args:
+            schedule, prediction, variance: of the model.
+            categories: K where pixels are one of K categories; None where they are numbers.
 
         Raises:
             ValueError: it does not; see `tau`, `rows` and `check_level`. Or the rule needs a learned variance.
@@ -160,6 +169,16 @@ class SamplerSpec:
             raise ValueError(
                 f"rule={self.rule} needs a network that predicts the variance (objective.variance=learned_range), and "
                 "this one has a fixed variance; take sampler=ddpm."
+            )
+        if (self.rule == "multinomial") != (categories is not None):
+            pixels = "numbers" if categories is None else f"one of {categories} categories"
+            advice = "any other rule" if categories is None else "sampler=multinomial, the only one for them"
+            raise ValueError(
+                f"rule={self.scheduler or self.rule} does not fit a model whose pixels are {pixels}; take {advice}."
+            )
+        if categories is not None and self.clip != "none":
+            raise ValueError(
+                f"clip={self.clip} is for numbers; pixels that are one of {categories} categories take clip=none."
             )
         for t in self.tau(schedule.T):
             check_level(prediction, schedule[t])
@@ -243,12 +262,17 @@ class SamplerSpec:
         second: Tensor | None = None,
     ) -> Iterator[State]:
         """Sample with this rule, these times and this clip policy; arguments as in `trajectory`."""
+        rule, times = self.build_rule(), self.descending_times(schedule.T)
+        if isinstance(rule, multinomial.Multinomial):
+            if noise is not None:
+                raise ValueError("rule=multinomial draws categories and adds no noise; leave noise out.")
+            return multinomial.trajectory(model, schedule, x_T, times, rule, seed=seed, indices=indices)
         return trajectory(
             model,
             schedule,
             x_T,
-            self.descending_times(schedule.T),
-            self.build_rule(),
+            times,
+            rule,
             prediction=prediction,
             clip=self.build_clip(),
             seed=seed,

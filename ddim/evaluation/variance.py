@@ -80,6 +80,8 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     check_can_write(spec.path, spec.overwrite)
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     schedule = model.spec.schedule
+    if model.spec.categories is not None:
+        raise UserError(f"{spec.checkpoint} is a model of pixels that are categories, whose steps have no variance.")
     with config_context("sampler"):
         times = range(1, schedule.T + 1) if spec.sampler is None else sorted(set(spec.sampler.tau(schedule.T)))
     images = load_images(spec.data, spec.split)

@@ -10,7 +10,6 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.analytic import AnalyticVariance
-from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
@@ -31,10 +30,11 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
         UserError: the sampler does not fit the schedule, what the network predicts, or its weights.
     """
     with config_context("sampler"):
-        if sampler.scheduler is not None:
+        if sampler.scheduler is not None and model.spec.categories is None:
             check_scheduler(sampler, model.spec.schedule, model.spec.prediction)
             return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
-        sampler.check(model.spec.schedule, model.spec.prediction, model.spec.variance)
+        spec = model.spec
+        sampler.check(spec.schedule, spec.prediction, spec.variance, spec.categories)
         rule = sampler.build_rule()
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(
@@ -147,7 +147,7 @@ def sample_batch(
         start: of the images, in place of noise.
     """
     if start is None:
-        x_T, second = initial_noise(indices, model.spec.image_shape, seed, device=compute.device), None
+        x_T, second = model.spec.x_T(indices, seed, compute.device), None
     else:
         x_T, second = start(indices)
         x_T, second = x_T.to(compute.device), None if second is None else second.to(compute.device)

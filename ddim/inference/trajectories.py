@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
-from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
@@ -40,7 +39,7 @@ class SamplingContext:
         """Return the starting points of images, float32 (B, C, H, W) on the CPU; always the same for image i."""
         if self.given is not None:
             return self.given[list(indices)]
-        return initial_noise(indices, self.model.spec.image_shape, self.seed)
+        return self.model.spec.x_T(indices, self.seed)
 
     def tau(self, sampler: SamplerSpec) -> tuple[float, ...]:
         """Return the times of a sampler on this model's schedule."""

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from ddim.config import choose
+from ddim.networks.categorical import CategoricalUNet, CategoricalUNetSpec
 from ddim.networks.unet import UNet, UNetSpec
 
 
@@ -21,4 +22,7 @@ def build_network(name: str, spec: Any) -> nn.Module:
     return network_type(spec)
 
 
-NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {"unet": (UNetSpec, UNet)}
+NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {
+    "unet": (UNetSpec, UNet),
+    "categorical_unet": (CategoricalUNetSpec, CategoricalUNet),
+}

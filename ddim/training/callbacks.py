@@ -15,7 +15,6 @@ from torch import Tensor
 from ddim.data.datamodule import check_memory
 from ddim.data.images import to_uint8
 from ddim.diffusion.labels import title
-from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
@@ -198,7 +197,7 @@ class SampleGrid(Callback):
 
     def _sample_batch(self, module: DiffusionModule, indices: Tensor) -> Tensor:
         spec, model = self.spec, module.spec
-        x_T = initial_noise(indices, model.image_shape, spec.seed, device=module.device)
+        x_T = model.x_T(indices, spec.seed, module.device)
         states = spec.sampler.trajectory(
             module.model, model.schedule, x_T, prediction=model.prediction, seed=spec.seed, indices=indices
         )

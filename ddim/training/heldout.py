@@ -9,6 +9,7 @@ from torch import Tensor
 from ddim.checkpoints import LoadedModel
 from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import normalize
+from ddim.diffusion import multinomial
 from ddim.diffusion.objective import per_sample_loss
 from ddim.distributed import Processes
 from ddim.errors import UserError
@@ -62,9 +63,13 @@ def heldout_loss(
         pixels = pixels[numbers.start - first : numbers.stop - first]
         indices = torch.arange(numbers.start, numbers.stop, device=compute.device)
         t = 1 + (random_words(seed, VALIDATION, 0, indices)[:, 0] * T >> 32)
-        eps = gaussian(seed, VALIDATION, 1, indices, spec.image_shape)
         x0 = normalize(pixels.to(compute.device))
-        losses = per_sample_loss(model, alpha_bar, x0, t, eps, prediction=spec.prediction, reduction=reduction)
+        if spec.categories is not None:  # the cross-entropy, whatever is trained on
+            words = multinomial.words_of(seed, VALIDATION, 1, indices, spec.image_shape)
+            losses = multinomial.per_sample_loss(model, alpha_bar, x0, t, words, spec.categories)
+        else:
+            eps = gaussian(seed, VALIDATION, 1, indices, spec.image_shape)
+            losses = per_sample_loss(model, alpha_bar, x0, t, eps, prediction=spec.prediction, reduction=reduction)
         return torch.stack([indices, t, losses], dim=1).double().cpu()
 
     parts = [torch.empty(0, 3, dtype=torch.float64)]

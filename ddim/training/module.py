@@ -16,13 +16,14 @@ from ddim.checkpoints.model import RECIPE, WANDB_RUN
 from ddim.checkpoints.spec import KEY
 from ddim.config import choose
 from ddim.data.batches import Batch
+from ddim.diffusion import multinomial
 from ddim.diffusion.importance import LOSS_SECOND_MOMENT, empty_history, importance_times, record_losses
 from ddim.diffusion.learned_variance import VARIANCES
 from ddim.diffusion.objective import LOSS_WEIGHTS, REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
-from ddim.random import DROPOUT, WEIGHTS, random_words
+from ddim.random import DROPOUT, TRAINING_NOISE, WEIGHTS, random_words
 from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, for each parameter
@@ -43,11 +44,13 @@ class ObjectiveSpec:
         gamma: γ of min_snr.
         vlb_weight: λ of hybrid.
         variance: a key of VARIANCES: fixed, or learned_range, for which the network gets twice the output channels.
+        multinomial: the loss where pixels are one of K categories, a key of `ddim.diffusion.multinomial.LOSSES`, for
+            the largest σ; null where they are numbers. It is the mean over pixels of a prediction of x0.
 
     Raises:
         UserError: an unknown name.
-        ValueError: a number that is not positive, or a weight that leaves a learned variance without a gradient, or
-            needs one.
+        ValueError: a number that is not positive, a weight that leaves a learned variance without a gradient, or needs
+            one, or a multinomial loss with another prediction, reduction, weight or variance.
     """
 
     prediction: str = "eps"
@@ -57,6 +60,7 @@ class ObjectiveSpec:
     gamma: float = 5.0
     vlb_weight: float = 0.001
     variance: str = "fixed"
+    multinomial: str | None = None
 
     def __post_init__(self) -> None:
         choose("objective.prediction", self.prediction, PREDICTIONS)
@@ -73,6 +77,13 @@ class ObjectiveSpec:
             raise ValueError(
                 f"variance={self.variance} is not trained by weight={self.weight}; set weight=hybrid or weight=vlb."
             )
+        if self.multinomial is not None:
+            choose("objective.multinomial", self.multinomial, multinomial.LOSSES)
+            if (self.prediction, self.reduction, self.weight, self.variance) != ("x0", "mean", "simple", "fixed"):
+                raise ValueError(
+                    f"multinomial={self.multinomial} needs prediction=x0, reduction=mean, weight=simple "
+                    "and variance=fixed."
+                )
 
     def recipe(self) -> dict[str, Any]:
         """Return the fields that decide the weights; newer ones where they are set, so that old runs can be resumed."""
@@ -168,20 +179,8 @@ class DiffusionModule(LightningModule):
         else:
             t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
             weights = torch.ones(len(x0), device=x0.device)
-        eps = training_noise(self.seed, step, positions, x0.shape[1:])
         with self._addressed_dropout(step, batch_idx):
-            losses = per_sample_loss(
-                self.model,
-                self.alpha_bar,  # type: ignore[arg-type]
-                x0,
-                t,
-                eps,
-                prediction=self.objective.prediction,
-                reduction=self.objective.reduction,
-                weight=self.objective.weight,
-                gamma=self.objective.gamma,
-                vlb_weight=self.objective.vlb_weight,
-            )
+            losses = self._losses(x0, t, step, positions)
         if self.has_importance_times:
             self._drawn.append(torch.stack([x.double() for x in (positions, t, losses.detach())], 1))
         return {"loss": (weights * losses).mean(), "losses": losses.detach(), "t": t, "weights": weights}
@@ -197,6 +196,26 @@ class DiffusionModule(LightningModule):
         t, losses = self.trainer.strategy.reduce(batch, reduce_op="sum").T
         self.loss_history.copy_(record_losses(self.loss_history, t.long(), losses))
         self._drawn.clear()
+
+    def _losses(self, x0: Tensor, t: Tensor, step: int, positions: Tensor) -> Tensor:
+        alpha_bar: Tensor = self.alpha_bar  # type: ignore[assignment]
+        if self.objective.multinomial is not None:
+            words = multinomial.words_of(self.seed, TRAINING_NOISE, step, positions, x0.shape[1:])
+            K = self.spec.categories or 0
+            return multinomial.per_sample_loss(self.model, alpha_bar, x0, t, words, K, self.objective.multinomial)
+        eps = training_noise(self.seed, step, positions, x0.shape[1:])
+        return per_sample_loss(
+            self.model,
+            alpha_bar,
+            x0,
+            t,
+            eps,
+            prediction=self.objective.prediction,
+            reduction=self.objective.reduction,
+            weight=self.objective.weight,
+            gamma=self.objective.gamma,
+            vlb_weight=self.objective.vlb_weight,
+        )
 
     def configure_gradient_clipping(
         self,

@@ -204,13 +204,18 @@ class TrainSpec:
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
                 f"{(self.data.channels, *self.data.size)}; leave network.channels and network.image_size to the data."
             )
+        if (model.categories is None) != (self.objective.multinomial is None):
+            raise UserError(
+                f"network.name={name} and objective.multinomial={self.objective.multinomial} do not fit: pixels that "
+                "are one of K categories take categorical_unet with objective=multinomial, and numbers take neither."
+            )
         with config_context("objective"):
             check_level(model.prediction, model.schedule[model.schedule.T])
         with config_context("grid.sampler"):
-            self.grid.sampler.check(model.schedule, model.prediction, model.variance)
+            self.grid.sampler.check(model.schedule, model.prediction, model.variance, model.categories)
         if self.eval.every and self.eval.n:
             with config_context("eval.sampler"):
-                self.eval.sampler.check(model.schedule, model.prediction, model.variance)
+                self.eval.sampler.check(model.schedule, model.prediction, model.variance, model.categories)
         return model
 
     def evaluation(self) -> EvaluateSpec:

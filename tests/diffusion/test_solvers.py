@@ -9,6 +9,7 @@ import torch
 from ddim import DDIM, encode, initial_noise, linear_schedule, linear_tau, sample, step_noise, trajectory
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.learned_variance import LearnedVariance
+from ddim.diffusion.multinomial import Multinomial
 from ddim.diffusion.quadrature import lagrange_integrals
 from ddim.diffusion.registry import RULES
 from ddim.diffusion.rules import Estimate, Rule, SigmaHat, apply, sigma_bar
@@ -41,8 +42,8 @@ def variants(rule: type[Rule]) -> list[Rule]:
     return rules
 
 
-# The others are built from a file, or need a network that predicts a variance.
-KINDS = [kind for kind in RULES.values() if isinstance(kind, type) and kind is not LearnedVariance]
+# The others are built from a file, or need a network that predicts a variance, or pixels that are categories.
+KINDS = [kind for kind in RULES.values() if isinstance(kind, type) and kind not in (LearnedVariance, Multinomial)]
 DEFAULTS = {str(kind()) for kind in KINDS}
 ALL = [rule for kind in KINDS for rule in variants(kind)]
 ALL += [AnalyticVariance(eta, [(SCHEDULE[t], 0.5) for t in range(1000, 0, -1)]) for eta in (0.0, 1.0)]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ddim.config import build
 from ddim.networks import NETWORKS, UNet, UNetSpec, build_network
+from ddim.networks.categorical import CategoricalUNetSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "network"
 CIFAR10 = UNetSpec(image_size=(32, 32))
@@ -82,6 +83,7 @@ CONFIG_CASES = {
     "unet_celeba": (CELEBA, 78_700_803),
     "unet_lsun": (LSUN, 113_673_219),
     "unet_digits": (DIGITS, None),  # not published
+    "categorical_unet_digits": (CategoricalUNetSpec(**dataclasses.asdict(DIGITS), categories=17), None),
 }
 
 
@@ -95,14 +97,15 @@ def test_config_has_the_published_and_the_stated_count(name: str) -> None:
     text = (CONFIGS / f"{name}.yaml").read_text()
     values = group_values("network", name)
     assert (values["image_size"], values["channels"]) == ("${data.size}", "${data.channels}")
-    assert set(values) == {"name"} | {f.name for f in dataclasses.fields(UNetSpec)}
-    spec_type, _ = NETWORKS[values.pop("name")]
+    network_name = values.pop("name")
+    spec_type, _ = NETWORKS[network_name]
+    assert set(values) == {f.name for f in dataclasses.fields(spec_type)}
     spec = build(
         spec_type, values | {"image_size": list(expected.image_size), "channels": expected.channels}, "network"
     )
     assert spec == expected
     with torch.device("meta"):
-        network = build_network("unet", spec)
+        network = build_network(network_name, spec)
     stated = re.match(r"# ([\d,]+) parameters at (\d+)x(\d+)x(\d+)\.", text)
     assert stated is not None
     count = int(stated[1].replace(",", ""))

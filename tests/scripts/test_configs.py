@@ -14,6 +14,7 @@ from ddim.config import build
 from ddim.diffusion.importance import LOSS_SECOND_MOMENT
 from ddim.diffusion.inversion import INVERSIONS
 from ddim.diffusion.learned_variance import VARIANCES
+from ddim.diffusion.multinomial import LOSSES
 from ddim.diffusion.objective import LOSS_WEIGHTS, REDUCTIONS, TIME_SAMPLERS
 from ddim.diffusion.prediction import CLIP_POLICIES, PREDICTIONS
 from ddim.diffusion.registry import DIFFUSERS, RULES
@@ -29,7 +30,7 @@ from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import PictureSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.sample_files import SampleSpec
-from ddim.networks import UNetSpec
+from ddim.networks import NETWORKS, UNetSpec
 from ddim.results.plot_spec import PlotSpec
 from ddim.training.callbacks import GridSpec
 from ddim.training.ema import EMASpec
@@ -50,6 +51,8 @@ WITH = {
     "network=unet_digits": ["data=digits"],
     "network=unet_celeba": ["data=celeba"],
     "network=unet_lsun": ["data=lsun_church"],
+    "network=categorical_unet_digits": ["data=digits", "objective=multinomial", "sampler@grid.sampler=multinomial"],
+    "objective=multinomial": ["data=digits", "network=categorical_unet_digits", "sampler@grid.sampler=multinomial"],
     "sampler=diffusers": ["sampler.scheduler=DDIMScheduler"],
     "schedule=custom": ["schedule.betas=[0.1,0.2]", "grid.sampler.S=2"],
 }
@@ -65,7 +68,7 @@ def group_of(main: str) -> list[str]:
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 NOT_DDIM = [option for option in options("sampler") if option != "ddim"]
 REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "encode") for option in NOT_DDIM}
-NOISE = ("ddim_eta", "ddim_corrector", "ddpm", "sigma_hat", "sde_", "diffusers", "learned_variance")
+NOISE = ("ddim_eta", "ddim_corrector", "ddpm", "sigma_hat", "sde_", "diffusers", "learned_variance", "multinomial")
 NOISY = [name for name in options("sampler") if name.startswith(NOISE)]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
@@ -135,7 +138,9 @@ def test_defaults_of_yaml_equal_those_of_the_spec(group: str) -> None:
         values["device"] = "cpu"
     assert build(type(spec), values, group) == spec
     for other in options(group):  # --help shows every key
-        assert set(group_values(group, other)) - {"name"} == fields(type(spec)) - {"name"}, other
+        keys = group_values(group, other)
+        spec_type = NETWORKS[keys["name"]][0] if group == "network" else type(spec)
+        assert set(keys) - {"name"} == fields(spec_type) - {"name"}, other
 
 
 @pytest.mark.parametrize("group", DEFAULTS)
@@ -147,7 +152,7 @@ def test_a_preset_states_only_what_differs(group: str) -> None:
         assert bool(bases) == (path.stem != DEFAULTS[group][0]), path
         for base in bases:
             inherited = group_values(group, base)
-            assert [key for key, value in own.items() if inherited[key] == value] == [], path
+            assert [key for key, value in own.items() if inherited.get(key, ...) == value] == [], path
 
 
 @pytest.mark.parametrize("main", SPECS)
@@ -172,6 +177,7 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("metric/inception", "metrics"): METRICS,
     ("metric/inception", "reference_split"): MetricSpec,
     ("network/unet_cifar10", "init"): UNetSpec,
+    ("objective/ddpm", "multinomial"): LOSSES,
     ("objective/ddpm", "prediction"): PREDICTIONS,
     ("objective/ddpm", "reduction"): REDUCTIONS,
     ("objective/ddpm", "times"): (*TIME_SAMPLERS, LOSS_SECOND_MOMENT),

@@ -32,7 +32,11 @@ def test_every_experiment_makes_a_spec(name: str) -> None:
     assert EXPERIMENTS[name], "an experiment is headed by its command"
     [main] = set(EXPERIMENTS[name]) - ({"evaluate"} if "train" in EXPERIMENTS[name] else set())
     spec = spec_of(main, f"experiment={name}")
-    shared = {"table_digits": "digits", "table1_cifar10_sigma_hat": "table1_cifar10"}
+    shared = {
+        "table_digits": "digits",
+        "table_digits_multinomial": "digits_multinomial",
+        "table1_cifar10_sigma_hat": "table1_cifar10",
+    }
     assert spec.name == shared.get(name, name)
     assert spec.output_dir == f"outputs/{main}/{spec.name}"
     if main == "train":

@@ -51,6 +51,12 @@ TRAIN data=digits schedule.zero_terminal_snr=true -> objective: a network that p
 SAMPLE like=oficial -> like=oficial | did you mean official? | allowed: diffusers, official, paper
 SAMPLE sampler.eta=-1 -> eta=-1.0 | must lie in [0, 1]
 SAMPLE sampler.eta=abc -> sampler.eta='abc' | must be a number, not text
+SAMPLE sampler=multinomial -> sampler: rule=multinomial | pixels are numbers | any other rule
+SAMPLE sampler=multinomial sampler.corrector_steps=1 -> sampler: a corrector follows the score | corrector_steps=0
+SAMPLE sampler=multinomial sampler.kwargs.sigma_fraction=2 -> sigma_fraction=2 | [0, 1]
+TRAIN data=digits objective=multinomial -> network.name=unet and objective.multinomial=cross_entropy do not fit
+TRAIN data=digits network=categorical_unet_digits network.categories=1 -> categories=1 must be 2 to 256
+TRAIN data=digits objective=multinomial objective.prediction=eps -> needs prediction=x0
 SAMPLE sampler=analytic -> sampler: analytic needs file=PATH | scripts/estimate_variance.py
 SAMPLE sampler=analytic sampler.kwargs.file=text -> sampler: file=text was not written by | estimate again
 VARIANCE n=1 -> n=1 must be at least 2

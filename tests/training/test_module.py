@@ -1,5 +1,6 @@
 """The LightningModule owns no formula: a plain loop does the same."""
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,14 +8,23 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from ddim.checkpoints.model import read_checkpoint
+from ddim.checkpoints.model import load_model, read_checkpoint
 from ddim.config import build
 from ddim.data.batches import MicroBatches, random_flip
 from ddim.data.datamodule import ImageDataModule
-from ddim.data.datasets import load_images
+from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import normalize
+from ddim.diffusion import multinomial
 from ddim.diffusion.objective import TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import SINGLE_PROCESS
 from ddim.errors import UserError
+from ddim.evaluation.feature_stats import feature_set
+from ddim.evaluation.metrics import MetricSpec, frechet_distance
+from ddim.inference.compute import ComputeSpec
+from ddim.inference.generate import generate
+from ddim.random import TRAINING_NOISE
+from ddim.training.heldout import heldout_loss
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 from ddim.training.run import build_module
 from ddim.training.spec import TrainSpec
@@ -223,6 +233,49 @@ def test_the_loss_is_that_of_the_objective(loss_at, make, objective):
     square = error.double() ** 2
     expected = square.detach().mean() if objective.reduction == "mean" else square.detach().sum() / 4
     assert loss_at(module, 9, 0) == pytest.approx(float(expected), rel=1e-5)
+
+
+CATEGORICAL = {
+    "network": {"name": "categorical_unet", "categories": 3, "ch_mult": [1, 1], "attn_resolutions": [4]},
+    "objective": {"prediction": "x0", "multinomial": "kl"},
+    "grid": {"sampler": {"rule": "multinomial", "eta": None, "S": 5}},
+}
+
+
+def test_the_loss_on_categories_is_that_of_the_objective(loss_at, make):
+    spec, module = make(**CATEGORICAL)
+    x0 = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8).expand(4, -1, -1, -1)
+    positions, schedule = torch.arange(4), spec.schedule.build()
+    t = TIME_SAMPLERS["uniform"](20, spec.seed, 9, positions)
+    words = multinomial.words_of(spec.seed, TRAINING_NOISE, 9, positions, (1, 8, 8))
+    expected = multinomial.per_sample_loss(module.model, schedule.alpha_bar, x0, t, words, 3, "kl").mean()
+    assert loss_at(module, 9, 0) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_training_on_categories_lowers_the_distance(run):
+    """And the held-out loss; and the samples are of three grey levels."""
+    changes = {**CATEGORICAL, "objective": {"prediction": "x0", "multinomial": "cross_entropy"}, "ema": None}
+    changes |= {"optim": {"lr": 1e-2}, "schedule": {"name": "cosine", "T": 100, "zero_terminal_snr": True}}
+    compute, sampler = ComputeSpec("cpu"), build(SamplerSpec, CATEGORICAL["grid"]["sampler"], "")
+    metric = MetricSpec("digits_classifier")
+    extractor = metric.build_extractor("cpu")
+
+    def features(pixels):
+        return feature_set(extractor.extract(pixels), extractor.layers[0])
+
+    digits = load_images(DataSpec("digits", (8, 8), 1, flip=False), "train").images
+    real, losses, distances = features(digits), [], []
+    for steps in (1, 60):
+        trainer = {"max_steps": steps, "batch_size": 64}
+        model = load_model(run(f"run{steps}", **changes, trainer=trainer), "online")
+        pixels = generate(model, sampler, range(300), 0, compute)
+        assert set(pixels.unique().tolist()) <= {0, 128, 255}
+        distances.append(frechet_distance(features(pixels), real, metric)["fd"])
+        losses.append(heldout_loss(model, [(range(300), digits[:300])], "mean", 0, compute, SINGLE_PROCESS)["loss"])
+    assert distances[1] < distances[0] / 2
+    assert losses[1] < losses[0] < 1.2 * math.log(3)
 
 
 @pytest.mark.integration

@@ -95,6 +95,8 @@ def export_checkpoint(
             f"layout={spec.layout} cannot hold a learned variance: DDIMPipeline of diffusers cannot sample with it, "
             "and a flat state dict does not say that it is there; take layout=safetensors."
         )
+    if model.spec.categories is not None and spec.layout != "safetensors":
+        raise UserError(f"layout={spec.layout} has no network for pixels that are categories; take layout=safetensors.")
     folder = Path(spec.output_dir).expanduser()
     paths = [folder / name for name in FILES[spec.layout]]
     check_network(model, spec.layout)
