@@ -95,7 +95,8 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html.
+        each as PNG and PDF unless one format is asked for, report.html;
+        terms.csv and a plot where there are variational bounds.
     """
     complete = [completed(record) for record in records]
     named = join_checkpoints(complete)
@@ -111,6 +112,9 @@ def write_report(
         **{f"{_numbered('table_body', i)}.tex": text.latex_body(table) for i, table in enumerate(tables)},
         "timing.csv": text.timing_csv(named),
     }
+    bounds = sorted((r for r in named if r.get("terms")), key=lambda r: (r["label"], r["key"]))
+    if bounds:
+        texts["terms.csv"] = text.terms_csv(bounds)
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
     table_plots = [
@@ -125,9 +129,10 @@ def write_report(
     ]
     drawn = [run for run in runs if run.curves]
     training_plot = [plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
+    terms = [plots.save_terms_plot(bounds, folder / "plot_terms.png", *drawing)] if bounds else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot)
-    drawings = [path for path in (*table_plots, *time_plots, *training_plot) if path is not None]
+    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot, terms)
+    drawings = [path for path in (*table_plots, *time_plots, *training_plot, *terms) if path is not None]
     return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
 
 
