@@ -1,6 +1,7 @@
 """Bits per dimension of images: the value by the library's functions, and what it depends on."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_the_bound_is_the_sum_of_its_terms(spec: LikelihoodSpec, model: LoadedMo
     assert value(record) == pytest.approx(bits(-terms.sum(1)), rel=1e-5)
     assert record["terms"] == pytest.approx((terms.mean(0) / 64 / math.log(2)).tolist(), rel=1e-4)
     assert (len(record["terms"]), record["nfe"], record["network_evaluations"]) == (11, 10, 100)
-    check_evaluation(record)
+    check_evaluation(json.loads(json.dumps(record)))
     paths = {path.name: path for path in write_report([record], Path(spec.output_dir))}
     lines = paths["terms.csv"].read_text().splitlines()
     assert [line.split(",")[1:3] for line in lines[1:3] + lines[10:]] == [
@@ -197,7 +198,6 @@ def test_values_out_of_range_are_refused(spec: LikelihoodSpec, changes: dict[str
         ({"sampler": SamplerSpec("probability_flow", None, S=5)}, "sampler: "),
         (BOUND | {"sampler": SamplerSpec(eta=1.0, S=1)}, "sampler: the bound needs two or more times"),
         (BOUND | {"sampler": SamplerSpec(eta=1.0, S=1000)}, "S=1000 steps cannot be chosen from T=50"),
-        ({"data": DataSpec("cifar10", (32, 32), 3, root="nowhere", download=False)}, "cifar10 lacks these files"),
     ],
 )
 def test_bad_input_is_refused_before_work(spec: LikelihoodSpec, changes: dict[str, Any], message: str) -> None:
