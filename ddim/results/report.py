@@ -95,8 +95,7 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html;
-        terms.csv and a plot where there are variational bounds.
+        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of variational bounds.
     """
     complete = [completed(record) for record in records]
     named = join_checkpoints(complete)
@@ -113,14 +112,12 @@ def write_report(
         "timing.csv": text.timing_csv(named),
     }
     bounds = sorted((r for r in named if r.get("terms")), key=lambda r: (r["label"], r["key"]))
-    if bounds:
-        texts["terms.csv"] = text.terms_csv(bounds)
+    texts |= {"terms.csv": text.terms_csv(bounds)} if bounds else {}
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
+    plotted = [table.column != IMAGES for table in tables]  # others have a single column
     table_plots = [
-        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png", *drawing)
-        if table.column != IMAGES  # of a single column
-        else None
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png", *drawing) if plotted[i] else None
         for i, table in enumerate(tables)
     ]
     time_plots = [
