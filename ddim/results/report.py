@@ -102,7 +102,7 @@ def write_report(
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
         show_intervals(tables, folder)
-    timings, runs = plots.timings(complete), find_runs(records)
+    timings, runs, bounds = plots.timings(complete), find_runs(records), _bounds(named)
     texts = {
         "table.md": text.markdown(tables, impossible),
         "table.csv": text.as_csv(tables),
@@ -111,7 +111,6 @@ def write_report(
         **{f"{_numbered('table_body', i)}.tex": text.latex_body(table) for i, table in enumerate(tables)},
         "timing.csv": text.timing_csv(named),
     }
-    bounds = sorted((r for r in named if r.get("terms")), key=lambda r: (r["label"], r["key"]))
     texts |= {"terms.csv": text.terms_csv(bounds)} if bounds else {}
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
@@ -131,6 +130,11 @@ def write_report(
     page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot, terms)
     drawings = [path for path in (*table_plots, *time_plots, *training_plot, *terms) if path is not None]
     return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
+
+
+def _bounds(records: Sequence[Record]) -> list[Record]:
+    """Return the records of variational bounds, by label."""
+    return sorted((r for r in records if r.get("terms")), key=lambda r: (r["label"], r["key"]))
 
 
 def _formats(pictures: Sequence[Path], kept: Literal["png", "pdf"] | None) -> list[Path]:
