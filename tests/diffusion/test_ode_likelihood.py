@@ -109,7 +109,7 @@ def test_the_data_stand_at_the_first_time(adaptive: bool) -> None:
         tau = (1, *quadratic_tau(1000, 100))
         solved = fixed_steps(exact("eps", schedule), schedule, IMAGES, tau, DPMSolverPP(2), BASIS, first_time=1)
     error = bits_per_dim(solved.log_likelihood - noisy.log_prob(X), D).abs().max()
-    assert float(error) < 0.01 < float(bits_per_dim(TRUTH - noisy.log_prob(X), D).abs().mean())
+    assert float(error) < 0.02 < float(bits_per_dim(TRUTH - noisy.log_prob(X), D).abs().mean())
 
 
 def test_zero_terminal_snr_is_for_the_adaptive_rule() -> None:
