@@ -129,7 +129,9 @@ class LikelihoodSpec(JobSpec):
             UserError: bad input.
         """
         model, compute = session.model(self.checkpoint, self.weights, self.compute)
-        tau = check_sampler(model, self.sampler)
+        # The adaptive rule has times of its own; S = 1 exists for every T.
+        sampler = self.sampler if self.tolerance is None else dataclasses.replace(self.sampler, S=1)
+        tau = check_sampler(model, sampler)
         times, steps = self._check_times(model, tau)
         images = session.images(self.data, self.split)
         check_shape(model, images)
@@ -153,7 +155,7 @@ class LikelihoodSpec(JobSpec):
             "metric": {"name": f"bits_per_dim_{self.method}", "scale": "bits for each value of a pixel"}
             | ({"probe": self.probe, "probes": self.probes, "tolerance": self.tolerance} if ode else {}),
         }
-        position = table_position(model, self.sampler, tau) | {"nfe": steps}
+        position = table_position(model, sampler, tau) | {"nfe": steps}
         if self.tolerance is not None:
             settings["sampler"] = {"rule": "dormand_prince", "last_time": self.sampler.last_time, "tau": list(times)}
             position |= {"label": f"Dormand-Prince {self.tolerance:g}", "spacing": "adaptive"}
