@@ -288,10 +288,12 @@ def code_lines(node: ast.AST) -> int:
 
 BESIDE_THE_METHOD = {
     "score": 80,
+    "variational_bound": 60,
     "inversion": 100,
     "gaussians": 30,
     "importance": 60,
     "learned_variance": 60,
+    "likelihood": 140,
     "multinomial": 100,
 }
 

@@ -20,6 +20,7 @@ from ddim.errors import UserError
 from ddim.evaluation.encoding import EncodeSpec
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.image_sets import MetricsSpec
+from ddim.evaluation.likelihood import LikelihoodSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
@@ -43,6 +44,7 @@ SPECS: dict[str, type] = {
     "sample": SampleSpec,
     "evaluate": EvaluateSpec,
     "reconstruct": ReconstructSpec,
+    "likelihood": LikelihoodSpec,
     "solver_error": TrajectoryErrorSpec,
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,
@@ -55,7 +57,7 @@ SPECS: dict[str, type] = {
 }
 # Scripts that a document other than the README shows.
 ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps", "metrics": "evaluation"}
-ELSEWHERE |= {"encode": "inversion"}
+ELSEWHERE |= {"encode": "inversion", "likelihood": "likelihood"}
 FLAGS = {"-m", "--multirun", "--help"}
 OWN_CONFIGS = "--config-dir=my_configs"  # of plugins
 # What stands for a number in a command; other words in capitals stand for text, and so are text.

@@ -26,7 +26,7 @@ from ddim.evaluation.shards import Shards
 from ddim.inference.batching import map_batches
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
 from ddim.inference.encoded_files import SECOND, X_T, EncodedImages
-from ddim.inference.generate import check_sampler, progress
+from ddim.inference.generate import check_numbers, check_sampler, progress
 from ddim.io import Tensors, check_can_write, explain_write_errors
 from ddim.results.records import provenance, record_key
 
@@ -106,6 +106,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         check_can_write(spec.path, spec.overwrite)
         compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
         model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
+        check_numbers(model)
         tau = check_sampler(model, spec.sampler)
         with config_context("inversion"):
             spec.how.check_levels(model.spec.schedule, spec.sampler.tau(model.spec.schedule.T), model.spec.prediction)

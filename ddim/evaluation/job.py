@@ -166,8 +166,8 @@ class Job:
             **self.settings,
             **self.metadata,
             **self._training(),
-            **results,
             "network_evaluations": len(self.indices) * self.steps,
+            **results,
             "compute": {
                 "device": device_name(self.compute.device),
                 "processes": processes.world_size,

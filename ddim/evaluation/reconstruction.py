@@ -28,7 +28,7 @@ from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
 from ddim.inference.batching import map_batches
 from ddim.inference.compute import ComputeSpec, autocast
-from ddim.inference.generate import check_sampler, progress, to_pixels
+from ddim.inference.generate import check_numbers, check_sampler, progress, to_pixels
 from ddim.io import Tensors
 from ddim.results.records import Record
 
@@ -89,6 +89,7 @@ class ReconstructSpec(JobSpec):
             UserError: bad input.
         """
         model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        check_numbers(model)
         tau = check_sampler(model, self.sampler)
         images = session.images(self.data, self.split)
         check_shape(model, images)

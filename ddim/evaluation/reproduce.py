@@ -29,6 +29,7 @@ KINDS = {  # kind of a record -> module and name of its specification
     "fidelity": ("fidelity", "EvaluateSpec"),
     "reconstruction": ("reconstruction", "ReconstructSpec"),
     "trajectory": ("trajectory_error", "TrajectoryErrorSpec"),
+    "likelihood": ("likelihood", "LikelihoodSpec"),
     IMAGES: ("image_sets", "MetricsSpec"),
 }
 

@@ -18,7 +18,7 @@ from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
 from ddim.image_io import grid, save_png
-from ddim.inference.generate import check_sampler, progress, sample_batches, to_pixels
+from ddim.inference.generate import check_numbers, check_sampler, progress, sample_batches, to_pixels
 from ddim.random import check_seed
 from ddim.results.records import Record, record_key
 
@@ -80,6 +80,7 @@ class TrajectoryErrorSpec(JobSpec):
             UserError: bad input.
         """
         model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        check_numbers(model)
         tau = check_sampler(model, self.sampler)
         T = model.spec.schedule.T
         exact = self.exact_sampler(T)

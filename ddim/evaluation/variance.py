@@ -22,7 +22,7 @@ from ddim.errors import UserError
 from ddim.evaluation.job import check_shape
 from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
-from ddim.inference.generate import progress
+from ddim.inference.generate import check_numbers, progress
 from ddim.io import atomic_write, check_can_write, explain_write_errors
 from ddim.random import check_seed
 from ddim.results.records import code_revision
@@ -80,8 +80,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     check_can_write(spec.path, spec.overwrite)
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
     schedule = model.spec.schedule
-    if model.spec.categories is not None:
-        raise UserError(f"{spec.checkpoint} is a model of pixels that are categories, whose steps have no variance.")
+    check_numbers(model)
     with config_context("sampler"):
         times = range(1, schedule.T + 1) if spec.sampler is None else sorted(set(spec.sampler.tau(schedule.T)))
     images = load_images(spec.data, spec.split)

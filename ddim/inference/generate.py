@@ -45,6 +45,19 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
         return sampler.tau(model.spec.schedule.T)
 
 
+def check_numbers(model: LoadedModel) -> None:
+    """Refuse a model of categories (multinomial diffusion) where pixels have to be numbers.
+
+    Raises:
+        UserError: it is one.
+    """
+    if (K := model.spec.categories) is not None:
+        raise UserError(
+            f"this needs pixels that are numbers, and those of the checkpoint are one of {K} categories, of which "
+            "images can be sampled and evaluated; take a checkpoint that was trained without objective=multinomial."
+        )
+
+
 def network_evaluations(model: LoadedModel, sampler: SamplerSpec) -> int:
     """Return how often a sample evaluates the network (NFE)."""
     if sampler.scheduler is not None:

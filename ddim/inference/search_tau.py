@@ -23,7 +23,7 @@ from ddim.diffusion.timesteps import quadratic_tau
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
-from ddim.inference.generate import check_sampler, progress
+from ddim.inference.generate import check_numbers, check_sampler, progress
 from ddim.io import atomic_write, check_can_write, explain_write_errors
 from ddim.random import check_image_numbers, check_seed
 from ddim.results.records import code_revision
@@ -93,6 +93,7 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
     """
     check_can_write(spec.path, spec.overwrite)
     model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
+    check_numbers(model)
     check_sampler(model, spec.sampler)
     T = model.spec.schedule.T
     candidates = quadratic_tau(T, min(spec.candidates, T))

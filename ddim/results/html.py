@@ -27,6 +27,7 @@ def render_page(
     impossible: Sequence[tuple[str, str]] = (),
     runs: Sequence[Run] = (),
     training_plot: Sequence[Path] = (),
+    terms: Sequence[Path] = (),
 ) -> str:
     """Return the page.
 
@@ -38,6 +39,7 @@ def render_page(
         failures, impossible: (evaluation, reason).
         runs: the training runs that were evaluated.
         training_plot: of their curves, where there are any.
+        terms: the plot of the terms of variational bounds, where there are any.
     """
     names = {str(record["config"]["name"]) for record in records if "name" in record.get("config", {})}
     return load_template("report.html.j2", autoescape=True).render(
@@ -49,6 +51,7 @@ def render_page(
         timings=[(timing, _data_uri(plot.read_bytes())) for timing, plot in timings],
         runs=[(run.name, f"{run.checkpoint} ({'; '.join(run.models)})") for run in runs],
         training=[_data_uri(plot.read_bytes()) for plot in training_plot],
+        terms=[_data_uri(plot.read_bytes()) for plot in terms],
         grids=_grids(records, folder),
         command=command,
         versions=_versions(records),

@@ -192,6 +192,21 @@ def plot_training(runs: Sequence[Run]) -> "Figure":
     return figure
 
 
+def plot_terms(records: Sequence[Record], paper: bool = False) -> "Figure":
+    """Plot the terms of variational bounds, bits per dimension against t, a line for each record; its name has L_T."""
+    figure, axes = _figure()
+    for number, record in enumerate(records[:MOST_ROWS]):
+        *terms, last = record["terms"]
+        name = f"{_plain(record['label'])}: {sum(record['terms']):.3f} bits/dim, $L_T$ {last:.1e}"
+        axes.plot(record["sampler"]["tau"], terms, marker="", label=name, color=f"C{number % 10}")
+    _mention_more(axes, len(records))
+    axes.set(xscale="log", yscale="log", xlabel="t", ylabel="bits/dim of the step from t")
+    axes.grid(alpha=0.3)
+    _legend(axes)
+    _title(axes, "" if paper else "Terms of the variational bound: L_0 at the first time, KL divergences at the others")
+    return figure
+
+
 def save_plot(table: Table, path: Path, spec: PlotSpec = SCREEN, paper: bool = False) -> Path:
     """Write `plot(table)` as PNG to `path`, and as PDF for papers next to it, unless they are there; return `path`."""
     entries = [
@@ -211,6 +226,12 @@ def save_time_plot(timing: Timing, path: Path, spec: PlotSpec = SCREEN, paper: b
 def save_training_plot(runs: Sequence[Run], path: Path, spec: PlotSpec = SCREEN) -> Path:
     """Write `plot_training(runs)` as `save_plot` does."""
     return _save(lambda: plot_training(runs), [(run.name, run.curves) for run in runs[:MOST_ROWS]], path, spec)
+
+
+def save_terms_plot(records: Sequence[Record], path: Path, spec: PlotSpec = SCREEN, paper: bool = False) -> Path:
+    """Write `plot_terms(records)` as `save_plot` does."""
+    content = [[(r["label"], r["sampler"]["tau"], r["terms"]) for r in records], paper]
+    return _save(lambda: plot_terms(records, paper), content, path, spec)
 
 
 def _save(draw: Callable[[], "Figure"], content: Any, path: Path, spec: PlotSpec) -> Path:

@@ -87,6 +87,8 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
     data, model = p["reference"], p["model"]
     if p["kind"] == "reconstruction":
         images = f"{p['n']:,} images of {data['name']}, encoded and decoded"
+    elif p["kind"] == "likelihood":
+        images = f"{p['n']:,} images of {data['name']}, {p['pixels']}"
     elif p["kind"] == "trajectory":
         images = f"{p['n']:,} images against {data['name']}, from the same x_T"
     else:
@@ -179,7 +181,8 @@ def _reference(data: dict[str, Any], metric: dict[str, Any], full: bool) -> str:
 def _extractor(metric: dict[str, Any], full: bool) -> str:
     layer, resize = (_named(name, metric.get(key)) for name, key in (("layer", "feature_layer"), ("resize", "resize")))
     weights = _named("weights", _hash(metric.get("weights_hash"), full))
-    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights)
+    traces = (_named(name, metric.get(name)) for name in ("probe", "probes", "tolerance"))  # of a likelihood
+    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights, *traces)
 
 
 def _weights(model: dict[str, Any], records: list[Record], full: bool) -> str:

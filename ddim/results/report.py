@@ -95,14 +95,14 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html.
+        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of variational bounds.
     """
     complete = [completed(record) for record in records]
     named = join_checkpoints(complete)
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
         show_intervals(tables, folder)
-    timings, runs = plots.timings(complete), find_runs(records)
+    timings, runs, bounds = plots.timings(complete), find_runs(records), _bounds(named)
     texts = {
         "table.md": text.markdown(tables, impossible),
         "table.csv": text.as_csv(tables),
@@ -111,12 +111,12 @@ def write_report(
         **{f"{_numbered('table_body', i)}.tex": text.latex_body(table) for i, table in enumerate(tables)},
         "timing.csv": text.timing_csv(named),
     }
+    texts |= {"terms.csv": text.terms_csv(bounds)} if bounds else {}
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
+    plotted = [table.column != IMAGES for table in tables]  # others have a single column
     table_plots = [
-        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png", *drawing)
-        if table.column != IMAGES  # of a single column
-        else None
+        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png", *drawing) if plotted[i] else None
         for i, table in enumerate(tables)
     ]
     time_plots = [
@@ -125,10 +125,16 @@ def write_report(
     ]
     drawn = [run for run in runs if run.curves]
     training_plot = [plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
+    terms = [plots.save_terms_plot(bounds, folder / "plot_terms.png", *drawing)] if bounds else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot)
-    drawings = [path for path in (*table_plots, *time_plots, *training_plot) if path is not None]
+    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot, terms)
+    drawings = [path for path in (*table_plots, *time_plots, *training_plot, *terms) if path is not None]
     return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
+
+
+def _bounds(records: Sequence[Record]) -> list[Record]:
+    """Return the records of variational bounds, by label."""
+    return sorted((r for r in records if r.get("terms")), key=lambda r: (r["label"], r["key"]))
 
 
 def _formats(pictures: Sequence[Path], kept: Literal["png", "pdf"] | None) -> list[Path]:

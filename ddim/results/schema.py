@@ -29,9 +29,10 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     **dict.fromkeys(("seconds_sampling", "seconds_metrics"), (*NUMBER, NoneType)),
     **dict.fromkeys(("config", "versions", "recipe", "intervals"), (dict,)),
     "compute": (dict, NoneType),
+    "terms": (list,),
     "bf16": (bool,),
 }
-ITEMS: dict[str, Types] = {"metrics": NUMBER, "versions": (str, NoneType), "sampler.tau": INTEGER}
+ITEMS: dict[str, Types] = {"metrics": NUMBER, "versions": (str, NoneType), "sampler.tau": INTEGER, "terms": NUMBER}
 OF_IMAGES = (  # required where no model is sampled
     *("key", "label", "n", "images.fingerprint", "metrics", "metric"),
     *("reference.name", "reference.images", "reference.fingerprint"),

@@ -76,6 +76,17 @@ def timing_csv(records: Sequence[Record]) -> str:
     return csv_text(lines)
 
 
+def terms_csv(records: Sequence[Record]) -> str:
+    """Return the terms of variational bounds: L_s of the step from t to s, bits per dimension; the last is L_T."""
+    lines: list[Sequence[Any]] = [["sampler", "term", "t", "bits_per_dim", "key"]]
+    for r in records:
+        tau = r["sampler"]["tau"]
+        names = [*(f"L_{s}" for s in (0, *tau[:-1])), "L_T"]
+        rows = zip(names, [*tau, tau[-1]], r["terms"], strict=True)
+        lines += [[r["label"], name, t, _digits(term), r["key"]] for name, t, term in rows]
+    return csv_text(lines)
+
+
 def as_json(tables: Sequence[Table]) -> str:
     """Return a list with everything about each table, including the complete lists τ."""
     text = json.dumps([_content(table) for table in tables], indent=2, ensure_ascii=False)

@@ -11,6 +11,7 @@ from ddim.config import build
 from ddim.evaluation.encoding import EncodeSpec
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.image_sets import MetricsSpec
+from ddim.evaluation.likelihood import LikelihoodSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.reproduce import ReproduceSpec
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
@@ -26,6 +27,7 @@ SPECS: dict[str, Any] = {
     "evaluate": EvaluateSpec,
     "sample": SampleSpec,
     "reconstruct": ReconstructSpec,
+    "likelihood": LikelihoodSpec,
     "solver_error": TrajectoryErrorSpec,
     "figures": FigureSpec,
     "search_tau": SearchTauSpec,

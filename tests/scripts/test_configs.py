@@ -24,6 +24,7 @@ from ddim.diffusion.timesteps import SPACINGS
 from ddim.errors import UserError
 from ddim.evaluation.features import EXTRACTORS
 from ddim.evaluation.fidelity import EvaluateSpec
+from ddim.evaluation.likelihood import LikelihoodSpec
 from ddim.evaluation.metrics import METRICS, MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
@@ -65,14 +66,17 @@ def group_of(main: str) -> list[str]:
     return [name for name in names if "@" not in name and name not in ("experiment", "debug", "hparams_search")]
 
 
+PLOTTING = ("evaluate", "reconstruct", "solver_error", "likelihood")
 # Encoding and the search for times are deterministic, TensorBoard is for training, and analytic needs a file.
 NOT_DDIM = [option for option in options("sampler") if option != "ddim"]
-REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "encode") for option in NOT_DDIM}
+REFUSED = {(main, f"sampler={option}") for main in ("reconstruct", "encode", "likelihood") for option in NOT_DDIM}
 NOISE = ("ddim_eta", "ddim_corrector", "ddpm", "sigma_hat", "sde_", "diffusers", "learned_variance", "multinomial")
 NOISY = [name for name in options("sampler") if name.startswith(NOISE)]
 REFUSED |= {(main, f"sampler={option}") for main in ("search_tau", "solver_error") for option in NOISY}
 REFUSED |= {(main, "sampler=analytic") for main in SPECS if main != "train" and "sampler" in group_of(main)}
-REFUSED |= {(main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error", "metrics")}
+REFUSED |= {
+    (main, "logger=tensorboard") for main in ("evaluate", "reconstruct", "solver_error", "metrics", "likelihood")
+}
 CHOICES = [
     choice
     for main in SPECS
@@ -170,8 +174,8 @@ def test_top_level_defaults_equal_those_of_the_spec(main: str) -> None:
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
-    **{(main, "style"): EvaluateSpec for main in ("evaluate", "reconstruct", "solver_error")},
-    **{(main, "format"): PlotSpec for main in ("evaluate", "reconstruct", "solver_error")},
+    **{(main, "style"): EvaluateSpec for main in PLOTTING},
+    **{(main, "format"): PlotSpec for main in PLOTTING},
     ("figure/all", "format"): PictureSpec,
     ("metric/inception", "extractor"): EXTRACTORS,
     ("metric/inception", "metrics"): METRICS,
@@ -185,6 +189,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("objective/ddpm", "variance"): VARIANCES,
     ("encode", "inversion"): INVERSIONS,
     ("estimate_variance", "split"): EstimateVarianceSpec,
+    ("likelihood", "probe"): LikelihoodSpec,
+    ("likelihood", "split"): LikelihoodSpec,
     ("reconstruct", "inversion"): INVERSIONS,
     ("reconstruct", "split"): ReconstructSpec,
     ("sample", "format"): SampleSpec,

@@ -52,6 +52,7 @@ def test_only_table_experiments_are_measured() -> None:
         script = {
             "table2": "reconstruct",
             "table_inversion": "reconstruct",
+            "table_likelihood": "likelihood",
             "table_solver_error": "solver_error",
             "table": "evaluate",
             "": "train",
