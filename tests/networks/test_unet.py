@@ -286,7 +286,7 @@ def test_forward_refuses_other_shapes_of_images_and_times(shape: tuple[int, ...]
         small_net()(torch.zeros(images), torch.zeros(times, dtype=torch.long))
 
 
-def test_a_categorical_network_takes_classes_to_logits() -> None:
+def test_a_categorical_network_takes_categories_to_logits() -> None:
     spec = CategoricalUNetSpec(
         (8, 8), 2, ch=16, ch_mult=(1,), attn_resolutions=(), num_groups=4, init="torch", categories=3
     )

@@ -1,5 +1,6 @@
 """Wrong commands end with one line that states what was wrong and what is allowed, and write no file."""
 
+import dataclasses
 import errno
 import os
 import pickle
@@ -16,6 +17,8 @@ from small import NETWORK, SPEC, weights
 
 from ddim import linear_schedule, zero_terminal_snr
 from ddim.checkpoints import ModelSpec, StoredModel, save_model
+from ddim.networks import build_network
+from ddim.networks.categorical import CategoricalUNetSpec
 
 pytestmark = pytest.mark.integration
 Run = Callable[..., Any]
@@ -27,6 +30,11 @@ SHORT = {
     "SWEEP": f"evaluate -m {OPTIONS} data=digits metric=digits_classifier",
     "SAMPLE": f"sample {OPTIONS}",
     "VARIANCE": "estimate_variance checkpoint=tiny.ckpt data=digits output_dir=out compute.device=cpu",
+    "ENCODE": "encode source=small output_dir=out compute.device=cpu",
+    "RECONSTRUCT": f"reconstruct {OPTIONS} data=digits",
+    "LIKELIHOOD": f"likelihood {OPTIONS} data=digits",
+    "SOLVER_ERROR": f"solver_error {OPTIONS}",
+    "SEARCH_TAU": f"search_tau {OPTIONS}",
     "FIGURES": "figures checkpoint=tiny.ckpt output_dir=out compute.device=cpu",
     "TRAIN": "train network=unet_digits trainer.max_steps=2 trainer.accelerator=cpu output_dir=out",
     "FOLDER": "data=folder data.size=[8,8] data.channels=1",
@@ -60,6 +68,12 @@ TRAIN data=digits objective=multinomial objective.prediction=eps -> needs predic
 SAMPLE sampler=analytic -> sampler: analytic needs file=PATH | scripts/estimate_variance.py
 SAMPLE sampler=analytic sampler.kwargs.file=text -> sampler: file=text was not written by | estimate again
 VARIANCE n=1 -> n=1 must be at least 2
+VARIANCE checkpoint=categorical.safetensors -> pixels that are numbers | one of 3 categories
+ENCODE checkpoint=categorical.safetensors -> pixels that are numbers | one of 3 categories
+RECONSTRUCT checkpoint=categorical.safetensors -> pixels that are numbers | one of 3 categories
+LIKELIHOOD checkpoint=categorical.safetensors -> pixels that are numbers | one of 3 categories
+SOLVER_ERROR checkpoint=categorical.safetensors -> pixels that are numbers | one of 3 categories
+SEARCH_TAU checkpoint=categorical.safetensors -> pixels that are numbers | one of 3 categories
 VARIANCE sampler=ddim sampler.S=60 -> sampler: S=60 | T=50
 VARIANCE FOLDER data.size=[16,16] data.root=large -> (1, 8, 8) | (1, 16, 16) | choose the data
 SAMPLE sampler=sigma_hat sampler.eta=0.5 -> rule=sigma_hat does not take eta | null
@@ -220,6 +234,10 @@ def template(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable
     save_model(model, folder / "m.safetensors")
     zero_snr = ModelSpec("unet", SPEC, zero_terminal_snr(linear_schedule()))
     save_model(StoredModel(zero_snr, weights(SPEC), "ema", None), folder / "zero_snr.safetensors")
+    network = CategoricalUNetSpec(**dataclasses.asdict(SPEC), categories=3)
+    categorical = ModelSpec("categorical_unet", network, linear_schedule(), "x0")
+    state = build_network("categorical_unet", network).state_dict()
+    save_model(StoredModel(categorical, state, "ema", None), folder / "categorical.safetensors")
     torch.save({"a": Evil()}, folder / "evil.ckpt")
     return folder
 
