@@ -76,7 +76,7 @@ def bayes(a_t, a_s, K, x0):
 
 
 @pytest.mark.parametrize(("a_t", "a_s"), [(0.2, 0.7), (0.69, 0.7), (1e-4, 0.9)])
-def test_two_categories_have_a_markovian_sigma_and_more_have_none(a_t, a_s):
+def test_two_categories_have_a_markovian_sigma_more_have_none(a_t, a_s):
     two = torch.eye(2, dtype=torch.float64)
     markovian = (a_t / a_s) * (1 + a_s) / (1 + a_t)  # as a fraction of the largest σ
     assert 0 < markovian < 1

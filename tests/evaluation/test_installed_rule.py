@@ -67,7 +67,11 @@ def test_a_rule_without_label_is_named_by_class_and_arguments(install: Callable[
 @pytest.mark.parametrize(
     ("entry", "name", "message"),
     [
-        ("my_2m = my_solvers:TwoM", "my_3m", r"'my_3m' is not known; allowed: ddim, .*, analytic, my_2m, diffusers\."),
+        (
+            "my_2m = my_solvers:TwoM",
+            "my_3m",
+            r"'my_3m' is not known; allowed: ddim, .*, multinomial, my_2m, diffusers\.",
+        ),
         ("ddim = my_solvers:TwoM", "ddim", "rule=ddim exists already, and my_solvers:TwoM has the same name"),
         ("mine = my_solvers:Three", "mine", "cannot be loaded from my_solvers:Three: .* no attribute 'Three'"),
         ("mine = not_there:TwoM", "mine", "cannot be loaded from not_there:TwoM: No module named 'not_there'"),
