@@ -40,7 +40,7 @@ def test_the_shipped_model_makes_the_kept_images(tmp_path: Path, monkeypatch: py
     kept = np.asarray(Image.open(Path(__file__).with_name("eight_digits.png")))
     images = torch.cat(list(model.sample(range(8), SamplerSpec(S=10))[:, 0]), 1).numpy()  # in a row
     assert np.abs(kept.astype(int) - images).max() <= 1
-    with pytest.raises(UserError, match="there is no checkpoint digitz; .* that ship with the package: digits"):
+    with pytest.raises(UserError, match=r"there is no checkpoint digitz; .* that ship with the package: digits"):
         load_model("digitz")
     (tmp_path / "digits").touch()
     with pytest.raises(UserError, match="digits"):  # a file of that name comes first
