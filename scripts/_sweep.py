@@ -4,7 +4,9 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +16,13 @@ from _last_words import command_line, of_model, same_command
 from _start import COMMAND
 
 if TYPE_CHECKING:
+    from ddim.distributed import Processes
+    from ddim.evaluation.job import Job
     from ddim.evaluation.session import Session
     from ddim.results.wandb import SweepLogger
 
 
+MOST_PENDING = 8  # evaluations that wait for their metrics, each with moments in memory
 _sessions: "list[Session]" = []  # of this process: none or one
 
 
@@ -37,6 +42,10 @@ class Sweep:
         self.cleaned: set[Path] = set()  # those that leftovers of killed runs were removed from
         self.specs: dict[Path, Any] = {}  # the last specification of each folder
         self.planned = False  # whether there was a plan
+        self.here = False  # whether it was for jobs of this process, whose results nobody waits for
+        # By key: evaluations that are sampled, and whose metrics a thread computes while others are.
+        self.pending: dict[str, Generator[Any, None, dict[str, float]]] = {}
+        self.pool: Executor | None = None  # that thread
 
     def build(self, config: dict[str, Any]) -> Any:
         """Return the specification of an evaluation."""
@@ -80,7 +89,7 @@ class Sweep:
             estimate = outline(specs)
         if not estimate:  # each job is going to report why
             return False
-        self.planned = True
+        self.planned, self.here = True, here
         if current_session().processes.is_main:
             for folder in set() if dry else {self.logger(spec).folder for spec in specs}:
                 self.started |= set() if here else {folder}
@@ -89,29 +98,58 @@ class Sweep:
         return nothing_left
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
-        """Compute one evaluation and print its numbers."""
+        """Compute one evaluation and print its numbers; of a sweep on GPUs these can follow while others are sampled."""
+        spec = self.build(config)
+        if getattr(spec, "dry_run", False):  # images that exist already have none
+            if not self.planned:
+                spec.prepare(current_session())  # raises where nothing can be computed
+                self.plan([config], here=True)
+                self.planned = False
+            return {}
+        steps = self.evaluate(spec)
+        try:
+            if (key := next(steps)) in self.pending:  # the same evaluation by another name
+                self.wait()
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        self.pending[key] = steps
+        self.wait(MOST_PENDING)
+        return {}
+
+    def wait(self, most: int = 0) -> None:
+        """Wait for the metrics of all pending evaluations but the last `most`; one that fails does not stop others."""
+        if len(self.pending) > most:
+            steps = self.pending.pop(next(iter(self.pending)))
+            try:
+                for _ in steps:
+                    continue
+            finally:
+                self.wait(most)
+
+    def evaluate(self, spec: Any) -> Generator[Any, None, dict[str, float]]:
+        """Yield the key of an evaluation and then compute it; yield again if only its metrics are missing."""
         from ddim.diffusion.spec import NFENotPossible
         from ddim.evaluation.shards import Occupied
         from ddim.evaluation.sweep import NOT_STARTED, Manifest, remove_leftovers
 
         session = current_session()
         processes = session.processes
-        spec = self.build(config)
-        if getattr(spec, "dry_run", False):  # images that exist already have none
-            if not self.planned:
-                spec.prepare(session)  # raises where nothing can be computed
-                self.plan([config], here=True)
-                self.planned = False
-            return {}
         folder = Path(spec.output_dir)
         manifest, started = Manifest(folder), False
-        evaluate = importlib.import_module(self.module).evaluate
-        metrics: dict[str, float] = {}
+        module = importlib.import_module(self.module)
+        repetitions, metrics = spec.repetitions, {}
 
         def on_main(call: Callable[..., Any], *arguments: Any) -> None:
             with processes.barrier():  # so that no process continues alone if it fails
                 if processes.is_main:
                     call(*arguments)
+
+        def tell(repetition: Any, record: dict[str, Any], new: bool = True) -> None:
+            print_metrics(repetition.title, record, new)
+            logger.log_evaluation(record, repetition.title)
+            if repetition is repetitions[-1]:
+                manifest.note(spec, "done")
 
         on_main(manifest.read)  # before work starts, and before there is something to report
         if folder not in self.cleaned:  # known to all processes, unlike the loggers
@@ -121,17 +159,23 @@ class Sweep:
         try:
             on_main(logger.check)
             with processes.barrier():
-                job = spec.repetitions[0].prepare(session)
+                job = repetitions[0].prepare(session)
+            yield job.key
             if processes.run_on_main(job.find_record) is None:
                 on_main(manifest.note, spec, "running")
             started = True
             self.started.add(folder)
-            for repetition in spec.repetitions:
-                record, new = evaluate(repetition, session)
+            pool = self.metrics_thread(module, job, processes)
+            for repetition in repetitions:
+                if pool is None:
+                    record, new = module.evaluate(repetition, session)
+                else:
+                    record, new = yield from module.evaluate_in_steps(
+                        repetition, session, pool=pool, report=partial(tell, repetition)
+                    )
                 metrics = record["metrics"]
-                on_main(print_metrics, repetition.title, record, new)
-                on_main(logger.log_evaluation, record, repetition.title)
-            on_main(manifest.note, spec, "done")
+                if pool is None or not new:
+                    on_main(tell, repetition, record, new)
         except Exception as error:
             why = reason(error)
             if isinstance(error.__cause__, NFENotPossible) and processes.run_on_main(lambda: manifest.skip(spec, why)):
@@ -144,15 +188,32 @@ class Sweep:
             raise
         return metrics
 
+    def metrics_thread(self, module: Any, job: "Job", processes: "Processes") -> Executor | None:
+        """Return the thread that computes metrics while other evaluations are sampled; None where that gains nothing.
+
+        A single process on a CPU needs it for sampling; and nothing may use a GPU while it captures CUDA graphs.
+        """
+        gains = job.overlaps or (processes.world_size > 1 and job.compute.device == "cpu")
+        if not (self.here and gains and hasattr(module, "evaluate_in_steps")):
+            return None
+        self.pool = self.pool or ThreadPoolExecutor(1)
+        return self.pool
+
     def report(self) -> None:
-        """Write tables, plots and a page of all records in each folder, and print where they are.
+        """Wait for all metrics; then write tables, plots and a page of all records in each folder, and say where."""
+        try:
+            self.wait()
+        finally:
+            if current_session().processes.is_main:
+                self.write_reports()
+
+    def write_reports(self) -> None:
+        """Write the report of each folder.
 
         What could not start is no result: it is printed, and changes nothing in the folder.
         """
         from ddim.evaluation.sweep import Manifest
 
-        if not current_session().processes.is_main:
-            return
         for folder, logger in sorted(self.loggers.items()):
             manifest = Manifest(folder)
             # A single evaluation that fails says so itself, and a sweep without a plan has no manifest.
@@ -214,9 +275,12 @@ def current_session() -> "Session":
 
 def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:
     """Print the numbers of an evaluation."""
+    from tqdm import tqdm
+
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
     seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
-    print(f"{title}: {values} ({seconds if new else 'already in the records'})", flush=True)
+    with tqdm.external_write_mode():  # above the progress bar of an evaluation that is being sampled
+        print(f"{title}: {values} ({seconds if new else 'already in the records'})", flush=True)
 
 
 def reason(error: Exception) -> str:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -172,20 +174,60 @@ def evaluate(
         UserError: bad input, before any image is generated; another run is computing the same; or a batch cannot be
             computed. What was done stays, and the next call continues.
     """
-    session = session or Session()
-    with session.processes.barrier():
+    steps = evaluate_in_steps(spec, session or Session(), more)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def evaluate_in_steps(
+    spec: EvaluateSpec,
+    session: Session,
+    more: Mapping[str, float] | None = None,
+    pool: Executor | None = None,
+    report: Callable[[Record], object] | None = None,
+) -> Generator[None, None, tuple[Record, bool]]:
+    """Evaluate, and yield when the images are sampled: meanwhile the main process computes the metrics in `pool`.
+
+    The caller may begin other evaluations, and then continues this one, which waits for its record and returns what
+    `evaluate` does. All processes must do the same in the same order.
+
+    Args:
+        spec, session, more: see `evaluate`.
+        pool: of one thread of the main process; None computes the metrics here.
+        report: called in the main process, in `pool`, with a new record.
+    """
+    processes = session.processes
+    with processes.barrier():
         job = spec.prepare(session)
-    with job.lock_unless_done(session.processes) as record:
+    with job.lock_unless_done(processes) as record:
         if record is not None:
             return record, False
         assert job.model is not None
+        assert job.extractor is not None
         shape = job.model.spec.image_shape
         reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir, shape)
-        generate_shards(spec, job, session.processes)
-        results = measure(spec, job, reference, session.processes)
-        if more and results:
-            results["metrics"] |= more
-        return job.append_record(results, session.processes), True
+        generate_shards(spec, job, processes)
+        start = time.perf_counter()
+        features = job.shards.read(job.extractor.layers[0], processes)
+        generated = FeatureSet(*moments(features, job.extractor.device, processes))
+        seconds = time.perf_counter() - start
+
+        def finish() -> Record:
+            results = measure(spec, job, reference, generated)
+            results["metrics"] |= more or {}
+            results["seconds_metrics"] += seconds
+            record = job.write_record(results, processes)
+            if report is not None:
+                report(record)
+            return record
+
+        future = pool.submit(finish) if pool is not None and processes.is_main else None
+        if pool is not None:
+            yield
+        return processes.run_on_main(finish if future is None else future.result), True
 
 
 def generate_shards(spec: EvaluateSpec, job: Job, processes: Processes) -> None:
@@ -198,37 +240,39 @@ def generate_shards(spec: EvaluateSpec, job: Job, processes: Processes) -> None:
     with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
         start = time.perf_counter()
         for batch, images in generate_batches(job.model, spec.sampler, batches, spec.seed, job.compute, bar):
-            sampled = time.perf_counter()
-            features = job.extractor.extract(images)
-            if spec.save_images:
-                _save_images(spec, job, images, batch)
-            seconds = torch.tensor([sampled - start, time.perf_counter() - sampled], dtype=torch.float64)
-            write(batch, {**features, SHOWN: images[: count_shown(spec.grid, batch, spec.first)], SECONDS: seconds})
+            extract = partial(_extract, spec, job, batch, images, time.perf_counter() - start)
+            write(batch, extract if job.overlaps else extract())
             start = time.perf_counter()
 
 
-def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, processes: Processes) -> dict[str, Any]:
-    """Return the metrics of the stored features and what a record states with them; {} but in the main process."""
+def _extract(spec: EvaluateSpec, job: Job, batch: range, images: Tensor, sampling: float) -> Tensors:
+    """Return what is stored of a batch of images that took `sampling` seconds, and save its pictures."""
+    assert job.extractor is not None
+    start = time.perf_counter()
+    features = job.extractor.extract(images)
+    if spec.save_images:
+        _save_images(spec, job, images, batch)
+    seconds = torch.tensor([sampling, time.perf_counter() - start], dtype=torch.float64)
+    return {**features, SHOWN: images[: count_shown(spec.grid, batch, spec.first)], SECONDS: seconds}
+
+
+def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, generated: FeatureSet) -> dict[str, Any]:
+    """Return the metrics of the stored features, whose moments `generated` has, and what a record states with them."""
     assert job.extractor is not None
     start = time.perf_counter()
     shards, layers = job.shards, job.extractor.layers
-    generated = FeatureSet(*moments(shards.read(layers[0], processes), job.extractor.device, processes))
     results: dict[str, Any] = {}
-    with processes.barrier():
-        if processes.is_main:
-            if spec.metric.needs_features:
-                generated = dataclasses.replace(generated, features={name: shards.read_all(name) for name in layers})
-            results["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n)
-            influences = compute_influences(
-                generated, reference, spec.metric, shards.read(layers[0]), job.extractor.device
-            )
-            results["intervals"] = keep_intervals(job, results["metrics"], influences)
-            if spec.grid:
-                results["grid"] = f"grids/{_file_stem(spec, job)}.png"
-                save_png(grid(shards.read_all(SHOWN)[: spec.grid]), job.output_dir / results["grid"])
-            sampling, extracting = torch.stack([*shards.read(SECONDS)]).sum(0).tolist()
-            results["seconds_sampling"] = sampling
-            results["seconds_metrics"] = extracting + time.perf_counter() - start
+    if spec.metric.needs_features:
+        generated = dataclasses.replace(generated, features={name: shards.read_all(name) for name in layers})
+    results["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n)
+    influences = compute_influences(generated, reference, spec.metric, shards.read(layers[0]), job.extractor.device)
+    results["intervals"] = keep_intervals(job, results["metrics"], influences)
+    if spec.grid:
+        results["grid"] = f"grids/{_file_stem(spec, job)}.png"
+        save_png(grid(shards.read_all(SHOWN)[: spec.grid]), job.output_dir / results["grid"])
+    sampling, extracting = torch.stack([*shards.read(SECONDS)]).sum(0).tolist()
+    results["seconds_sampling"] = sampling
+    results["seconds_metrics"] = extracting + time.perf_counter() - start
     return results
 
 

@@ -139,6 +139,11 @@ class Job:
         """The results of single batches, until there is a record."""
         return Shards(self.output_dir / UNFINISHED / self.key, self.indices)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether a GPU samples while another thread of this process uses it; not where it captures CUDA graphs."""
+        return torch.device(self.compute.device).type == "cuda" and not self.compute.graphs
+
     def find_record(self) -> Record | None:
         """Return its record if there is one."""
         return self.records.find(self.key)
@@ -160,7 +165,11 @@ class Job:
             yield record
 
     def append_record(self, results: dict[str, Any], processes: Processes) -> Record:
-        """Add the record, with the results of the main process, and delete the shards; return it in all processes."""
+        """Write the record, with the results of the main process; return it in all processes."""
+        return processes.run_on_main(lambda: self.write_record(results, processes))
+
+    def write_record(self, results: dict[str, Any], processes: Processes) -> Record:
+        """Add the record, delete the shards, and return the record; in the main process of those that computed it."""
         record = {
             "key": self.key,
             **self.settings,
@@ -175,11 +184,9 @@ class Job:
             },
             **provenance(),
         }
-        with processes.barrier():
-            if processes.is_main:
-                self.records.append(record)
-                self.shards.delete()
-        return processes.broadcast(record)
+        self.records.append(record)
+        self.shards.delete()
+        return record
 
     def _training(self) -> dict[str, str]:
         """Return the names of the training and of its W&B run, as far as there are any."""

@@ -37,6 +37,7 @@ class MetricSpec:
             score, "prc" precision and recall.
         weights_path: Inception's weights file; None takes torch-fidelity's download.
         batch_size: images per forward pass of the extractor.
+        bf16: run the extractor in bfloat16, for generated images and for the reference.
         kid_subset_size: images per subset of the kernel distance, at most the size of the smaller set.
         kid_subsets: number of subsets that the kernel distance is averaged over.
         reference_split: the part of the data set that generated images are compared with.
@@ -47,6 +48,7 @@ class MetricSpec:
     metrics: tuple[str, ...] = ("fd",)
     weights_path: FilePath | None = None
     batch_size: int = 64
+    bf16: bool = False
     kid_subset_size: int = 1000
     kid_subsets: int = 100
     reference_split: Literal["train", "test"] = "train"
@@ -66,6 +68,8 @@ class MetricSpec:
             raise ValueError(f"weights_path is for extractor=inception; {self.extractor} brings its own, set it null.")
         if self.reference_npz is not None and (more := {"kd", "prc"} & set(self.metrics)):
             raise ValueError(f"{min(more)} needs the features of the reference, and reference_npz holds moments only.")
+        if self.reference_npz is not None and self.bf16:
+            raise ValueError("published statistics (reference_npz) are of float32 features; set metric.bf16=false.")
         for key, least in (("batch_size", 1), ("kid_subset_size", 2), ("kid_subsets", 1)):
             if getattr(self, key) < least:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least {least}.")
@@ -78,7 +82,7 @@ class MetricSpec:
     def build_extractor(self, device: torch.device | str) -> FeatureExtractor:
         """Return the feature extractor on its device, with the layers that the metrics need."""
         logits = "is" in self.metrics
-        return FeatureExtractor(self.extractor, device, logits, self.weights_path, self.batch_size)
+        return FeatureExtractor(self.extractor, device, logits, self.weights_path, self.batch_size, self.bf16)
 
 
 def describe(spec: MetricSpec, extractor: FeatureExtractor) -> dict[str, Any]:
@@ -95,6 +99,8 @@ def describe(spec: MetricSpec, extractor: FeatureExtractor) -> dict[str, Any]:
         "metrics": list(spec.metrics),
         "reference_split": spec.reference_split,
     }
+    if spec.bf16:  # else as before this option: keys of records must not change
+        description["bf16"] = True
     if "kd" in spec.metrics:
         description |= {
             "kid_subset_size": spec.kid_subset_size,

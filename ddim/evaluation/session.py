@@ -20,7 +20,7 @@ from ddim.results.schema import evaluation_records
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # (C, H, W)
 # Of the description of a metric: what decides the features of the reference set.
-FEATURE_KEYS = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity")
+FEATURE_KEYS = ("extractor", "extractor_name", "resize", "weights_hash", "torch_fidelity", "bf16")
 
 
 class Session:
@@ -106,7 +106,8 @@ class Session:
         described = self.metric_description(metric, device)
         cache_key = {
             "images": self.fingerprint(data, metric.reference_split),
-            "extractor": {key: described[key] for key in FEATURE_KEYS} | {"layers": extractor.layers},
+            "extractor": {key: described[key] for key in FEATURE_KEYS if key in described}
+            | {"layers": extractor.layers},
         }
         return measure_reference(
             images, cache_key, extractor, Path(folder), self.processes, with_features=metric.needs_features

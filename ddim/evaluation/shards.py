@@ -24,6 +24,7 @@ from ddim.io import Tensors, read_safetensors, write_safetensors
 from ddim.signals import StopSignals
 
 log = logging.getLogger(__name__)
+Stored = Tensors | Callable[[], Tensors]  # of a batch: the tensors, or what computes them
 MAX_CHECKS = 45  # of a folder on the network, in about 100 seconds
 NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 
@@ -76,10 +77,10 @@ class Shards:
         return [batch for gap in gaps if len(gap) for batch in split(gap, batch_size, self.indices.start)]
 
     @contextmanager
-    def writer(self, processes: Processes = SINGLE_PROCESS) -> Iterator[Callable[[range, Tensors], None]]:
+    def writer(self, processes: Processes = SINGLE_PROCESS) -> Iterator[Callable[[range, Stored], None]]:
         """Give `write(batch, tensors)`, which stores a batch while the caller computes the next one.
 
-        Tensors with rows have one for each image, in order. After the block the shards of all processes are complete.
+        Tensors with rows have one for each image, in order; a function that returns them is called meanwhile. After the block the shards of all processes are complete.
         A signal to stop waits until the batch that is being computed is stored.
 
         Raises:
@@ -87,11 +88,14 @@ class Shards:
         """
         pending: Future[None] | None = None
 
-        def write(batch: range, tensors: Tensors) -> None:
+        def store(batch: range, tensors: Stored) -> None:
+            write_safetensors(self.path(batch), tensors() if callable(tensors) else tensors, {})
+
+        def write(batch: range, tensors: Stored) -> None:
             nonlocal pending
             if pending is not None:
                 pending.result()
-            pending = pool.submit(write_safetensors, self.path(batch), tensors, {})
+            pending = pool.submit(store, batch, tensors)
             if stop.received is not None:
                 pending.result()
                 stop.deliver()

@@ -44,6 +44,8 @@ def job_id(spec: JobSpec) -> str:
         values["compute"] = values["compute"]["bf16"]
     if not values.get("data", {}).get("convert", True):
         del values["data"]["convert"]  # the names of before this option
+    if not values.get("metric", {}).get("bf16", True):
+        del values["metric"]["bf16"]
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
 
 

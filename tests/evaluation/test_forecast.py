@@ -103,14 +103,15 @@ def test_job_ids_depend_on_what_decides_a_number(spec: EvaluateSpec) -> None:
         {"sampler": SamplerSpec(S=4)},
         {"compute": dataclasses.replace(spec.compute, bf16=True)},
         {"metric": MetricSpec("pixels")},
+        {"metric": dataclasses.replace(spec.metric, bf16=True)},
         {"checkpoint": "another.ckpt"},
     ]
-    assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 8  # type: ignore[arg-type]
+    assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 9  # type: ignore[arg-type]
 
 
-def test_job_ids_of_before_the_option_convert_stay(spec: EvaluateSpec) -> None:
+def test_job_ids_of_before_an_option_stay(spec: EvaluateSpec) -> None:
     values = dataclasses.asdict(spec) | {"compute": spec.compute.bf16}
-    del values["data"]["convert"]
+    del values["data"]["convert"], values["metric"]["bf16"]
     assert job_id(spec) == record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
     data = dataclasses.replace(spec.data, name="folder")
     jobs = [dataclasses.replace(spec, data=dataclasses.replace(data, convert=on)) for on in (False, True)]
