@@ -98,7 +98,7 @@ class Sweep:
         return nothing_left
 
     def run(self, config: dict[str, Any]) -> dict[str, float]:
-        """Compute one evaluation and print its numbers; of a sweep on GPUs these can follow while others are sampled."""
+        """Compute one evaluation and print its numbers; those of a sweep can follow while others are sampled."""
         spec = self.build(config)
         if getattr(spec, "dry_run", False):  # images that exist already have none
             if not self.planned:

@@ -80,8 +80,9 @@ class Shards:
     def writer(self, processes: Processes = SINGLE_PROCESS) -> Iterator[Callable[[range, Stored], None]]:
         """Give `write(batch, tensors)`, which stores a batch while the caller computes the next one.
 
-        Tensors with rows have one for each image, in order; a function that returns them is called meanwhile. After the block the shards of all processes are complete.
-        A signal to stop waits until the batch that is being computed is stored.
+        Tensors with rows have one for each image, in order; a function that returns them is called meanwhile, in a
+        thread. After the block the shards of all processes are complete. A signal to stop waits until the batch that
+        is being computed is stored.
 
         Raises:
             UserError: the block failed in another process. What was stored stays.
