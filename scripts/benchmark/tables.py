@@ -1,4 +1,4 @@
-"""Markdown tables of benchmark records; every number is computed here. Standard library only.
+"""Markdown tables of benchmark records, and the plan at scale; every number is computed here. Standard library only.
 
 Records store a code base under the key `peer`, older ones of training options under `variant`.
 """
@@ -8,6 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
+# Of the plan, on any number of GPUs. Two evaluations of the CIFAR-10 network, as measured, for Inception's features.
+FEATURES = 2.5e10  # operations for an image
+METRICS = 15.0  # seconds of one process for the metrics of an evaluation, which runs beside the sampling of others
+LAUNCHES = 0.015  # seconds of a training step that no GPU shortens: 3,000 kernels, 5 µs each (assumed)
+NODE, NODES = 2e11, 4e10  # bytes/s between GPUs of a machine (up to 8) and of several (assumed)
+GPUS = (1, 8, 64)
 
 
 def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
@@ -18,7 +24,8 @@ def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
 
 def render(records: list[Record]) -> str | None:
     """Return the tables of records of a benchmark for a document, None for other records."""
-    for key, tables in (("variant", training_options), ("what", summary), ("precision", precision_tables)):
+    kinds = {"variant": training_options, "what": summary, "precision": precision_tables, "plan": plan}
+    for key, tables in kinds.items():
         if all(key in record for record in records):
             return f"\n{tables(records)}\n\n"
     return None
@@ -108,6 +115,53 @@ def precision_tables(records: list[Record]) -> str:
             rows.append([r["precision"], *pixels, f"{r['to_float32']:.2e}", f"{r['to_fresh']:.4f}", f"{moved:.2%}"])
         blocks.append(f"{title}\n\n{table(header, rows)}")
     return "\n\n".join(blocks)
+
+
+def plan(records: list[Record]) -> str:
+    """Return the table of hours and dollars of a work on some numbers of GPUs, from a rate and a price."""
+    rows = []
+    for r in records:
+        times = [expected(r, gpus) for gpus in GPUS]
+        costs = [f"{h:,.1f} h, ${h * gpus * r['dollars']:,.0f}" for gpus, (h, _) in zip(GPUS, times, strict=True)]
+        rows.append([r["plan"], *costs, ", ".join(limit for _, limit in times)])
+    r = records[0]
+    header = "work|" + "|".join(f"{gpus} GPU{'s' * (gpus > 1)}" for gpus in GPUS) + "|what limits each"
+    rates = f"{r['rate'] / 1e12:,.3g} TFLOP/s sampling and {r['training_rate'] / 1e12:,.3g} training on each GPU"
+    return f"{rates} ({r['rate_from']}), ${r['dollars']:g} for an hour of one:\n\n{table(header, rows)}"
+
+
+def expected(r: Record, gpus: int) -> tuple[float, str]:
+    """Return the hours of a work on so many GPUs, and what takes most of them.
+
+    A table is `evaluations` of the network, with features and metrics of `jobs` of `images` each. A training is `steps`
+    of a `batch`, of which each GPU has a share; an evaluation and its gradients are three evaluations.
+    """
+    if "steps" in r:
+        parts = {"network": 3 * r["batch"] * r["flops"] / r["training_rate"] / gpus, "launches": LAUNCHES}
+        # All-reduce in a ring, float32, after the last gradient.
+        bandwidth = NODE if gpus <= 8 else NODES
+        gradients = 2 * (gpus - 1) / gpus * 4 * r["parameters"] / bandwidth
+        seconds = r["steps"] * (max(parts.values()) + gradients)
+        parts["gradients"] = gradients
+    else:
+        parts = {"network": r["evaluations"] * r["flops"] / r["rate"] / gpus}
+        parts["features"] = r["jobs"] * r["images"] * FEATURES / r["rate"] / gpus
+        metrics = METRICS if r["jobs"] else 0.0
+        seconds = max(sum(parts.values()), r["jobs"] * metrics) + metrics
+        parts["metrics"] = r["jobs"] * metrics
+    return seconds / 3600, max(parts, key=lambda name: parts[name])
+
+
+def rates(records: list[Record]) -> dict[str, Any]:
+    """Return the best rates of ours in records of speed.py, operations/s: of sampling, and of training."""
+    best = {}
+    for run in runs(records):
+        flops = {r["peer"]: r["flops"] for r in run if r["what"] == "peer"}
+        for r in run:
+            if r["what"] in ("sampling", "training") and r["peer"] == "ours":
+                rate = r["batch"] * r.get("S", 3) * flops["ours"] / _median(r)
+                best[r["what"]] = max(rate, best.get(r["what"], 0.0))
+    return {"rate": best["sampling"], "training_rate": best["training"]}
 
 
 def _throughput(r: Record, run: list[Record]) -> tuple[str, str]:

@@ -215,3 +215,62 @@ def test_mistakes_are_one_clear_sentence(monkeypatch, tmp_path, arguments, messa
     with pytest.raises(SystemExit, match=r"^error: [^\n]+$") as caught:  # Python prints it, and exits with 1
         main()
     assert message in str(caught.value.code)
+
+
+def test_the_plan_of_table_1_is_its_network_evaluations():
+    from scale import WORKS, size
+    from tables import FEATURES, METRICS, expected
+
+    network, work = WORKS["Table 1, CIFAR-10"]
+    assert work["evaluations"] == 295_000_000
+    flops = size(PRESETS[network])["flops"]
+    assert flops == 12_443_713_536  # as the records of speed.py state it
+    record = {**work, "flops": flops, "rate": 1e13}
+    hours, limit = expected(record, 1)
+    assert limit == "network"
+    assert 3600 * hours == pytest.approx((295e6 * flops + 25 * 50_000 * FEATURES) / 1e13 + METRICS)
+    assert expected(record, 8)[0] == pytest.approx((hours - METRICS / 3600) / 8 + METRICS / 3600)
+    # With so many that sampling is nothing, one process computes the metrics of one evaluation after the other.
+    assert expected(record, 10**9) == (pytest.approx(26 * METRICS / 3600), "metrics")
+
+
+def test_the_plan_of_a_training_is_bound_by_launches_and_gradients():
+    from tables import LAUNCHES, NODES, expected
+
+    record = {"steps": 3600, "batch": 128, "flops": 10**10, "parameters": 10**7, "training_rate": 1e13}
+    assert expected(record, 1) == (pytest.approx(3 * 128 * 1e10 / 1e13), "network")
+    hours, limit = expected(record, 64)
+    assert hours == pytest.approx(LAUNCHES + 2 * 63 / 64 * 4e7 / NODES)
+    assert limit == "launches"
+    assert expected(record | {"parameters": 10**9}, 64)[1] == "gradients"
+    assert expected(record, 8)[0] < expected(record, 1)[0]
+
+
+def test_the_rate_of_a_record_is_its_best_setting():
+    from tables import rates
+
+    records = [
+        {"run": "1", "what": "peer", "peer": "ours", "flops": 100},
+        {"run": "1", "what": "sampling", "peer": "ours", "batch": 8, "S": 10, "seconds": [4.0, 2.0, 1.0]},
+        {"run": "1", "what": "sampling", "peer": "ours", "batch": 4, "S": 10, "seconds": [2.0]},
+        {"run": "1", "what": "sampling", "peer": "official", "batch": 8, "S": 10, "seconds": [0.1]},
+        {"run": "1", "what": "training", "peer": "ours", "batch": 8, "seconds": [3.0]},
+    ]
+    assert rates(records) == {"rate": 4000.0, "training_rate": 800.0}
+
+
+def test_a_plan_is_written_and_refuses_what_is_no_rate(tmp_path, monkeypatch, capsys):
+    import scale
+
+    out = tmp_path / "scale.jsonl"
+    monkeypatch.setattr("sys.argv", ["scale.py", "--tflops", "80", "--dollars", "2", "--out", str(out)])
+    scale.main()
+    printed = capsys.readouterr().out
+    assert printed.count("\n| ") == 2 + len(scale.WORKS)
+    assert "80 TFLOP/s sampling" in printed
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["plan"] for record in records] == [*scale.WORKS]
+    for words, message in (("--tflops=0", "must be above 0"), (str(out), "lacks sampling or training of ours")):
+        monkeypatch.setattr("sys.argv", ["scale.py", words, "--out", str(out)])
+        with pytest.raises(SystemExit, match=message):
+            scale.main()
