@@ -6,6 +6,7 @@ The manifest informs users and the report. Whether a job is computed again is de
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,6 +32,7 @@ NOT_STARTED = "not started"  # state of a planned job that was refused, such as 
 IMPOSSIBLE = "impossible"  # state of a planned job whose rule cannot do its NFE; it is skipped
 JOBS = "cells"  # the key in the file, as earlier versions wrote it
 NOT_DECISIVE = ("logger", "grid", "save_images", "reference_dir", "table", "dry_run", "style", "figure")
+MOST_WAITING = 0.03  # of the time, that processes have nothing to do
 LONG_ENOUGH = 0.3  # seconds, for a timing
 
 
@@ -187,13 +189,14 @@ Timings = dict[tuple[str, ComputeSpec], Timing]  # by model and compute, which m
 
 
 class Remaining(NamedTuple):
-    """The work of a job: images in all and still missing, network evaluations of one image, and its timing."""
+    """The work of a job: images in all and still missing, network evaluations of one image, its timing and batches."""
 
     images: int
     missing: int
     steps: int
     device: str
     timing: Timing | None
+    batch_size: int
 
 
 def survey(specs: Sequence[JobSpec], session: Session) -> tuple[list[Remaining], list[str]]:
@@ -221,6 +224,7 @@ def forecast(jobs: Sequence[Remaining], refused: Sequence[str], processes: int) 
         lines.append(f"done: {_count(finished)}, and {begun} in part; {left:,} network evaluations are left")
     if left:
         lines.append(_expected([job for job in jobs if job.missing], processes))
+        lines += _waiting(jobs, processes)
     return lines
 
 
@@ -259,7 +263,7 @@ def remaining(job: Job, timings: Timings) -> Remaining:
     model = (record_key(job.settings["model"]), job.compute)
     if missing and model not in timings:
         timings[model] = time_job(job)
-    return Remaining(images, missing, job.steps, job.compute.device, timings.get(model))
+    return Remaining(images, missing, job.steps, job.compute.device, timings.get(model), job.compute.batch_size)
 
 
 def _expected(jobs: Sequence[Remaining], processes: int) -> str:
@@ -272,6 +276,23 @@ def _expected(jobs: Sequence[Remaining], processes: int) -> str:
         f"{1 / timing.network:,.0f} evaluations/s each"
         + (f" ({share:.0%} for features at {job.steps} steps)" if share >= 0.01 else "")
     )
+
+
+def _waiting(jobs: Sequence[Remaining], processes: int) -> list[str]:
+    """Return a line if processes wait since the batches cannot be shared out evenly, with a size that can."""
+    rounds = [math.ceil(job.missing / job.batch_size / processes) * job.batch_size * processes for job in jobs]
+    done = sum(job.missing * job.steps for job in jobs)
+    waiting = 1 - done / sum(images * job.steps for images, job in zip(rounds, jobs, strict=True))
+    if processes == 1 or waiting < MOST_WAITING:
+        return []
+    job = max(jobs, key=lambda job: job.missing * job.steps)
+    share, size = math.ceil(job.missing / processes), job.batch_size
+    even = math.ceil(share / math.ceil(share / size))
+    exact = [number for number in range(even // 2, even + 1) if number and job.missing % (number * processes) == 0]
+    return [
+        f"{waiting:.0%} of the time processes wait for the last batches; compute.batch_size={max([*exact, 0]) or even} "
+        "gives each the same number of images"
+    ]
 
 
 def time_job(job: Job) -> Timing:

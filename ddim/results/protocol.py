@@ -182,7 +182,8 @@ def _extractor(metric: dict[str, Any], full: bool) -> str:
     layer, resize = (_named(name, metric.get(key)) for name, key in (("layer", "feature_layer"), ("resize", "resize")))
     weights = _named("weights", _hash(metric.get("weights_hash"), full))
     traces = (_named(name, metric.get(name)) for name in ("probe", "probes", "tolerance"))  # of a likelihood
-    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights, *traces)
+    precision = "in bfloat16" if metric.get("bf16") else ""
+    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights, precision, *traces)
 
 
 def _weights(model: dict[str, Any], records: list[Record], full: bool) -> str:

@@ -115,6 +115,24 @@ def test_frechet_distance_of_noisy_digits_grows_with_the_noise(digits: tuple[tor
         assert distances[-1] > 10 * distances[1] > 0
 
 
+def test_bfloat16_moves_a_distance_by_less_than_1_percent(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    images, inverted, distances = digits[0][:300], digits[0][300:600].transpose(2, 3), []
+    for bf16 in (False, True):
+        spec = MetricSpec("digits_classifier", bf16=bf16)
+        extractor = spec.build_extractor("cpu")
+        measured, reference = (feature_set(extractor.extract(x), "64") for x in (images, inverted))
+        assert measured.features["64"].dtype == torch.float32
+        distances += compute_metrics(measured, reference, spec, 300).values()
+        assert describe(spec, extractor).get("bf16", False) == bf16
+    assert distances[1] != distances[0]
+    assert distances[1] == pytest.approx(distances[0], rel=0.01)
+
+
+def test_bfloat16_is_not_compared_with_published_statistics() -> None:
+    with pytest.raises(ValueError, match=r"float32 features; set metric\.bf16=false"):
+        MetricSpec("inception", bf16=True, reference_npz="theirs.npz")
+
+
 @pytest.mark.integration
 def test_digits_weights_are_small_and_made_by_the_script(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert DIGITS_WEIGHTS.stat().st_size < 300_000

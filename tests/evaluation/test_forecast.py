@@ -20,7 +20,7 @@ from ddim.evaluation.job import Job
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
-from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Timing, job_id, outline, survey
+from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Remaining, Timing, job_id, outline, survey
 from ddim.inference.compute import ComputeSpec, flops
 from ddim.results.records import record_key
 from ddim.results.wandb import LoggerSpec
@@ -116,6 +116,31 @@ def test_job_ids_of_before_an_option_stay(spec: EvaluateSpec) -> None:
     data = dataclasses.replace(spec.data, name="folder")
     jobs = [dataclasses.replace(spec, data=dataclasses.replace(data, convert=on)) for on in (False, True)]
     assert job_id(jobs[0]) != job_id(jobs[1])
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "processes", "waiting", "even"),
+    [
+        (50_000, 250, 8, None, None),
+        (50_000, 500, 8, 4, 250),
+        (50_000, 1000, 8, 11, 625),
+        (50_000, 500, 1, None, None),
+        (1009, 300, 4, 16, 253),
+        (20, 250, 8, 99, 3),
+    ],
+)
+def test_a_plan_says_how_long_processes_wait(
+    n: int, batch_size: int, processes: int, waiting: int | None, even: int | None
+) -> None:
+    """For others that have one more batch; with the size that it names they do not."""
+    work = [Remaining(n, n, steps, "cpu", Timing(1.0, 0.0), batch_size) for steps in (10, 1000)]
+    lines = sweep.forecast(work, [], processes)
+    if waiting is None:
+        assert len(lines) == 2
+    else:
+        assert lines[2].startswith(f"{waiting}% of the time processes wait for the last batches")
+        assert f"compute.batch_size={even} " in lines[2]
+        assert len(sweep.forecast([job._replace(batch_size=even) for job in work], [], processes)) == 2
 
 
 def test_concurrent_notes_are_all_kept(spec: EvaluateSpec, tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from two_processes import run_in_processes
 
 from ddim.data.images import MemoryImages
+from ddim.distributed import Processes
 from ddim.errors import UserError
 from ddim.evaluation import reference_stats
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
@@ -92,6 +94,30 @@ def test_concurrent_jobs_measure_the_reference_once(
     assert {known.count for known in results} == {60}
     assert all(torch.equal(results[0].covariance, known.covariance) for known in results)
     assert {path.suffix for path in tmp_path.iterdir()} == {".npz", ".lock"}
+
+
+def measure_share(processes: Processes, images: MemoryImages, folder: Path) -> tuple[Any, int]:
+    reference_stats.SHARD_SIZE = 10
+    extractor, extract, asked = SPEC.build_extractor("cpu"), FeatureExtractor.extract, []
+
+    def noted(images: Any) -> Any:
+        asked.append(len(images))
+        return extract(extractor, images)
+
+    extractor.extract = noted  # type: ignore[method-assign]
+    stats = measure_reference(images, {}, extractor, folder, processes)
+    return stats, sum(asked)
+
+
+@pytest.mark.integration
+def test_processes_measure_a_share_of_the_reference(images: MemoryImages, tmp_path: Path) -> None:
+    expected = measure_reference(images, {}, SPEC.build_extractor("cpu"), tmp_path / "one")
+    results = run_in_processes(measure_share, images, tmp_path / "three", to=tmp_path / "results", count=3)
+    assert [extracted for _, extracted in results] == [20, 20, 20]
+    for stats, _ in results:
+        assert stats.has_moments_of(results[0][0])
+        torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(stats.covariance, expected.covariance, rtol=1e-6, atol=1e-9)
 
 
 def test_a_published_file_gives_the_same_distance(spec: EvaluateSpec, tmp_path: Path) -> None:
