@@ -110,7 +110,8 @@ class Sweep:
         try:
             if (key := next(steps)) in self.pending:  # the same evaluation by another name
                 self.wait()
-            next(steps)
+            for _ in spec.repetitions:
+                next(steps)
         except StopIteration as end:
             return end.value
         self.pending[key] = steps
