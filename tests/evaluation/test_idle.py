@@ -1,10 +1,9 @@
 """A sweep on several processes keeps all of them busy: metrics are computed while the next evaluations are sampled.
 
-DDIM_IDLE=60 simulates 25 evaluations on 8 GPUs in about a minute, on a machine that is idle otherwise.
+DDIM_IDLE=150 simulates 25 evaluations on 8 GPUs in about so many seconds; processes that sample sleep.
 """
 
 import dataclasses
-import json
 import os
 import sys
 import threading
@@ -84,8 +83,11 @@ def test_a_sweep_samples_while_metrics_are_computed(spec: EvaluateSpec, tmp_path
         assert (record["key"], record["compute"]["processes"]) == (expected["key"], 2)
 
 
-def simulate(processes: Processes, specs: list[EvaluateSpec], unit: float) -> tuple[float, float]:
-    """Return the seconds of this process that it samples, and all; an image takes `unit` seconds a step."""
+def simulate(processes: Processes, specs: list[EvaluateSpec], unit: float, measuring: float) -> tuple[float, float]:
+    """Return the seconds that this process samples, and all.
+
+    An image takes `unit` seconds a step, the metrics of an evaluation `measuring`.
+    """
     busy = 0.0
     compute = fidelity.compute_metrics
 
@@ -99,7 +101,7 @@ def simulate(processes: Processes, specs: list[EvaluateSpec], unit: float) -> tu
             yield batch, torch.randint(256, (len(batch), 1, 8, 8), dtype=torch.uint8, generator=generator)
 
     def slow(*arguments: Any) -> Any:
-        time.sleep(MEASURING * IDLE)
+        time.sleep(measuring)
         return compute(*arguments)
 
     fidelity.generate_batches, fidelity.compute_metrics = sleep, slow
@@ -112,11 +114,21 @@ def simulate(processes: Processes, specs: list[EvaluateSpec], unit: float) -> tu
 
 @pytest.mark.skipif(not IDLE, reason="DDIM_IDLE is not set")
 def test_eight_processes_wait_for_less_than_5_percent(spec: EvaluateSpec, tmp_path: Path) -> None:
+    """Without what 8 processes need on this machine to agree with each other, which does not grow with the work."""
     evaluate(spec)  # imports for all processes, and measures the reference
+    run_sweep([spec])
     spec = dataclasses.replace(spec, n=64, compute=dataclasses.replace(spec.compute, batch_size=4))
-    specs = [dataclasses.replace(spec, sampler=SamplerSpec(S=S, eta=eta)) for eta in ETAS for S in STEPS]
-    unit = IDLE * 8 / (spec.n * len(ETAS) * sum(STEPS))
-    times = run_in_processes(simulate, specs, unit, to=tmp_path / "times", count=8)
-    idle = 1 - sum(busy for busy, _ in times) / sum(seconds for _, seconds in times)
-    print(json.dumps({"idle": idle, "times": times}), file=sys.stderr)
-    assert idle < 0.05
+    times = {}
+    for seconds in (0.0, IDLE):
+        folder = str(tmp_path / f"{seconds}")
+        specs = [
+            dataclasses.replace(spec, sampler=SamplerSpec(S=S, eta=eta), output_dir=folder)
+            for eta in ETAS
+            for S in STEPS
+        ]
+        unit = seconds * 8 / (spec.n * len(ETAS) * sum(STEPS))
+        results = run_in_processes(simulate, specs, unit, MEASURING * seconds, to=tmp_path / f"t{seconds}", count=8)
+        times[seconds] = [sum(values) / 8 for values in zip(*results, strict=True)]
+    (_, agreeing), (busy, elapsed) = times.values()
+    print(f"{busy=:.1f} {elapsed=:.1f} {agreeing=:.1f}", file=sys.stderr)
+    assert 1 - busy / (elapsed - agreeing) < 0.05
