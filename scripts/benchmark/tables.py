@@ -154,7 +154,7 @@ def expected(r: Record, gpus: int) -> tuple[float, str]:
 
 def rates(records: list[Record]) -> dict[str, Any]:
     """Return the best rates of ours in records of speed.py, operations/s: of sampling, and of training."""
-    best = {}
+    best: dict[str, float] = {}
     for run in runs(records):
         flops = {r["peer"]: r["flops"] for r in run if r["what"] == "peer"}
         for r in run:
