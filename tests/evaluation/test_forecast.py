@@ -126,7 +126,7 @@ def test_job_ids_of_before_an_option_stay(spec: EvaluateSpec) -> None:
         (50_000, 1000, 8, 11, 625),
         (50_000, 500, 1, None, None),
         (1009, 300, 4, 16, 253),
-        (20, 250, 8, 99, 3),
+        (24, 250, 8, 99, 3),
     ],
 )
 def test_a_plan_says_how_long_processes_wait(
@@ -181,7 +181,7 @@ def test_a_forecast_counts_and_multiplies(spec: EvaluateSpec, timed_jobs: list[P
     assert len(lines) == 2
     assert len(timed_jobs) == 1  # they have the same model
     assert not Path(spec.output_dir).exists()
-    [_, shared] = forecast(with_steps(spec, 2, 3), Session(Processes(0, 4, 0)))
+    [_, shared, _] = forecast(with_steps(spec, 2, 3), Session(Processes(0, 4, 0)))  # which wait, with 3 batches
     assert shared.startswith("expected: 0:05:50 on 4 x ")
 
 
