@@ -234,7 +234,7 @@ def test_the_plan_of_table_1_is_its_network_evaluations():
     assert expected(record, 10**9) == (pytest.approx(26 * METRICS / 3600), "metrics")
 
 
-def test_the_plan_of_a_training_is_bound_by_launches_and_gradients():
+def test_a_training_is_bound_by_launches_and_gradients():
     from tables import LAUNCHES, NODES, expected
 
     record = {"steps": 3600, "batch": 128, "flops": 10**10, "parameters": 10**7, "training_rate": 1e13}
