@@ -6,6 +6,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,7 +147,9 @@ class Official(Baseline):
 
     def network(self) -> nn.Module:
         """See `Baseline`."""
-        network = self.load("models.diffusion").Model(self.config)
+        code = self.load("models.diffusion")
+        code.Normalize = partial(nn.GroupNorm, self.spec.num_groups, eps=1e-6)  # its own has 32 groups
+        network = code.Model(self.config)
         network.load_state_dict(self.weights)
         return network
 

@@ -36,7 +36,9 @@ from ddim.results.records import RecordFile
 
 TINY = UNetSpec((8, 8), ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
 PARTS = ("sampling", "training")
-NETWORKS = {"cifar10": PRESETS["cifar10"], "tiny": TINY}
+SMALL = UNetSpec((32, 32), ch=32, num_groups=16, dropout=0.0)  # experiment=cifar10_small
+DIGITS = UNetSpec((8, 8), 1, 32, (1, 1), 1, (4,), 0.0, 8)  # the quickstart's
+NETWORKS = {"cifar10": PRESETS["cifar10"], "small": SMALL, "digits": DIGITS, "tiny": TINY}
 
 
 def main() -> None:
