@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]
+LOOPS = ("channels_last+convolutions", "channels_last+norms", "channels_last+winograd")  # settings with C++ loops
 
 
 def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
@@ -18,7 +19,9 @@ def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
 
 def render(records: list[Record]) -> str | None:
     """Return the tables of records of a benchmark for a document, None for other records."""
-    for key, tables in (("variant", training_options), ("what", summary), ("precision", precision_tables)):
+    has_loops = any(record.get("setting") in LOOPS[:2] for record in records)
+    what = loops if has_loops else summary
+    for key, tables in (("variant", training_options), ("what", what), ("precision", precision_tables)):
         if all(key in record for record in records):
             return f"\n{tables(records)}\n\n"
     return None
@@ -63,6 +66,20 @@ def summary(records: list[Record]) -> str:
         "best to fastest other|rounds"
     )
     return f"Images/s; {_machine(records[0])}:\n\n{table(header, rows)}"
+
+
+def loops(records: list[Record]) -> str:
+    """Return the table of the C++ loops, each kind alone and both, compared with the fastest of torch's own options."""
+    rows = []
+    for run in runs(records):
+        for group in groups(run):
+            ours = {r["setting"]: r for r in group if r["peer"] == "ours"}
+            torchs = min((r for setting, r in ours.items() if setting not in LOOPS), key=_median)
+            gains = [speed_up(torchs["seconds"], ours[name]["seconds"]) if name in ours else "" for name in LOOPS]
+            base = f"{_median(torchs):.3g} ({torchs['setting']})"
+            rows.append([torchs["network"], _work(torchs), torchs["batch"], base, *gains, len(torchs["seconds"])])
+    header = "network|work|batch|seconds, best of torch|convolutions|norms|both|rounds"
+    return f"Times as fast; {_machine(records[0])}:\n\n{table(header, rows)}"
 
 
 def report(records: list[Record]) -> str:
@@ -125,7 +142,8 @@ def _work(r: Record) -> str:
 
 def _machine(r: Record) -> str:
     versions = f"python {r['versions']['python']}, torch {r['versions']['torch']}, code {r['revision']}"
-    return f"{r['device']}, {r['processor']} ({r['capability']}), {r['threads']} threads, {versions}"
+    clock = ", processor time" if r.get("clock") == "processor" else ""
+    return f"{r['device']}, {r['processor']} ({r['capability']}), {r['threads']} threads{clock}, {versions}"
 
 
 def _name(r: Record) -> str:
