@@ -6,6 +6,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from timing import Variant, autocast, repeated, words
+from timing import Variant, autocast, clock, repeated, words
 from torch import Tensor, nn
 
 from ddim.checkpoints import LoadedModel, ModelSpec, StoredModel
@@ -27,6 +28,8 @@ from ddim.errors import UserError
 from ddim.inference.compute import ComputeSpec, prepare_model
 from ddim.inference.generate import generate
 from ddim.networks import UNetSpec, accelerate, build_network
+from ddim.networks.cpu.norm_silu import fuse_norms
+from ddim.networks.cpu.winograd import use_winograd
 from ddim.training.dry_run import Stopwatch
 from ddim.training.ema import EMA, EMASpec
 from ddim.training.run import build_module, build_trainer
@@ -36,6 +39,7 @@ T, EMA_RATE, LEARNING_RATE = 1000, 0.9999, 2e-4
 Call = Callable[[], Any]
 # Of a training step: the module, the loss of images (B, C, H, W) in [0, 1], the optimiser, the update of the average.
 Training = tuple[nn.Module, Callable[[Tensor], Tensor], Any, Call]
+LOOPS = {"convolutions": use_winograd, "norms": fuse_norms}  # the parts of winograd, each alone
 
 
 class Baseline:
@@ -92,17 +96,30 @@ class Baseline:
 class Ours(Baseline):
     """This code base: `generate`, and training through Lightning with data, noise and averages as in train.py."""
 
+    @staticmethod
+    def split(setting: str) -> tuple[dict[str, Any], Callable[[nn.Module], None]]:
+        """Return the options of a setting, and what lets a network use those of the C++ loops that it names alone."""
+        options: dict[str, Any] = words(setting)
+        chosen = [use for name, use in LOOPS.items() if options.pop(name, False)]
+
+        def use_loops(network: nn.Module) -> None:
+            for use in chosen:
+                use(network)
+
+        return options, use_loops
+
     def _sampling(self, setting: str, device: torch.device, batch: int, S: int) -> Call:
-        compute, sampler = ComputeSpec(str(device), batch, **words(setting)), SamplerSpec(S=S, spacing="uniform")
+        options, use_loops = self.split(setting)
+        compute, sampler = ComputeSpec(str(device), batch, **options), SamplerSpec(S=S, spacing="uniform")
         model = LoadedModel(self.model_spec, self.network().eval().requires_grad_(False), "online", "", None)
-        prepare_model(model, compute)
+        use_loops(prepare_model(model, compute).network)
         return lambda: generate(model, sampler, range(batch), 0, compute)
 
     def trainer(self, setting: str, device: torch.device, batch: int) -> Variant:
         """Return the timing of the steps of a short training, without the first."""
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        options: Any = words(setting)
+        options, use_loops = self.split(setting)
         precision: Any = "bf16-mixed" if options.pop("bf16", False) else "32-true"
         steps = 3 if device.type == "cpu" else 25
         trainer = TrainerSpec(steps, batch, accelerator=device.type, precision=precision, **options)
@@ -110,10 +127,11 @@ class Ours(Baseline):
         network = {"name": "unet", **vars(self.spec), "init": "torch"}
         spec = TrainSpec("benchmark", tempfile.gettempdir(), data, network, trainer=trainer)
         module = build_module(spec, spec.model_spec())
+        use_loops(module.network)
         images = MemoryImages("random", torch.randint(256, (max(batch, 512), *self.image_shape), dtype=torch.uint8))
 
         def run() -> float:
-            stopwatch = Stopwatch(1)
+            stopwatch = Stopwatch(1, clock)
             callbacks = [EMA(EMASpec(EMA_RATE)), stopwatch]
             lightning = build_trainer(spec, Path(spec.output_dir), callbacks, [], max_steps=steps)
             lightning.fit(module, ImageDataModule(images, batch, spec.seed, steps, flip=True))
@@ -146,7 +164,9 @@ class Official(Baseline):
 
     def network(self) -> nn.Module:
         """See `Baseline`."""
-        network = self.load("models.diffusion").Model(self.config)
+        code = self.load("models.diffusion")
+        code.Normalize = partial(nn.GroupNorm, self.spec.num_groups, eps=1e-6)  # its own has 32 groups
+        network = code.Model(self.config)
         network.load_state_dict(self.weights)
         return network
 

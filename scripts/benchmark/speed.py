@@ -5,11 +5,12 @@
     python scripts/benchmark/speed.py --network tiny --minutes 1                       # to try the command
     python scripts/benchmark/speed.py --table outputs/benchmark/speed.jsonl            # the tables of a record
 
-PATH is a checkout of ermongroup/ddim. All have the CIFAR-10 network of 35.7 M parameters, on the accelerator if there
-is one. First the outputs on the same weights are compared. Rounds are interleaved: each times every variant once. A
-setting is `default`, `best`, or words of bf16, channels_last, compile, graphs and winograd (ours only) joined by +;
-`best` is bf16+channels_last+compile where bf16 is faster than float32 here, elsewhere channels_last+compile, and for
-ours channels_last+winograd. On CPUs all keep the memory that they free, as our commands do.
+PATH is a checkout of ermongroup/ddim. All have the same network, that of CIFAR-10 with 35.7 M parameters by default, on
+the accelerator if there is one. First the outputs on the same weights are compared. Rounds are interleaved: each times
+every variant once. A setting is `default`, `best`, or words of bf16, channels_last, compile, graphs, winograd, and for
+each kind of its C++ loops alone convolutions and norms (the last three are ours only), joined by +. `best` is
+bf16+channels_last+compile where bf16 is faster than float32 here, elsewhere channels_last+compile, and for ours
+channels_last+winograd. On CPUs all keep the memory that they free, as our commands do.
 """
 
 import argparse
@@ -36,7 +37,9 @@ from ddim.results.records import RecordFile
 
 TINY = UNetSpec((8, 8), ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
 PARTS = ("sampling", "training")
-NETWORKS = {"cifar10": PRESETS["cifar10"], "tiny": TINY}
+SMALL = UNetSpec((32, 32), ch=32, num_groups=16, dropout=0.0)  # experiment=cifar10_small
+DIGITS = UNetSpec((8, 8), 1, 32, (1, 1), 1, (4,), 0.0, 8)  # the quickstart's
+NETWORKS = {"cifar10": PRESETS["cifar10"], "small": SMALL, "digits": DIGITS, "tiny": TINY}
 
 
 def main() -> None:
@@ -54,6 +57,7 @@ def main() -> None:
     add("--rounds", type=int, default=5, help="at most; fewer when the time is up")
     add("--minutes", type=float, default=9.0, help="for everything")
     add("--network", choices=NETWORKS, default="cifar10")
+    add("--processor-time", action="store_true", help="of one thread: for a machine that others use at the same time")
     add("--out", type=Path, default=Path("outputs/benchmark/speed.jsonl"), help="the record; lines are appended")
     add("--table", type=Path, metavar="RECORD", help="only print the tables of a record")
     options = parser.parse_args()
@@ -88,7 +92,11 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, this_device()
-        self.common = {**machine(self.device), "network": options.network}
+        if options.processor_time:
+            torch.set_num_threads(1)
+            time.perf_counter = time.process_time
+        clock = "processor" if options.processor_time else "wall"
+        self.common = {**machine(self.device), "network": options.network, "clock": clock}
         self.baselines: dict[str, Baseline] = {}
 
     def run(self) -> str:

@@ -14,6 +14,7 @@ METRICS = 15.0  # seconds of one process for the metrics of an evaluation, which
 LAUNCHES = 0.015  # seconds of a training step that no GPU shortens: 3,000 kernels, 5 µs each (assumed)
 NODE, NODES = 2e11, 4e10  # bytes/s between GPUs of a machine (up to 8) and of several (assumed)
 GPUS = (1, 8, 64)
+LOOPS = ("channels_last+convolutions", "channels_last+norms", "channels_last+winograd")  # settings with C++ loops
 
 
 def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
@@ -24,7 +25,9 @@ def speed_up(base: Sequence[float], seconds: Sequence[float]) -> str:
 
 def render(records: list[Record]) -> str | None:
     """Return the tables of records of a benchmark for a document, None for other records."""
-    kinds = {"variant": training_options, "what": summary, "precision": precision_tables, "plan": plan}
+    has_loops = any(record.get("setting") in LOOPS[:2] for record in records)
+    what = loops if has_loops else summary
+    kinds = {"variant": training_options, "what": what, "precision": precision_tables, "plan": plan}
     for key, tables in kinds.items():
         if all(key in record for record in records):
             return f"\n{tables(records)}\n\n"
@@ -70,6 +73,20 @@ def summary(records: list[Record]) -> str:
         "best to fastest other|rounds"
     )
     return f"Images/s; {_machine(records[0])}:\n\n{table(header, rows)}"
+
+
+def loops(records: list[Record]) -> str:
+    """Return the table of the C++ loops, each kind alone and both, compared with the fastest of torch's own options."""
+    rows = []
+    for run in runs(records):
+        for group in groups(run):
+            ours = {r["setting"]: r for r in group if r["peer"] == "ours"}
+            torchs = min((r for setting, r in ours.items() if setting not in LOOPS), key=_median)
+            gains = [speed_up(torchs["seconds"], ours[name]["seconds"]) if name in ours else "" for name in LOOPS]
+            base = f"{_median(torchs):.3g} ({torchs['setting']})"
+            rows.append([torchs["network"], _work(torchs), torchs["batch"], base, *gains, len(torchs["seconds"])])
+    header = "network|work|batch|seconds, best of torch|convolutions|norms|both|rounds"
+    return f"Times as fast; {_machine(records[0])}:\n\n{table(header, rows)}"
 
 
 def report(records: list[Record]) -> str:
@@ -179,7 +196,8 @@ def _work(r: Record) -> str:
 
 def _machine(r: Record) -> str:
     versions = f"python {r['versions']['python']}, torch {r['versions']['torch']}, code {r['revision']}"
-    return f"{r['device']}, {r['processor']} ({r['capability']}), {r['threads']} threads, {versions}"
+    clock = ", processor time" if r.get("clock") == "processor" else ""
+    return f"{r['device']}, {r['processor']} ({r['capability']}), {r['threads']} threads{clock}, {versions}"
 
 
 def _name(r: Record) -> str:

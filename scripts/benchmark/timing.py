@@ -17,7 +17,8 @@ from ddim.results.records import provenance
 Variant = Callable[[], float]  # runs a unit of work and returns its seconds
 Build = Callable[[], Variant]
 AT_LEAST = 0.3  # seconds of one measurement; below, clocks are imprecise
-WORDS = ("bf16", "channels_last", "compile", "graphs", "winograd")  # of a setting, joined by +
+OURS = ("winograd", "convolutions", "norms")  # words for ours alone; the last two are the parts of winograd
+WORDS = ("bf16", "channels_last", "compile", "graphs", *OURS)  # of a setting, joined by +
 
 
 def words(setting: str) -> dict[str, bool]:
@@ -29,12 +30,12 @@ def words(setting: str) -> dict[str, bool]:
 
 
 def resolve(name: str, ours: bool, bf16_is_faster: bool) -> str:
-    """Return the setting by this name, for ours or for another code base, which has no winograd."""
+    """Return the setting by this name, for ours or for another code base, which has none of our C++ loops."""
     if name == "best" and bf16_is_faster:
         return "bf16+channels_last+compile"
     if name == "best":
         return "channels_last+winograd" if ours else "channels_last+compile"
-    return name if ours else "+".join(word for word in name.split("+") if word != "winograd") or "default"
+    return name if ours else "+".join(word for word in name.split("+") if word not in OURS) or "default"
 
 
 def autocast(setting: str, device: torch.device) -> torch.autocast:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ddim.errors import UserError
 from ddim.networks import UNet, UNetSpec, build_network, zero_based
 from ddim.networks.categorical import CategoricalUNetSpec
-from ddim.networks.unet import AttentionBlock, Downsample, ResidualBlock, Upsample, time_embedding
+from ddim.networks.unet import AttentionBlock, Downsample, ResidualBlock, Upsample, attention, time_embedding
 
 SMALL = UNetSpec(
     image_size=(8, 12),
@@ -74,6 +74,28 @@ def test_attention_is_softmax_of_scaled_dot_products() -> None:
     scores = torch.exp(torch.einsum("bcn,bcm->bnm", q, k) / math.sqrt(8))
     mixed = torch.einsum("bnm,bcm->bcn", scores / scores.sum(2, keepdim=True), v)
     torch.testing.assert_close(block(x), x + block.proj_out(mixed.reshape(x.shape)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_attention_has_the_bits_of_torchs(channels_last: bool) -> None:
+    def torchs(*qkv: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(each[:, None] for each in qkv))[:, 0]
+
+    shape = (2, 25, 48) if channels_last else (2, 48, 25)
+    qkv = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+    results = []
+    for attend in (attention, torchs):
+        output = attend(*(each if channels_last else each.mT for each in qkv))
+        results.append([output, *torch.autograd.grad(output.square().sum(), qkv)])
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_attention_does_not_test_scores_for_a_mask() -> None:
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        AttentionBlock(SMALL, 8)(torch.randn(2, 8, 3, 5))
+    assert "aten::softmax" in (names := {event.key for event in profile.key_averages()})
+    assert "aten::isneginf" not in names  # of _safe_softmax
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def test_settings_are_resolved_for_ours_and_for_others():
     assert {resolve("best", ours, True) for ours in (True, False)} == {best}
     assert resolve("best", True, False) == "channels_last+winograd"
     assert resolve("best", False, False) == "channels_last+compile"
-    for name, others in (("default", "default"), ("compile+winograd", "compile"), ("winograd", "default")):
+    for name, others in (("default", "default"), ("compile+winograd", "compile"), ("norms+convolutions", "default")):
         assert (resolve(name, True, False), resolve(name, False, False)) == (name, others)
     assert set(words(best)) == {"bf16", "channels_last", "compile"}
     with pytest.raises(UserError, match="'bf61'"):
@@ -162,6 +162,16 @@ def test_the_summary_compares_the_best_settings():
     assert len(rows(text)) == 3
 
 
+def test_each_kind_of_loops_is_compared_with_torchs_best():
+    from tables import LOOPS, render
+
+    seconds = {"default": 6.0, "channels_last+compile": 4.0, **dict(zip(LOOPS, (2.0, 3.2, 1.6), strict=True))}
+    timings = [timing("training", "ours", name, [s], batch=8, network="small") for name, s in seconds.items()]
+    gains = [f"{gain} ({gain} to {gain})" for gain in ("2.00", "1.25", "2.50")]
+    entries = ["small", "training step", "8", "4 (channels_last+compile)", *gains, "1"]
+    assert rows(render(timings))[2] == entries
+
+
 def test_the_tables_are_computed_from_the_record():
     from tables import report
 
@@ -171,6 +181,19 @@ def test_the_tables_are_computed_from_the_record():
     assert ["ours", "bf16", "1", "5.00", "12%", "4.00 (4.00 to 40.00)", "3"] in entries
     # A training step is three forward passes: 5 x 3 x 10 GFLOP in 0.5 s.
     assert ["ours", "default", "0.5", "10.00", "30%", "1.00 (1.00 to 1.00)", "1"] in entries
+
+
+def test_a_kind_of_loops_can_be_measured_alone():
+    from baselines import Ours
+
+    from ddim.networks.cpu.norm_silu import FusedNormSiLU
+    from ddim.networks.cpu.winograd import WinogradConv2d
+
+    for setting, kinds in (("default", set()), ("norms", {FusedNormSiLU}), ("convolutions", {WinogradConv2d})):
+        options, use_loops = Ours.split(setting)
+        use_loops(network := build_network("unet", TINY))
+        assert {type(module) for module in network.modules()} & {FusedNormSiLU, WinogradConv2d} == kinds
+        assert not options
 
 
 @pytest.mark.slow

@@ -130,14 +130,27 @@ void join(const T* tiles, const T* bias, T* images, int64_t n, int64_t H, int64_
 template <typename T>
 constexpr int PANEL = 2 * LANES<T>;
 
-// weights (K, 3, 3, N) -> G g G^T of each filter, (36, N/PANEL, K, PANEL): the order in which `products` reads them.
+// weights (N, 3, 3, K) -> G g G^T of each filter, (36, N/PANEL, K, PANEL): the order in which `products` reads them.
+// With `turned`: weights (K, 3, 3, N), and each filter is first turned by half a turn. Some filters are transformed at a
+// time, then copied: the 36 matrices often lie a power of two apart, where they would evict each other from the cache.
 template <typename T>
-void filters(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t k = 0; k < K; k++)
-    for (int64_t n = 0; n < N; n += PANEL<T>)
-      sandwich<G, T>(weights + 9 * k * N + n, 3 * N, N, panels + n * K + k * PANEL<T>, 6 * K * N, K * N, PANEL<T>,
-                     nullptr);
+void filters(const T* weights, T* panels, int64_t K, int64_t N, bool turned, int64_t threads) {
+  constexpr int P = PANEL<T>, ROWS = 8;
+#pragma omp parallel for num_threads(threads) collapse(2)
+  for (int64_t n = 0; n < N; n += P)
+    for (int64_t k = 0; k < K; k += ROWS) {
+      T in[ROWS][9][P], out[36][ROWS][P];
+      for (int g = 0; g < 9; g++)
+        if (turned)
+          for (int j = 0; j < ROWS; j++) memcpy(in[j][8 - g], weights + ((k + j) * 9 + g) * N + n, sizeof in[j][g]);
+        else
+          for (int i = 0; i < P; i++)
+            for (int j = 0; j < ROWS; j++) in[j][g][i] = weights[((n + i) * 9 + g) * K + k + j];
+      for (int j = 0; j < ROWS; j++)
+        sandwich<G, T>(in[j][0], 3 * P, P, out[0][j], 6 * ROWS * P, ROWS * P, P, nullptr);
+      for (int part = 0; part < 36; part++)
+        memcpy(panels + part * K * N + n * K + k * P, out[part], sizeof out[part]);
+    }
 }
 
 // R rows of a product: a (R, K) times a panel (K, PANEL) -> c (R, PANEL), whose rows are N apart.
@@ -192,8 +205,8 @@ void products(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N
   extern "C" void weights_##T(const T* tiles, const T* bias, T* images, SIZES) {                                    \
     join<Transposed<G>>(tiles, bias, images, n, H, W, C, pitch, threads);                                           \
   }                                                                                                                 \
-  extern "C" void filters_##T(const T* weights, T* panels, int64_t K, int64_t N, int64_t threads) {                 \
-    filters(weights, panels, K, N, threads);                                                                        \
+  extern "C" void filters_##T(const T* weights, T* panels, int64_t K, int64_t N, int64_t turned, int64_t threads) { \
+    filters(weights, panels, K, N, turned, threads);                                                                \
   }                                                                                                                 \
   extern "C" void products_##T(const T* a, const T* panels, T* c, int64_t M, int64_t K, int64_t N, int64_t pitch_a, \
                                int64_t pitch_c, int64_t threads) {                                                  \

@@ -72,7 +72,7 @@ def use_winograd(network: nn.Module) -> None:
         ):
             module.__class__ = WinogradConv2d
             assert isinstance(module, WinogradConv2d)
-            frozen = None if module.weight.requires_grad else _filters(module.weight.permute(1, 2, 3, 0))
+            frozen = None if module.weight.requires_grad else _filters(module.weight)
             module.register_buffer("transformed", frozen, persistent=False)
             module.order = (module.weight.dtype, native.CAPABILITY)
 
@@ -89,19 +89,20 @@ def _frozen(x: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("ddim::winograd_trained", mutates_args=())
 def _trained(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, C_in, H, W), (C_out, C_in, 3, 3), (C_out,) -> (B, C_out, H, W)."""
-    return _convolve(native.to_nhwc(x), _filters(weight.permute(1, 2, 3, 0)), bias).permute(0, 3, 1, 2)
+    return _convolve(native.to_nhwc(x), _filters(weight), bias).permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("ddim::winograd_gradients", mutates_args=())
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """(B, C_out, H, W), (B, C_in, H, W), (C_out, C_in, 3, 3) -> gradients of x and of weight."""
     grad, x = native.to_nhwc(grad), native.to_nhwc(x)
-    grad_x = _convolve(grad, _filters(weight.flip(2, 3).permute(0, 2, 3, 1)), None).permute(0, 3, 1, 2)
-    products = grad.new_zeros(IN * IN, weight.shape[0], weight.shape[1])
-    for part, part_grad, tiles, spread in zip(_parts(x), _parts(grad), _buffers(x), _buffers(grad), strict=True):
+    grad_x = _convolve(grad, _filters(weight, turned=True), None).permute(0, 3, 1, 2)
+    products = grad.new_empty(IN * IN, weight.shape[0], weight.shape[1])
+    buffers = zip(_parts(x), _parts(grad), _buffers(x), _buffers(grad), strict=True)
+    for i, (part, part_grad, tiles, spread) in enumerate(buffers):
         _cut("input_tiles", part, tiles)
         _cut("spread_tiles", part_grad, spread)
-        products.baddbmm_(spread[:, :-1].transpose(1, 2), tiles[:, :-1])
+        products.baddbmm_(spread[:, :-1].transpose(1, 2), tiles[:, :-1], beta=min(i, 1))  # of the first part: written
     grad_weight = x.new_empty(weight.shape[0], 3, 3, weight.shape[1])
     _join("weights", products, grad_weight)
     return grad_x, grad_weight.permute(0, 3, 1, 2)
@@ -143,11 +144,13 @@ def _convolve(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def _filters(weight: Tensor) -> Tensor:
-    """G g G^T of every filter: (K, 3, 3, N) -> (36, K, N), stored in the order in which `winograd.cpp` reads them."""
-    weight = weight.contiguous()
-    filters = weight.new_empty(IN * IN, weight.shape[0], weight.shape[3])
-    native.run(SOURCE, "filters", weight.dtype, weight, filters, weight.shape[0], weight.shape[3])
+def _filters(weight: Tensor, turned: bool = False) -> Tensor:
+    """G g G^T of every filter, stored in the order in which `winograd.cpp` reads them: (C_out, C_in, 3, 3) ->
+    (36, C_in, C_out), or of the filters turned by half a turn (36, C_out, C_in), for the gradient of the inputs.
+    """
+    rows, columns = weight.shape[:2] if turned else weight.shape[1::-1]
+    filters = weight.new_empty(IN * IN, rows, columns)
+    native.run(SOURCE, "filters", weight.dtype, native.to_nhwc(weight), filters, rows, columns, int(turned))
     return filters
 
 

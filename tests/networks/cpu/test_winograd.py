@@ -144,7 +144,7 @@ def test_the_custom_operations_pass_opcheck():
     x, weight, bias = gaussian(2, 64, 8, 12), gaussian(32, 64, 3, 3).requires_grad_(), gaussian(32).requires_grad_()
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     torch.library.opcheck(torch.ops.ddim.winograd_trained.default, (x, weight, bias))
-    filters = winograd._filters(weight.detach().permute(1, 2, 3, 0))
+    filters = winograd._filters(weight.detach())
     grad = gaussian(2, 32, 8, 12, seed=1)
     arguments = (grad, x.detach(), weight.detach())
     torch.library.opcheck(torch.ops.ddim.winograd_gradients.default, arguments)
