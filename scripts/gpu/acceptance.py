@@ -4,9 +4,9 @@
     python scripts/gpu/acceptance.py --parts training         # minutes of CIFAR-10, then a table over S and η
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
-checks: side by side the tests marked gpu, the unit tests of the method and the networks, and the commands on the digits;
-meanwhile all that `speed` compiles is compiled, and kept. speed: scripts/benchmark/speed.py next to the official code
-and diffusers, alone. training: the CIFAR-10 network for as long as there is time, then a sweep, figures and precision.
+checks: side by side the tests marked gpu, the unit tests of the method and the networks, and the commands on the
+digits; meanwhile all that `speed` compiles is compiled, and kept. speed: scripts/benchmark/speed.py next to the official
+code and diffusers. training: the CIFAR-10 network for as long as there is time, then a sweep, figures and precision.
 One new folder gets summary.txt, record.jsonl, log.txt, speed.jsonl and what the commands wrote. Exit status 1: a stage
 was not ok. For a machine without a network see scripts/gpu/pack.py. Python's standard library is enough to start this.
 """
@@ -24,7 +24,6 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 from stages import ROOT, Stages
@@ -41,17 +40,22 @@ CPU_TRAINER = "accelerator=cpu devices=1 precision=32-true channels_last=false c
 # A run of minutes: a large batch and rate, a short warm-up, averages over a ninth of the run, 500 and 100 steps.
 RECIPE = (
     "trainer.max_steps=1000000 trainer.batch_size=256 trainer.log_every=50 trainer.checkpoint_every=5000 "
-    "trainer.keep_last=1 optim.lr=0.0006 optim.warmup=200 ema.decay=[0.9999,0.998,0.99] ema.warmup=true "
-    "grid.every=0 eval.every=0"
+    "trainer.keep_last=1 optim.lr=0.0006 optim.warmup=200 ema.decay=[0.9999,0.998,0.99] ema.warmup=true"
 )
-SWEEP = "n=5000 metric=efficientnet metric.batch_size=500 sampler.spacing=quadratic"
-STEPS, SAMPLERS = "10,20,50,100", "ddim,ddim_eta05,ddpm,sigma_hat_clamped"
-REST = 170  # seconds of the training part that are left for the sweep, figures and a grid
+TINY_RECIPE = (
+    "trainer.max_steps=10 trainer.batch_size=8 trainer.log_every=5 "
+    "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1"
+)
+SWEEP = "n=5000 metric.batch_size=500 sampler=ddim,ddim_eta05,ddpm,sigma_hat_clamped"
+TINY_SWEEP = "n=20 sampler=ddim,sigma_hat_clamped"
+REST = 170  # seconds of the training part for what follows the training
 # What a record says about the machine.
 MACHINE = """
-import json, torch
+import json, sys, torch
+sys.path.insert(0, "scripts/benchmark")
 from timing import machine, this_device
-print(json.dumps({**machine(this_device()), "gpus": torch.cuda.device_count(), "cudnn": torch.backends.cudnn.version()}))
+gpus, cudnn = torch.cuda.device_count(), torch.backends.cudnn.version()
+print(json.dumps({**machine(this_device()), "gpus": gpus, "cudnn": cudnn}))
 """
 
 
@@ -60,12 +64,11 @@ def main() -> None:
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: stopped by SIGTERM."))  # ends what runs, as Ctrl-C does
     run = Acceptance(options)
+    run.start()
     try:
-        run.start()
         for part in PARTS:
             if part in options.parts:
                 getattr(run, part)()
-                run.pack()
     finally:
         run.finish()
     sys.exit(bool(run.stages.failed))
@@ -106,7 +109,8 @@ class Acceptance:
         self.work = Path(tempfile.gettempdir(), "ddim_gpu") if options.kit else self.out
         self.images, self.official = options.images, options.official
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "scripts" / "benchmark", self.work / "site")))
+        paths = [str(ROOT), str(self.work / "site"), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "compiled")  # shared by all stages
         environment["DDIM_GPU"] = "cpu" if self.tiny else "cuda"
         if self.tiny:
@@ -119,14 +123,18 @@ class Acceptance:
         """Run a script of the repository, or a module, as a stage."""
         return self.stages.run(name, limit, sys.executable, *script.split(), *words)
 
+    def capture(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        """Run Python as no stage, for what it prints."""
+        command = [sys.executable, *words]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.stages.environment, capture_output=True, text=True, encoding="utf-8"
+        )
+
     def start(self) -> None:
         """Unpack the kit, if there is one; look at the machine."""
         if self.options.kit:
             self.unpack(self.options.kit.resolve())
-        command = [sys.executable, "-c", MACHINE]
-        done = subprocess.run(
-            command, env=self.stages.environment, cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
-        )
+        done = self.capture("-c", MACHINE)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["it was killed"])[-1]
             sys.exit(f"error: this Python cannot run the project ({reason}); activate its environment first.")
@@ -173,7 +181,9 @@ class Acceptance:
             partial(self.commands, limit),
         ]
         if "speed" in self.options.parts and not self.tiny:
-            calls += [partial(self.compile, name, part, limit) for name in BASELINES for part in ("sampling", "training")]
+            calls += [
+                partial(self.compile, name, part, limit) for name in BASELINES for part in ("sampling", "training")
+            ]
         self.stages.together(*calls)
         if junit.exists():
             self.read_checks(junit)
@@ -183,7 +193,13 @@ class Acceptance:
         run, end = self.work / "digits", time.monotonic() + limit
         checkpoint = f"checkpoint={run}/checkpoints/last.ckpt"
         steps, n = ("10", "20") if self.tiny else ("500", "500")
-        train = ["experiment=digits", *self.trainer, f"trainer.max_steps={steps}", f"output_dir={run}", "checkpoint=last"]
+        train = [
+            "experiment=digits",
+            *self.trainer,
+            f"trainer.max_steps={steps}",
+            f"output_dir={run}",
+            "checkpoint=last",
+        ]
         if self.python("train-digits", limit, "scripts/train.py", *train, "eval.every=0"):
             sweep = ["-m", "experiment=table_digits", checkpoint, f"output_dir={run}/table", f"n={n}", "sampler.S=5,10"]
             self.python("evaluate-digits", end - time.monotonic(), "scripts/evaluate.py", *sweep, *self.compute)
@@ -213,21 +229,62 @@ class Acceptance:
         # The limit is for one that hangs: the benchmark ends by itself.
         self.python("speed", seconds + 60, benchmark, *self.benchmark(BASELINES, seconds, out))
         if out.exists():
-            command = [sys.executable, benchmark, "--table", str(out)]
-            environment = self.stages.environment
-            table = subprocess.run(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+            table = self.capture(benchmark, "--table", str(out))
             self.stages.say(table.stdout.rstrip())
 
     def training(self) -> None:
         """Train, then measure samples by S and η, draw figures, and compare precisions."""
-        run = self.work / "cifar10"
-        data = ["data=folder", f"data.root={self.images.resolve()}", "data.size=[32,32]"] if self.images else []
-        recipe, experiment, sweep, S, samplers = RECIPE.split(), "cifar10", SWEEP.split(), STEPS, SAMPLERS
-        extractor, seconds = "efficientnet", self.stages.left - REST
-        if self.tiny:  # of the same commands
-            recipe = [*recipe, "trainer.max_steps=10", "trainer.batch_size=8"]
-            recipe += "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1".split()
-            sweep, S, samplers, seconds = [*sweep, "n=20"], "2,3", "ddim,sigma_hat_clamped", self.stages.left
-            if not self.images:
-                experiment, sweep, extractor = "digits", [*sweep, "metric=digits_classifier"], "digits_classifier"
-        train = [f"experiment={experiment}", *data, *self.trainer, *dict(w.split("=", 1) for w in recipe)]
+        run, tiny, digits = self.work / "cifar10", self.tiny, self.tiny and not self.images
+        experiment, metric = ("digits", "digits_classifier") if digits else ("cifar10", "efficientnet")
+        data = [f"data={experiment}"]
+        if self.images:
+            data = ["data=folder", f"data.root={self.images.resolve()}", "data.size=[32,32]"]
+        train = [f"experiment={experiment}", *data, *self.trainer, *(TINY_RECIPE if tiny else RECIPE).split()]
+        train += ["grid.every=0", "eval.every=0", "name=gpu", f"output_dir={run}", "checkpoint=last"]
+        self.python("train", self.stages.left - (0 if tiny else REST), "scripts/train.py", *train)
+        last = run / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            return
+        sweep = ["-m", f"checkpoint={last}", *data, f"metric={metric}", *(TINY_SWEEP if tiny else SWEEP).split()]
+        sweep += [*self.compute, "sampler.spacing=quadratic", "name=gpu", f"output_dir={run}/table"]
+        S = ["2", "3"] if tiny else ["10", "20", "50", "100"]
+        if not self.python("evaluate", REST - 60, "scripts/evaluate.py", *sweep, f"sampler.S={','.join(S)}"):
+            self.python(
+                "report", 30, "scripts/evaluate.py", *sweep, f"sampler.S={S[0]}"
+            )  # of the records that are there
+        pictures = [f"checkpoint={last}", *self.compute, "compute.compile=false", "overwrite=true"]
+        small = ["n=2", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
+        figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
+        grids = [
+            partial(self.python, f"grid-{weights}", 50, "scripts/sample.py", *pictures, f"weights={weights}", *grid)
+            for weights in ("ema", "online")
+            for grid in [["n=64", "sampler.S=50", "sampler.spacing=quadratic", f"output_dir={run}/samples/{weights}"]]
+        ]
+        self.stages.together(partial(self.python, "figures", 50, "scripts/figures.py", *figures), *grids)
+        precision = [last, "--extractor", metric, "--n", "8" if tiny else "1500", "--steps", "2" if tiny else "20"]
+        out = ["--out", self.out / "precision.jsonl"]
+        self.python("precision", self.stages.left - 5, "scripts/benchmark/precision.py", *precision, *out)
+
+    def read_checks(self, junit: Path) -> None:
+        """Take each test on the GPU and what it measured into the record; say the numbers."""
+        for case in ElementTree.parse(junit).iter("testcase"):
+            outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+            numbers = {str(p.get("name")): float(p.get("value", "nan")) for p in case.iter("property")}
+            self.stages.record(what="check", test=case.get("name"), outcome=outcome, numbers=numbers)
+            for what, number in numbers.items():
+                self.stages.say(f"    {number:8.1e}  {what}: {case.get('name')}")
+            if outcome in ("failure", "error"):
+                self.stages.say(f"    {outcome}: {case.get('classname')}.{case.get('name')}")
+
+    def finish(self) -> None:
+        """Say what was not ok and where everything is; pack what is to leave a lent machine."""
+        if self.options.kit:
+            with tarfile.open(self.out / "results.tar.gz", "w:gz") as archive:
+                for path in filter(Path.exists, (self.work / "digits", self.work / "cifar10")):
+                    archive.add(path, path.name, filter=lambda entry: None if entry.name.endswith(".ckpt") else entry)
+        failed, seconds = ", ".join(self.stages.failed), time.monotonic() - self.started
+        self.stages.say(f"{f'not ok: {failed}' if failed else 'every stage ok'}, {seconds:.0f} s: {self.out}")
+
+
+if __name__ == "__main__":
+    main()
