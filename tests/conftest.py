@@ -34,7 +34,7 @@ def compiler():
 
 @pytest.fixture
 def gpu():
-    """The device of tests marked gpu, with products in float32: cuda, or what DDIM_GPU names (cpu, to try the tests)."""
+    """The device of tests marked gpu, with products in float32: cuda, or what DDIM_GPU names (cpu, to try them)."""
     device = os.environ.get("DDIM_GPU", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

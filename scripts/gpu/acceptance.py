@@ -5,10 +5,11 @@
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
 checks: side by side the tests marked gpu, the unit tests of the method and the networks, and the commands on the
-digits; meanwhile all that `speed` compiles is compiled, and kept. speed: scripts/benchmark/speed.py next to the official
-code and diffusers. training: the CIFAR-10 network for as long as there is time, then a sweep, figures and precision.
-One new folder gets summary.txt, record.jsonl, log.txt, speed.jsonl and what the commands wrote. Exit status 1: a stage
-was not ok. For a machine without a network see scripts/gpu/pack.py. Python's standard library is enough to start this.
+digits; meanwhile all that `speed` compiles is compiled, and kept. speed: scripts/benchmark/speed.py next to the
+official code and diffusers. training: the CIFAR-10 network for as long as there is time, then a sweep over S and η,
+figures and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt,
+speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a network:
+scripts/gpu/pack.py. Python's standard library is enough to start this.
 """
 
 import argparse
@@ -181,9 +182,8 @@ class Acceptance:
             partial(self.commands, limit),
         ]
         if "speed" in self.options.parts and not self.tiny:
-            calls += [
-                partial(self.compile, name, part, limit) for name in BASELINES for part in ("sampling", "training")
-            ]
+            parts = ("sampling", "training")
+            calls += [partial(self.compile, name, part, limit) for name in BASELINES for part in parts]
         self.stages.together(*calls)
         if junit.exists():
             self.read_checks(junit)
@@ -193,15 +193,10 @@ class Acceptance:
         run, end = self.work / "digits", time.monotonic() + limit
         checkpoint = f"checkpoint={run}/checkpoints/last.ckpt"
         steps, n = ("10", "20") if self.tiny else ("500", "500")
-        train = [
-            "experiment=digits",
-            *self.trainer,
-            f"trainer.max_steps={steps}",
-            f"output_dir={run}",
-            "checkpoint=last",
-        ]
-        if self.python("train-digits", limit, "scripts/train.py", *train, "eval.every=0"):
-            sweep = ["-m", "experiment=table_digits", checkpoint, f"output_dir={run}/table", f"n={n}", "sampler.S=5,10"]
+        train = ["experiment=digits", *self.trainer, f"trainer.max_steps={steps}", "eval.every=0", f"output_dir={run}"]
+        if self.python("train-digits", limit, "scripts/train.py", *train, "checkpoint=last"):
+            sweep = ["-m", "experiment=table_digits", checkpoint, f"n={n}", "sampler.S=5,10", f"output_dir={run}/table"]
+            sweep.append(f"reference_dir={self.work}/reference")
             self.python("evaluate-digits", end - time.monotonic(), "scripts/evaluate.py", *sweep, *self.compute)
             grid = [checkpoint, "n=16", f"output_dir={run}/samples", "overwrite=true", *self.compute]
             self.python("sample-digits", end - time.monotonic(), "scripts/sample.py", *grid)
@@ -247,13 +242,13 @@ class Acceptance:
             return
         sweep = ["-m", f"checkpoint={last}", *data, f"metric={metric}", *(TINY_SWEEP if tiny else SWEEP).split()]
         sweep += [*self.compute, "sampler.spacing=quadratic", "name=gpu", f"output_dir={run}/table"]
+        sweep.append(f"reference_dir={self.work}/reference")
         S = ["2", "3"] if tiny else ["10", "20", "50", "100"]
         if not self.python("evaluate", REST - 60, "scripts/evaluate.py", *sweep, f"sampler.S={','.join(S)}"):
-            self.python(
-                "report", 30, "scripts/evaluate.py", *sweep, f"sampler.S={S[0]}"
-            )  # of the records that are there
+            # Nothing is computed again: a report of the records that are there.
+            self.python("report", 30, "scripts/evaluate.py", *sweep, f"sampler.S={S[0]}")
         pictures = [f"checkpoint={last}", *self.compute, "compute.compile=false", "overwrite=true"]
-        small = ["n=2", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
+        small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
         grids = [
             partial(self.python, f"grid-{weights}", 50, "scripts/sample.py", *pictures, f"weights={weights}", *grid)

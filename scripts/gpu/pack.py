@@ -61,9 +61,8 @@ def main() -> None:
     sizes = {path.name: size([path]) for path in sorted(out.iterdir())}
     sizes["checkout"] = size(ROOT / name for name in tracked if name)
     total = sum(sizes.values())
-    print(
-        ", ".join(f"{name} {bytes_ / 2**20:.1f}" for name, bytes_ in sizes.items()), f"= {total / 2**20:.1f} MiB: {out}"
-    )
+    for name, count in {**sizes, "together": total}.items():
+        print(f"{count / 2**20:6.1f} MiB  {name}")
     if total > options.limit << 20:
         sys.exit(f"error: that is more than {options.limit} MiB; take fewer images (--n) or packages.")
     if run("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"):

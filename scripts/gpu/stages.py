@@ -65,7 +65,11 @@ class Stages:
         if limit < SHORTEST:
             return self._end(name, "left out", 0.0, "no time left", "")
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-            late, status = self._wait([str(word) for word in command], limit, log.fileno())
+            try:
+                late, status = self._wait([str(word) for word in command], limit, log.fileno())
+            except BaseException:  # Ctrl-C
+                self._end(name, "stopped", time.monotonic() - start, "", "")
+                raise
             log.seek(0)
             text = log.read()
         stopped = "ok, stopped" if status == STOPPED else "late" if late else f"FAILED {status}"

@@ -84,7 +84,7 @@ def test_samples_agree_to_1e_5_for_every_batch_size(model: LoadedModel, sampler:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], SAMPLERS["ddpm"]])
+@pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], SAMPLERS["ddpm"]], ids=["ddim", "ddpm"])
 def test_samples_on_the_gpu_are_those_of_the_cpu(
     model: LoadedModel, sampler: SamplerSpec, gpu: str, record_property: Callable[[str, object], None]
 ) -> None:
