@@ -206,7 +206,7 @@ class Acceptance:
         words = ["--baselines", *baselines, "--minutes", f"{seconds / 60:.3f}", "--out", str(out)]
         words += ["--official", str(self.official.resolve())] if self.official else []
         tiny = "--network tiny --settings default --batch 4 --train-batch 4 --steps 2 --rounds 1"
-        return words + (tiny.split() if self.tiny else [])
+        return words + (tiny if self.tiny else "--batch 500 --train-batch 128").split()
 
     def compile(self, name: str, part: str, limit: float) -> None:
         """Compile what the benchmark is going to time; torch keeps it."""
