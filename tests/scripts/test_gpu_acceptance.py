@@ -157,6 +157,8 @@ def test_packed_images_are_evenly_spaced_and_exact(tmp_path):
     ("words", "message"),
     [
         (["--official", "nowhere"], "--official nowhere is no folder"),
+        (["--official", "."], "--official . is no checkout of ermongroup/ddim"),
+        (["--minutes", "-1"], "--minutes -1 must be above 0"),
         (["--out", "."], "--out . is not empty; name a new folder"),
         (["--parts", "speeed"], "invalid choice: 'speeed'"),
     ],
