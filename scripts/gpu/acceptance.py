@@ -23,6 +23,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -182,7 +183,7 @@ class Acceptance:
         files = ["tests/diffusion/test_schedule.py"] if self.tiny else ["tests/diffusion", "tests/networks"]
         if self.tiny:
             gpu_tests += ["-k", "not compile"]  # takes minutes on a CPU
-        calls = [
+        calls: list[Callable[[], object]] = [
             partial(self.python, "gpu-tests", limit, pytest, *gpu_tests),
             partial(self.python, "unit-tests", limit, pytest, "-m", UNIT, *files, *spread),
             partial(self.commands, limit),
