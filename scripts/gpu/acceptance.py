@@ -124,9 +124,9 @@ class Acceptance:
         self.compute = [f"compute.{word}" for word in (CPU_COMPUTE if self.tiny else COMPUTE).split()]
         self.trainer = [f"trainer.{word}" for word in (CPU_TRAINER if self.tiny else TRAINER).split()]
 
-    def python(self, name: str, limit: float, script: str, *words: str | Path) -> bool:
+    def python(self, name: str, limit: float, script: str, *words: str | Path, endless: bool = False) -> bool:
         """Run a script of the repository, or a module, as a stage."""
-        return self.stages.run(name, limit, sys.executable, *script.split(), *words)
+        return self.stages.run(name, limit, sys.executable, *script.split(), *words, endless=endless)
 
     def capture(self, *words: str) -> "subprocess.CompletedProcess[str]":
         """Run Python as no stage, for what it prints."""
@@ -243,7 +243,8 @@ class Acceptance:
             data = ["data=folder", f"data.root={self.images.resolve()}", "data.size=[32,32]"]
         train = [f"experiment={experiment}", *data, *self.trainer, *(TINY_RECIPE if tiny else RECIPE).split()]
         train += ["grid.every=0", "eval.every=0", "name=gpu", f"output_dir={run}", "checkpoint=last"]
-        self.python("train", self.stages.left - (0 if tiny else REST), "scripts/train.py", *train)
+        limit = self.stages.left - (0 if tiny else REST)
+        self.python("train", limit, "scripts/train.py", *train, endless=True)
         last = run / "checkpoints" / "last.ckpt"
         if not last.exists():
             return
@@ -257,10 +258,10 @@ class Acceptance:
         pictures = [f"checkpoint={last}", *self.compute, "compute.compile=false", "overwrite=true"]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
+        grid = ["n=4", "sampler.S=3"] if tiny else ["n=64", "sampler.S=50", "sampler.spacing=quadratic"]
         grids = [
-            partial(self.python, f"grid-{weights}", 50, "scripts/sample.py", *pictures, f"weights={weights}", *grid)
-            for weights in ("ema", "online")
-            for grid in [["n=64", "sampler.S=50", "sampler.spacing=quadratic", f"output_dir={run}/samples/{weights}"]]
+            partial(self.python, f"grid-{weights}", 50, "scripts/sample.py", *pictures, *grid, f"weights={weights}", to)
+            for weights, to in (("ema", f"output_dir={run}/ema"), ("online", f"output_dir={run}/online"))
         ]
         self.stages.together(partial(self.python, "figures", 50, "scripts/figures.py", *figures), *grids)
         precision = [last, "--extractor", metric, "--n", "8" if tiny else "1500", "--steps", "2" if tiny else "20"]

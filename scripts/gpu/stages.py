@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 SHORTEST = 5.0  # seconds; a stage that has less is left out
 GRACE = 20.0  # seconds that a stage whose time is up has to save its work
-STOPPED = 75  # exit status of a training that was told to stop, and saved
+STOPPED = 75  # exit status of a command that was told to stop, and saved
 
 
 class Stages:
@@ -56,10 +56,11 @@ class Stages:
         with (self.out / "record.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(self.common | fields, sort_keys=True) + "\n")
 
-    def run(self, name: str, limit: float, *command: str | Path) -> bool:
+    def run(self, name: str, limit: float, *command: str | Path, endless: bool = False) -> bool:
         """Run a command for at most `limit` seconds, and at most those that are left; return whether it went well.
 
-        When its time is up it gets SIGTERM, and after `GRACE` seconds it is killed with all that it started.
+        When its time is up it gets SIGTERM, and after `GRACE` seconds it is killed with all that it started. Of one
+        that is endless it is expected that it then saves its work and exits with `STOPPED`.
         """
         limit, start = min(limit, self.left), time.monotonic()
         if limit < SHORTEST:
@@ -72,7 +73,7 @@ class Stages:
                 raise
             log.seek(0)
             text = log.read()
-        stopped = "ok, stopped" if status == STOPPED else "late" if late else f"FAILED {status}"
+        stopped = "ok, stopped" if endless and status == STOPPED else "late" if late else f"FAILED {status}"
         lines = [line for line in text.splitlines() if line.strip()]
         verdict = "ok" if status == 0 else stopped
         return self._end(name, verdict, time.monotonic() - start, lines[-1] if lines else "", text)

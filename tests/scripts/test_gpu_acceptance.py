@@ -44,18 +44,25 @@ def records(folder):
 
 @pytest.mark.integration
 def test_a_stage_ends_ok_failed_late_or_left_out(stages, tmp_path):
-    def python(name, limit, code):
-        return stages.run(name, limit, sys.executable, "-c", code)
+    def python(name, limit, code, **options):
+        return stages.run(name, limit, sys.executable, "-c", code, **options)
 
     assert python("good", 30, "print('first'); print('last words')")
     assert not python("bad", 30, "raise SystemExit(3)")
     assert not python("slow", 0.5, "import time; time.sleep(60)")
-    assert python("saves", 2, SAVES)  # told to stop, a training saves and exits with 75
+    assert python("endless", 2, SAVES, endless=True)  # told to stop, a training saves and exits with 75
+    assert not python("unfinished", 2, SAVES)
     stages.end = 0.0
     assert not python("more", 30, "print('never')")
-    verdicts = {r["stage"]: r["verdict"] for r in records(tmp_path)}
-    assert verdicts == {"good": "ok", "bad": "FAILED 3", "slow": "late", "saves": "ok, stopped", "more": "left out"}
-    assert stages.failed == ["bad", "slow", "more"]
+    assert {r["stage"]: r["verdict"] for r in records(tmp_path)} == {
+        "good": "ok",
+        "bad": "FAILED 3",
+        "slow": "late",
+        "endless": "ok, stopped",
+        "unfinished": "late",
+        "more": "left out",
+    }
+    assert stages.failed == ["bad", "slow", "unfinished", "more"]
     summary, log = ((tmp_path / name).read_text() for name in ("summary.txt", "log.txt"))
     assert "last words" in summary
     assert "first" not in summary
@@ -87,7 +94,7 @@ def acceptance(tmp_path, monkeypatch):
         options.out, options.kit, options.rehearsal = tmp_path / "out", None, rehearsal
         run, commands = Acceptance(options), []
 
-        def collect(name, limit, script, *words):
+        def collect(name, limit, script, *words, endless=False):
             commands.append((name, script, [str(word) for word in words]))
             return name != "evaluate"  # so that its report is made
 
