@@ -32,6 +32,21 @@ def compiler():
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def gpu():
+    """The device of tests marked gpu, with products in float32: cuda, or what DDIM_GPU names (cpu, to try them)."""
+    device = os.environ.get("DDIM_GPU", "cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield device
+    for backend, value in zip(backends, before, strict=True):
+        backend.allow_tf32 = value
+
+
 @pytest.fixture(params=[1, 2, 5])
 def threads(request):
     """Fewer than images, as many, and more."""

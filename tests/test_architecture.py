@@ -165,6 +165,12 @@ def unnamed_encodings(tree: ast.AST) -> list[str]:
     return violations
 
 
+def wandb_imports(tree: ast.Module) -> list[str]:
+    """Return imports of W&B outside functions, for which a GPU machine without it could not collect the tests."""
+    names = [(node.lineno, ast.unparse(node)) for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [f"{line}: {name}" for line, name in names if re.match(r"(import|from) wandb\b", name)]
+
+
 RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
     global_effects: PACKAGE,
     device_names: PACKAGE,
@@ -174,6 +180,7 @@ RULES: dict[Callable[[ast.Module], list[str]], list[Path]] = {
     long_functions: PACKAGE + SCRIPTS,
     unnamed_encodings: PACKAGE + SCRIPTS,
     long_test_names: TESTS,
+    wandb_imports: TESTS,
 }
 NOT_ALLOWED = {
     "print(1)": global_effects,
@@ -201,6 +208,7 @@ NOT_ALLOWED = {
     "open(path)": unnamed_encodings,
     "subprocess.run(command, text=True)": unnamed_encodings,
     f"def test_{55 * 'x'}():\n    pass": long_test_names,
+    "from wandb.sdk import x": wandb_imports,
 }
 ALLOWED = {
     "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)": global_effects,
@@ -213,6 +221,7 @@ ALLOWED = {
     "def f():\n" + "    x = 1\n" * 59: long_functions,
     "path.read_text(encoding='utf-8')\nopen(path, 'rb')\nImage.open('x.png')": unnamed_encodings,
     f"def test_{54 * 'x'}():\n    pass": long_test_names,
+    "from wandb_files import x\ndef f():\n    import wandb": wandb_imports,
 }
 
 

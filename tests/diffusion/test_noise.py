@@ -7,6 +7,7 @@ import torch
 from ddim import random as noise
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.noise import initial_noise, step_noise
+from ddim.diffusion.objective import TIME_SAMPLERS, training_noise
 from ddim.random import gaussian, philox, random_words
 
 # Known answers published with Random123 (Salmon et al. 2011): counter, key, result.
@@ -99,10 +100,30 @@ def test_larger_images_extend_smaller_ones():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_noise_is_bitwise_the_same_on_the_gpu():
-    on_gpu = step_noise(range(300), (3, 32, 32), seed=3, step=4, device="cuda")
-    assert torch.equal(on_gpu.cpu(), step_noise(range(300), (3, 32, 32), seed=3, step=4))
+@pytest.mark.parametrize("seed", [0, 2**63 + 5, 2**64 - 1])
+@pytest.mark.parametrize("shape", [(1,), (3, 7, 5), (3, 32, 32), (3, 128, 128)], ids=str)
+def test_noise_is_bitwise_the_same_on_the_gpu(gpu, shape, seed):
+    numbers = torch.tensor([0, 1, 499, 49_999, 2**31, 2**32 - 1])
+    for step in (0, 1000, 2**32 - 1):
+        on_gpu = step_noise(numbers, shape, seed, step, device=gpu)
+        assert torch.equal(on_gpu.cpu(), step_noise(numbers, shape, seed, step))
+        on_gpu = training_noise(seed, step, numbers.to(gpu), shape)
+        assert torch.equal(on_gpu.cpu(), training_noise(seed, step, numbers, shape))
+
+
+@pytest.mark.gpu
+def test_noise_of_many_images_is_the_same_on_the_gpu(gpu):
+    on_gpu = initial_noise(range(2000), (3, 32, 32), seed=3, device=gpu)
+    assert torch.equal(on_gpu.cpu(), initial_noise(range(2000), (3, 32, 32), seed=3))
+
+
+@pytest.mark.gpu
+def test_words_and_times_are_the_same_on_the_gpu(gpu):
+    numbers = torch.arange(2000)
+    for stream in (noise.SHUFFLE, noise.FLIP, noise.DROPOUT):
+        assert torch.equal(random_words(7, stream, 3, numbers.to(gpu)).cpu(), random_words(7, stream, 3, numbers))
+    for draw in TIME_SAMPLERS.values():
+        assert torch.equal(draw(1000, 7, 3, numbers.to(gpu)).cpu(), draw(1000, 7, 3, numbers))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Exactly the images asked for, each a function of (weights, sampler, seed, index) only."""
 
+import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -79,6 +81,32 @@ def test_samples_agree_to_1e_5_for_every_batch_size(model: LoadedModel, sampler:
     batches = torch.cat([samples(batch) for batch in split(range(20), size)])
     expected = samples(range(20))  # of an untrained network, so beyond [-1, 1]
     torch.testing.assert_close(batches, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampler", [SAMPLERS["ddim"], SAMPLERS["ddpm"]], ids=["ddim", "ddpm"])
+def test_samples_on_the_gpu_are_those_of_the_cpu(
+    model: LoadedModel, sampler: SamplerSpec, gpu: str, record_property: Callable[[str, object], None]
+) -> None:
+    def samples(device: str) -> Tensor:
+        x_T = initial_noise(range(20), model.spec.image_shape, seed=3, device=device)
+        placed = prepare_model(copy.deepcopy(model), ComputeSpec(device))
+        return last_state(sample_steps(placed, sampler, x_T, range(20), 3)).cpu()
+
+    expected, on_gpu = samples("cpu"), samples(gpu)
+    record_property("relative error", float((on_gpu - expected).norm() / expected.norm()))
+    torch.testing.assert_close(on_gpu, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"channels_last": True, "compile": True}, {"graphs": True}], ids="+".join)
+def test_pixels_on_the_gpu_are_those_of_the_cpu(model: LoadedModel, gpu: str, options: dict[str, bool]) -> None:
+    if gpu == "cpu" and "graphs" in options:
+        pytest.skip("graphs are for CUDA devices")
+    expected = generate(model, SAMPLERS["ddpm"], range(50), 3, CPU)
+    compute = ComputeSpec(gpu, 16, **options)
+    placed = prepare_model(copy.deepcopy(model), compute)
+    assert levels_apart(generate(placed, SAMPLERS["ddpm"], range(50), 3, compute), expected) <= 1
 
 
 def test_out_of_memory_halves_the_batch_and_the_images_stay(

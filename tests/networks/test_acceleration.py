@@ -7,26 +7,47 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import weights
+from tensors import gaussian32
 
 from ddim.errors import UserError
-from ddim.networks import accelerate
+from ddim.networks import UNetSpec, accelerate, build_network
 from ddim.networks.acceleration import CACHE
 from ddim.networks.cpu import native
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+SPEC = UNetSpec((16, 16), ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), num_groups=8)
+# Ways to run a network on a GPU, and their largest error, relative to the output.
+MODES = {
+    "float32": 1e-4,
+    "tf32": 5e-3,
+    "channels_last+compile": 1e-4,
+    "graphs": 1e-4,
+    "bf16": 5e-2,
+    "bf16+channels_last+compile": 5e-2,
+}
 PROGRAM = """
 import torch
 from torch._dynamo.utils import counters
 from ddim.networks import accelerate
 
-torch.manual_seed(0)
-network = torch.nn.Linear(4, 8)
+
+class Network(torch.nn.Module):  # torch 2.11 does not compile its own modules called alone
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8, 4) / 10)
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+network = Network()
 x = torch.ones(3, 4)
 plain = network(x)
 accelerate(network, torch.device("cpu"), compile=True)
 with torch.no_grad():
     assert torch.allclose(plain, network(x).sin().asin(), atol=1e-6)
-assert network.state_dict().keys() == {"weight", "bias"}
+assert network.state_dict().keys() == {"weight"}
 print(counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"])
 """
 
@@ -49,6 +70,26 @@ def test_a_second_process_reuses_compiled_code(tmp_path, compiler):
     assert files
     assert hits("second job") > 0  # in another temporary folder
     assert sorted(cache.rglob("*")) == files
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+def test_the_output_on_the_gpu_is_that_of_the_cpu(gpu, mode, record_property):
+    if gpu == "cpu" and mode == "graphs":
+        pytest.skip("graphs are for CUDA devices")
+    words = set(mode.split("+"))
+    network = build_network("unet", SPEC).eval().requires_grad_(False)
+    network.load_state_dict(weights(SPEC))
+    x, t = gaussian32(16, 3, 16, 16), torch.arange(0, 1000, 63)
+    reference = network(x, t)
+    accelerate(network.to(gpu), torch.device(gpu), **dict.fromkeys(words - {"float32", "tf32", "bf16"}, True))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "tf32" in words
+    with torch.inference_mode(), torch.autocast(gpu, torch.bfloat16, enabled="bf16" in words):
+        network(x.flip(0).to(gpu), t.to(gpu))
+        output = network(x.to(gpu), t.to(gpu)).float().cpu()  # of a graph: replayed
+    error = float((output - reference).norm() / reference.norm())
+    record_property("relative error", error)
+    assert error <= MODES[mode]
 
 
 @pytest.fixture

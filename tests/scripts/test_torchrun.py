@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ddim.checkpoints.model import read_checkpoint, weight_sets
 
@@ -27,8 +28,8 @@ TWO = ["trainer.strategy=ddp", "trainer.devices=2"]
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def start_two(folder, *options):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def start(folder, *options, count=2):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command = [
         sys.executable,
         *launcher,
@@ -63,18 +64,29 @@ def difference(one, other):
 def test_two_processes_train_as_one_and_resume_each_other(train_one, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train_one(one, "trainer.max_steps=20")
-    assert start_two(two, "trainer.max_steps=20").wait(240) == 0
+    assert start(two, "trainer.max_steps=20").wait(240) == 0
     assert difference(one, two) <= 1e-6
-    assert start_two(one, "trainer.max_steps=24").wait(240) == 0  # now the other way round
+    assert start(one, "trainer.max_steps=24").wait(240) == 0  # now the other way round
     train_one(two, "trainer.max_steps=24")
     assert difference(one, two) <= 1e-6
     steps = [read_checkpoint(folder / "checkpoints" / "last.ckpt")["global_step"] for folder in (one, two)]
     assert steps == [24, 24]
 
 
+@pytest.mark.gpu
+def test_all_gpus_train_as_one(train_one, tmp_path, gpu, record_property):
+    count = torch.cuda.device_count() if gpu == "cuda" else 2
+    options = ["trainer.max_steps=20", f"trainer.accelerator={gpu}"]
+    train_one(tmp_path / "one", *options, f"trainer.accumulate={count}")
+    assert start(tmp_path / "all", *options, f"trainer.devices={count}", count=count).wait(240) == 0
+    apart = difference(tmp_path / "one", tmp_path / "all")
+    record_property(f"largest difference of a weight, {count} devices", apart)
+    assert apart <= 1e-4
+
+
 def test_two_processes_stop_at_the_same_step(train_one, tmp_path):
     folder, uninterrupted = tmp_path / "stopped", tmp_path / "uninterrupted"
-    process = start_two(folder, "trainer.max_steps=100000", "trainer.checkpoint_every=10")
+    process = start(folder, "trainer.max_steps=100000", "trainer.checkpoint_every=10")
     last = folder / "checkpoints" / "last.ckpt"
     end = time.monotonic() + 120
     while not last.exists() and time.monotonic() < end:

@@ -1,0 +1,134 @@
+"""Stages of a long run: commands under time limits, one after the other or side by side, with a summary and a record.
+
+Standard library only: a machine may have nothing else yet.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+SHORTEST = 5.0  # seconds; a stage that has less is left out
+GRACE = 20.0  # seconds that a stage whose time is up has to save its work
+STOPPED = 75  # exit status of a command that was told to stop, and saved
+
+
+class Stages:
+    """Runs commands in the root of the checkout. A stage that fails or is late ends nothing else.
+
+    In `out` are at any moment, so that a run that is cut off brings its results: summary.txt, a line for each stage;
+    log.txt, all that they printed; record.jsonl, a JSON line for each stage and check.
+
+    Args:
+        out: the folder of the results.
+        seconds: for all stages together.
+        environment: variables of the commands.
+    """
+
+    def __init__(self, out: Path, seconds: float, environment: dict[str, str]) -> None:
+        self.out, self.end, self.environment = out, time.monotonic() + seconds, environment
+        self.common: dict[str, Any] = {}  # in every line of the record
+        self.failed: list[str] = []
+        self._running: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a text, and add it to the summary."""
+        print(text, flush=True)
+        with (self.out / "summary.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+
+    def record(self, **fields: Any) -> None:
+        """Add a line to the record."""
+        with (self.out / "record.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.common | fields, sort_keys=True) + "\n")
+
+    def run(self, name: str, limit: float, *command: str | Path, endless: bool = False) -> bool:
+        """Run a command for at most `limit` seconds, and at most those that are left; return whether it went well.
+
+        When its time is up it gets SIGTERM, and after `GRACE` seconds it is killed with all that it started. Of one
+        that is endless it is expected that it then saves its work and exits with `STOPPED`.
+        """
+        limit, start = min(limit, self.left), time.monotonic()
+        if limit < SHORTEST:
+            return self._end(name, "left out", 0.0, "no time left", "")
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+            try:
+                late, status = self._wait([str(word) for word in command], limit, log.fileno())
+            except BaseException:  # Ctrl-C
+                self._end(name, "stopped", time.monotonic() - start, "", "")
+                raise
+            log.seek(0)
+            text = log.read()
+        stopped = "ok, stopped" if endless and status == STOPPED else "late" if late else f"FAILED {status}"
+        lines = [line for line in text.splitlines() if line.strip()]
+        verdict = "ok" if status == 0 else stopped
+        return self._end(name, verdict, time.monotonic() - start, lines[-1] if lines else "", text)
+
+    def together(self, *calls: Callable[[], Any]) -> None:
+        """Run stages side by side."""
+        with ThreadPoolExecutor(len(calls)) as pool:
+            futures = [pool.submit(call) for call in calls]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:  # Ctrl-C comes to this thread only
+                self.end = time.monotonic()
+                for group in list(self._running):
+                    _kill(group)
+                raise
+
+    def _wait(self, command: list[str], limit: float, log: int) -> tuple[bool, int]:
+        """Return whether the time was up, and the exit status."""
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self._running.add(process.pid)
+        try:
+            return False, process.wait(limit)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # not what it started: it ends that itself
+            try:
+                return True, process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                return True, -signal.SIGKILL
+        finally:
+            _kill(process.pid)
+            process.wait()
+            self._running.discard(process.pid)
+
+    def _end(self, name: str, verdict: str, seconds: float, last: str, text: str) -> bool:
+        with self._lock:
+            with (self.out / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"==> {name}: {verdict}, {seconds:.0f} s <==\n{text}\n")
+            self.say(f"{name:<26} {verdict:<12} {seconds:4.0f} s  {last[:150]}".rstrip())
+            self.record(what="stage", stage=name, verdict=verdict, seconds=round(seconds, 1))
+            good = verdict.startswith("ok")
+            self.failed += [] if good else [name]
+        return good
+
+
+def _kill(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:  # all have ended
+        return

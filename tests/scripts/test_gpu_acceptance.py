@@ -1,0 +1,188 @@
+"""scripts/gpu: stages under limits, commands that exist, and what a machine without a network is given."""
+
+import json
+import os
+import sys
+import time
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from composed import spec_of
+from PIL import Image
+
+FOLDER = Path(__file__).parents[2] / "scripts" / "gpu"
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", flush=True)
+time.sleep(60)
+"""
+LEAVES_A_CHILD = """
+import subprocess, sys
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid)
+"""
+
+
+@pytest.fixture(autouse=True)
+def scripts_on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    monkeypatch.setattr("stages.SHORTEST", 0.1)
+    from stages import Stages
+
+    return Stages(tmp_path, 60, dict(os.environ))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / "record.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.integration
+def test_a_stage_ends_ok_failed_late_or_left_out(stages, tmp_path):
+    def python(name, limit, code, **options):
+        return stages.run(name, limit, sys.executable, "-c", code, **options)
+
+    assert python("good", 30, "print('first'); print('last words')")
+    assert not python("bad", 30, "raise SystemExit(3)")
+    assert not python("slow", 0.5, "import time; time.sleep(60)")
+    assert python("endless", 2, SAVES, endless=True)  # told to stop, a training saves and exits with 75
+    assert not python("unfinished", 2, SAVES)
+    stages.end = 0.0
+    assert not python("more", 30, "print('never')")
+    assert {r["stage"]: r["verdict"] for r in records(tmp_path)} == {
+        "good": "ok",
+        "bad": "FAILED 3",
+        "slow": "late",
+        "endless": "ok, stopped",
+        "unfinished": "late",
+        "more": "left out",
+    }
+    assert stages.failed == ["bad", "slow", "unfinished", "more"]
+    summary, log = ((tmp_path / name).read_text() for name in ("summary.txt", "log.txt"))
+    assert "last words" in summary
+    assert "first" not in summary
+    assert "first\nlast words" in log
+    assert "never" not in log
+
+
+def is_alive(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.integration
+def test_what_a_stage_started_ends_with_it(stages, tmp_path):
+    assert stages.run("parent", 30, sys.executable, "-c", LEAVES_A_CHILD)
+    child = int((tmp_path / "log.txt").read_text().split("\n")[1])
+    end = time.monotonic() + 30
+    while is_alive(child) and time.monotonic() < end:
+        time.sleep(0.05)  # a signal takes a moment
+    assert not is_alive(child)
+
+
+def test_side_by_side_stages_are_all_waited_for(stages):
+    done = []
+    stages.together(*(lambda i=i: done.append(i) for i in range(5)))
+    assert sorted(done) == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def acceptance(tmp_path, monkeypatch):
+    """acceptance(rehearsal): a run whose commands are collected, not run; (name, script, words) of each."""
+    from acceptance import Acceptance
+
+    def acceptance(rehearsal):
+        options = Namespace(parts=["checks", "speed", "training"], official=tmp_path, images=tmp_path, minutes=20.0)
+        options.out, options.kit, options.rehearsal = tmp_path / "out", None, rehearsal
+        run, commands = Acceptance(options), []
+
+        def collect(name, limit, script, *words, endless=False):
+            commands.append((name, script, [str(word) for word in words]))
+            return name != "evaluate"  # so that its report is made
+
+        monkeypatch.setattr(run, "python", collect)
+        (run.work / "cifar10" / "checkpoints").mkdir(parents=True)
+        (run.work / "cifar10" / "checkpoints" / "last.ckpt").touch()
+        for part in options.parts:
+            getattr(run, part)()
+        return commands
+
+    return acceptance
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
+    commands = acceptance(rehearsal)
+    specs = {}
+    for name, script, words in commands:
+        if Path(script).stem in ("train", "evaluate", "sample", "figures"):
+            words = [word.partition(",")[0] if word.startswith("sampler") else word for word in words if word != "-m"]
+            specs[name] = spec_of(Path(script).stem, *words)
+    assert len(specs) == 9
+    assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")
+    assert specs["evaluate"].compute.bf16 is not rehearsal
+    assert specs["evaluate"].n == (20 if rehearsal else 5000)
+    compiled = [name for name, *_ in commands if name.startswith("compile-")]
+    assert len(compiled) == (0 if rehearsal else 6)  # three code bases, sampling and training
+
+
+def test_measured_numbers_of_tests_are_in_the_record(tmp_path):
+    from acceptance import Acceptance
+    from stages import Stages
+
+    (tmp_path / "junit.xml").write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"><properties>'
+        '<property name="relative error" value="0.25"/></properties></testcase>'
+        '<testcase classname="b" name="bad"><failure message="no">no</failure></testcase></testsuite></testsuites>'
+    )
+    run = object.__new__(Acceptance)
+    run.stages = Stages(tmp_path, 60, {})
+    run.read_checks(tmp_path / "junit.xml")
+    assert [(r["test"], r["outcome"], r["numbers"]) for r in records(tmp_path)] == [
+        ("good", "passed", {"relative error": 0.25}),
+        ("bad", "failure", {}),
+    ]
+    assert (tmp_path / "summary.txt").read_text() == "     2.5e-01  relative error: good\n    failure: b.bad\n"
+
+
+def test_packed_images_are_evenly_spaced_and_exact(tmp_path):
+    from pack import pack_images
+
+    pixels = np.random.default_rng(0).integers(256, size=(12, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        path = tmp_path / "images" / "train" / f"class{i // 4}" / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    pack_images(tmp_path / "images", 6, tmp_path / "images.zip")
+    with zipfile.ZipFile(tmp_path / "images.zip") as archive:
+        names = archive.namelist()
+        assert names == [f"train/class{i // 4}/{i:02}.webp" for i in range(0, 12, 2)]
+        for i, name in enumerate(names):
+            with archive.open(name) as file, Image.open(file) as image:
+                assert np.array_equal(np.asarray(image), pixels[2 * i])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--official", "nowhere"], "--official nowhere is no folder"),
+        (["--official", "."], "--official . is no checkout of ermongroup/ddim"),
+        (["--minutes", "-1"], "--minutes -1 must be above 0"),
+        (["--out", "."], "--out . is not empty; name a new folder"),
+        (["--parts", "speeed"], "invalid choice: 'speeed'"),
+    ],
+)
+def test_bad_options_are_refused_before_work(run, words, message, tmp_path):
+    (tmp_path / "file").touch()
+    done = run("gpu/acceptance", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
