@@ -69,6 +69,7 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
+        current_session().planned = sum(spec.network_evaluations or 0 for spec in specs)
         nothing_left = dry = any(spec.dry_run for spec in specs)
         if dry:
             estimate = dry_run(specs, current_session())

@@ -98,7 +98,7 @@ class EvaluateSpec(JobSpec):
         Raises:
             UserError: bad input.
         """
-        model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         tau = check_sampler(model, self.sampler)
         settings = {
             "model": model_settings(model),

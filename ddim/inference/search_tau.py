@@ -92,15 +92,15 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
             finite.
     """
     check_can_write(spec.path, spec.overwrite)
-    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
+    model = load_model(spec.checkpoint, spec.weights)
     check_numbers(model)
     check_sampler(model, spec.sampler)
     T = model.spec.schedule.T
     candidates = quadratic_tau(T, min(spec.candidates, T))
     if sum(t > spec.sampler.last_time for t in candidates) < (spec.sampler.S or 0):
         raise UserError(f"sampler.S={spec.sampler.S} is more than there are times above last_time=1; take fewer.")
-    compute = with_batch_size(model, spec.compute, spec.n)
     most = spec.n * _most_evaluations(model, spec.sampler)
+    compute = with_batch_size(model, prepare_model(model, spec.compute, most, spec.n), spec.n)
     log.info("a search of at most %s network evaluations of single images.", f"{most:,}")
     with progress(most, "search") as bar, torch.inference_mode(), autocast(compute):
         tau, errors = _search(model, spec, candidates, compute, bar)

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -59,6 +61,18 @@ def accelerate(
         # One compilation per batch size: code for any size is slower, and on some CPUs it does not compile.
         torch._dynamo.config.recompile_limit = max(MAX_COMPILED_SIZES, torch._dynamo.config.recompile_limit)
         network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Let GPUs compute float32 products and convolutions in TF32 inside the block, or not; torch's default is both."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def keep_freed_memory() -> bool:
