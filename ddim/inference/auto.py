@@ -6,6 +6,7 @@ the measurements that it rests on.
 
 import json
 import logging
+import os
 import platform
 import re
 import shutil
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.checkpoints import ModelSpec
 from ddim.io import atomic_write
-from ddim.networks import accelerate, build_network
+from ddim.networks import accelerate, build_network, has_cpp_loops
 from ddim.networks.compiler import compiler_command, is_private
 from ddim.results.records import record_key
 
@@ -134,18 +135,18 @@ def _for_gpu(hardware: Hardware, work: Work, given: Mapping[str, bool]) -> Choic
     long = expected > LONG
     reason = f"about {expected:,.0f} s of work" + ("" if long else f", too short to compile for (below {LONG:.0f} s)")
     if long and not hardware.compiler:
-        reason += ", and no triton to compile with"
+        reason += ", and triton or a C compiler is missing to compile it"
     compiled = given.get("compile", long and hardware.compiler)
     # A graph overwrites its last output, which samplers with a memory still use: that of bf16 is copied to float32.
     graphs = compiled and small and not work.training and given.get("bf16", hardware.bf16)
-    precision = {"bf16": hardware.bf16, "tf32": hardware.bf16}
-    settings = {**precision, "channels_last": True, "compile": compiled, "graphs": graphs}
+    bf16 = hardware.bf16 and not given.get("winograd")  # which is refused: it is for CPUs
+    settings = {"bf16": bf16, "tf32": hardware.bf16, "channels_last": True, "compile": compiled, "graphs": graphs}
     return Choice(settings, at_once if small else 0, reason)
 
 
 def _for_cpu(hardware: Hardware, work: Work, given: Mapping[str, bool], seconds: Seconds | None) -> Choice:
     saved = work.evaluations * (seconds.cpp_loops - seconds.bf16) if seconds else 0.0
-    pays = saved > COMPILE
+    pays = saved > COMPILE and given.get("bf16", True) and not given.get("winograd")
     bf16 = given.get("bf16", pays)
     compiled = given.get("compile", pays)
     winograd = given.get("winograd", hardware.cpp_loops and not bf16)
@@ -161,6 +162,7 @@ def _for_cpu(hardware: Hardware, work: Work, given: Mapping[str, bool], seconds:
 
 def choose_for(
     model: ModelSpec,
+    network: nn.Module,
     device: torch.device,
     evaluations: int,
     images: int,
@@ -171,15 +173,16 @@ def choose_for(
     """Return the settings for a model on a device of this machine; log them and the reason in one line.
 
     Args:
+        network: that of the model, as it is built.
         evaluations, images, training: see `Work`.
         given: settings that are not to be chosen.
         alone: whether this is the only process; several do not time, since they could come to different choices.
     """
     hardware = this_hardware(device)
-    work = Work(_flops_of(model), evaluations, images, training)
+    work = Work(rough_flops(network, model.image_shape), evaluations, images, training)
     seconds = timing(hardware, model, work) if alone and needs_timing(hardware, work, given) else None
     choice = choose_settings(hardware, work, given, seconds)
-    log.info("%s on %s", words(choice.settings), choice.reason)
+    log.info("chosen: %s on %s", words(choice.settings), choice.reason)
     return choice
 
 
@@ -191,37 +194,45 @@ def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     return counter.get_total_flops()
 
 
-def _flops_of(model: ModelSpec) -> int:
-    """Return `flops` of a network without its weights; 0 if a network of a plugin cannot be evaluated so."""
-    try:
-        with torch.device("meta"):
-            return flops(build_network(model.network, model.network_spec), model.image_shape)
-    except RuntimeError as error:
-        log.debug("the operations of %s cannot be counted (%s).", model.network, error)
-        return 0
+@torch.no_grad()
+def rough_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+    """Return `flops` without the products of attention, a few percent: what counts all takes seconds to import."""
+    count = 0
+
+    def add(module: nn.Conv2d | nn.Linear, inputs: object, output: Tensor) -> None:
+        nonlocal count
+        count += 2 * output.numel() * module.weight[0].numel()
+
+    handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    device = next(network.parameters()).device
+    network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    for handle in handles:
+        handle.remove()
+    return count
 
 
 def this_hardware(device: torch.device) -> Hardware:
     """Return what a device of this machine is."""
     if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return Hardware(device.type, torch.cuda.get_device_name(device), ampere, find_spec("triton") is not None)
+        compilers = filter(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))  # which triton calls
+        compiler = find_spec("triton") is not None and any(compilers)
+        return Hardware(device.type, torch.cuda.get_device_name(device), ampere, compiler)
     if device.type != "cpu":
         return Hardware(device.type, device.type)
-    from ddim.networks.cpu import can_load_cpp_loops  # here, so that nothing else depends on that folder
-
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     model = re.search(r"model name\s*: (.*)", text)
     name = model[1] if model else platform.processor() or platform.machine()
     compiler = shutil.which(compiler_command()[0]) is not None
-    return Hardware(device.type, name, re.search(BF16_FLAGS, text) is not None, compiler, can_load_cpp_loops())
+    return Hardware(device.type, name, re.search(BF16_FLAGS, text) is not None, compiler, has_cpp_loops())
 
 
 def timing(hardware: Hardware, model: ModelSpec, work: Work) -> Seconds:
     """Return the seconds of this processor, kept in `~/.cache/torch/ddim` (TORCH_HOME moves it) from the first time on.
 
-    They are of a forward pass, in training with the backward pass, and of as many images as `work` has, up to TIMED.
+    Measured is a forward pass, in training a third of it and the backward pass, of as many images as `work` has, up to
+    TIMED.
     """
     count = min(TIMED, work.images)
     key = record_key(
@@ -237,11 +248,13 @@ def timing(hardware: Hardware, model: ModelSpec, work: Work) -> Seconds:
     path = Path(torch.hub.get_dir()).parent / "ddim" / f"timing-{key}.json"
     if is_private(path) and path.exists():
         try:
-            return Seconds(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, OSError) as error:
+            return Seconds(**{name: float(s) for name, s in json.loads(path.read_text(encoding="utf-8")).items()})
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             log.debug("%s is damaged (%s), so it is made again.", path, error)
     log.info("timing float32 and bfloat16 on %s, for a few seconds.", hardware.name)
-    times = Seconds(*(_time_network(model, count, work.training, bf16) for bf16 in (False, True)))
+    with torch.random.fork_rng(devices=[]):
+        loops, bf16 = ({"winograd": hardware.cpp_loops}, {"bf16": True})
+        times = Seconds(*(_time_network(model, count, work.training, **options) for options in (loops, bf16)))
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic_write(path) as partial:
@@ -251,11 +264,11 @@ def timing(hardware: Hardware, model: ModelSpec, work: Work) -> Seconds:
     return times
 
 
-def _time_network(model: ModelSpec, count: int, training: bool, bf16: bool) -> float:
+def _time_network(model: ModelSpec, count: int, training: bool, winograd: bool = False, bf16: bool = False) -> float:
     """Return the seconds for one image of the second of two evaluations on the CPU, of `count` images at once."""
     network = build_network(model.network, model.network_spec).train(training).requires_grad_(training)
     x, t = torch.zeros(count, *model.image_shape), torch.ones(count, dtype=torch.int64)
-    accelerate(network, x.device, channels_last=True, winograd=not bf16)
+    accelerate(network, x.device, channels_last=True, winograd=winograd)
     start = 0.0
     for _ in range(2):
         start = time.perf_counter()
@@ -263,4 +276,4 @@ def _time_network(model: ModelSpec, count: int, training: bool, bf16: bool) -> f
             output = network(x, t)
         if training:
             output.float().square().mean().backward()
-    return (time.perf_counter() - start) / count
+    return (time.perf_counter() - start) / count / (3 if training else 1)

@@ -107,7 +107,7 @@ def prepare_model(
     settings, batch_size, reason = compute.given, compute.batch_size, "as given"
     if len(settings) < len(SETTINGS):
         device = torch.device(compute.device)
-        choice = choose_for(model.spec, device, evaluations, images, settings, alone=alone)
+        choice = choose_for(model.spec, model.network, device, evaluations, images, settings, alone=alone)
         settings, reason = choice.settings, choice.reason
         batch_size = compute.batch_size or choice.batch_size
     chosen = ChosenCompute(compute.device, batch_size, **settings, reason=reason)

@@ -25,7 +25,7 @@ from ddim.data.datasets import load_images
 from ddim.data.images import MemoryImages
 from ddim.errors import Interrupted, UserError
 from ddim.inference.auto import SETTINGS, choose_for, words
-from ddim.networks import accelerate, float32_products
+from ddim.networks import accelerate, build_network, float32_products
 from ddim.signals import StopSignals
 from ddim.training.callbacks import DivergenceGuard, LossByTime, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
@@ -132,7 +132,9 @@ def choose_trainer(spec: TrainSpec, model: ModelSpec) -> tuple[TrainSpec, str | 
     alone = str(t.devices) == "1" and t.num_nodes == 1
     images = t.batch_size // t.accumulate
     work = (3 * t.max_steps * t.batch_size, images)
-    choice = choose_for(model, _device(t), *work, given, training=True, alone=alone)
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(model.network, model.network_spec)
+    choice = choose_for(model, network, _device(t), *work, given, training=True, alone=alone)
     chosen: dict[str, Any] = {name: choice.settings[name] for name in ("tf32", "channels_last", "compile", "winograd")}
     precision: Any = "bf16-mixed" if choice.settings["bf16"] else "32-true"
     return replace(spec, trainer=replace(t, precision=precision, **chosen)), choice.reason
