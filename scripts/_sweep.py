@@ -42,7 +42,7 @@ class Sweep:
         """Return the specification of an evaluation."""
         from ddim.config import build
 
-        pick_device(config.get("compute"), "device")
+        pick_device(config.get("compute"), "device", without_float64=True)
         return build(getattr(importlib.import_module(self.module), self.spec_name), config, "")
 
     def logger(self, spec: Any) -> "SweepLogger":

@@ -108,8 +108,8 @@ class EvaluateSpec(JobSpec):
             "seed": self.seed,
             "bf16": compute.bf16,
             "pixels": "uint8, rounded half up",
-            "reference": self._check_reference(session, model, compute.device),
-            "metric": session.metric_description(self.metric, compute.device),
+            "reference": self._check_reference(session, model, compute.state_device),
+            "metric": session.metric_description(self.metric, compute.state_device),
         }
         metadata = {"kind": "fidelity", "paper": self.paper, "config": dataclasses.asdict(self)}
         return Job(
@@ -122,7 +122,7 @@ class EvaluateSpec(JobSpec):
             steps=network_evaluations(model, self.sampler),
             model=model,
             compute=compute,
-            extractor=session.extractor(self.metric, compute.device),
+            extractor=session.extractor(self.metric, compute.state_device),
         )
 
     def _check_reference(self, session: Session, model: LoadedModel, device: str) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def evaluate(
             return record, False
         assert job.model is not None
         shape = job.model.spec.image_shape
-        reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir, shape)
+        reference = session.reference_stats(spec.data, spec.metric, job.compute.state_device, spec.reference_dir, shape)
         generate_shards(spec, job, session.processes)
         results = measure(spec, job, reference, session.processes)
         if more and results:

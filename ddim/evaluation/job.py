@@ -259,4 +259,5 @@ def device_name(device: str) -> str:
     named = torch.device(device)
     if named.type == "cpu":
         return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
-    return torch.get_device_module(named.type).get_device_name(named)
+    module = torch.get_device_module(named.type)
+    return module.get_device_name(named) if hasattr(module, "get_device_name") else f"{platform.machine()} {named.type}"

@@ -187,7 +187,7 @@ def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: r
     assert job.model is not None
     start = time.perf_counter()
     pixels = torch.stack([images[i] for i in batch])
-    x_0 = normalize(pixels.to(job.compute.device))
+    x_0 = normalize(pixels.to(job.compute.state_device))
     x = reconstruct(job.model, spec.how, spec.sampler, x_0, job.compute, bar)
     errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
     pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: count_shown(spec.grid, batch)]

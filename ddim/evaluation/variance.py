@@ -90,7 +90,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     compute = with_batch_size(model, prepare_model(model, spec.compute, spec.n * len(times), spec.n), spec.n)
 
     def x_0(batch: range) -> Tensor:
-        return normalize(images.batch(torch.tensor(batch)).to(compute.device))
+        return normalize(images.batch(torch.tensor(batch)).to(compute.state_device))
 
     with progress(spec.n * len(times), "variance") as bar:
         mean, error = estimate(model, schedule, x_0, spec.n, times, model.spec.prediction, spec.seed, compute, bar)

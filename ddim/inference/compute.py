@@ -67,6 +67,11 @@ class ComputeSpec:
         return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
 
     @property
+    def state_device(self) -> str:
+        """Where noise, the state of the sampler and features are: the CPU where the network's device has no float64."""
+        return torch.get_default_device().type if torch.device(self.device).type == "mps" else self.device
+
+    @property
     def compiles(self) -> bool:
         """Whether the network is compiled, for one batch size."""
         return bool(self.compile or self.graphs)
@@ -180,9 +185,9 @@ def time_after_warmup(call: Callable[[int], object], count: int) -> tuple[int, f
 @torch.inference_mode()
 def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None:
     """Evaluate the network once, for timing, and wait for it."""
-    x = torch.zeros(count, *model.spec.image_shape, device=compute.device)
+    x = torch.zeros(count, *model.spec.image_shape, device=compute.state_device)
     with autocast(compute):
-        model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
+        model(x, torch.ones(count, dtype=torch.int64, device=x.device)).cpu()
 
 
 @contextmanager

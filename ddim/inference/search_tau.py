@@ -136,7 +136,7 @@ def _search(
     schedule, prediction, sampler = model.spec.schedule, model.spec.prediction, spec.sampler
     network = _in_batches(model, compute.batch_size, bar)
     x_T, held_out = (
-        initial_noise(range(first, first + spec.n), model.spec.image_shape, spec.seed, compute.device)
+        initial_noise(range(first, first + spec.n), model.spec.image_shape, spec.seed, compute.state_device)
         for first in (spec.first, spec.first + spec.n)
     )
     tau, end = search_tau(network, schedule, x_T, sampler, candidates, prediction)

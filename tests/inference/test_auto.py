@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ddim import SamplerSpec
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.inference import auto
 from ddim.inference import compute as compute_module
 from ddim.inference.auto import SETTINGS, Choice, Hardware, Seconds, Work, choose_for, choose_settings, words
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
+from ddim.inference.generate import generate
 from ddim.networks import UNet, UNetSpec
 
 H100 = Hardware("cuda", "H100", bf16=True, compiler=True)
@@ -202,3 +206,41 @@ def test_tf32_is_used_inside_the_block_only(tf32: bool) -> None:
     with autocast(ComputeSpec("cpu", tf32=tf32)):
         assert (cudnn.allow_tf32, matmul.allow_tf32) == (tf32, tf32)
     assert (cudnn.allow_tf32, matmul.allow_tf32) == before
+
+
+class Elsewhere(torch.nn.Module):
+    """A network on a device of which nothing can be read: a stand-in for Apple's GPUs, which have no float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        assert {(x.device.type, x.dtype), (t.device.type, t.dtype)} == {("meta", torch.float32), ("meta", torch.int64)}
+        return torch.full(x.shape, 0.25)
+
+
+class Here(Elsewhere):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.full(x.shape, 0.25)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_without_float64_only_the_network_is_on_the_device(model: LoadedModel, eta: float) -> None:
+    compute, sampler = ComputeSpec("mps"), SamplerSpec(S=3, eta=eta)
+    assert (compute.state_device, ComputeSpec("cuda:1").state_device) == ("cpu", "cuda:1")
+    there = dataclasses.replace(model, network=Elsewhere())
+    here = dataclasses.replace(model, network=Here().to_empty(device="cpu"))
+    images = [generate(one, sampler, range(3), 0, used) for one, used in ((there, compute), (here, ComputeSpec("cpu")))]
+    assert torch.equal(*images)
+
+
+def test_a_network_computes_nothing_in_float64(model: LoadedModel) -> None:
+    class NoFloat64(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = function(*args, **(kwargs or {}))
+            assert not any(isinstance(one, Tensor) and one.dtype == torch.float64 for one in (*args, result)), function
+            return result
+
+    with NoFloat64(), torch.no_grad():
+        model.network(torch.zeros(2, *model.spec.image_shape), torch.ones(2, dtype=torch.int64))
