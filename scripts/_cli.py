@@ -173,13 +173,14 @@ def silence() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def pick_device(values: Any, key: str) -> None:
+def pick_device(values: Any, key: str, without_float64: bool = False) -> None:
     """Replace values[key] = "auto" by the accelerator of this machine, or by cpu.
 
-    Apple's GPUs have no float64, which noise levels and noise are computed in, so they are not used.
+    Apple's GPUs have no float64, which training and metrics need; sampling runs the network alone there.
     """
     if isinstance(values, dict) and values.get(key) == "auto":
         import torch
 
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        values[key] = "cpu" if accelerator is None or accelerator.type == "mps" else accelerator.type
+        unfit = accelerator is None or (accelerator.type == "mps" and not without_float64)
+        values[key] = "cpu" if unfit else accelerator.type

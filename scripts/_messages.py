@@ -20,7 +20,9 @@ RENAMED_KEYS = {
     "import_checkpoint": {"source": "checkpoint", "out": "output_dir"},
     "export_checkpoint": {"out": "output_dir"},
 }
-RENAMED_OPTIONS = {"digits_sweep": "table_digits"}
+RENAMED_OPTIONS = {"experiment=digits_sweep": "experiment=table_digits"}
+RENAMED_OPTIONS |= {f"{group}={old}": f"{group}=auto" for group in ("compute", "trainer") for old in ("cpu", "gpu")}
+RENAMED_OPTIONS |= {f"{group}=default": f"{group}=exact" for group in ("compute", "trainer")}
 # Hydra's plugins, by the extra of pyproject.toml that installs them.
 EXTRAS = {
     "hydra/sweeper/optuna": "optuna",
@@ -70,8 +72,8 @@ def explain_hydra(error: Exception, config_name: str) -> str:
         group, _, option = error.missing_cfg_file.rpartition("/")
         if extra := EXTRAS.get(error.missing_cfg_file):
             return f"{group}={option} is not installed; install it with pip install -e '.[{extra}]'."
-        if option in RENAMED_OPTIONS:
-            return f"{group}={option} is called {group}={RENAMED_OPTIONS[option]} now."
+        if new := RENAMED_OPTIONS.get(f"{group}={option}"):
+            return f"{group}={option} is called {new} now."
         return f"unknown option {group}={option}{suggest(option, error.options)}; allowed: {', '.join(error.options)}."
     if isinstance(error, OverrideParseException):
         reason = message.partition(" See https")[0]

@@ -51,7 +51,7 @@ class Sweep:
         """Return the specification of an evaluation."""
         from ddim.config import build
 
-        pick_device(config.get("compute"), "device")
+        pick_device(config.get("compute"), "device", without_float64=True)
         return build(getattr(importlib.import_module(self.module), self.spec_name), config, "")
 
     def logger(self, spec: Any) -> "SweepLogger":
@@ -78,6 +78,7 @@ class Sweep:
                 specs.append(self.build(config))
             except UserError as error:
                 lines.append(f"not possible: {error}")
+        current_session().planned = sum(spec.network_evaluations or 0 for spec in specs)
         nothing_left = dry = any(spec.dry_run for spec in specs)
         if dry:
             estimate = dry_run(specs, current_session())

@@ -17,7 +17,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.config import build
     from ddim.evaluation.variance import EstimateVarianceSpec, write_variance
 
-    pick_device(config.get("compute"), "device")
+    pick_device(config.get("compute"), "device", without_float64=True)
     spec = build(EstimateVarianceSpec, config, "")
     content = write_variance(spec)
     pairs = zip(content["standard_error"], content["mean_square"], strict=True)

@@ -20,7 +20,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.distributed import join_process_group
     from ddim.figures.paper_figures import FigureSpec, write_figures
 
-    pick_device(config.get("compute"), "device")
+    pick_device(config.get("compute"), "device", without_float64=True)
     spec = build(FigureSpec, config, "")
     processes = join_process_group()
     for path in write_figures(spec, processes):

@@ -18,7 +18,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.distributed import join_process_group
     from ddim.inference.sample_files import SampleSpec, write_samples
 
-    pick_device(config.get("compute"), "device")
+    pick_device(config.get("compute"), "device", without_float64=True)
     spec = build(SampleSpec, config, "")
     processes = join_process_group()
     for path in write_samples(spec, processes):

@@ -19,7 +19,7 @@ def main(config: dict[str, Any]) -> None:
     from ddim.diffusion.spec import SamplerSpec
     from ddim.inference.search_tau import SearchTauSpec, write_tau
 
-    pick_device(config.get("compute"), "device")
+    pick_device(config.get("compute"), "device", without_float64=True)
     spec = build(SearchTauSpec, config, "")
     result = write_tau(spec)
     print("root mean square error to the exact trajectories of images that the search saw, and of others:")

@@ -78,7 +78,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(checkpoint: Path) -> LoadedModel:
-    return prepare_model(load_model(checkpoint), ComputeSpec("cpu"))
+    loaded = load_model(checkpoint)
+    prepare_model(loaded, ComputeSpec("cpu"))
+    return loaded
 
 
 @pytest.fixture

@@ -81,8 +81,12 @@ class LoadedModel:
     origin: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
-        return zero_based(self.network)(x_t, t)
+        """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T.
+
+        x_t may be on another device, where the prediction then is: on the CPU for a device without float64.
+        """
+        device = next(self.network.parameters(), x_t).device
+        return zero_based(self.network)(x_t.to(device), t.to(device)).to(x_t.device)
 
 
 def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:

@@ -10,7 +10,7 @@ import torch
 from ddim.evaluation.job import Job, JobSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.sweep import Timings, for_each_job, forecast, remaining
-from ddim.inference.compute import flops
+from ddim.inference.auto import flops
 from ddim.networks import build_network
 
 RATE = 40e12  # operations per second of one GPU, as in the README's hours

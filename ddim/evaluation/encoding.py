@@ -105,13 +105,15 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
     with processes.barrier():
         check_can_write(spec.path, spec.overwrite)
         compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
-        model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
+        model = load_model(spec.checkpoint, spec.weights)
         check_numbers(model)
         tau = check_sampler(model, spec.sampler)
         with config_context("inversion"):
             spec.how.check_levels(model.spec.schedule, spec.sampler.tau(model.spec.schedule.T), model.spec.prediction)
         images = checkpoint_images(Path(spec.source), model.spec.image_shape, spec.resize, spec.convert)
-    evaluations = spec.how.evaluations(len(tau))[0]
+        evaluations = spec.how.evaluations(len(tau))[0]
+        alone = processes.world_size == 1
+        compute = prepare_model(model, compute, len(images) * evaluations, len(images), alone)
     metadata: dict[str, Any] = {
         **model_settings(model),
         "weights": model.weights,
@@ -119,13 +121,13 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         "tau": list(tau),
         "inversion": spec.how.settings(),
         "nfe": evaluations,
-        "bf16": spec.compute.bf16,
+        "bf16": compute.bf16,
         "fingerprint": processes.run_on_main(images.fingerprint),  # every image is read: a wrong one is named here
     }
     shards = Shards(Path(spec.output_dir) / UNFINISHED / record_key(metadata), range(len(images)))
 
     def encode(batch: range) -> Tensors:
-        x_0 = normalize(images.batch(torch.tensor(batch)).to(compute.device))
+        x_0 = normalize(images.batch(torch.tensor(batch)).to(compute.state_device))
         x_T, second = encode_batch(model, spec.how, spec.sampler, x_0, compute, bar)
         return {X_T: x_T.cpu(), **({SECOND: second.cpu()} if spec.inversion == "bdia" else {})}
 

@@ -100,7 +100,7 @@ class EvaluateSpec(JobSpec):
         Raises:
             UserError: bad input.
         """
-        model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         tau = check_sampler(model, self.sampler)
         settings = {
             "model": model_settings(model),
@@ -110,8 +110,8 @@ class EvaluateSpec(JobSpec):
             "seed": self.seed,
             "bf16": compute.bf16,
             "pixels": "uint8, rounded half up",
-            "reference": self._check_reference(session, model, compute.device),
-            "metric": session.metric_description(self.metric, compute.device),
+            "reference": self._check_reference(session, model, compute.state_device),
+            "metric": session.metric_description(self.metric, compute.state_device),
         }
         metadata = {"kind": "fidelity", "paper": self.paper, "config": dataclasses.asdict(self)}
         return Job(
@@ -124,7 +124,7 @@ class EvaluateSpec(JobSpec):
             steps=network_evaluations(model, self.sampler),
             model=model,
             compute=compute,
-            extractor=session.extractor(self.metric, compute.device),
+            extractor=session.extractor(self.metric, compute.state_device),
         )
 
     def _check_reference(self, session: Session, model: LoadedModel, device: str) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def evaluate_in_steps(
         assert job.model is not None
         assert job.extractor is not None
         shape = job.model.spec.image_shape
-        reference = session.reference_stats(spec.data, spec.metric, job.compute.device, spec.reference_dir, shape)
+        reference = session.reference_stats(spec.data, spec.metric, job.compute.state_device, spec.reference_dir, shape)
         generate_shards(spec, job, processes)
         start = time.perf_counter()
         features = job.shards.read(job.extractor.layers[0], processes)

@@ -22,7 +22,8 @@ from ddim.errors import UserError
 from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
-from ddim.inference.compute import ComputeSpec
+from ddim.inference.auto import SETTINGS, words
+from ddim.inference.compute import ChosenCompute, ComputeSpec
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
 from ddim.results.plot_spec import PlotSpec
@@ -181,12 +182,18 @@ class Job:
                 "device": device_name(self.compute.device),
                 "processes": processes.world_size,
                 "batch_size": self.compute.batch_size,
+                **({} if self.model is None else self._settings()),
             },
             **provenance(),
         }
         self.records.append(record)
         self.shards.delete()
         return record
+
+    def _settings(self) -> dict[str, str]:
+        """Return how the network was run, and why so."""
+        settings = {"settings": words(dict.fromkeys(SETTINGS, False) | self.compute.given)}
+        return settings | ({"reason": self.compute.reason} if isinstance(self.compute, ChosenCompute) else {})
 
     def _training(self) -> dict[str, str]:
         """Return the names of the training and of its W&B run, as far as there are any."""
@@ -259,4 +266,5 @@ def device_name(device: str) -> str:
     named = torch.device(device)
     if named.type == "cpu":
         return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
-    return torch.get_device_module(named.type).get_device_name(named)
+    module = torch.get_device_module(named.type)
+    return module.get_device_name(named) if hasattr(module, "get_device_name") else f"{platform.machine()} {named.type}"

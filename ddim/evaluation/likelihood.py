@@ -148,7 +148,7 @@ class LikelihoodSpec(JobSpec):
             "sampler": sampler_settings(self.sampler, times),
             "n": n,
             "seed": self.seed,
-            "bf16": self.compute.bf16,
+            "bf16": compute.bf16,
             "pixels": "dequantised uniformly" if ode else "256 grey levels",
             "reference": {
                 "name": images.name,
@@ -266,7 +266,7 @@ def _measure_batch(spec: LikelihoodSpec, job: Job, images: Images, batch: range,
     start = time.perf_counter()
     model, compute = job.model, job.compute
     assert model is not None
-    x_0 = normalize(images.batch(torch.tensor(batch)).to(compute.device))
+    x_0 = normalize(images.batch(torch.tensor(batch)).to(compute.state_device))
     D = math.prod(x_0.shape[1:])
     if spec.method == "ode":
         try:

@@ -88,12 +88,13 @@ class ReconstructSpec(JobSpec):
         Raises:
             UserError: bad input.
         """
-        model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        images = session.images(self.data, self.split)
+        n = len(images) if self.n is None else self.n
+        evaluations = n * sum(self.how.evaluations(asked_steps(self.sampler)))
+        model, compute = session.model(self.checkpoint, self.weights, self.compute, evaluations, n)
         check_numbers(model)
         tau = check_sampler(model, self.sampler)
-        images = session.images(self.data, self.split)
         check_shape(model, images)
-        n = len(images) if self.n is None else self.n
         if n > len(images):
             raise UserError(f"n={n} images are more than the {len(images)} of {images.name}; n=null takes all.")
         with config_context("inversion"):
@@ -104,7 +105,7 @@ class ReconstructSpec(JobSpec):
             "model": model_settings(model),
             "sampler": sampler_settings(self.sampler, tau),
             "n": n,
-            "bf16": self.compute.bf16,
+            "bf16": compute.bf16,
             "pixels": "float32, neither rounded nor clamped",
             "reference": {"name": images.name, "images": len(images), "fingerprint": fingerprint},
             "metric": {"name": "reconstruction", "scale": "mean squared error of a value in [0, 1]"},
@@ -186,7 +187,7 @@ def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: r
     assert job.model is not None
     start = time.perf_counter()
     pixels = torch.stack([images[i] for i in batch])
-    x_0 = normalize(pixels.to(job.compute.device))
+    x_0 = normalize(pixels.to(job.compute.state_device))
     x = reconstruct(job.model, spec.how, spec.sampler, x_0, job.compute, bar)
     errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
     pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: count_shown(spec.grid, batch)]

@@ -17,6 +17,7 @@ from ddim.checkpoints.model import read_model
 from ddim.config import FilePath, build
 from ddim.errors import UserError
 from ddim.evaluation.session import Session
+from ddim.inference.auto import SETTINGS
 from ddim.results.protocol import completed
 from ddim.results.records import RECORDS, Record
 from ddim.results.schema import IMAGES, check_evaluation
@@ -195,11 +196,22 @@ def _config(spec: ReproduceSpec, record: Record, checkpoint: Path | None) -> dic
     if checkpoint is not None:
         config |= {"checkpoint": str(checkpoint), "compute": dict(config["compute"])}
         config["compute"]["device"] = spec.device or _available(config["compute"]["device"])
+        config["compute"] |= _chosen(record, config["compute"])
     else:
         config["device"] = spec.device or _available(config["device"])
     if spec.root is not None and "data" in config:
         config["data"] = config["data"] | {"root": spec.root}
     return config
+
+
+def _chosen(record: Record, compute: Mapping[str, Any]) -> dict[str, bool]:
+    """Return what was chosen for the settings of a record that are null; for another device the precision alone."""
+    names = [name for name in SETTINGS if compute.get(name, False) is None]
+    if not names or "settings" not in (recorded := record.get("compute") or {}):
+        return {}
+    same = torch.device(compute["device"]).type == torch.device(record["config"]["compute"]["device"]).type
+    used = recorded["settings"].split("+")
+    return {name: name in used for name in names if same or name == "bf16"}
 
 
 def _available(device: str) -> str:

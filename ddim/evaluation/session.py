@@ -32,11 +32,18 @@ class Session:
 
     def __init__(self, processes: Processes = SINGLE_PROCESS) -> None:
         self.processes = processes
+        self.planned = 0  # network evaluations of single images in all jobs of the command
         self._records: dict[str, RecordFile] = {}  # by folder: each remembers what it read
         self._loaded: dict[str, tuple[Any, Any]] = {}  # kind -> (what decides it, the object)
 
-    def model(self, checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
+    def model(
+        self, checkpoint: str, weights: str, compute: ComputeSpec, evaluations: int = 0, images: int = 1024
+    ) -> tuple[LoadedModel, ComputeSpec]:
         """Return a model on the device of this process, and how it is run; loaded again if its file has changed.
+
+        Args:
+            evaluations, images: of the job that asks first, which decide what `prepare_model` chooses; `planned` are
+                more where there is a plan.
 
         Raises:
             UserError: the checkpoint cannot be loaded, or the device cannot be used.
@@ -44,8 +51,9 @@ class Session:
         compute = dataclasses.replace(compute, device=self.processes.local_device(compute.device))
 
         def load() -> tuple[LoadedModel, ComputeSpec]:
-            model = prepare_model(load_model(checkpoint, weights), compute)
-            return model, with_batch_size(model, compute)
+            model, count = load_model(checkpoint, weights), self.processes.world_size
+            work = max(evaluations, self.planned) // count
+            return model, with_batch_size(model, prepare_model(model, compute, work, images, count == 1))
 
         return self._load("model", (checkpoint, _modified(checkpoint), weights, compute), load)
 

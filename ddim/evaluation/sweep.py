@@ -43,7 +43,7 @@ def job_id(spec: JobSpec) -> str:
     """
     values = dataclasses.asdict(spec)
     if "compute" in values:
-        values["compute"] = values["compute"]["bf16"]
+        values["compute"] = bool(values["compute"]["bf16"])  # None, which leaves it open, is that of before auto
     if not values.get("data", {}).get("convert", True):
         del values["data"]["convert"]  # the names of before this option
     if not values.get("metric", {}).get("bf16", True):
@@ -300,8 +300,7 @@ def time_job(job: Job) -> Timing:
     model, compute, extractor = job.model, job.compute, job.extractor
     assert model is not None
     largest = min(compute.batch_size, len(job.indices))
-    compiled = compute.compile or compute.graphs  # for one batch size
-    network = seconds_per_image(lambda count: evaluate_zeros(model, compute, count), largest, compiled)
+    network = seconds_per_image(lambda count: evaluate_zeros(model, compute, count), largest, compute.compiles)
     if extractor is None:
         return Timing(network, 0.0)
     shape = model.spec.image_shape

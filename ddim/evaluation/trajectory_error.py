@@ -79,7 +79,7 @@ class TrajectoryErrorSpec(JobSpec):
         Raises:
             UserError: bad input.
         """
-        model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         check_numbers(model)
         tau = check_sampler(model, self.sampler)
         T = model.spec.schedule.T
@@ -95,7 +95,7 @@ class TrajectoryErrorSpec(JobSpec):
         settings = described | {
             "kind": "trajectory",
             "sampler": sampler_settings(self.sampler, tau),
-            "bf16": self.compute.bf16,
+            "bf16": compute.bf16,
             "pixels": "float32, neither rounded nor clamped",
             "reference": {
                 "name": f"{row_label(exact)} over all {T:,} times",

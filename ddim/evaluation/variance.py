@@ -78,7 +78,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
         UserError: bad input, or a file that would be overwritten; before any network evaluation.
     """
     check_can_write(spec.path, spec.overwrite)
-    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
+    model = load_model(spec.checkpoint, spec.weights)
     schedule = model.spec.schedule
     check_numbers(model)
     with config_context("sampler"):
@@ -87,10 +87,10 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     check_shape(model, images)
     if spec.n > len(images):
         raise UserError(f"n={spec.n} images are more than the {len(images)} of {images.name}; ask for fewer.")
-    compute = with_batch_size(model, spec.compute, spec.n)
+    compute = with_batch_size(model, prepare_model(model, spec.compute, spec.n * len(times), spec.n), spec.n)
 
     def x_0(batch: range) -> Tensor:
-        return normalize(images.batch(torch.tensor(batch)).to(compute.device))
+        return normalize(images.batch(torch.tensor(batch)).to(compute.state_device))
 
     with progress(spec.n * len(times), "variance") as bar:
         mean, error = estimate(model, schedule, x_0, spec.n, times, model.spec.prediction, spec.seed, compute, bar)
@@ -101,7 +101,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
         "mean_square": mean,
         "standard_error": error,
         "hash": table_hash(list(zip(levels, mean, strict=True))),
-        **_provenance(spec, model),
+        **_provenance(spec, model, compute),
         "data": {"name": images.name, "images": len(images), "fingerprint": images.fingerprint()},
     }
     with explain_write_errors(spec.path), atomic_write(spec.path) as partial:
@@ -110,7 +110,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     return content
 
 
-def _provenance(spec: EstimateVarianceSpec, model: LoadedModel) -> dict[str, Any]:
+def _provenance(spec: EstimateVarianceSpec, model: LoadedModel, compute: ComputeSpec) -> dict[str, Any]:
     return {
         "T": model.spec.schedule.T,
         "schedule": model.spec.schedule.name,
@@ -120,7 +120,7 @@ def _provenance(spec: EstimateVarianceSpec, model: LoadedModel) -> dict[str, Any
         "step": model.step,
         "n": spec.n,
         "seed": spec.seed,
-        "bf16": spec.compute.bf16,
+        "bf16": compute.bf16,
         "revision": code_revision(),
     }
 

@@ -128,7 +128,8 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     files = {name: targets(name, Path(spec.output_dir), spec.figure.format) for name in names}
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     with processes.barrier():
-        model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
+        model = load_model(spec.checkpoint, spec.weights)
+        compute = prepare_model(model, compute)
         present = [path for paths in files.values() for path in paths if path.exists()]
         if present and not spec.overwrite:
             raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")

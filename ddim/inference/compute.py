@@ -3,45 +3,51 @@
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ddim.checkpoints import LoadedModel
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
+from ddim.inference.auto import SETTINGS, choose_for
 from ddim.inference.batching import map_batches
-from ddim.networks import accelerate
+from ddim.networks import accelerate, float32_products
 
 log = logging.getLogger(__name__)
 LONG = 5.0  # seconds, for one network evaluation of a search
+C = TypeVar("C", bound="ComputeSpec")
 
 
 @dataclass(frozen=True)
 class ComputeSpec:
     """How to compute; what is computed does not depend on it, but for rounding.
 
+    None leaves a setting to `prepare_model`, which chooses the fastest.
+
     Attributes:
         device: a torch device, such as cuda or cpu; auto until a script has chosen one.
-        batch_size: images in one network evaluation; 0 asks `with_batch_size` for a short search.
+        batch_size: images in one network evaluation; 0 is chosen like a setting that is None, or found by a search.
         bf16: run the network in bfloat16 under autocast; the state of the sampler stays float32.
+        tf32: let GPUs multiply float32 numbers of 10 bits instead of 23.
         channels_last, compile, graphs, winograd: see `ddim.networks.accelerate`.
 
     Raises:
-        ValueError: an unknown device, or meta, which has no numbers; batch_size below 0, or 0 where each size would be
-            compiled again; bf16 with winograd, which is for float32.
+        ValueError: an unknown device, or meta, which has no numbers; batch_size below 0; bf16 with winograd, which is
+            for float32.
     """
 
     device: str
     batch_size: int = 250
-    bf16: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    graphs: bool = False
-    winograd: bool = False
+    bf16: bool | None = False
+    tf32: bool | None = False
+    channels_last: bool | None = False
+    compile: bool | None = False
+    graphs: bool | None = False
+    winograd: bool | None = False
 
     def __post_init__(self) -> None:
         try:
@@ -54,12 +60,46 @@ class ComputeSpec:
             raise ValueError("bf16 and winograd exclude each other: Winograd's algorithm needs float32.")
         if self.batch_size < 0:
             raise ValueError(f"batch_size={self.batch_size} must be at least 1, or 0 for a search.")
-        if self.batch_size == 0 and (self.compile or self.graphs):
-            raise ValueError("batch_size=0 would compile the network for each size; give a number, or do not compile.")
+
+    @property
+    def given(self) -> dict[str, bool]:
+        """The settings that are not None."""
+        return {name: value for name in SETTINGS if (value := getattr(self, name)) is not None}
+
+    @property
+    def state_device(self) -> str:
+        """Where noise, the state of the sampler and features are: the CPU where the network's device has no float64."""
+        return torch.get_default_device().type if torch.device(self.device).type == "mps" else self.device
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the network is compiled, for one batch size."""
+        return bool(self.compile or self.graphs)
 
 
-def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
-    """Move a model to its device and accelerate it as `compute` asks; returns the same model.
+@dataclass(frozen=True)
+class ChosenCompute(ComputeSpec):
+    """One without None, as `prepare_model` returns it.
+
+    Attributes:
+        reason: why these settings.
+    """
+
+    reason: str = ""
+
+
+def prepare_model(
+    model: LoadedModel, compute: ComputeSpec, evaluations: int = 0, images: int = 1024, alone: bool = True
+) -> ChosenCompute:
+    """Choose the settings that are None, move a model to its device, and accelerate it, in place.
+
+    Args:
+        evaluations: of the network for single images, in all; it is compiled when there are many.
+        images: that can be computed at once.
+        alone: whether this is the only process.
+
+    Returns:
+        The settings; their batch size is still 0 where `with_batch_size` is to search for it.
 
     Raises:
         UserError: the device does not exist, or does not support what `compute` asks for.
@@ -69,15 +109,26 @@ def prepare_model(model: LoadedModel, compute: ComputeSpec) -> LoadedModel:
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = re.split(r"\.\s|\n", str(error))[0]
         raise UserError(f"device={compute.device} cannot be used here ({reason}); cpu always can.") from error
-    options = {name: getattr(compute, name) for name in ("channels_last", "compile", "graphs", "winograd")}
+    settings, batch_size, reason = compute.given, compute.batch_size, "as given"
+    if len(settings) < len(SETTINGS):
+        device = torch.device(compute.device)
+        choice = choose_for(model.spec, model.network, device, evaluations, images, settings, alone=alone)
+        settings, reason = choice.settings, choice.reason
+        batch_size = compute.batch_size or choice.batch_size
+    chosen = ChosenCompute(compute.device, batch_size, **settings, reason=reason)
+    _accelerate(model, chosen if batch_size else replace(chosen, compile=False, graphs=False))
+    return chosen
+
+
+def _accelerate(model: LoadedModel, compute: ComputeSpec) -> None:
+    options = {name: bool(getattr(compute, name)) for name in ("channels_last", "compile", "graphs", "winograd")}
     accelerate(model.network, torch.device(compute.device), **options)
-    return model
 
 
-def with_batch_size(
-    model: LoadedModel, compute: ComputeSpec, most: int = 1024, processes: Processes = SINGLE_PROCESS
-) -> ComputeSpec:
+def with_batch_size(model: LoadedModel, compute: C, most: int = 1024, processes: Processes = SINGLE_PROCESS) -> C:
     """Return `compute` with a batch size of at least 1: where it is 0, that of a search up to `most` images.
+
+    A network that is to be compiled is so after the search, for that size.
 
     Args:
         model: on its device (`prepare_model`).
@@ -87,7 +138,10 @@ def with_batch_size(
         return compute
     fastest = processes.run_on_main(lambda: find_batch_size(lambda count: evaluate_zeros(model, compute, count), most))
     log.info("compute.batch_size=%d is about the fastest here.", fastest)
-    return replace(compute, batch_size=fastest)
+    compute = replace(compute, batch_size=fastest)
+    if compute.compiles:
+        _accelerate(model, compute)
+    return compute
 
 
 def find_batch_size(evaluate: Callable[[int], object], most: int) -> int:
@@ -131,19 +185,14 @@ def time_after_warmup(call: Callable[[int], object], count: int) -> tuple[int, f
 @torch.inference_mode()
 def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None:
     """Evaluate the network once, for timing, and wait for it."""
-    x = torch.zeros(count, *model.spec.image_shape, device=compute.device)
+    x = torch.zeros(count, *model.spec.image_shape, device=compute.state_device)
     with autocast(compute):
-        model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
+        model(x, torch.ones(count, dtype=torch.int64, device=x.device)).cpu()
 
 
-def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Return the floating-point operations of an evaluation of one image: two per multiply-add."""
-    device = next(network.parameters()).device
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
-    return counter.get_total_flops()
-
-
-def autocast(compute: ComputeSpec) -> torch.autocast:
-    """Return the context that gives the network the precision of `compute`."""
-    return torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=compute.bf16)
+@contextmanager
+def autocast(compute: ComputeSpec) -> Iterator[None]:
+    """Give the network the precision of `compute` inside the block."""
+    bf16 = torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=bool(compute.bf16))
+    with float32_products(bool(compute.tf32)), bf16:
+        yield

@@ -160,10 +160,10 @@ def sample_batch(
         start: of the images, in place of noise.
     """
     if start is None:
-        x_T, second = model.spec.x_T(indices, seed, compute.device), None
+        x_T, second = model.spec.x_T(indices, seed, compute.state_device), None
     else:
         x_T, second = start(indices)
-        x_T, second = x_T.to(compute.device), None if second is None else second.to(compute.device)
+        x_T, second = x_T.to(compute.state_device), None if second is None else second.to(compute.state_device)
     counted = 0
     with autocast(compute):
         for state in sample_steps(model, sampler, x_T, indices, seed, second):

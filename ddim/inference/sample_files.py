@@ -97,12 +97,15 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     target = Path(spec.output_dir) / {"png": "", "grid": "grid.png", "gif": "trajectory.gif"}[spec.format]
     with processes.barrier():
-        model = prepare_model(load_model(spec.checkpoint, spec.weights), compute)
+        model = load_model(spec.checkpoint, spec.weights)
         tau = check_sampler(model, spec.sampler)
         encoded = None if spec.x_T is None else _load_x_T(model, spec, spec.x_T, tau)
         if encoded is not None:
             spec = dataclasses.replace(spec, n=min(spec.n, len(encoded.x_T) - spec.first))
         check_size(spec, model.spec.image_shape, len(tau))
+        evaluations = spec.n * network_evaluations(model, spec.sampler)
+        compute = prepare_model(model, compute, evaluations, spec.n, processes.world_size == 1)
+    spec = dataclasses.replace(spec, compute=compute)
     indices = range(spec.first, spec.first + spec.n)
     text = _made_from(model, spec, encoded)
     missing = processes.run_on_main(lambda: _missing(text, spec, target, indices))

@@ -92,15 +92,15 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
             finite.
     """
     check_can_write(spec.path, spec.overwrite)
-    model = prepare_model(load_model(spec.checkpoint, spec.weights), spec.compute)
+    model = load_model(spec.checkpoint, spec.weights)
     check_numbers(model)
     check_sampler(model, spec.sampler)
     T = model.spec.schedule.T
     candidates = quadratic_tau(T, min(spec.candidates, T))
     if sum(t > spec.sampler.last_time for t in candidates) < (spec.sampler.S or 0):
         raise UserError(f"sampler.S={spec.sampler.S} is more than there are times above last_time=1; take fewer.")
-    compute = with_batch_size(model, spec.compute, spec.n)
     most = spec.n * _most_evaluations(model, spec.sampler)
+    compute = with_batch_size(model, prepare_model(model, spec.compute, most, spec.n), spec.n)
     log.info("a search of at most %s network evaluations of single images.", f"{most:,}")
     with progress(most, "search") as bar, torch.inference_mode(), autocast(compute):
         tau, errors = _search(model, spec, candidates, compute, bar)
@@ -136,7 +136,7 @@ def _search(
     schedule, prediction, sampler = model.spec.schedule, model.spec.prediction, spec.sampler
     network = _in_batches(model, compute.batch_size, bar)
     x_T, held_out = (
-        initial_noise(range(first, first + spec.n), model.spec.image_shape, spec.seed, compute.device)
+        initial_noise(range(first, first + spec.n), model.spec.image_shape, spec.seed, compute.state_device)
         for first in (spec.first, spec.first + spec.n)
     )
     tau, end = search_tau(network, schedule, x_T, sampler, candidates, prediction)

@@ -74,8 +74,8 @@ def record_steps(
     """
 
     def record_batch(batch: range) -> Tensor:
-        x_t, images = x_T[batch.start : batch.stop].to(context.compute.device), indices[batch.start : batch.stop]
-        x_2 = None if second is None else second[batch.start : batch.stop].to(context.compute.device)
+        x_t, images = x_T[batch.start : batch.stop].to(context.compute.state_device), indices[batch.start : batch.stop]
+        x_2 = None if second is None else second[batch.start : batch.stop].to(context.compute.state_device)
         recorded: list[Tensor] = []
         counted = 0
         with autocast(context.compute):

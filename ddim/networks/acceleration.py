@@ -1,8 +1,11 @@
 """Options that make a network faster; its outputs change by rounding only."""
 
 import ctypes
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from torch import nn
 from ddim.errors import UserError
 from ddim.networks.compiler import find_compiler, is_private
 
+log = logging.getLogger(__name__)
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable: the folder of compiled code
 MAX_COMPILED_SIZES = 64  # batch sizes that a network is compiled for; torch runs further ones uncompiled
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -59,6 +63,30 @@ def accelerate(
         # One compilation per batch size: code for any size is slower, and on some CPUs it does not compile.
         torch._dynamo.config.recompile_limit = max(MAX_COMPILED_SIZES, torch._dynamo.config.recompile_limit)
         network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
+
+
+def has_cpp_loops() -> bool:
+    """Return whether `accelerate` can do winograd=true on this machine's CPU; the loops are compiled if need be."""
+    from ddim.networks.cpu import load_cpp_loops  # here, so that nothing else depends on that folder
+
+    try:
+        load_cpp_loops()
+    except UserError as error:
+        log.debug("there are no C++ loops: %s", error)
+        return False
+    return True
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """Let GPUs compute float32 products and convolutions in TF32 inside the block, or not; torch's default is both."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    try:
+        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def keep_freed_memory() -> bool:

@@ -149,6 +149,7 @@ def _sampling(p: dict[str, Any], rows: dict[str, list[Record]], full: bool) -> l
         ("end", f"alpha_bar[{p['last_time']}]" + ("" if p["last_time"] else " = 1")),
         ("pixels", p["pixels"] or ""),
         ("network in", "bfloat16" if p["bf16"] else "float32"),
+        ("computed with", distinct((r.get("compute") or {}).get("settings") for r in records)),
         ("seed", _seeds(p["seed"], full).removeprefix("seed ")),
     ]
 

@@ -19,7 +19,8 @@ REQUIRED: dict[str, Types] = {
     "sampler.tau": (list,),
 }
 OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that are null
-    **dict.fromkeys(("kind", "grid", "compute.device", "run", "training_run"), TEXT),
+    **dict.fromkeys(("kind", "grid", "run", "training_run"), TEXT),
+    **dict.fromkeys(("compute.device", "compute.settings", "compute.reason"), TEXT),
     **dict.fromkeys(
         ("paper", "pixels", "trained_on", "revision", "model.schedule", "model.prediction"), (str, NoneType)
     ),

@@ -9,10 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddim.checkpoints.model import read_checkpoint
+from ddim.networks import float32_products
 from ddim.signals import StopSignals
 from ddim.training.ema import EMA
 from ddim.training.module import step_ended
-from ddim.training.run import build_callbacks, build_trainer, prepare
+from ddim.training.run import build_callbacks, build_trainer, choose_trainer, prepare
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import Validation
 
@@ -24,6 +25,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
         UserError: bad input, as from `train`.
     """
     model = spec.model_spec()
+    spec, _ = choose_trainer(spec, model)
     checkpoint, data, module = prepare(spec, model)
     done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     stopwatch = Stopwatch(first=2)
@@ -31,7 +33,8 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     measured = [ValidationTimer(callback) for callback in callbacks if isinstance(callback, Validation)]
     used = [*(callback for callback in callbacks if isinstance(callback, EMA)), stopwatch, *measured]
     trainer = build_trainer(spec, spec.folder, used, loggers=[], max_steps=stopwatch.first + steps)
-    trainer.fit(module, data)
+    with float32_products(bool(spec.trainer.tf32)):
+        trainer.fit(module, data)
 
     t, seconds = spec.trainer, stopwatch.seconds_per_step
     images = len(data.images)

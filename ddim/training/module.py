@@ -27,6 +27,7 @@ from ddim.random import DROPOUT, TRAINING_NOISE, WEIGHTS, random_words
 from ddim.training.lightning_workarounds import count_complete_steps, keep_buffers_local, skip_step_if
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, for each parameter
+COMPUTED = "computed"  # in the description: how the weights were trained, where that was chosen; decides nothing
 COUNTS = "ddim_counts"  # entry of a training checkpoint: counters behind the logged numbers
 
 
@@ -148,6 +149,7 @@ class DiffusionModule(LightningModule):
     ) -> None:
         super().__init__()
         self.recipe = dict(recipe or {})
+        self.computed: dict[str, str] = {}  # the settings that were chosen, and why; stored in every checkpoint
         self.spec, self.objective, self.optim, self.seed = spec, objective, optim, seed
         with _seeded(int(random_words(seed, WEIGHTS, 0, [0]))):
             self.network = build_network(spec.network, spec.network_spec)
@@ -250,6 +252,8 @@ class DiffusionModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the description of the model, the recipe, the number of skipped steps and the losses of each time."""
         checkpoint[KEY] = self.spec.to_dict() | {RECIPE: self.recipe}
+        if self.computed:
+            checkpoint[KEY][COMPUTED] = self.computed
         for logger in self.trainer.loggers if self.trainer.is_global_zero else ():
             if isinstance(logger, WandbLogger):
                 checkpoint[KEY][WANDB_RUN] = logger.experiment.path

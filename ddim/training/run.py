@@ -5,7 +5,7 @@ import signal
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.data.images import MemoryImages
 from ddim.errors import Interrupted, UserError
-from ddim.networks import accelerate
+from ddim.inference.auto import SETTINGS, choose_for, words
+from ddim.networks import accelerate, build_network, float32_products
 from ddim.signals import StopSignals
 from ddim.training.callbacks import DivergenceGuard, LossByTime, SampleGrid
 from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
@@ -34,7 +35,7 @@ from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import COUNTS, DiffusionModule
 from ddim.training.progress import Progress
 from ddim.training.resume import FINGERPRINT, check_images, check_state, explain_restore_errors, find_checkpoint
-from ddim.training.spec import TrainSpec
+from ddim.training.spec import TrainerSpec, TrainSpec
 from ddim.training.validation import STATE, Validation
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
 
 
 def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trained:
+    spec, reason = choose_trainer(spec, model)
     checkpoint, data, module = prepare(spec, model)
     parameters = sum(p.numel() for p in module.network.parameters())
     log.info(
@@ -84,6 +86,9 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
         spec.trainer.batch_size,
         spec.folder,
     )
+    if reason:
+        module.computed = {"settings": words(trainer_settings(spec.trainer)), "reason": reason}
+        config = {**config, "computed": module.computed}
     loggers = build_loggers(spec.logger, spec.name, spec.folder, {**config, "parameters": parameters})
     stop = StopSignals()
     callbacks = build_callbacks(spec, model.schedule.T, stop)
@@ -92,6 +97,7 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
         stop.forward = partial(launcher.kill, signal.SIGTERM)
     with (
         stop,
+        float32_products(bool(spec.trainer.tf32)),
         explain_disk_errors(spec.folder),
         finish_wandb(spec.logger),
         explain_restore_errors(trainer, checkpoint),
@@ -108,6 +114,37 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
     checkpoints = next(callback for callback in callbacks if isinstance(callback, Checkpoints))
     best = checkpoints.best or written.get(COUNTS, {}).get(STATE, {}).get("best")
     return Trained(last, best[0][0] if spec.eval.every and best else None)
+
+
+def trainer_settings(trainer: TrainerSpec) -> dict[str, bool]:
+    """Return a trainer's settings that are not None, by their names in `ddim.inference.auto.SETTINGS`."""
+    values = {name: getattr(trainer, name) for name in ("tf32", "channels_last", "compile", "winograd")}
+    values |= {"bf16": None if trainer.precision is None else trainer.precision == "bf16-mixed", "graphs": False}
+    return {name: values[name] for name in SETTINGS if values[name] is not None}
+
+
+def choose_trainer(spec: TrainSpec, model: ModelSpec) -> tuple[TrainSpec, str | None]:
+    """Return a run with the fastest settings where they are None, and why; None if there is nothing to choose."""
+    t, given = spec.trainer, trainer_settings(spec.trainer)
+    if len(given) == len(SETTINGS):
+        return spec, None
+    del given["graphs"]  # never in a training, so not worth a word
+    alone = str(t.devices) == "1" and t.num_nodes == 1
+    images = t.batch_size // t.accumulate
+    work = (3 * t.max_steps * t.batch_size, images)
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(model.network, model.network_spec)
+    choice = choose_for(model, network, _device(t), *work, given, training=True, alone=alone)
+    chosen: dict[str, Any] = {name: choice.settings[name] for name in ("tf32", "channels_last", "compile", "winograd")}
+    precision: Any = "bf16-mixed" if choice.settings["bf16"] else "32-true"
+    return replace(spec, trainer=replace(t, precision=precision, **chosen)), choice.reason
+
+
+def _device(trainer: TrainerSpec) -> torch.device:
+    """Return the kind of device that a run trains on."""
+    here = torch.get_default_device()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return here if accelerator is None or trainer.accelerator == here.type else accelerator
 
 
 def prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Path | None, ImageDataModule, DiffusionModule]:
@@ -152,10 +189,8 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
         )
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
-    here = next(module.network.parameters()).device
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = here if accelerator is None or t.accelerator == here.type else accelerator
-    accelerate(module.network, device, channels_last=t.channels_last, compile=t.compile, winograd=t.winograd)
+    options = {name: bool(getattr(t, name)) for name in ("channels_last", "compile", "winograd")}
+    accelerate(module.network, _device(t), **options)
     return module
 
 

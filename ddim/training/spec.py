@@ -27,6 +27,8 @@ from ddim.training.validation import EvalSpec
 class TrainerSpec:
     """How and how long to train.
 
+    A precision, or a setting below it, that is None is chosen by the device and the amount of work.
+
     Attributes:
         max_steps: optimiser steps, including those before resuming.
         batch_size: the global batch of one optimiser step, over all processes and accumulated batches.
@@ -34,6 +36,7 @@ class TrainerSpec:
         accelerator, num_nodes, strategy: Lightning's.
         devices: how many on each node, auto for all, or the numbers of GPUs, such as [0,2].
         precision: 32-true or bf16-mixed; the weights stay float32.
+        tf32: let GPUs multiply float32 numbers of 10 bits instead of 23.
         channels_last, compile, winograd: see `ddim.networks.accelerate`.
         num_workers: processes that read images ahead; useful when those are not in memory.
         log_every, checkpoint_every: optimiser steps.
@@ -57,10 +60,11 @@ class TrainerSpec:
     devices: int | str | tuple[int, ...] = 1
     num_nodes: int = 1
     strategy: str = "auto"
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    channels_last: bool = False
-    compile: bool = False
-    winograd: bool = False
+    precision: Literal["32-true", "bf16-mixed"] | None = "32-true"
+    tf32: bool | None = False
+    channels_last: bool | None = False
+    compile: bool | None = False
+    winograd: bool | None = False
     num_workers: int = 0
     log_every: int = 100
     checkpoint_every: int = 5000
@@ -102,7 +106,7 @@ class TrainerSpec:
             )
         if self.num_workers > 1024:
             raise ValueError(f"num_workers={self.num_workers} must be at most 1024; about the number of CPUs is best.")
-        if self.winograd and self.precision != "32-true":
+        if self.winograd and self.precision == "bf16-mixed":
             raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
         for name in ("keep_every", "keep_best"):
             if getattr(self, name) < 0:
@@ -227,7 +231,7 @@ class TrainSpec:
                 name=self.name,
                 output_dir=self.output_dir,
                 sampler=e.sampler,
-                compute=ComputeSpec("auto", t.batch_size, compile=t.compile),
+                compute=ComputeSpec("auto", t.batch_size, compile=bool(t.compile)),
                 grid=0,
                 data=self.data,
                 metric=e.metric,

@@ -111,7 +111,9 @@ class _TrainingSession(Session):
         super().__init__(processes)
         self.trained, self.training_images = model, images
 
-    def model(self, checkpoint: str, weights: str, compute: ComputeSpec) -> tuple[LoadedModel, ComputeSpec]:
+    def model(
+        self, checkpoint: str, weights: str, compute: ComputeSpec, evaluations: int = 0, images: int = 1024
+    ) -> tuple[LoadedModel, ComputeSpec]:
         """Return the model in memory."""
         return self.trained, compute
 
@@ -206,7 +208,7 @@ class Validation(Callback):
                 seconds = self.spec.n * (prepared.steps * network + extraction)
             else:
                 network = seconds_per_image(
-                    lambda count: evaluate_zeros(model, compute, count), compute.batch_size, compute.compile
+                    lambda count: evaluate_zeros(model, compute, count), compute.batch_size, compute.compiles
                 )
         losses = sum(len(batch) for batch, _ in self.heldout) * network
         return len(self.labels) * (seconds / self.processes.world_size + losses)

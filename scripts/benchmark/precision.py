@@ -17,7 +17,7 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")  # before anything imports tqdm
 import torch
 from tables import precision_tables
-from timing import clock, machine, this_device, words
+from timing import clock, machine, this_device
 
 from ddim.checkpoints import load_model
 from ddim.diffusion.spec import SamplerSpec
@@ -54,10 +54,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     common |= {"extractor": options.extractor, "checkpoint": str(options.checkpoint)}
 
     def sample(first: int, precision: str) -> tuple[torch.Tensor, FeatureSet, float]:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        setting = "default" if precision in ("float32", "tf32") else precision
-        compute = ComputeSpec(str(device), options.batch, **words(setting))
-        model = prepare_model(load_model(options.checkpoint), compute)
+        setting = {} if precision == "float32" else {precision: True}
+        compute, model = ComputeSpec(str(device), options.batch, **setting), load_model(options.checkpoint)
+        prepare_model(model, compute)
         evaluate_zeros(model, compute, min(n, options.batch))  # compiles
         start = clock()
         images = generate(model, SamplerSpec(S=S), range(first, first + n), 0, compute)

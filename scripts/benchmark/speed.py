@@ -31,7 +31,7 @@ from torch import nn
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.config import choose
 from ddim.errors import UserError
-from ddim.inference.compute import flops
+from ddim.inference.auto import flops
 from ddim.networks import UNetSpec
 from ddim.results.records import RecordFile
 

@@ -21,7 +21,8 @@ from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.sweep import MANIFEST, NOT_DECISIVE, Manifest, Remaining, Timing, job_id, outline, survey
-from ddim.inference.compute import ComputeSpec, flops
+from ddim.inference.auto import flops
+from ddim.inference.compute import ComputeSpec
 from ddim.results.records import record_key
 from ddim.results.wandb import LoggerSpec
 

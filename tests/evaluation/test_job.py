@@ -9,6 +9,10 @@ from ddim import SamplerSpec
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.job import run_name, sampler_settings
+from ddim.evaluation.session import Session
+from ddim.inference import auto, compute
+from ddim.inference.auto import SETTINGS, Choice, Hardware, Work, choose_settings
+from ddim.inference.compute import ComputeSpec
 from ddim.results.records import record_key
 
 CHOSEN = {"rule": "ddim", "eta": 0.0, "clip": "x0", "last_time": 0, "tau": [1, 2]}  # what records always stated
@@ -84,3 +88,58 @@ def test_run_and_recipe_are_recorded_outside_the_key(
     assert (record["run"], record["recipe"]) == ("mine", stored)
     assert (without["run"], without["recipe"]) == ("tiny", {})
     assert record["key"] == without["key"]
+
+
+AUTO = ComputeSpec("cpu", 0, **dict.fromkeys(SETTINGS))
+
+
+def on(hardware: Hardware, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let everything be chosen for a device that is not here."""
+    monkeypatch.setattr(auto, "this_hardware", lambda device: hardware)
+
+
+@pytest.mark.integration
+def test_what_was_chosen_is_recorded_outside_the_key(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(Hardware("cpu", "some CPU"), monkeypatch)
+    spec = dataclasses.replace(spec, n=4, grid=0)
+    record, new = evaluate(dataclasses.replace(spec, compute=AUTO))
+    assert new
+    settings, reason = "float32", "some CPU: no C++ loops: they need a compiler"
+    assert record["compute"] | {"device": ""} == {
+        "device": "",
+        "processes": 1,
+        "batch_size": 4,
+        "settings": settings,
+        "reason": reason,
+    }
+    assert record["config"]["compute"]["compile"] is None
+    again, new = evaluate(dataclasses.replace(spec, compute=ComputeSpec("cpu", 3)))  # exact
+    assert (new, again["key"]) == (False, record["key"])
+
+
+def test_bfloat16_is_in_the_key_where_it_was_chosen(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = dataclasses.replace(spec, compute=AUTO)
+    exact = dataclasses.replace(spec, compute=ComputeSpec("cpu")).prepare(Session())
+    on(Hardware("cpu", "some CPU"), monkeypatch)
+    assert spec.prepare(Session()).key == exact.key
+    settings = dict.fromkeys(SETTINGS, False) | {"bf16": True}
+    monkeypatch.setattr(compute, "choose_for", lambda *_, **__: Choice(settings, 7, ""))
+    bf16 = spec.prepare(Session())
+    assert bf16.key != exact.key
+    assert bf16.key == dataclasses.replace(spec, compute=ComputeSpec("cpu", bf16=True)).prepare(Session()).key
+
+
+def test_all_jobs_of_a_command_are_computed_alike(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def choose(model: object, network: object, device: object, evaluations: int, *_: object, **__: object) -> Choice:
+        asked.append(evaluations)
+        return choose_settings(Hardware("cpu", ""), Work(1, evaluations, 1))
+
+    monkeypatch.setattr(compute, "choose_for", choose)
+    session = Session()
+    session.planned = 12_345
+    for S in (2, 3):
+        dataclasses.replace(spec, compute=AUTO, sampler=SamplerSpec(S=S)).prepare(session)
+    dataclasses.replace(spec, compute=AUTO, n=6).prepare(Session())
+    assert asked == [12_345, 6 * spec.network_evaluations // spec.n]

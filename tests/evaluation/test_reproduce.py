@@ -71,6 +71,14 @@ def test_a_record_of_images_comes_out_again(tmp_path: Path, monkeypatch: pytest.
     assert done.agreement() == {"fd_digits_classifier_5": MOST_DIGITS}
 
 
+def test_what_was_chosen_is_chosen_again(recorded: dict[str, Any]) -> None:
+    recorded["config"]["compute"] |= dict.fromkeys(("bf16", "winograd", "compile")) | {"channels_last": False}
+    recorded["compute"]["settings"] = "float32+channels_last"
+    done = reproduce(write(recorded))
+    assert done.now["config"]["compute"]["winograd"] is False
+    assert (done.now["compute"]["settings"], done.now["key"]) == ("float32", recorded["key"])
+
+
 def test_what_differs_is_named(recorded: dict[str, Any]) -> None:
     recorded["metrics"][FD] *= 1 + 3e-5
     recorded["versions"]["torch"] = "1.0"

@@ -77,7 +77,7 @@ def test_rounds_end_when_another_would_not_fit(monkeypatch):
 
 
 def test_the_cifar10_network_costs_12_44_gflop_an_evaluation():
-    from ddim.inference.compute import flops
+    from ddim.inference.auto import flops
 
     with torch.device("meta"):
         network = build_network("unet", PRESETS["cifar10"]).eval()
@@ -86,7 +86,7 @@ def test_the_cifar10_network_costs_12_44_gflop_an_evaluation():
 
 
 def test_a_multiply_add_counts_as_two_operations():
-    from ddim.inference.compute import flops
+    from ddim.inference.auto import flops
 
     class Layer(nn.Linear):
         def forward(self, x, t):

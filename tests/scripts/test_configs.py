@@ -29,6 +29,7 @@ from ddim.evaluation.metrics import METRICS, MetricSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.variance import EstimateVarianceSpec
 from ddim.figures.paper_figures import PictureSpec
+from ddim.inference.auto import SETTINGS
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.sample_files import SampleSpec
 from ddim.networks import NETWORKS, UNetSpec
@@ -118,8 +119,9 @@ def fields(spec_type: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(spec_type)}
 
 
+AUTO_TRAINER = TrainerSpec(precision=None, tf32=None, channels_last=None, compile=None, winograd=None)
 DEFAULTS = {
-    "compute": ("default", ComputeSpec("cpu")),
+    "compute": ("auto", ComputeSpec("cpu", 0, **dict.fromkeys(SETTINGS))),
     "figure": ("all", PictureSpec("all")),
     "logger": ("csv", LoggerSpec()),
     "metric": ("inception", MetricSpec("inception")),
@@ -127,7 +129,7 @@ DEFAULTS = {
     "objective": ("ddpm", ObjectiveSpec()),
     "optim": ("ddpm", OptimSpec()),
     "sampler": ("ddim", SamplerSpec()),
-    "trainer": ("default", TrainerSpec()),
+    "trainer": ("auto", AUTO_TRAINER),
 }
 
 
@@ -145,6 +147,17 @@ def test_defaults_of_yaml_equal_those_of_the_spec(group: str) -> None:
         keys = group_values(group, other)
         spec_type = NETWORKS[keys["name"]][0] if group == "network" else type(spec)
         assert set(keys) - {"name"} == fields(spec_type) - {"name"}, other
+
+
+def test_exact_is_what_the_specs_are_without_settings() -> None:
+    assert build(ComputeSpec, group_values("compute", "exact") | {"device": "cpu"}, "") == ComputeSpec("cpu")
+    assert build(TrainerSpec, group_values("trainer", "exact"), "") == TrainerSpec()
+
+
+@pytest.mark.parametrize("main", ["encode", "reconstruct", "solver_error", "likelihood", "search_tau"])
+def test_what_measures_small_errors_is_in_float32(main: str) -> None:
+    compute = spec_of(main).compute
+    assert compute == dataclasses.replace(DEFAULTS["compute"][1], bf16=False, tf32=False)
 
 
 @pytest.mark.parametrize("group", DEFAULTS)
@@ -168,7 +181,7 @@ def test_top_level_defaults_equal_those_of_the_spec(main: str) -> None:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     }
     if main == "train":
-        required |= {"trainer": TrainerSpec(), "schedule": spec.schedule}
+        required |= {"trainer": AUTO_TRAINER, "schedule": spec.schedule}
         assert torch.equal(spec.schedule.build().alpha_bar, ScheduleSpec().build().alpha_bar)
     assert SPECS[main](**required) == spec
 
@@ -197,8 +210,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
     ("sampler/ddim", "clip"): CLIP_POLICIES,
     ("sampler/ddim", "rule"): (*RULES, DIFFUSERS),
     ("sampler/ddim", "spacing"): (*SPACINGS, "explicit", "scheduler", "FILE.json"),
-    ("trainer/default", "precision"): TrainerSpec,
-    ("trainer/default", "profiler"): TrainerSpec,
+    ("trainer/auto", "precision"): TrainerSpec,
+    ("trainer/auto", "profiler"): TrainerSpec,
 }
 
 

@@ -67,7 +67,7 @@ def test_each_evaluation_is_one_job_of_the_array(submit):
         assert status == 0
         assert calls[0].startswith(f"{SRUN} python scripts/evaluate.py ")
         words = calls[0].split()[1:]
-        assert words[5:] == ["compute=gpu", "experiment=table1_cifar10", "checkpoint=x"]
+        assert words[5:] == ["compute.device=cuda", "experiment=table1_cifar10", "checkpoint=x"]
         evaluations.add((words[3], words[4]))
     samplers = ("ddim", "ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat_clamped")
     assert evaluations == {(f"sampler={a}", f"sampler.S={S}") for a in samplers for S in (10, 20, 50, 100)}

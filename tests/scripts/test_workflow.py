@@ -171,6 +171,9 @@ def test_device_auto_is_an_accelerator_with_float64(
     compute: dict[str, Any] = {"device": "auto", "n": 1}
     pick_device(compute, "device")
     assert compute == {"device": device, "n": 1}
+    compute["device"] = "auto"
+    pick_device(compute, "device", without_float64=True)  # for the network alone
+    assert compute["device"] == (there or "cpu")
     for untouched in ({}, None, {"device": "cuda:1"}):
         values = dict(untouched) if untouched is not None else None
         pick_device(values, "device")

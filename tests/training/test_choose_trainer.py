@@ -1,0 +1,71 @@
+"""trainer=auto: what is chosen for a training, and where it is stored."""
+
+import dataclasses
+
+import pytest
+
+from ddim.checkpoints import load_model
+from ddim.checkpoints.model import read_checkpoint
+from ddim.checkpoints.spec import KEY
+from ddim.config import build
+from ddim.inference import auto
+from ddim.inference.auto import Hardware
+from ddim.training.module import COMPUTED
+from ddim.training.run import choose_trainer
+from ddim.training.spec import TrainerSpec, TrainSpec
+
+AUTO = dict.fromkeys(("precision", "tf32", "channels_last", "compile", "winograd"))
+GPU = Hardware("cuda", "some GPU", bf16=True, compiler=True)
+CPU = Hardware("cpu", "some CPU", compiler=True)
+
+
+@pytest.fixture
+def chosen(config, monkeypatch):
+    """chosen(hardware, steps, compile=True): the trainer for so many steps on a device, with what is given."""
+
+    def chosen(hardware, steps, **given):
+        monkeypatch.setattr(auto, "this_hardware", lambda device: hardware)
+        spec = build(TrainSpec, config(trainer=AUTO | {"max_steps": steps} | given), "")
+        return choose_trainer(spec, spec.model_spec())[0].trainer
+
+    return chosen
+
+
+def settings(trainer):
+    return {name: value for name in AUTO if (value := getattr(trainer, name)) != getattr(TrainerSpec(), name)}
+
+
+def test_a_gpu_trains_in_bfloat16_and_compiles_for_long_runs(chosen):
+    fast = {"precision": "bf16-mixed", "tf32": True, "channels_last": True}
+    assert settings(chosen(GPU, 10)) == fast
+    assert settings(chosen(GPU, 1_000_000)) == fast | {"compile": True}
+    assert settings(chosen(GPU, 1_000_000, precision="32-true", compile=False)) == {"tf32": True, "channels_last": True}
+
+
+def test_a_cpu_trains_in_float32(chosen):
+    assert settings(chosen(CPU, 1_000_000)) == {}
+    loops = dataclasses.replace(CPU, cpp_loops=True)
+    assert settings(chosen(loops, 1_000_000)) == {"channels_last": True, "winograd": True}
+    assert settings(chosen(loops, 1, precision="bf16-mixed")) == {"precision": "bf16-mixed"}
+
+
+def test_nothing_is_chosen_where_everything_is_given(config, monkeypatch):
+    monkeypatch.setattr(auto, "this_hardware", lambda device: pytest.fail("asked"))
+    spec = build(TrainSpec, config(), "")
+    assert choose_trainer(spec, spec.model_spec()) == (spec, None)
+
+
+def test_a_checkpoint_says_how_its_weights_were_computed(run, same, monkeypatch):
+    monkeypatch.setattr(auto, "this_hardware", lambda device: CPU)
+    exact, path = run("exact"), run("auto", trainer=AUTO)
+    assert same(exact, path)  # as this CPU has no C++ loops
+    stored = read_checkpoint(path)[KEY]
+    assert stored[COMPUTED] == {"settings": "float32", "reason": "some CPU: no C++ loops: they need a compiler"}
+    assert COMPUTED not in read_checkpoint(exact)[KEY]
+    assert load_model(path).recipe == load_model(exact).recipe
+
+
+def test_a_run_resumes_with_other_settings(run):
+    run("run", trainer=AUTO | {"max_steps": 2, "precision": "32-true"})
+    path = run("run", trainer={"max_steps": 3}, checkpoint="last")
+    assert read_checkpoint(path)["global_step"] == 3
