@@ -182,5 +182,5 @@ def pick_device(values: Any, key: str, without_float64: bool = False) -> None:
         import torch
 
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        unfit = accelerator is None or (accelerator.type == "mps" and not without_float64)
-        values[key] = "cpu" if unfit else accelerator.type
+        kind = "cpu" if accelerator is None else accelerator.type
+        values[key] = "cpu" if kind == "mps" and not without_float64 else kind

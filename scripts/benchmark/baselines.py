@@ -112,7 +112,8 @@ class Ours(Baseline):
         options, use_loops = self.split(setting)
         compute, sampler = ComputeSpec(str(device), batch, **options), SamplerSpec(S=S, spacing="uniform")
         model = LoadedModel(self.model_spec, self.network().eval().requires_grad_(False), "online", "", None)
-        use_loops(prepare_model(model, compute).network)
+        prepare_model(model, compute)
+        use_loops(model.network)
         return lambda: generate(model, sampler, range(batch), 0, compute)
 
     def trainer(self, setting: str, device: torch.device, batch: int) -> Variant:

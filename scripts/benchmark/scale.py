@@ -17,7 +17,7 @@ from tables import plan, rates
 
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.errors import UserError
-from ddim.inference.compute import flops
+from ddim.inference.auto import flops
 from ddim.networks import UNetSpec, build_network
 from ddim.results.records import RecordFile, provenance
 

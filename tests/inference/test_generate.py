@@ -90,7 +90,7 @@ def test_samples_on_the_gpu_are_those_of_the_cpu(
 ) -> None:
     def samples(device: str) -> Tensor:
         x_T = initial_noise(range(20), model.spec.image_shape, seed=3, device=device)
-        placed = prepare_model(copy.deepcopy(model), ComputeSpec(device))
+        prepare_model(placed := copy.deepcopy(model), ComputeSpec(device))
         return last_state(sample_steps(placed, sampler, x_T, range(20), 3)).cpu()
 
     expected, on_gpu = samples("cpu"), samples(gpu)
@@ -105,7 +105,7 @@ def test_pixels_on_the_gpu_are_those_of_the_cpu(model: LoadedModel, gpu: str, op
         pytest.skip("graphs are for CUDA devices")
     expected = generate(model, SAMPLERS["ddpm"], range(50), 3, CPU)
     compute = ComputeSpec(gpu, 16, **options)
-    placed = prepare_model(copy.deepcopy(model), compute)
+    prepare_model(placed := copy.deepcopy(model), compute)
     assert levels_apart(generate(placed, SAMPLERS["ddpm"], range(50), 3, compute), expected) <= 1
 
 
