@@ -25,6 +25,7 @@ from ddim.data.images import MemoryImages
 from ddim.diffusion.schedule import linear_schedule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.inference.auto import SETTINGS
 from ddim.inference.compute import ComputeSpec, prepare_model
 from ddim.inference.generate import generate
 from ddim.networks import UNetSpec, accelerate, build_network
@@ -32,7 +33,7 @@ from ddim.networks.cpu.norm_silu import fuse_norms
 from ddim.networks.cpu.winograd import use_winograd
 from ddim.training.dry_run import Stopwatch
 from ddim.training.ema import EMA, EMASpec
-from ddim.training.run import build_module, build_trainer
+from ddim.training.run import build_module, build_trainer, choose_trainer
 from ddim.training.spec import TrainerSpec, TrainSpec
 
 T, EMA_RATE, LEARNING_RATE = 1000, 0.9999, 2e-4
@@ -100,6 +101,8 @@ class Ours(Baseline):
     def split(setting: str) -> tuple[dict[str, Any], Callable[[nn.Module], None]]:
         """Return the options of a setting, and what lets a network use those of the C++ loops that it names alone."""
         options: dict[str, Any] = words(setting)
+        if options.pop("auto", False):
+            options = dict.fromkeys(SETTINGS) | options
         chosen = [use for name, use in LOOPS.items() if options.pop(name, False)]
 
         def use_loops(network: nn.Module) -> None:
@@ -112,7 +115,7 @@ class Ours(Baseline):
         options, use_loops = self.split(setting)
         compute, sampler = ComputeSpec(str(device), batch, **options), SamplerSpec(S=S, spacing="uniform")
         model = LoadedModel(self.model_spec, self.network().eval().requires_grad_(False), "online", "", None)
-        prepare_model(model, compute)
+        compute = prepare_model(model, compute, S * batch, batch)
         use_loops(model.network)
         return lambda: generate(model, sampler, range(batch), 0, compute)
 
@@ -121,12 +124,14 @@ class Ours(Baseline):
         warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         options, use_loops = self.split(setting)
-        precision: Any = "bf16-mixed" if options.pop("bf16", False) else "32-true"
+        precision: Any = {True: "bf16-mixed", False: "32-true", None: None}[options.pop("bf16", False)]
+        options.pop("graphs", None)  # not for training
         steps = 3 if device.type == "cpu" else 25
         trainer = TrainerSpec(steps, batch, accelerator=device.type, precision=precision, **options)
         data = DataSpec(name="cifar10", size=self.spec.image_size, channels=self.spec.channels)
         network = {"name": "unet", **vars(self.spec), "init": "torch"}
         spec = TrainSpec("benchmark", tempfile.gettempdir(), data, network, trainer=trainer)
+        spec, _ = choose_trainer(spec, spec.model_spec())
         module = build_module(spec, spec.model_spec())
         use_loops(module.network)
         images = MemoryImages("random", torch.randint(256, (max(batch, 512), *self.image_shape), dtype=torch.uint8))

@@ -7,10 +7,11 @@
 
 PATH is a checkout of ermongroup/ddim. All have the same network, that of CIFAR-10 with 35.7 M parameters by default, on
 the accelerator if there is one. First the outputs on the same weights are compared. Rounds are interleaved: each times
-every variant once. A setting is `default`, `best`, or words of bf16, channels_last, compile, graphs, winograd, and for
-each kind of its C++ loops alone convolutions and norms (the last three are ours only), joined by +. `best` is
-bf16+channels_last+compile where bf16 is faster than float32 here, elsewhere channels_last+compile, and for ours
-channels_last+winograd. On CPUs all keep the memory that they free, as our commands do.
+every variant once. A setting is `default`, `auto` (what our commands choose), `best`, or words of bf16, channels_last,
+compile, graphs, winograd, and for each kind of its C++ loops alone convolutions and norms (these three and auto are
+ours only), joined by +. `best` is bf16+channels_last+compile where bf16 is faster than float32 here, elsewhere
+channels_last+compile, and for ours channels_last+winograd. On CPUs all keep the memory that they free, as our commands
+do.
 """
 
 import argparse

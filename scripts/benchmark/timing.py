@@ -17,7 +17,8 @@ from ddim.results.records import provenance
 Variant = Callable[[], float]  # runs a unit of work and returns its seconds
 Build = Callable[[], Variant]
 AT_LEAST = 0.3  # seconds of one measurement; below, clocks are imprecise
-OURS = ("winograd", "convolutions", "norms")  # words for ours alone; the last two are the parts of winograd
+# Words for ours alone: what compute=auto and trainer=auto choose; the C++ loops; each kind of these.
+OURS = ("auto", "winograd", "convolutions", "norms")
 WORDS = ("bf16", "channels_last", "compile", "graphs", *OURS)  # of a setting, joined by +
 
 

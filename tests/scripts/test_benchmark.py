@@ -9,6 +9,7 @@ from torch import nn
 
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.errors import UserError
+from ddim.inference.compute import ComputeSpec
 from ddim.networks import UNetSpec, build_network
 
 TINY = UNetSpec((8, 8), ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,))
@@ -102,7 +103,7 @@ def test_settings_are_resolved_for_ours_and_for_others():
     assert {resolve("best", ours, True) for ours in (True, False)} == {best}
     assert resolve("best", True, False) == "channels_last+winograd"
     assert resolve("best", False, False) == "channels_last+compile"
-    for name, others in (("default", "default"), ("compile+winograd", "compile"), ("norms+convolutions", "default")):
+    for name, others in (("auto", "default"), ("compile+winograd", "compile"), ("norms+convolutions", "default")):
         assert (resolve(name, True, False), resolve(name, False, False)) == (name, others)
     assert set(words(best)) == {"bf16", "channels_last", "compile"}
     with pytest.raises(UserError, match="'bf61'"):
@@ -194,6 +195,8 @@ def test_a_kind_of_loops_can_be_measured_alone():
         use_loops(network := build_network("unet", TINY))
         assert {type(module) for module in network.modules()} & {FusedNormSiLU, WinogradConv2d} == kinds
         assert not options
+    assert ComputeSpec("cpu", **Ours.split("auto")[0]).given == {}  # all is left to be chosen
+    assert len(ComputeSpec("cpu", **Ours.split("default")[0]).given) == 6
 
 
 @pytest.mark.slow
