@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import os
 import re
+import select
 import signal
 import sys
 import traceback
@@ -133,6 +134,8 @@ class Failures:
         except Exception as error:
             from ddim.errors import Interrupted
 
+            if isinstance(error, BrokenPipeError) and nobody_reads():
+                sys.exit(128 + signal.SIGPIPE)  # as other commands before `| head`
             if from_launcher:
                 if isinstance(error, Interrupted) and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
                     # submitit's handler, which was replaced while there was something to save, requeues the job
@@ -159,6 +162,15 @@ class Failures:
             sys.exit(1 if self.defects else 2)
         if self.interrupted:
             sys.exit(TRY_AGAIN)
+
+
+def nobody_reads() -> bool:
+    """Return whether the reader of what is printed has gone; then nothing is printed any more."""
+    output = select.poll()
+    output.register(sys.stdout, select.POLLOUT)
+    if gone := any(event & select.POLLERR for _, event in output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 def silence() -> None:

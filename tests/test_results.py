@@ -61,6 +61,17 @@ def test_the_least_random_multinomial_sampler_gains_from_steps():
     assert least[-1] < most[-1]
 
 
+def test_inversions_are_ordered():
+    (table,) = build_tables(RecordFile(RESULTS / "inversion_digits.jsonl").read())
+    *others, exact = ([table.value(row, S) for S in table.columns] for row in table.rows)
+    assert len(others) == 3
+    assert max(exact) < 1e-10
+    for errors in others:
+        assert errors == sorted(errors, reverse=True)
+    paper, diffusers, fixed_point = others
+    assert all(error < min(two) for error, *two in zip(fixed_point, paper, diffusers, strict=True))
+
+
 def test_records_name_no_absolute_path():
     for path in RESULTS.glob("*.jsonl"):
         for record in RecordFile(path).read():

@@ -1,5 +1,6 @@
 """--help answers at once, from the configuration alone, and lists what there is to choose."""
 
+import os
 import re
 import subprocess
 import sys
@@ -113,3 +114,12 @@ def test_a_script_outside_the_environment_says_what_to_do() -> None:
     assert done.stderr.startswith("error: the package ")
     assert "source .venv/bin/activate" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_help_ends_quietly_when_its_reader_has_gone() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(ROOT / "scripts" / "figures.py"), "--help"]
+    outcome = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (outcome.returncode, outcome.stderr) == (141, "")
