@@ -35,7 +35,7 @@ pytestmark = pytest.mark.integration
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "configs" / "experiment").glob("*.yaml"))
 SHOWING = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "outputs/README.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "outputs/README.md", "docs/results/README.md")),
     *(path for path in sorted((ROOT / "scripts").rglob("*")) if path.suffix in (".py", ".sh")),
     *(path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "scripts/" in path.read_text()),
 ]

@@ -1,5 +1,6 @@
 """The numbers of the documents come from records, and the records show what the documents claim."""
 
+import re
 import runpy
 import statistics
 from pathlib import Path
@@ -17,6 +18,12 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "tools" / "update_results.py"))
 def test_every_record_file_is_in_a_document():
     names = [block[2] for path in SCRIPT["DOCUMENTS"] for block in SCRIPT["BLOCK"].finditer(path.read_text())]
     assert sorted(names) == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+
+
+def test_the_ledger_names_every_record_and_picture():
+    named = set(re.findall(r"`(\w+\.(?:jsonl|png))`", (RESULTS / "README.md").read_text()))
+    pictures = (ROOT / "docs" / "images").glob("*.png")
+    assert named == {path.name for path in [*RESULTS.glob("*.*"), *pictures]} - {"README.md"}
 
 
 @pytest.mark.parametrize("path", SCRIPT["DOCUMENTS"], ids=lambda path: path.name)
