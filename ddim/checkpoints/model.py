@@ -79,9 +79,12 @@ class LoadedModel:
     recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
     origin: dict[str, str] = field(default_factory=dict, kw_only=True)
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T."""
-        return zero_based(self.network)(x_t, t)
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T.
+
+        A conditional network takes labels y too, (B,) int64 in 0..K, where K is no label.
+        """
+        return zero_based(self.network)(x_t, t, y)
 
 
 def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:

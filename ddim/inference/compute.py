@@ -133,14 +133,17 @@ def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None
     """Evaluate the network once, for timing, and wait for it."""
     x = torch.zeros(count, *model.spec.image_shape, device=compute.device)
     with autocast(compute):
-        model(x, torch.ones(count, dtype=torch.int64, device=compute.device)).cpu()
+        ones = torch.ones(count, dtype=torch.int64, device=compute.device)
+        model(x, ones, *[ones - 1] * (model.spec.num_classes is not None)).cpu()
 
 
 def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Return the floating-point operations of an evaluation of one image: two per multiply-add."""
     device = next(network.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        zeros = torch.zeros(1, dtype=torch.int64, device=device)
+        labels = [zeros] * (getattr(getattr(network, "spec", None), "classes", None) is not None)
+        network(torch.zeros(1, *image_shape, device=device), zeros, *labels)
     return counter.get_total_flops()
 
 

@@ -98,10 +98,10 @@ class _TrainedModel(LoadedModel):
 
     stop: StopSignals | None
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if self.stop is not None and self.stop.received is not None:
             raise Interrupted("stopped while the weights were being measured; go on with checkpoint=last.")
-        return super().__call__(x_t, t)
+        return super().__call__(x_t, t, y)
 
 
 class _TrainingSession(Session):
