@@ -1,13 +1,19 @@
 """Labels and guidance as commands name them, for a model that knows classes."""
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
 from ddim.config import config_context, suggest
 from ddim.data.images import Images
 from ddim.diffusion.guidance import ALL, OWN, Condition, GuidanceSpec
+from ddim.diffusion.sampling import Model, State
 from ddim.errors import UserError
+from ddim.image_io import class_grid, grid
 
 Label = int | str | None  # a number, a name, `all`, or null for none
 M = TypeVar("M", bound=LoadedModel)
@@ -33,7 +39,7 @@ def conditioned(model: M, label: Label, guidance: GuidanceSpec, images: Images |
             asked = f"label={label}" if label is not None else f"guidance.w={guidance.w:g}"
             raise UserError(
                 f"{asked} needs a checkpoint that was trained with classes, and this one knows none; leave label and "
-                "guidance out, or train with network.classes."
+                "guidance out, or train one with data.labels=..."
             )
         return model
     T = model.spec.schedule.T
@@ -44,6 +50,37 @@ def conditioned(model: M, label: Label, guidance: GuidanceSpec, images: Images |
     with config_context("guidance"):
         condition = Condition(classes, _find(label, classes, images), guidance, own)
     return dataclasses.replace(model, condition=condition)
+
+
+def guided_states(
+    model: LoadedModel,
+    indices: Sequence[int] | Tensor,
+    device: torch.device,
+    walk: Callable[[Model], Iterator[State]],
+) -> Iterator[State]:
+    """Return the states of a trajectory of images by number, with labels and guidance where the model has them."""
+    if model.condition is None:
+        return walk(model)
+    network = model.condition.bind(model, indices, device)
+    return network.counted(walk(network))
+
+
+def condition_settings(model: LoadedModel) -> dict[str, Any]:
+    """Return what a record or a file states about label and guidance; {} of an unconditional model."""
+    return {} if model.condition is None else {"condition": model.condition.settings()}
+
+
+def condition_suffix(model: LoadedModel) -> str:
+    """Return what tables add to the name of a sampler; "" of an unconditional model."""
+    return "" if model.condition is None else model.condition.suffix
+
+
+def arrange(model: LoadedModel, images_u8: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return images by number as a grid, uint8 (C, H', W'): with labels in turn, a row for each class."""
+    condition = model.condition
+    if condition is None or condition.label != ALL or len(images_u8) <= len(condition.classes):
+        return grid(images_u8)
+    return class_grid(images_u8, condition.labels(indices))
 
 
 def one_label(model: LoadedModel, what: str) -> None:

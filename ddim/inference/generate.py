@@ -17,6 +17,7 @@ from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, map_shared, share, split
 from ddim.inference.compute import ComputeSpec, autocast
+from ddim.inference.conditioning import guided_states
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 
 Numbers = Sequence[int] | Tensor  # of images
@@ -196,10 +197,9 @@ def sample_steps(
     The noise of the steps depends on `seed` and the image numbers `indices`, (B,). `second` is as in `trajectory`, of a
     rule of this package.
     """
-    if model.condition is None:
-        return _steps(model.spec, sampler, model, x_T, indices, seed, second)
-    network = model.condition.bind(model, indices, x_T.device)
-    return network.counted(_steps(model.spec, sampler, network, x_T, indices, seed, second))
+    return guided_states(
+        model, indices, x_T.device, lambda network: _steps(model.spec, sampler, network, x_T, indices, seed, second)
+    )
 
 
 def _steps(
