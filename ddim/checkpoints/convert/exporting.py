@@ -171,6 +171,8 @@ def _lost_in_flat(model: StoredModel) -> list[str]:
         lost.append("the network, which is none of the presets (network=...)")
     if diffusers.scheduler_config(spec.schedule, "eps") != diffusers.scheduler_config(linear_schedule(), "eps"):
         lost.append(f"the schedule, {spec.schedule.name} with T={spec.schedule.T} (schedule=...)")
+    if spec.classes:
+        lost.append("the names of the classes")
     if spec.prediction != "eps":
         lost.append(f"prediction={spec.prediction}")
     return [f"a flat state dict does not store {', '.join(lost)}; state it when importing"] if lost else []
