@@ -291,6 +291,7 @@ BESIDE_THE_METHOD = {
     "variational_bound": 60,
     "inversion": 100,
     "gaussians": 30,
+    "guidance": 90,
     "importance": 60,
     "learned_variance": 60,
     "likelihood": 140,

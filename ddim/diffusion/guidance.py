@@ -161,7 +161,7 @@ class Condition:
 
 
 def guidance_suffix(label: int | str | None, guidance: GuidanceSpec) -> str:
-    """Return what tables and titles add to the name of a sampler: the label unless it is ALL, and w; "" for no label."""
+    """Return what tables and titles add to the name of a sampler: the label unless it is ALL, and w; "" without one."""
     if label is None:
         return ""
     interval = f" in {list(guidance.interval)}" if guidance.interval is not None and guidance.w else ""

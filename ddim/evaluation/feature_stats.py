@@ -38,7 +38,8 @@ class FeatureSet:
     labels: Tensor | None = None
 
     def of_class(self, label: int, layer: str) -> "FeatureSet":
-        """Return the images of a class; mean and covariance are those of `layer`."""
+        """Return the images of a class, in a set that has labels; mean and covariance are those of `layer`."""
+        assert self.labels is not None
         chosen = self.labels == label
         return feature_set({name: values[chosen] for name, values in self.features.items()}, layer)
 

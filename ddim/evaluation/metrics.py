@@ -171,9 +171,9 @@ def compute_class_metrics(
     Arguments are those of `compute_metrics`; the sets have labels.
     """
     assert generated.labels is not None
-    labels = generated.labels.unique().tolist()
+    labels, sides = generated.labels.unique().tolist(), (generated, reference, spec)
     return {
-        metric_name(metric, spec.extractor, n): {y: CLASS_METRICS[metric](generated, reference, spec, y) for y in labels}
+        metric_name(metric, spec.extractor, n): {y: CLASS_METRICS[metric](*sides, y) for y in labels}
         for metric in spec.class_metrics
     }
 

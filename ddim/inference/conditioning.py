@@ -31,8 +31,8 @@ def conditioned(model: M, label: Label, guidance: GuidanceSpec, images: Images |
         images: whose labels are known, for `own`.
 
     Raises:
-        UserError: the model knows no classes, or not this one; guidance without a label; an interval beyond T; or
-            `own` without images that have labels.
+        UserError: the model knows no classes, or not this one; guidance without a label, or of a network that has only
+            seen images with labels; an interval beyond T; or `own` without images that have labels.
     """
     if (K := model.spec.num_classes) is None:
         if label is not None or guidance != GuidanceSpec():
@@ -42,6 +42,11 @@ def conditioned(model: M, label: Label, guidance: GuidanceSpec, images: Images |
                 "guidance out, or train one with data.labels=..."
             )
         return model
+    if model.recipe.get("objective.label_drop") == 0 and (label is None or guidance.w != 0):
+        raise UserError(
+            "the checkpoint has seen no image without its label (objective.label_drop=0), which label=null and "
+            "guidance ask for; give a label with guidance.w=0, or train one with objective.label_drop=0.1."
+        )
     T = model.spec.schedule.T
     if guidance.interval is not None and guidance.interval[1] > T:
         raise UserError(f"guidance.interval={list(guidance.interval)} must end at T={T} or before.")

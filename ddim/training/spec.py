@@ -7,6 +7,7 @@ from typing import Any, Literal
 from ddim.checkpoints import ModelSpec
 from ddim.config import FilePath, build, check_name, choose, config_context
 from ddim.data.datasets import DataSpec, class_names
+from ddim.diffusion.guidance import ALL
 from ddim.diffusion.learned_variance import VARIANCES
 from ddim.diffusion.prediction import check_level
 from ddim.diffusion.schedule import ScheduleSpec
@@ -259,5 +260,6 @@ class TrainSpec:
                 metric=e.metric,
                 n=e.n or 1,  # 0 is the held-out loss alone
                 seed=e.seed,
+                label=None if self.data.labels is None else ALL,
                 reference_dir=e.reference_dir,
             )
