@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddim.checkpoints.checksum import checksum_error, has_checksum
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
+from ddim.diffusion.guidance import Condition
 from ddim.errors import UserError
 from ddim.io import Tensors, explain_read_errors, is_safetensors, read_safetensors, read_torch, write_safetensors
 from ddim.networks import build_network, zero_based
@@ -69,6 +70,7 @@ class LoadedModel:
         step: number of optimiser steps; None if unknown.
         recipe: the settings of the training by key; {} where they are not known.
         origin: as in `StoredModel`.
+        condition: what the images of a conditional network are to show; None leaves that to who calls it.
     """
 
     spec: ModelSpec
@@ -78,12 +80,15 @@ class LoadedModel:
     step: int | None
     recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
     origin: dict[str, str] = field(default_factory=dict, kw_only=True)
+    condition: Condition | None = field(default=None, kw_only=True)
 
     def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T.
 
-        A conditional network takes labels y too, (B,) int64 in 0..K, where K is no label.
+        A conditional network takes labels y too, (B,) int64 in 0..K, where K is no label, which None stands for.
         """
+        if y is None and self.spec.num_classes is not None:
+            y = torch.full_like(t, self.spec.num_classes, dtype=torch.int64)
         return zero_based(self.network)(x_t, t, y)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.errors import UserError
 from ddim.evaluation.job import UNFINISHED, Job, JobSpec, device_name
 from ddim.evaluation.session import Session
@@ -42,8 +43,13 @@ def job_id(spec: JobSpec) -> str:
     values = dataclasses.asdict(spec)
     if "compute" in values:
         values["compute"] = values["compute"]["bf16"]
+    # The names of before these options.
     if not values.get("data", {}).get("convert", True):
-        del values["data"]["convert"]  # the names of before this option
+        del values["data"]["convert"]
+    if not values.get("data", {}).get("labels", True):
+        del values["data"]["labels"]
+    if values.get("guidance") == dataclasses.asdict(GuidanceSpec()) and values["label"] is None:
+        del values["guidance"], values["label"]
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
 
 
