@@ -1,5 +1,6 @@
 """Training with labels: what the loss sees, resuming, processes, and what is measured."""
 
+import json
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,8 +16,11 @@ from ddim.config import build
 from ddim.data.datasets import DataSpec, load_images
 from ddim.data.images import MemoryImages, to_uint8
 from ddim.diffusion.objective import drop_labels, per_sample_loss, training_noise, uniform_times
+from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate
+from ddim.evaluation.metrics import MetricSpec
 from ddim.inference.compute import ComputeSpec
 from ddim.training.heldout import heldout_images, heldout_loss, load_heldout
 from ddim.training.module import DiffusionModule
@@ -115,17 +119,43 @@ def test_held_out_loss_is_of_the_images_with_their_labels(run):
 
 
 @pytest.mark.integration
-def test_the_grid_has_a_column_for_each_class(run, tmp_path):
+def test_the_grid_has_a_row_for_each_class(run, tmp_path):
     path = run(**LABELS, grid={"every": 2, "n": 20, "seed": 7, "sampler": {"S": 3}}, trainer={"max_steps": 2}, ema=None)
     shown = pil_to_tensor(Image.open(tmp_path / "run" / "samples" / "step_00000002.png"))
-    assert shown.shape == (1, 2 * 34 - 2, 10 * 34 - 2)
+    assert shown.shape == (1, 10 * 34 - 2, 2 * 34 - 2)
     model = load_model(path, "online")
     x_T = initial_noise(range(20), (1, 8, 8), seed=7)
     labelled = partial(model, y=torch.arange(20) % 10)
     images = to_uint8(sample(labelled, model.spec.schedule, x_T, linear_tau(20, 3), DDIM()))
     for i, image in enumerate(images):
-        top, left = i // 10 * 34, i % 10 * 34
+        top, left = i % 10 * 34, i // 10 * 34
         assert torch.equal(shown[:, top : top + 32 : 4, left : left + 32 : 4], image)
+
+
+@pytest.mark.integration
+def test_a_validation_is_the_evaluation_with_labels_in_turn(run, tmp_path):
+    """The record has the key of evaluate.py's, for the same checkpoint with label=all."""
+    metric = {"extractor": "digits_classifier", "metrics": ["fd"]}
+    eval_ = {"every": 2, "n": 30, "heldout": 10, "metric": metric, "sampler": {"S": 2}}
+    eval_["reference_dir"] = str(tmp_path / "reference")
+    path = run(**LABELS, eval=eval_, trainer={"max_steps": 2})
+    [record] = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert record["condition"] == {"label": "all", "w": 0.0}
+    assert record["metrics"]["val_loss"] > 0
+    evaluation = EvaluateSpec(
+        checkpoint=str(path),
+        name="run",
+        output_dir=str(tmp_path / "run"),
+        sampler=SamplerSpec(S=2),
+        compute=ComputeSpec("cpu", 7),
+        data=DIGITS,
+        metric=build(MetricSpec, metric, "metric"),
+        n=30,
+        grid=0,
+        label="all",
+        reference_dir=str(tmp_path / "reference"),
+    )
+    assert evaluate(evaluation)[1] is False  # it is there already
 
 
 def test_overfitting_keeps_the_labels_of_the_first_batch(config):
@@ -154,7 +184,10 @@ def test_a_run_does_not_resume_with_other_labels(run, tmp_path):
 REFUSED = [
     ({"objective": {"label_drop": 1.5}}, r"label_drop=1.5 must be a probability in \[0, 1\); use 0 to drop no label\."),
     ({"objective": {"label_drop": -0.1}}, r"label_drop=-0.1 must be"),
-    ({"objective": {"label_drop": 0.3}}, "label_drop=0.3 drops labels, and data.labels=null gives none; set data.labels"),
+    (
+        {"objective": {"label_drop": 0.3}},
+        "label_drop=0.3 drops labels, and data.labels=null gives none; set data.labels",
+    ),
     ({"network": {"classes": 10}}, "network.classes=10 needs labels, and data.labels=null gives none; set data.labels"),
     (
         {"network": {"classes": 7}, "data": {"labels": "classes"}},
