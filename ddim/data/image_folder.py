@@ -107,8 +107,8 @@ def _labels(folder: Path, files: Sequence[Path], classes: tuple[str, ...]) -> Te
     names = [path.relative_to(folder).parts[0] for path in files]
     if outside := [printable(path) for path in files if path.parent == folder]:
         raise UserError(
-            f"{folder} holds images outside the folders of classes: {', '.join(outside[:5])}{', ...' * (len(outside) > 5)}"
-            "; move each into the folder of its class, or set data.labels=null."
+            f"{folder} holds images outside the folders of classes: {', '.join(outside[:5])}"
+            f"{', ...' * (len(outside) > 5)}; move each into the folder of its class, or set data.labels=null."
         )
     if unknown := sorted(set(names) - set(classes)):
         raise UserError(

@@ -81,9 +81,7 @@ class MemoryImages(Images):
         images: uint8 (N, C, H, W).
     """
 
-    def __init__(
-        self, name: str, images: Tensor, labels: Tensor | None = None, classes: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, name: str, images: Tensor, labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4 or len(images) == 0:
             raise ValueError(f"images must be uint8 (N, C, H, W) with N > 0, not {images.dtype} {tuple(images.shape)}.")
         self.name = name

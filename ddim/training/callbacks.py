@@ -19,7 +19,7 @@ from ddim.diffusion.labels import title
 from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.image_io import grid, save_png
+from ddim.image_io import class_grid, grid, save_png
 from ddim.random import check_seed
 from ddim.training.checkpoints import Checkpoints
 from ddim.training.ema import EMA
@@ -74,9 +74,7 @@ class LossByTime(Callback):
             pl_module.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(quarters)})
             if self.classes is not None:
                 conditional, unconditional = sums.sum(1) / numbers.sum(1)
-                pl_module.log_dict(
-                    {"train/loss_conditional": conditional, "train/loss_unconditional": unconditional}
-                )
+                pl_module.log_dict({"train/loss_conditional": conditional, "train/loss_unconditional": unconditional})
             self.sums.zero_()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -155,15 +153,10 @@ class GridSpec:
         check_seed(self.seed)
 
 
-def grid_columns(classes: int | None) -> int | None:
-    """Return the columns of a grid in which image i is of class i mod K: one for each, of up to 20."""
-    return classes if classes is not None and classes <= 20 else None
-
-
 class SampleGrid(Callback):
     """Samples from the same noise every time, with the EMA weights, into `folder` and the loggers.
 
-    Of a conditional network, image i has the label i mod K.
+    Of a conditional network, image i has the label i mod K, and each class a row.
 
     Args:
         spec: what to sample and when.
@@ -188,7 +181,8 @@ class SampleGrid(Callback):
         every, step = self.spec.every, trainer.global_step
         if not every or not trainer.is_global_zero or not step_ended(trainer, batch_idx, every):
             return
-        image = grid(self._sample(pl_module), columns=grid_columns(pl_module.spec.num_classes))
+        images, K = self._sample(pl_module), pl_module.spec.num_classes
+        image = grid(images) if K is None else class_grid(images, torch.arange(len(images)) % K)
         path = self.folder / f"step_{step:08d}.png"
         save_png(image, path)
         for logger in trainer.loggers:

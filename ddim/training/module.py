@@ -1,7 +1,7 @@
 """The LightningModule: it owns no formula, only the order of the calls."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -178,8 +178,8 @@ class DiffusionModule(LightningModule):
         return self.objective.times == LOSS_SECOND_MOMENT
 
     @property
-    def model(self) -> Model:
-        """The network behind its time adapter: called with the paper's times."""
+    def model(self) -> Callable[..., Tensor]:
+        """The network behind its time adapter: called with the paper's times, and with labels if it is conditional."""
         return zero_based(self.network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -82,8 +82,8 @@ def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str) ->
         log.warning("%s is of earlier code and does not tell its training images; they are not compared.", path)
     elif before != fingerprint:
         raise UserError(
-            f"{path} was trained on other images or labels (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), so this run "
-            f"cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"
+            f"{path} was trained on other images or labels (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), "
+            f"so this run cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"
         )
 
 

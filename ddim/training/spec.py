@@ -186,8 +186,8 @@ class TrainSpec:
         """Return the description of the model that this run trains.
 
         Raises:
-            UserError: the network's fields are wrong or do not fit the data or its labels, the network is to learn ε where nothing
-                but ε is left (zero terminal SNR), or a sampler, of the grid or of `eval`, does not fit T.
+            UserError: the network's fields are wrong or do not fit the data or its labels, the network is to learn ε
+                where nothing but ε is left (zero terminal SNR), or a sampler, of the grid or of `eval`, does not fit T.
         """
         fields = dict(self.network)
         name = fields.pop("name", "unet")
@@ -233,8 +233,8 @@ class TrainSpec:
             raise UserError(f"network.classes={given} needs labels, and data.labels=null gives none; set data.labels.")
         if given not in (None, len(names)):
             raise UserError(
-                f"network.classes={given} contradicts data.labels={self.data.labels}, which gives {len(names)} classes; "
-                "leave network.classes null, and it follows from the labels."
+                f"network.classes={given} contradicts data.labels={self.data.labels}, which gives {len(names)} "
+                "classes; leave network.classes null, and it follows from the labels."
             )
         if not names and self.objective.label_drop != ObjectiveSpec.label_drop:
             raise UserError(
@@ -246,7 +246,10 @@ class TrainSpec:
         return names
 
     def evaluation(self) -> EvaluateSpec:
-        """Return the evaluation of `eval`; its weights, device and batch size are those of the process that trains."""
+        """Return the evaluation of `eval`; its weights, device and batch size are those of the process that trains.
+
+        Samples of a conditional network have labels in turn, without guidance.
+        """
         e, t = self.eval, self.trainer
         with config_context("eval"):
             return EvaluateSpec(
@@ -262,4 +265,5 @@ class TrainSpec:
                 seed=e.seed,
                 label=None if self.data.labels is None else ALL,
                 reference_dir=e.reference_dir,
+                label=None if self.data.labels is None else ALL,
             )

@@ -32,8 +32,8 @@ _KNOWN_ONLINE = (
     "paper's numbers take the EMA weights (download=ema_cifar10 and so on)"
 )
 _NO_LABEL = (
-    "the last of the {} embeddings of classes is taken as that of no label, as in classifier-free guidance; if it is one "
-    "of a class, import with no_label=none"
+    "the last of the {} embeddings of classes is taken as that of no label, as in classifier-free guidance; if it is "
+    "one of a class, import with no_label=none"
 )
 _UNLABELLED = (
     "the file does not state whether its weights are EMA or online, so every result will be labelled unlabelled; "
@@ -60,8 +60,8 @@ class ImportSpec:
         prediction: likewise; null: eps.
         classes: names of the classes of a conditional network, in the order of the labels; null: those that the file
             states, or none.
-        no_label: of a conditional network of diffusers: `last` if its last embedding is that of no label, which guidance
-            needs, or `none` if all are of classes; then the mean of them stands in for it.
+        no_label: of a conditional network of diffusers: `last` if its last embedding is that of no label, which
+            guidance needs, or `none` if all are of classes; then the mean of them stands in for it.
         trained_on: name of the training set, human-readable; null: that of the published file, if known.
         overwrite: replace an existing model file.
 
@@ -162,7 +162,8 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
         warnings = [*warnings, *more]
     elif spec.no_label != "last":
         raise UserError(
-            f"no_label={spec.no_label} is for a network with classes that diffusers wrote; leave it out for {source.file}."
+            f"no_label={spec.no_label} is for a network with classes that diffusers wrote; leave it out for "
+            f"{source.file}."
         )
     state = source.sets[label if label in source.sets else UNLABELLED]
     network, network_from = _choose_network(spec, source, state)

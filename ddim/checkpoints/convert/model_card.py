@@ -80,7 +80,7 @@ The rule `quad`, used for the paper's CIFAR-10 numbers, does not exist in diffus
 
 
 def _example(model: StoredModel) -> str:
-    """Return the lines that sample; the pipeline gives the network no labels, so those of a conditional one are a loop."""
+    """Return the lines that sample; the pipeline gives the network no labels, so a conditional one takes a loop."""
     K = model.spec.num_classes
     if K is None:
         return "images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images"

@@ -110,7 +110,9 @@ def conditional_folder(tmp_path):
     """Write a folder of diffusers as another project writes it, with four embeddings of classes; return its weights."""
     network = replace(NETWORK, classes=3)
     state = weights(network)
-    return foreign_folder(StoredModel(ModelSpec("unet", network, linear_schedule()), state, "ema", None), tmp_path), state
+    return foreign_folder(
+        StoredModel(ModelSpec("unet", network, linear_schedule()), state, "ema", None), tmp_path
+    ), state
 
 
 def test_the_last_embedding_of_diffusers_is_that_of_no_label(tmp_path):
