@@ -263,7 +263,6 @@ class TrainSpec:
                 metric=e.metric,
                 n=e.n or 1,  # 0 is the held-out loss alone
                 seed=e.seed,
-                label=None if self.data.labels is None else ALL,
                 reference_dir=e.reference_dir,
                 label=None if self.data.labels is None else ALL,
             )
