@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.checkpoints.checksum import checksum_error, has_checksum
+from ddim.checkpoints.shipped import find_checkpoint
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
 from ddim.diffusion.guidance import Condition
@@ -96,7 +97,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
     """Build the network that a checkpoint describes, with its weights.
 
     Args:
-        path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote.
+        path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote, or
+            the name of a model that ships with the package: a key of `SHIPPED`.
         weights: "ema" for the EMA weights, "online" for the weights that the optimiser updates, "ema_RATE" for an
             additional EMA.
 
@@ -128,7 +130,7 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
     weights = OLD_LABELS.get(weights, weights)
     if not re.fullmatch(WEIGHTS, weights):
         choose("weights", weights, {"ema": None, "online": None, "ema_RATE": None})
-    path = Path(path)
+    path = find_checkpoint(path)
     with explain_read_errors(path):
         if path.is_file() and is_safetensors(path):
             return _read_model_file(path, weights)

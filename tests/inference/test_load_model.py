@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddim
 from ddim import DDIM, SamplerSpec, initial_noise, linear_tau, load_model, sample
@@ -28,6 +30,21 @@ def test_its_samples_are_those_of_the_commands(loaded: Model, checkpoint: Path) 
     expected = generate(load_without_sampling(checkpoint), sampler, range(3, 8), 2, ComputeSpec("cpu", 2))
     assert torch.equal(images, expected)
     assert not torch.equal(images, loaded.sample(range(3, 8), sampler, seed=3, batch_size=2))
+
+
+def test_the_shipped_model_makes_the_kept_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any folder; up to a grey level, for processors that round otherwise."""
+    monkeypatch.chdir(tmp_path)
+    model = load_model("digits")
+    assert model.weights_hash.startswith("0ed0972e")
+    kept = np.asarray(Image.open(Path(__file__).with_name("eight_digits.png")))
+    images = torch.cat(list(model.sample(range(8), SamplerSpec(S=10))[:, 0]), 1).numpy()  # in a row
+    assert np.abs(kept.astype(int) - images).max() <= 1
+    with pytest.raises(UserError, match=r"there is no checkpoint digitz; .* that ship with the package: digits"):
+        load_model("digitz")
+    (tmp_path / "digits").touch()
+    with pytest.raises(UserError, match="digits"):  # a file of that name comes first
+        load_model("digits")
 
 
 @pytest.mark.parametrize("indices", [[7, 3], (7, 3), torch.tensor([7, 3])])

@@ -29,9 +29,9 @@ print("loaded:", *loaded)
 
 EXPERIMENTS = {
     "train": "bedroom, bedroom_official, celeba, celeba_official, church, church_official, "
-    "cifar10, cifar10_official, cifar10_small, digits",
+    "cifar10, cifar10_iddpm, cifar10_official, cifar10_small, digits, digits_multinomial",
     "evaluate": "table1_celeba, table1_cifar10, table1_cifar10_sigma_hat, table3_bedroom, table3_church, table_digits, "
-    "table_solvers_cifar10, table_solvers_digits",
+    "table_digits_multinomial, table_solvers_cifar10, table_solvers_digits",
 }
 
 pytestmark = pytest.mark.integration
@@ -62,7 +62,7 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
     for key in groups[script]:
         options = sorted(path.stem for path in (ROOT / "configs" / key.partition("@")[0]).glob("*.yaml"))
         assert f"\n{key}: {', '.join(options)}\n" in text
-    assert ("\nnetwork: unet" in text) == (script == "train")
+    assert ("\nnetwork: " in text) == (script == "train")
     assert re.search("\nexperiment: (.*)|$", text)[1] == EXPERIMENTS.get(script)
     assert f"python scripts/{script}.py" in text
     lines = {
