@@ -125,9 +125,7 @@ def test_record_states_label_guidance_and_its_evaluations(of_classes: EvaluateSp
 @pytest.mark.integration
 def test_each_w_is_a_row_and_guidance_counts_twice(of_classes: EvaluateSpec, shared: Session) -> None:
     guidances = [GuidanceSpec(w) for w in (-1.0, 0.0, 2.0, 10.0)] + [GuidanceSpec(2.0, (17, 40))]
-    few = dataclasses.replace(
-        of_classes, sampler=SamplerSpec(S=3), metric=of_metrics(*METRICS[1:])
-    )
+    few = dataclasses.replace(of_classes, sampler=SamplerSpec(S=3), metric=of_metrics(*METRICS[1:]))
     specs = [dataclasses.replace(few, guidance=guidance) for guidance in guidances]
     specs += [dataclasses.replace(few, guidance=GuidanceSpec(), label=label) for label in (None, 7)]
     specs[-2] = dataclasses.replace(specs[-2], metric=of_metrics("fd"))
@@ -169,9 +167,7 @@ def test_classes_must_be_those_of_the_extractor_and_the_data(
     of_classes: EvaluateSpec, tmp_path: Path, make_checkpoint: Any
 ) -> None:
     other = make_checkpoint(tmp_path / "a.ckpt", classes=("cat", "dog"))
-    spec = dataclasses.replace(
-        of_classes, checkpoint=str(other), metric=of_metrics("accuracy")
-    )
+    spec = dataclasses.replace(of_classes, checkpoint=str(other), metric=of_metrics("accuracy"))
     with pytest.raises(UserError, match="digits_classifier has 10, and the checkpoint knows 2 classes"):
         spec.prepare(Session())
     spec = dataclasses.replace(spec, metric=of_metrics("intra_fd"))
