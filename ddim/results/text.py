@@ -88,10 +88,10 @@ def terms_csv(records: Sequence[Record]) -> str:
 
 
 def class_csv(records: Sequence[Record]) -> str:
-    """Return the numbers of each class, of metrics that have them."""
+    """Return the numbers of each class, of records whose metrics have them."""
     lines: list[Sequence[Any]] = [["sampler", "S", "nfe", "metric", "class", "value", "key"]]
     for r in sorted(records, key=lambda r: (r["label"], r["S"], r["key"])):
-        for metric, values in r["per_class"].items():
+        for metric, values in r.get("per_class", {}).items():
             lines += [[r["label"], r["S"], r["nfe"], metric, name, _digits(x), r["key"]] for name, x in values.items()]
     return csv_text(lines)
 

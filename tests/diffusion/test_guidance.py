@@ -107,7 +107,7 @@ def test_both_predictions_are_one_batch_of_twice_the_size():
     assert guided.evaluations == 2 * len(TAU)
 
 
-def test_outside_its_interval_guidance_is_the_conditional_network():
+def test_outside_the_interval_it_is_the_conditional_network():
     y, interval = torch.tensor([2, 0]), (200, 600)
     guided = GuidedModel(called := network(), y, K, GuidanceSpec(2.0, interval))
     list(trajectory(guided, SCHEDULE, start(2), (1000, 601, 600, 200, 199, 0)))
