@@ -95,7 +95,7 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of variational bounds; classes.csv.
+        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv.
     """
     named = join_checkpoints(complete := [completed(record) for record in records])
     tables = [*build_tables(records), *sigma_hat_variants(records)]
