@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddim.diffusion.guidance import GuidanceSpec, GuidedModel
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.noise import initial_noise, step_noise
 from ddim.diffusion.objective import add_noise, antithetic_times, per_sample_loss, q_sample, uniform_times, velocity
@@ -42,6 +43,8 @@ __all__ = [
     "SCHEDULES",
     "SPACINGS",
     "Clip",
+    "GuidanceSpec",
+    "GuidedModel",
     "NoiseSchedule",
     "SamplerSpec",
     "SigmaHat",

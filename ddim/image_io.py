@@ -39,6 +39,22 @@ def grid(images_u8: Tensor, columns: int | None = None, scale: int | None = None
     return canvas
 
 
+def class_grid(images_u8: Tensor, labels: Tensor) -> Tensor:
+    """Arrange images in a grid with a row for each class that occurs, (C, H', W'); short rows end in white.
+
+    Args:
+        images_u8: as in `grid`.
+        labels: int64 (N,).
+    """
+    classes, counts = labels.unique(return_counts=True)
+    columns = int(counts.max())
+    sheet = torch.full((len(classes), columns, *images_u8.shape[1:]), 255, dtype=torch.uint8)
+    for row, label in zip(sheet, classes, strict=True):
+        chosen = images_u8[labels == label]
+        row[: len(chosen)] = chosen
+    return grid(sheet.flatten(0, 1), columns)
+
+
 def to_pil(image_u8: Tensor) -> Image.Image:
     """Return a uint8 (C, H, W) tensor as a PIL image, grey for one channel."""
     pixels = image_u8.permute(1, 2, 0).contiguous().numpy()

@@ -19,7 +19,7 @@ from torch import Tensor
 # What the numbers are for; 8 is VALIDATION in ddim/training/heldout.py. Two streams with the same seed, step and index
 # are independent of each other.
 SAMPLING, TRAINING_NOISE, TRAINING_TIME, SHUFFLE, FLIP, DROPOUT, WEIGHTS, VARIANCE = range(8)
-CORRECTOR = 9
+CORRECTOR, LABEL_DROP = 9, 10
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -21,5 +21,8 @@ def same_command(*words: str) -> str:
 
 
 def of_model(spec: Any) -> list[str]:
-    """Return the words for the model of a specification."""
-    return [f"checkpoint={spec.checkpoint}", *([] if spec.weights == "ema" else [f"weights={spec.weights}"])]
+    """Return the words for the model of a specification, and for the label that it asks for."""
+    words = [f"checkpoint={spec.checkpoint}", *([] if spec.weights == "ema" else [f"weights={spec.weights}"])]
+    if (label := getattr(spec, "label", None)) is None:
+        return words
+    return [*words, f"label={label}", *([f"guidance.w={spec.guidance.w:g}"] if spec.guidance.w else [])]

@@ -28,6 +28,7 @@ TABLES = {  # option of data -> experiment of evaluate.py
     "lsun_bedroom": "table3_bedroom",
     "lsun_church": "table3_church",
 }
+GUIDANCE_TABLES = {"digits": "table_digits_guidance"}  # likewise, of conditional networks
 
 # Environment variable with the folder of a sweep's comparison, also for the processes that a launcher starts.
 COMPARISON = "DDIM_COMPARISON"
@@ -90,12 +91,14 @@ def last_words(spec: "TrainSpec") -> list[str]:
     hydra = HydraConfig.get()
     data = hydra.runtime.choices["data"]
     own = [word for word in hydra.overrides.task if word.startswith("data.")]
-    evaluation = ["-m", f"experiment={TABLES[data]}"] if data in TABLES else [f"data={data}", *own]
+    labelled = [] if spec.data.labels is None else ["label=all"]
+    table = (TABLES | GUIDANCE_TABLES if labelled else TABLES).get(data)
+    evaluation = ["-m", f"experiment={table}"] if table else [f"data={data}", *own]
     return [
         *(f"samples: {path}" for path in grids[-1:]),
         *(f"metrics: {path}" for path in metrics[-1:]),
-        command_line("sample", checkpoint),
-        command_line("evaluate", *evaluation, checkpoint, *(["dry_run=true"] if data != "digits" else [])),
+        command_line("sample", checkpoint, *labelled),
+        command_line("evaluate", *evaluation, checkpoint, *labelled, *(["dry_run=true"] if data != "digits" else [])),
     ]
 
 

@@ -77,6 +77,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def conditional_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with ten classes."""
+    return write_checkpoint(tmp_path_factory.mktemp("model") / "conditional.ckpt", classes=tuple("0123456789"))
+
+
+@pytest.fixture(scope="session")
 def model(checkpoint: Path) -> LoadedModel:
     loaded = load_model(checkpoint)
     prepare_model(loaded, ComputeSpec("cpu"))

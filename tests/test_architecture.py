@@ -300,6 +300,7 @@ BESIDE_THE_METHOD = {
     "variational_bound": 60,
     "inversion": 100,
     "gaussians": 30,
+    "guidance": 110,
     "importance": 60,
     "learned_variance": 60,
     "likelihood": 140,

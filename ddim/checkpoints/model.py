@@ -20,6 +20,7 @@ from ddim.checkpoints.checksum import checksum_error, has_checksum
 from ddim.checkpoints.shipped import find_checkpoint
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
+from ddim.diffusion.guidance import Condition
 from ddim.errors import UserError
 from ddim.io import Tensors, explain_read_errors, is_safetensors, read_safetensors, read_torch, write_safetensors
 from ddim.networks import build_network, zero_based
@@ -70,6 +71,7 @@ class LoadedModel:
         step: number of optimiser steps; None if unknown.
         recipe: the settings of the training by key; {} where they are not known.
         origin: as in `StoredModel`.
+        condition: what the images of a conditional network are to show; None leaves that to who calls it.
     """
 
     spec: ModelSpec
@@ -79,14 +81,19 @@ class LoadedModel:
     step: int | None
     recipe: dict[str, Any] = field(default_factory=dict, kw_only=True)
     origin: dict[str, str] = field(default_factory=dict, kw_only=True)
+    condition: Condition | None = field(default=None, kw_only=True)
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the network's prediction for x_t (B, C, H, W) at the paper's times t (B,), 1..T.
 
-        x_t may be on another device, where the prediction then is: on the CPU for a device without float64.
+        A conditional network takes labels y too, (B,) int64 in 0..K, where K is no label, which None stands for. x_t
+        may be on another device, where the prediction then is: on the CPU for a device without float64.
         """
+        if y is None and self.spec.num_classes is not None:
+            y = torch.full_like(t, self.spec.num_classes, dtype=torch.int64)
         device = next(self.network.parameters(), x_t).device
-        return zero_based(self.network)(x_t.to(device), t.to(device)).to(x_t.device)
+        y = None if y is None else y.to(device)
+        return zero_based(self.network)(x_t.to(device), t.to(device), y).to(x_t.device)
 
 
 def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:

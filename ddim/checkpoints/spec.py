@@ -36,9 +36,10 @@ class ModelSpec:
         data: name of the training set, human-readable.
         plugins: the user's modules that were imported for the training, by name; loading never imports them.
         variance: one of VARIANCES: fixed, or learned_range for a network with twice the channels of the image.
+        classes: names of the labels 0..K-1 of a conditional network; () if it is unconditional, or they are unknown.
 
     Raises:
-        UserError: an unknown name, or another number of output channels.
+        UserError: an unknown name, another number of output channels, or another number of classes.
     """
 
     network: str
@@ -48,6 +49,7 @@ class ModelSpec:
     data: str = ""
     plugins: tuple[str, ...] = ()
     variance: str = "fixed"
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         choose("prediction", self.prediction, PREDICTIONS)
@@ -55,11 +57,18 @@ class ModelSpec:
         outputs = getattr(self.network_spec, "out_channels", None) or channels
         if outputs != (needed := channels * choose("variance", self.variance, VARIANCES)):
             raise UserError(f"variance={self.variance} needs {needed} output channels; the network has {outputs}.")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise UserError(f"{len(self.classes)} names of classes do not fit a network of classes={self.num_classes}.")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return (self.network_spec.channels, *self.network_spec.image_size)
+
+    @property
+    def num_classes(self) -> int | None:
+        """K, where the network is conditional on labels 0..K-1; None where it is unconditional."""
+        return getattr(self.network_spec, "classes", None)
 
     @property
     def categories(self) -> int | None:
@@ -77,7 +86,8 @@ class ModelSpec:
         network_spec = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self.network_spec).items()
-            if (key, value) != ("out_channels", None)  # as before there was this field: records have a hash of it
+            # As before there were these fields: records have a hash of it.
+            if not (key in ("out_channels", "classes") and value is None)
         }
         return {
             "format": FORMAT,
@@ -88,6 +98,7 @@ class ModelSpec:
             "data": self.data,
             **({"plugins": list(self.plugins)} if self.plugins else {}),
             **({} if self.variance == "fixed" else {"variance": self.variance}),
+            **({"classes": list(self.classes)} if self.classes else {}),
         }
 
     @classmethod
@@ -111,7 +122,8 @@ class ModelSpec:
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
             network_spec = build(choose("network", name, NETWORKS)[0], network, "network")
             variance = values.get("variance", "fixed")
-            spec = cls(name, network_spec, schedule, values["prediction"], values["data"], plugins, variance)
+            classes = convert(values.get("classes", ()), tuple[str, ...], "classes")
+            spec = cls(name, network_spec, schedule, values["prediction"], values["data"], plugins, variance, classes)
             texts = {"data": spec.data, "schedule.name": schedule.name}
             if wrong := [f"{key}={text!r}" for key, text in texts.items() if not isinstance(text, str)]:
                 raise ValueError(f"{', '.join(wrong)} must be text")
@@ -140,4 +152,6 @@ class ModelSpec:
             )
         if self.prediction != other.prediction:
             reasons.append(f"prediction: {self.prediction} and {other.prediction}")
+        if self.classes != other.classes:
+            reasons.append(f"classes: {', '.join(self.classes) or 'none'} and {', '.join(other.classes) or 'none'}")
         return reasons

@@ -6,7 +6,7 @@ is dropped, and the batch of a step is the same after resuming and for any numbe
 """
 
 from collections.abc import Iterator
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,9 +29,13 @@ class MicroBatch(TypedDict):
 
 
 class Batch(TypedDict):
-    """Input of a training step: images, float32 (b, C, H, W) in [-1, 1]; step and positions as in `MicroBatch`."""
+    """Input of a training step: images, float32 (b, C, H, W) in [-1, 1]; step and positions as in `MicroBatch`.
+
+    labels: int64 (b,), where the data set has them.
+    """
 
     images: Tensor
+    labels: NotRequired[Tensor]
     step: int
     positions: Tensor
 

@@ -56,6 +56,7 @@ class ImageDataModule(LightningDataModule):
         self.images, self.batch_size, self.seed, self.max_steps, self.flip = images, batch_size, seed, max_steps, flip
         self.num_workers, self.device_resident = num_workers, device_resident
         self._resident: Tensor | None = None
+        self._labels: Tensor | None = None  # of all images, on the device
 
     def setup(self, stage: str) -> None:
         """Check that a batch can fit the device, and move the images there if they fit."""
@@ -72,10 +73,12 @@ class ImageDataModule(LightningDataModule):
         )
         if isinstance(self.images, MemoryImages) and self._fits(self.images.images, device):
             self._resident = self.images.images.to(device)
+        if self.images.labels is not None:
+            self._labels = self.images.labels.to(device)
 
     def teardown(self, stage: str) -> None:
         """Free the memory of the device."""
-        self._resident = None
+        self._resident = self._labels = None
 
     def train_dataloader(self) -> DataLoader:
         """Divide the batch among the processes, and start at the Trainer's optimiser step."""
@@ -110,7 +113,10 @@ class ImageDataModule(LightningDataModule):
         images_u8 = batch["images"] if self._resident is None else self._resident[batch["indices"]]
         if self.flip:
             images_u8 = random_flip(images_u8, self.seed, step, positions)
-        return Batch(images=normalize(images_u8), step=step, positions=positions)
+        result = Batch(images=normalize(images_u8), step=step, positions=positions)
+        if self._labels is not None:
+            result["labels"] = self._labels[batch["indices"]]
+        return result
 
     def _trainer(self) -> Any:
         if self.trainer is None:

@@ -8,16 +8,20 @@ from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from ddim.config import FilePath, choose
+from ddim.config import FilePath, choose, suggest
 from ddim.data.image_files import FileImages
-from ddim.data.image_folder import folder_images
+from ddim.data.image_folder import class_folders, folder_images
 from ddim.data.images import Images, MemoryImages
 from ddim.data.lsun import LSUNImages
 from ddim.data.npz_images import npz_images
 from ddim.errors import UserError
+from ddim.io import printable
 
 Split = Literal["train", "test"]
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_LABELS = {"cifar10": "classes", "digits": "classes", "folder": "folders"}  # what `labels` can be, but for celeba
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class DataSpec:
         resize: of folder: resize the shorter side and centre-crop images of another size, instead of refusing them.
         convert: of folder: convert grey and colour images to `channels`, instead of refusing them.
         in_memory: of celeba and folder: decode all files at the start; false reads them on demand, for large data sets.
+        labels: what labels the images: classes (cifar10, digits), folders (folder: one for each class), or the name of
+            an attribute (celeba), such as Smiling; None for no labels.
 
     Raises:
         ValueError: a value out of range, or an option that this data set does not have.
@@ -50,6 +56,7 @@ class DataSpec:
     resize: bool = False
     convert: bool = False
     in_memory: bool = True
+    labels: str | None = None
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -63,6 +70,9 @@ class DataSpec:
                 raise ValueError(f"{option}=true is an option of folder alone; leave it out for {self.name}.")
         if not self.in_memory and self.name not in ("celeba", "folder"):
             raise ValueError(f"in_memory=false is an option of celeba and folder; leave it out for {self.name}.")
+        if self.labels is not None and self.name != "celeba" and self.labels != _LABELS.get(self.name):
+            allowed = f"{_LABELS[self.name]} or null" if self.name in _LABELS else "null, it has no labels"
+            raise ValueError(f"labels={self.labels} is not known for {self.name}; allowed: {allowed}.")
 
 
 def load_images(spec: DataSpec, split: Split = "train") -> Images:
@@ -77,6 +87,21 @@ def load_images(spec: DataSpec, split: Split = "train") -> Images:
     return choose("data set", spec.name, DATASETS)(spec, split)
 
 
+def class_names(spec: DataSpec) -> tuple[str, ...]:
+    """Return the names of the labels 0, 1, ... of a data set, without reading its images; () without labels.
+
+    Raises:
+        UserError: of class folders: there are fewer than two, or they cannot be read.
+    """
+    if spec.labels is None:
+        return ()
+    if spec.name == "celeba":
+        return (f"not {spec.labels}", spec.labels)
+    if spec.name == "folder":
+        return tuple(map(printable, class_folders(_root(spec))))
+    return CIFAR10_CLASSES if spec.name == "cifar10" else tuple("0123456789")
+
+
 def cifar10(spec: DataSpec, split: Split) -> Images:
     """CIFAR-10 (Krizhevsky 2009), 50,000 or 10,000 images, 32x32 RGB."""
     _require(spec, spec.size == (32, 32) and spec.channels == 3, "size=[32, 32] and channels=3")
@@ -86,14 +111,16 @@ def cifar10(spec: DataSpec, split: Split) -> Images:
     files.append((CIFAR10.meta["filename"], CIFAR10.meta["md5"]))
     make = partial(CIFAR10, train=split == "train")
     data = _through_torchvision(spec, make, CIFAR10.base_folder, files, f"unpack {CIFAR10.filename} in {spec.root}")
-    return MemoryImages(f"cifar10-{split}", torch.from_numpy(data.data).permute(0, 3, 1, 2))
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+    return MemoryImages(f"cifar10-{split}", images, *_labels(spec, data.targets))
 
 
 def celeba(spec: DataSpec, split: Split) -> Images:
     """CelebA (Liu et al. 2015), aligned, with the DDIM paper's crop: 162,770 or 19,962 images, square RGB.
 
     The crop is the 128x128 pixels around column 89, row 121 (rows 57..184, columns 25..152), resized to `spec.size`
-    by Pillow's bilinear filter: `datasets/__init__.py` of the authors' code.
+    by Pillow's bilinear filter: `datasets/__init__.py` of the authors' code. Label 1 is images that have the attribute
+    `spec.labels`.
     """
     _require(spec, spec.size[0] == spec.size[1] and spec.channels == 3, "a square size and channels=3")
     from torchvision.datasets import CelebA
@@ -103,6 +130,13 @@ def celeba(spec: DataSpec, split: Split) -> Images:
     make = partial(CelebA, split=split, target_type=[])
     advice = f"put them there yourself, with the folder img_align_celeba unpacked from {archive}"
     data = _through_torchvision(spec, make, CelebA.base_folder, files, advice, folder="img_align_celeba")
+    attributes = [name for name in data.attr_names if name]
+    if spec.labels is not None and spec.labels not in attributes:
+        raise UserError(
+            f"data.labels={spec.labels} is no attribute of CelebA{suggest(spec.labels, attributes)}; allowed: "
+            f"{', '.join(attributes)}."
+        )
+    labels, classes = _labels(spec, data.attr[:, attributes.index(spec.labels)] if spec.labels else ())
     folder = _root(spec) / CelebA.base_folder / "img_align_celeba"
     images = FileImages(
         name=f"celeba-{split}",
@@ -110,6 +144,8 @@ def celeba(spec: DataSpec, split: Split) -> Images:
         read=partial(_read_celeba, size=spec.size),
         shape=(3, *spec.size),
         transform="rows 57..184 and columns 25..152, bilinear, RGB",
+        labels=labels,
+        classes=classes,
     )
     return images.load() if spec.in_memory else images
 
@@ -132,13 +168,15 @@ def digits(spec: DataSpec, split: Split) -> Images:
     _require(spec, spec.size == (8, 8) and spec.channels == 1, "size=[8, 8] and channels=1")
     from sklearn.datasets import load_digits
 
-    levels = torch.from_numpy(load_digits().images)  # (1797, 8, 8), integers 0..16
-    return MemoryImages("digits", (levels * 255 / 16 + 0.5).to(torch.uint8)[:, None])
+    data = load_digits()
+    levels = torch.from_numpy(data.images)  # (1797, 8, 8), integers 0..16
+    return MemoryImages("digits", (levels * 255 / 16 + 0.5).to(torch.uint8)[:, None], *_labels(spec, data.target))
 
 
 def folder(spec: DataSpec, split: Split) -> Images:
     """A folder of your own images; see `folder_images`."""
-    images = folder_images(_root(spec), split, spec.size, spec.channels, spec.resize, spec.convert)
+    classes = class_folders(_root(spec)) if spec.labels else ()
+    images = folder_images(_root(spec), split, spec.size, spec.channels, spec.resize, spec.convert, classes)
     return images if not spec.in_memory else images.load()
 
 
@@ -148,6 +186,11 @@ def npz(spec: DataSpec, split: Split) -> Images:
     channels, *size = images.shape
     _require(spec, (channels, *size) == (spec.channels, *spec.size), f"size={size} and channels={channels}")
     return images
+
+
+def _labels(spec: DataSpec, labels: Any) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Return what `Images` holds of labels, of a sequence of N numbers; nothing where the spec asks for none."""
+    return (None, ()) if spec.labels is None else (torch.as_tensor(labels).long(), class_names(spec))
 
 
 def _root(spec: DataSpec) -> Path:

@@ -93,6 +93,7 @@ class FileImages(LazyImages):
             a damaged file becomes a DamagedImage here.
         shape: (C, H, W).
         transform: see `LazyImages`.
+        labels, classes: see `Images`.
     """
 
     def __init__(
@@ -102,9 +103,11 @@ class FileImages(LazyImages):
         read: Callable[[Path], Image.Image],
         shape: tuple[int, int, int],
         transform: str,
+        labels: Tensor | None = None,
+        classes: tuple[str, ...] = (),
     ) -> None:
         self.name, self.files, self.shape, self.transform = name, files, shape, transform
-        self._read = read
+        self._read, self.labels, self.classes = read, labels, classes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -196,4 +199,4 @@ class FileImages(LazyImages):
                 f"{len(damaged)} of {len(self)} image files cannot be read: {first}"
                 f"{', ...' * (len(damaged) > 5)}; replace or remove them."
             )
-        return MemoryImages(self.name, torch.from_numpy(pixels))
+        return MemoryImages(self.name, torch.from_numpy(pixels), self.labels, self.classes)

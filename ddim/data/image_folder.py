@@ -2,11 +2,13 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import ExifTags, Image
+from torch import Tensor
 
 from ddim.data.image_files import FileImages, explain_damage, resize_and_center_crop
 from ddim.errors import UserError
@@ -33,7 +35,13 @@ _TURNS = {
 
 
 def folder_images(
-    root: Path, split: str, size: tuple[int, int], channels: int, resize: bool, convert: bool = False
+    root: Path,
+    split: str,
+    size: tuple[int, int],
+    channels: int,
+    resize: bool,
+    convert: bool = False,
+    classes: tuple[str, ...] = (),
 ) -> FileImages:
     """List the images under `root`, sub-folders included, in the order of their relative paths.
 
@@ -47,10 +55,11 @@ def folder_images(
         channels: 1 or 3; the files must have as many.
         resize: scale the shorter side and centre-crop images of another size instead of refusing them.
         convert: convert grey and colour images to `channels` instead of refusing them.
+        classes: the folders of `class_folders`, which then label the images; () for no labels.
 
     Raises:
         UserError: the folder is missing, has no images, holds files that are not images or sub-folders that may be
-            splits or classes, or is linked into itself.
+            splits or classes, or is linked into itself; or the images are not all in folders of classes.
     """
     if not root.is_dir():
         raise UserError(f"the folder {root} does not exist; set data.root to a folder of images.")
@@ -64,7 +73,52 @@ def folder_images(
         read=partial(_read, size=size, channels=channels, resize=resize, convert=convert),
         shape=(channels, *size),
         transform=f"{', '.join(steps) or 'none'}, {_MODES[channels]}",
+        labels=_labels(folder, files, classes) if classes else None,
+        classes=tuple(map(printable, classes)),
     )
+
+
+def class_folders(root: Path) -> tuple[str, ...]:
+    """Return the names of the folders of classes in a folder of images, or in its split `train`: labels 0, 1, ...
+
+    As torchvision's ImageFolder has them: sorted; folders inside a folder of a class are of that class.
+
+    Raises:
+        UserError: there are fewer than two, or they cannot be read.
+    """
+    if not root.is_dir():
+        raise UserError(f"the folder {root} does not exist; set data.root to a folder of images.")
+    folder = _split_folder(root, "train")
+    names = sorted(path.name for path, is_folder in _entries(folder) if is_folder)
+    if len(names) < 2:
+        raise UserError(
+            f"data.labels=folders needs a folder for each class, two at least, and {folder} holds "
+            f"{', '.join(map(printable, names)) or 'none'}; set data.root to the folder that holds them."
+        )
+    return tuple(names)
+
+
+def _labels(folder: Path, files: Sequence[Path], classes: tuple[str, ...]) -> Tensor:
+    """Return the labels of image files, int64 (N,), by the folder of a class that each is in.
+
+    Raises:
+        UserError: a file is outside of them, or one of them is unknown or empty.
+    """
+    names = [path.relative_to(folder).parts[0] for path in files]
+    if outside := [printable(path) for path in files if path.parent == folder]:
+        raise UserError(
+            f"{folder} holds images outside the folders of classes: {', '.join(outside[:5])}"
+            f"{', ...' * (len(outside) > 5)}; move each into the folder of its class, or set data.labels=null."
+        )
+    if unknown := sorted(set(names) - set(classes)):
+        raise UserError(
+            f"{printable(folder / unknown[0])} is of no class of the training images, which are "
+            f"{', '.join(map(printable, classes[:20]))}{', ...' * (len(classes) > 20)}; rename it or move it away."
+        )
+    if empty := [name for name in classes if name not in names and (folder / name).is_dir()]:
+        raise UserError(f"{printable(folder / empty[0])} holds no images of its class; add some or remove the folder.")
+    numbers = {name: number for number, name in enumerate(classes)}
+    return torch.tensor([numbers[name] for name in names])
 
 
 def checkpoint_images(root: Path, shape: tuple[int, int, int], resize: bool, convert: bool) -> FileImages:

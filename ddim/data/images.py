@@ -48,10 +48,14 @@ class Images(Dataset[Tensor]):
     Attributes:
         name: data set and split, usable in a file name, for example "cifar10-train".
         shape: (C, H, W).
+        labels: of the images, int64 (N,) in 0..K-1; None without labels.
+        classes: the K names of the labels; () without labels.
     """
 
     name: str
     shape: tuple[int, int, int]
+    labels: Tensor | None = None
+    classes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -67,7 +71,7 @@ class Images(Dataset[Tensor]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return 64 hexadecimal digits that identify the data set."""
+        """Return 64 hexadecimal digits that identify the images, whatever their labels."""
 
 
 class MemoryImages(Images):
@@ -77,12 +81,13 @@ class MemoryImages(Images):
         images: uint8 (N, C, H, W).
     """
 
-    def __init__(self, name: str, images: Tensor) -> None:
+    def __init__(self, name: str, images: Tensor, labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> None:
         if images.dtype != torch.uint8 or images.dim() != 4 or len(images) == 0:
             raise ValueError(f"images must be uint8 (N, C, H, W) with N > 0, not {images.dtype} {tuple(images.shape)}.")
         self.name = name
         self.images = images.contiguous()
         self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.labels, self.classes = labels, classes
 
     def __len__(self) -> int:
         return len(self.images)

@@ -13,7 +13,7 @@ from ddim.diffusion.learned_variance import vlb_terms
 from ddim.diffusion.prediction import PREDICTIONS, split_output
 from ddim.diffusion.sampling import Model
 from ddim.diffusion.schedule import NoiseSchedule
-from ddim.random import TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
+from ddim.random import LABEL_DROP, TRAINING_NOISE, TRAINING_TIME, gaussian, random_words
 
 
 def q_sample(x0: Tensor, eps: Tensor, a_t: Tensor) -> Tensor:
@@ -126,6 +126,21 @@ def antithetic_times(T: int, seed: int, step: int, positions: Sequence[int] | Te
     positions = torch.as_tensor(positions, dtype=torch.int64)
     t = uniform_times(T, seed, step, positions // 2)
     return torch.where(positions % 2 == 0, t, T + 1 - t)
+
+
+def drop_labels(
+    y: Tensor, classes: int, probability: float, seed: int, step: int, positions: Sequence[int] | Tensor
+) -> Tensor:
+    """Return the labels with some replaced by K, that of no label (classifier-free guidance, Ho and Salimans 2022).
+
+    Args:
+        y: of the samples at `positions` of the global batch of optimiser step `step`, int64 (B,) in 0..K-1.
+        classes: K.
+        probability: with which a label is dropped, in [0, 1].
+        seed: which of them are follows from it, the step and the position.
+    """
+    words = random_words(seed, LABEL_DROP, step, positions)[:, 0]
+    return torch.where(words < probability * 2**32, classes, y)
 
 
 def training_noise(seed: int, step: int, positions: Sequence[int] | Tensor, shape: Sequence[int]) -> Tensor:

@@ -15,18 +15,20 @@ from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath, check_name, config_context
 from ddim.data.image_folder import checkpoint_images
 from ddim.data.images import normalize
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.labels import asked_steps
 from ddim.diffusion.rules import DDIM
-from ddim.diffusion.sampling import State
+from ddim.diffusion.sampling import Model, State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.evaluation.job import UNFINISHED, model_settings
 from ddim.evaluation.shards import Shards
 from ddim.inference.batching import map_batches
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
+from ddim.inference.conditioning import condition_settings, conditioned, guided_states, one_label
 from ddim.inference.encoded_files import SECOND, X_T, EncodedImages
-from ddim.inference.generate import check_numbers, check_sampler, progress
+from ddim.inference.generate import Numbers, check_numbers, check_sampler, progress
 from ddim.io import Tensors, check_can_write, explain_write_errors
 from ddim.results.records import provenance, record_key
 
@@ -45,6 +47,8 @@ class EncodeSpec:
         resize: resize the shorter side and centre-crop images of another size, instead of refusing them.
         convert: convert grey and colour images to those of the checkpoint, instead of refusing them.
         weights: ema, online, or ema_RATE for an additional EMA.
+        label, guidance: of a conditional model, see `ddim.inference.conditioning.conditioned`; one label for
+            all images.
         overwrite: replace an earlier file.
 
     Raises:
@@ -63,6 +67,8 @@ class EncodeSpec:
     resize: bool = False
     convert: bool = False
     weights: str = "ema"
+    label: int | str | None = None
+    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -105,17 +111,19 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
     with processes.barrier():
         check_can_write(spec.path, spec.overwrite)
         compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
-        model = load_model(spec.checkpoint, spec.weights)
+        model = conditioned(load_model(spec.checkpoint, spec.weights), spec.label, spec.guidance)
         check_numbers(model)
+        one_label(model, "encoding")
         tau = check_sampler(model, spec.sampler)
         with config_context("inversion"):
             spec.how.check_levels(model.spec.schedule, spec.sampler.tau(model.spec.schedule.T), model.spec.prediction)
         images = checkpoint_images(Path(spec.source), model.spec.image_shape, spec.resize, spec.convert)
-        evaluations = spec.how.evaluations(len(tau))[0]
+        evaluations = inversion_evaluations(model, spec.how, spec.sampler)[0]
         alone = processes.world_size == 1
         compute = prepare_model(model, compute, len(images) * evaluations, len(images), alone)
     metadata: dict[str, Any] = {
         **model_settings(model),
+        **condition_settings(model),
         "weights": model.weights,
         "sampler": spec.sampler.settings(),
         "tau": list(tau),
@@ -156,13 +164,40 @@ def decode_with(spec: EncodeSpec) -> str:
     values = dataclasses.asdict(spec.sampler)
     given = {name: value for name, value in values.items() if name == "S" or value != getattr(SamplerSpec(), name)}
     texts = (v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for v in given.values())
-    words = (f"sampler.{name}={text}" for name, text in zip(given, texts, strict=True))
+    words = [f"sampler.{name}={text}" for name, text in zip(given, texts, strict=True)]
+    if spec.label is not None:
+        words += [f"label={spec.label}", f"guidance.w={spec.guidance.w:g}"]
+    if spec.guidance.interval is not None:
+        words.append(f"guidance.interval=[{','.join(map(str, spec.guidance.interval))}]")
     return " ".join(["sampler=bdia" if spec.inversion == "bdia" else "sampler=ddim", *words])
+
+
+def inversion_evaluations(model: LoadedModel, how: Inversion, sampler: SamplerSpec) -> tuple[int, int]:
+    """Return how often an image evaluates the network (NFE), encoded and decoded, with those of guidance."""
+    schedule, prediction, clip = model.spec.schedule, model.spec.prediction, sampler.build_clip()
+    tau = sampler.tau(schedule.T)
+    counts = how.evaluations(len(tau))
+    if model.condition is None:
+        return counts
+
+    def up(network: Model, x: Tensor) -> Iterator[State]:
+        return how.encode(network, schedule, x, tau, prediction=prediction, clip=clip)
+
+    def down(network: Model, x: Tensor) -> Iterator[State]:
+        return how.decode(network, schedule, x, tau, second=x, prediction=prediction, clip=clip)
+
+    return model.condition.evaluations(up, counts[0]), model.condition.evaluations(down, counts[1])
 
 
 @torch.inference_mode()
 def encode_batch(
-    model: LoadedModel, how: Inversion, sampler: SamplerSpec, x_0: Tensor, compute: ComputeSpec, bar: tqdm | None = None
+    model: LoadedModel,
+    how: Inversion,
+    sampler: SamplerSpec,
+    x_0: Tensor,
+    compute: ComputeSpec,
+    bar: tqdm | None = None,
+    indices: Numbers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return x_T, and the state before it, of images x_0, (B, C, H, W) in [-1, 1] on the device.
 
@@ -173,11 +208,16 @@ def encode_batch(
         x_0: the images.
         compute: device and precision.
         bar: counts network evaluations of single images.
+        indices: numbers of the images, (B,), where their labels depend on them.
     """
     spec, tau, x, before = model.spec, sampler.tau(model.spec.schedule.T), x_0, x_0
+
+    def walk(network: Model) -> Iterator[State]:
+        return how.encode(network, spec.schedule, x_0, tau, prediction=spec.prediction, clip=sampler.build_clip())
+
     with autocast(compute):
-        states = how.encode(model, spec.schedule, x_0, tau, prediction=spec.prediction, clip=sampler.build_clip())
-        for state in counted(states, how.evaluations(len(tau))[0], bar):
+        states = guided_states(model, range(len(x_0)) if indices is None else indices, x_0.device, walk)
+        for state in counted(states, inversion_evaluations(model, how, sampler)[0], bar):
             before, x = x, state.x
     return x, before
 

@@ -28,12 +28,20 @@ class FeatureSet:
         mean: float64 (D,), of the features that distances are computed from.
         covariance: float64 (D, D), unbiased.
         features: of every layer; {} where the metrics need none, or only moments are known.
+        labels: of the images, int64 (N,); None where they have none, or no metric needs them.
     """
 
     count: int | None
     mean: Tensor
     covariance: Tensor
     features: Features = field(default_factory=dict)
+    labels: Tensor | None = None
+
+    def of_class(self, label: int, layer: str) -> "FeatureSet":
+        """Return the images of a class, in a set that has labels; mean and covariance are those of `layer`."""
+        assert self.labels is not None
+        chosen = self.labels == label
+        return feature_set({name: values[chosen] for name, values in self.features.items()}, layer)
 
     def has_moments_of(self, other: "FeatureSet") -> bool:
         """Whether mean and covariance are those of another set, to the last bit."""

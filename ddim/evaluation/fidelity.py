@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,18 @@ from torch import Tensor
 from ddim.checkpoints import LoadedModel
 from ddim.config import FilePath
 from ddim.data.datasets import DataSpec
+from ddim.diffusion.guidance import GuidanceSpec, guidance_suffix
 from ddim.diffusion.labels import asked_evaluations, asked_steps, title
 from ddim.distributed import Processes
 from ddim.errors import UserError
+from ddim.evaluation.class_labels import check_class_metrics
 from ddim.evaluation.feature_stats import FeatureSet, moments
 from ddim.evaluation.influence import compute_influences, keep_intervals
 from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
-from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_metrics
+from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_class_metrics, compute_metrics
 from ddim.evaluation.session import Session
-from ddim.image_io import grid, save_png
+from ddim.image_io import save_png
+from ddim.inference.conditioning import arrange, condition_settings, conditioned
 from ddim.inference.generate import check_sampler, generate_batches, network_evaluations, progress
 from ddim.io import Tensors
 from ddim.random import check_image_numbers, check_seed
@@ -45,6 +48,7 @@ class EvaluateSpec(JobSpec):
         first: number of the first image.
         repeats: how many disjoint ranges of n images are measured, one after the other.
         seed: of the noise, 0 .. 2**64 - 1.
+        label, guidance: of a conditional model, see `ddim.inference.conditioning.conditioned`.
         save_images: also write each image as a PNG, named by its number.
         reference_dir: where statistics of reference sets are kept for all sweeps.
 
@@ -61,6 +65,8 @@ class EvaluateSpec(JobSpec):
     first: int = 0
     repeats: int = 1
     seed: int = 0
+    label: int | str | None = None
+    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     save_images: bool = False
     reference_dir: FilePath = "outputs/reference"
 
@@ -87,12 +93,12 @@ class EvaluateSpec(JobSpec):
     def title(self) -> str:
         """The evaluation in a few words."""
         where = f" from image {self.first:,}" if self.first else ""
-        return f"{title(self.sampler)}{where}"
+        return f"{title(self.sampler)}{guidance_suffix(self.label, self.guidance)}{where}"
 
     @property
     def network_evaluations(self) -> int:
-        """Network evaluations of single images, over all repeats."""
-        return self.repeats * self.n * asked_evaluations(self.sampler)
+        """Network evaluations of single images, over all repeats; fewer where guidance has an interval."""
+        return self.repeats * self.n * asked_evaluations(self.sampler) * self.guidance.most_evaluations
 
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without generating an image.
@@ -101,6 +107,7 @@ class EvaluateSpec(JobSpec):
             UserError: bad input.
         """
         model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
+        model = conditioned(model, self.label, self.guidance)
         tau = check_sampler(model, self.sampler)
         settings = {
             "model": model_settings(model),
@@ -112,6 +119,7 @@ class EvaluateSpec(JobSpec):
             "pixels": "uint8, rounded half up",
             "reference": self._check_reference(session, model, compute.state_device),
             "metric": session.metric_description(self.metric, compute.state_device),
+            **condition_settings(model),
         }
         metadata = {"kind": "fidelity", "paper": self.paper, "config": dataclasses.asdict(self)}
         return Job(
@@ -129,9 +137,13 @@ class EvaluateSpec(JobSpec):
 
     def _check_reference(self, session: Session, model: LoadedModel, device: str) -> dict[str, Any]:
         """Return what a record states about the reference set."""
+        images = None
         if self.metric.reference_npz is None:
-            check_shape(model, session.images(self.data, self.metric.reference_split))
-        return reference_settings(session, self.data, self.metric, device, self.n, model.spec.image_shape)
+            images = session.images(self.data, self.metric.reference_split)
+            check_shape(model, images)
+        settings = reference_settings(session, self.data, self.metric, device, self.n, model.spec.image_shape)
+        extractor = session.extractor(self.metric, device)
+        return settings | check_class_metrics(self.metric, model, self.indices, extractor, images)
 
 
 def reference_settings(
@@ -209,6 +221,9 @@ def evaluate_in_steps(
         assert job.extractor is not None
         shape = job.model.spec.image_shape
         reference = session.reference_stats(spec.data, spec.metric, job.compute.state_device, spec.reference_dir, shape)
+        if spec.metric.class_metrics and spec.metric.reference_npz is None:
+            labels = session.images(spec.data, spec.metric.reference_split).labels
+            reference = dataclasses.replace(reference, labels=labels)
         generate_shards(spec, job, processes)
         start = time.perf_counter()
         features = job.shards.read(job.extractor.layers[0], processes)
@@ -259,17 +274,27 @@ def _extract(spec: EvaluateSpec, job: Job, batch: range, images: Tensor, samplin
 def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, generated: FeatureSet) -> dict[str, Any]:
     """Return the metrics of the stored features, whose moments `generated` has, and what a record states with them."""
     assert job.extractor is not None
+    assert job.model is not None
     start = time.perf_counter()
     shards, layers = job.shards, job.extractor.layers
     results: dict[str, Any] = {}
     if spec.metric.needs_features:
         generated = dataclasses.replace(generated, features={name: shards.read_all(name) for name in layers})
-    results["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n)
+    of_classes: dict[str, dict[int, float]] = {}
+    if spec.metric.class_metrics and (condition := job.model.condition) is not None:
+        generated = dataclasses.replace(generated, labels=condition.labels(job.indices))
+        of_classes = compute_class_metrics(generated, reference, spec.metric, spec.n)
+        results["per_class"] = {
+            metric: {condition.classes[y]: value for y, value in values.items()}
+            for metric, values in of_classes.items()
+        }
+    results["metrics"] = compute_metrics(generated, reference, spec.metric, spec.n, of_classes)
     influences = compute_influences(generated, reference, spec.metric, shards.read(layers[0]), job.extractor.device)
     results["intervals"] = keep_intervals(job, results["metrics"], influences)
     if spec.grid:
         results["grid"] = f"grids/{_file_stem(spec, job)}.png"
-        save_png(grid(shards.read_all(SHOWN)[: spec.grid]), job.output_dir / results["grid"])
+        shown = shards.read_all(SHOWN)[: spec.grid]
+        save_png(arrange(job.model, shown, job.indices[: len(shown)]), job.output_dir / results["grid"])
     sampling, extracting = torch.stack([*shards.read(SECONDS)]).sum(0).tolist()
     results["seconds_sampling"] = sampling
     results["seconds_metrics"] = extracting + time.perf_counter() - start

@@ -83,6 +83,11 @@ class MetricsSpec:
             )
         if self.metric.reference_npz is not None:
             raise ValueError("metric.reference_npz is for evaluations of a checkpoint; write reference=FILE.npz here.")
+        if of_classes := self.metric.class_metrics:
+            raise ValueError(
+                f"metric.metrics={of_classes[0]} needs the labels that images were sampled with; measure the "
+                "checkpoint with scripts/evaluate.py."
+            )
         self.logger.check_evaluation()
 
     @property

@@ -4,7 +4,7 @@ An influence is the derivative of the number by the weight of an image among the
 computed from the same features as the number, in one pass.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -60,6 +60,10 @@ def compute_influences(
     if "prc" in spec.metrics:
         layer = EXTRACTORS[spec.extractor].feature_layer
         influences["precision"] = precision_influence(generated.features[layer], reference.features[layer])
+    if "accuracy" in spec.metrics:
+        influences["accuracy"] = accuracy_influence(generated, spec)
+    if "intra_fd" in spec.metrics:
+        influences["intra_fd"] = intra_distance_influence(generated, reference, spec, device)
     named = {metric_name(name, spec.extractor, generated.count): values for name, values in influences.items()}
     return {name: values.cpu().numpy() for name, values in named.items()}
 
@@ -123,6 +127,36 @@ def precision_influence(generated: Tensor, reference: Tensor) -> Tensor:
     radii = torch.cat([torch.cdist(block, y).kthvalue(PRC_NEIGHBORHOOD + 1).values for block in blocks])
     inside = [(torch.cdist(x, y) <= radii).any(1) for x in generated.double().split(PRC_BATCH_SIZE)]
     return torch.from_numpy(mean_influence(torch.cat(inside).double()))
+
+
+def accuracy_influence(generated: FeatureSet, spec: MetricSpec) -> Tensor:
+    """Return the influences on the accuracy, (n,), a mean over classes."""
+    assert generated.labels is not None
+    correct = generated.features[str(EXTRACTORS[spec.extractor].logits_layer)].argmax(1) == generated.labels
+    return _over_classes(generated.labels, lambda chosen, _: _centred(correct[chosen].double()))
+
+
+def intra_distance_influence(
+    generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, device: torch.device | str | None = None
+) -> Tensor:
+    """Return the influences on the Fréchet distance within classes, (n,), a mean over them."""
+    assert generated.labels is not None
+    layer = EXTRACTORS[spec.extractor].feature_layer
+
+    def influence(chosen: Tensor, label: int) -> Tensor:
+        sides = generated.of_class(label, layer), reference.of_class(label, layer)
+        return frechet_influence([generated.features[layer][chosen]], *sides, device).cpu()
+
+    return _over_classes(generated.labels, influence)
+
+
+def _over_classes(labels: Tensor, influence: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Return influences on a mean over classes, (n,), of those within each; the sizes of the classes are fixed."""
+    classes, result = labels.unique().tolist(), torch.zeros(len(labels), dtype=torch.float64)
+    for label in classes:
+        chosen = labels == label
+        result[chosen] = influence(chosen, label) * (len(labels) / (len(classes) * int(chosen.sum())))
+    return result
 
 
 def _centred(influence: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
 from ddim.inference.auto import SETTINGS, words
 from ddim.inference.compute import ChosenCompute, ComputeSpec
+from ddim.inference.conditioning import condition_suffix
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
 from ddim.results.plot_spec import PlotSpec
@@ -255,7 +256,7 @@ def table_position(model: LoadedModel, sampler: SamplerSpec, tau: Sequence[float
         "recipe": model.recipe,
         "S": len(tau) if sampler.scheduler is None else asked_steps(sampler),
         "nfe": network_evaluations(model, sampler),
-        "label": row_label(sampler),
+        "label": row_label(sampler) + condition_suffix(model),
         "spacing": spacing_name(sampler, tau, model.spec.schedule.T),
         "distinct_evaluations": distinct_evaluations(tau),
     }

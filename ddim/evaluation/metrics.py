@@ -6,7 +6,7 @@ since several processes may each have a share of the features. A number is calle
 Inception's: `metric_name`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet
 from ddim.evaluation.features import EXTRACTORS, FeatureExtractor
 
-INCEPTION_NAMES = {"fd": "fid", "kd": "kid"}
+INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "intra_fd": "intra_fid"}
 # torch-fidelity's defaults, written out so that they are stored with every number.
 RNG_SEED = 2020  # of the subsets of KID and of the shuffle of the Inception score
 INCEPTION_SCORE_SPLITS = 10
@@ -34,7 +34,9 @@ class MetricSpec:
     Attributes:
         extractor: the network, or the pixels, whose features are compared (EXTRACTORS).
         metrics: "fd" Fréchet distance (FID with Inception), "kd" kernel distance (KID with Inception), "is" Inception
-            score, "prc" precision and recall.
+            score, "prc" precision and recall; of labelled images also "accuracy", how many of them the extractor's
+            logits give their own class, and "intra_fd", the Fréchet distance within each class (intra-FID, Miyato and
+            Koyama 2018), both as means over the classes.
         weights_path: Inception's weights file; None takes torch-fidelity's download.
         batch_size: images per forward pass of the extractor.
         bf16: run the extractor in bfloat16, for generated images and for the reference.
@@ -56,17 +58,17 @@ class MetricSpec:
 
     def __post_init__(self) -> None:
         extractor = choose("extractor", self.extractor, EXTRACTORS)
+        known: dict[str, Any] = METRICS | CLASS_METRICS
         for name in self.metrics:
-            choose("metric", name, METRICS)
+            choose("metric", name, known)
         if not self.metrics or len(set(self.metrics)) != len(self.metrics):
-            raise ValueError(f"metrics={list(self.metrics)} must name at least one of {', '.join(METRICS)}, each once.")
-        if "is" in self.metrics and extractor.logits_layer is None:
-            raise ValueError(
-                f"the Inception score needs class logits, which {self.extractor} does not have; leave out 'is'."
-            )
+            raise ValueError(f"metrics={list(self.metrics)} must name at least one of {', '.join(known)}, each once.")
+        for name, needs in (("is", "the Inception score needs"), ("accuracy", "the accuracy of classes needs")):
+            if name in self.metrics and extractor.logits_layer is None:
+                raise ValueError(f"{needs} class logits, which {self.extractor} does not have; leave out '{name}'.")
         if self.weights_path is not None and self.extractor != "inception":
             raise ValueError(f"weights_path is for extractor=inception; {self.extractor} brings its own, set it null.")
-        if self.reference_npz is not None and (more := {"kd", "prc"} & set(self.metrics)):
+        if self.reference_npz is not None and (more := {"kd", "prc", "intra_fd"} & set(self.metrics)):
             raise ValueError(f"{min(more)} needs the features of the reference, and reference_npz holds moments only.")
         if self.reference_npz is not None and self.bf16:
             raise ValueError("published statistics (reference_npz) are of float32 features; set metric.bf16=false.")
@@ -79,9 +81,14 @@ class MetricSpec:
         """Whether a metric needs more than mean and covariance of the features."""
         return self.metrics != ("fd",)
 
+    @property
+    def class_metrics(self) -> list[str]:
+        """Those of the metrics that need the labels of the images."""
+        return [name for name in self.metrics if name in CLASS_METRICS]
+
     def build_extractor(self, device: torch.device | str) -> FeatureExtractor:
         """Return the feature extractor on its device, with the layers that the metrics need."""
-        logits = "is" in self.metrics
+        logits = not {"is", "accuracy"}.isdisjoint(self.metrics)
         return FeatureExtractor(self.extractor, device, logits, self.weights_path, self.batch_size, self.bf16)
 
 
@@ -113,6 +120,8 @@ def describe(spec: MetricSpec, extractor: FeatureExtractor) -> dict[str, Any]:
             "is_splits": INCEPTION_SCORE_SPLITS,
             "is_rng_seed": RNG_SEED,
         }
+    if "accuracy" in spec.metrics:
+        description |= {"logits_layer": extractor.info.logits_layer}
     if "prc" in spec.metrics:
         description |= {"prc_neighborhood": PRC_NEIGHBORHOOD}
     return description
@@ -160,7 +169,28 @@ def check_sizes(spec: MetricSpec, n: int, n_reference: int | None) -> None:
         )
 
 
-def compute_metrics(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, n: int) -> dict[str, float]:
+def compute_class_metrics(
+    generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, n: int
+) -> dict[str, dict[int, float]]:
+    """Return those metrics of `spec` that are of classes, for each label of the generated images.
+
+    Arguments are those of `compute_metrics`; the sets have labels.
+    """
+    assert generated.labels is not None
+    labels, sides = generated.labels.unique().tolist(), (generated, reference, spec)
+    return {
+        metric_name(metric, spec.extractor, n): {y: CLASS_METRICS[metric](*sides, y) for y in labels}
+        for metric in spec.class_metrics
+    }
+
+
+def compute_metrics(
+    generated: FeatureSet,
+    reference: FeatureSet,
+    spec: MetricSpec,
+    n: int,
+    of_classes: Mapping[str, Mapping[int, float]] | None = None,
+) -> dict[str, float]:
     """Return every metric of `spec` under its `metric_name`.
 
     Args:
@@ -168,6 +198,7 @@ def compute_metrics(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
         reference: of the data.
         spec: what to compute; all but "fd" need features (`needs_features`).
         n: the number of generated images that the name will claim.
+        of_classes: see `compute_class_metrics`, whose means over the classes are metrics.
 
     Raises:
         UserError: n is not the number of images, or a set is too small (`check_sizes`).
@@ -177,8 +208,8 @@ def compute_metrics(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
             f"there are features of {generated.count} generated images where n={n} was asked for; generate exactly n."
         )
     check_sizes(spec, n, reference.count)
-    results: dict[str, float] = {}
-    for metric in spec.metrics:
+    results = {name: float(np.mean([*values.values()])) for name, values in (of_classes or {}).items()}
+    for metric in [name for name in spec.metrics if name in METRICS]:
         for name, value in METRICS[metric](generated, reference, spec).items():
             results[metric_name(name, spec.extractor, n)] = value
     return results
@@ -250,9 +281,25 @@ def precision_recall(generated: FeatureSet, reference: FeatureSet, spec: MetricS
     return {"precision": result[KEY_METRIC_PRECISION], "recall": result[KEY_METRIC_RECALL]}
 
 
+def class_accuracy(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, label: int) -> float:
+    """Return how many of the images of a class have their largest logit at it, 0 to 1; uses no reference."""
+    logits = generated.features[str(EXTRACTORS[spec.extractor].logits_layer)]
+    return float((logits[generated.labels == label].argmax(1) == label).double().mean())
+
+
+def class_distance(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, label: int) -> float:
+    """Return the Fréchet distance of the images of a class to those of the reference."""
+    layer = EXTRACTORS[spec.extractor].feature_layer
+    return frechet_distance(generated.of_class(label, layer), reference.of_class(label, layer), spec)["fd"]
+
+
 METRICS: dict[str, Callable[[FeatureSet, FeatureSet, MetricSpec], dict[str, float]]] = {
     "fd": frechet_distance,
     "kd": kernel_distance,
     "is": inception_score,
     "prc": precision_recall,
+}
+CLASS_METRICS: dict[str, Callable[[FeatureSet, FeatureSet, MetricSpec, int], float]] = {
+    "accuracy": class_accuracy,
+    "intra_fd": class_distance,
 }

@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,13 +15,14 @@ from ddim.checkpoints import LoadedModel
 from ddim.config import config_context
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, normalize
+from ddim.diffusion.guidance import GuidanceSpec, guidance_suffix
 from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.labels import asked_steps, row_label, title
-from ddim.diffusion.sampling import last_state
+from ddim.diffusion.sampling import Model, State, last_state
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.errors import UserError
-from ddim.evaluation.encoding import check_encoding, counted, encode_batch
+from ddim.evaluation.encoding import check_encoding, counted, encode_batch, inversion_evaluations
 from ddim.evaluation.influence import keep_intervals, mean_influence
 from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
@@ -28,7 +30,8 @@ from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
 from ddim.inference.batching import map_batches
 from ddim.inference.compute import ComputeSpec, autocast
-from ddim.inference.generate import check_numbers, check_sampler, progress, to_pixels
+from ddim.inference.conditioning import condition_settings, condition_suffix, conditioned, guided_states, one_label
+from ddim.inference.generate import Numbers, check_numbers, check_sampler, progress, to_pixels
 from ddim.io import Tensors
 from ddim.results.records import Record
 
@@ -46,6 +49,8 @@ class ReconstructSpec(JobSpec):
         n: number of images, the first ones of the split; null for all.
         grid: images shown with their reconstructions; 0 for none.
         inversion, iterations: how to encode, see `ddim.diffusion.inversion.Inversion`.
+        label, guidance: of a conditional model, see `ddim.inference.conditioning.conditioned`; label=own for those of
+            the images.
 
     The others are those of `JobSpec`.
 
@@ -60,6 +65,8 @@ class ReconstructSpec(JobSpec):
     grid: int = 32
     inversion: str = "paper"
     iterations: int | None = None
+    label: int | str | None = None
+    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
 
     def __post_init__(self) -> None:
         if self.n is not None and self.n < 1:
@@ -75,12 +82,14 @@ class ReconstructSpec(JobSpec):
     @property
     def title(self) -> str:
         """The evaluation in a few words."""
-        return f"reconstruction {title(self.sampler).replace(ROW, self.how.label)}"
+        name = title(self.sampler).replace(ROW, self.how.label)
+        return f"reconstruction {name}{guidance_suffix(self.label, self.guidance)}"
 
     @property
     def network_evaluations(self) -> int | None:
-        """Network evaluations of single images, there and back; None for all images of the split."""
-        return None if self.n is None else self.n * sum(self.how.evaluations(asked_steps(self.sampler)))
+        """Network evaluations of single images, there and back, at most; None for all images of the split."""
+        each = self.guidance.most_evaluations * sum(self.how.evaluations(asked_steps(self.sampler)))
+        return None if self.n is None else self.n * each
 
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without encoding an image.
@@ -90,10 +99,12 @@ class ReconstructSpec(JobSpec):
         """
         images = session.images(self.data, self.split)
         n = len(images) if self.n is None else self.n
-        evaluations = n * sum(self.how.evaluations(asked_steps(self.sampler)))
+        evaluations = n * self.guidance.most_evaluations * sum(self.how.evaluations(asked_steps(self.sampler)))
         model, compute = session.model(self.checkpoint, self.weights, self.compute, evaluations, n)
         check_numbers(model)
         tau = check_sampler(model, self.sampler)
+        model = conditioned(model, self.label, self.guidance, images)
+        one_label(model, "a reconstruction")
         check_shape(model, images)
         if n > len(images):
             raise UserError(f"n={n} images are more than the {len(images)} of {images.name}; n=null takes all.")
@@ -109,15 +120,19 @@ class ReconstructSpec(JobSpec):
             "pixels": "float32, neither rounded nor clamped",
             "reference": {"name": images.name, "images": len(images), "fingerprint": fingerprint},
             "metric": {"name": "reconstruction", "scale": "mean squared error of a value in [0, 1]"},
+            **condition_settings(model),
         }
-        encoding, decoding = self.how.evaluations(len(tau))
+        encoding, decoding = inversion_evaluations(model, self.how, self.sampler)
         counts = {"nfe_encoding": encoding, "nfe_decoding": decoding}
         metadata = {"paper": self.paper, "config": dataclasses.asdict(self), **counts}
         position = table_position(model, self.sampler, tau)
         if self.inversion != "paper":  # whose records keep their keys
             settings["inversion"] = self.how.settings()
-            position["label"] = row_label(self.sampler).replace(ROW, self.how.label)
+            position["label"] = row_label(self.sampler).replace(ROW, self.how.label) + condition_suffix(model)
+        if self.inversion != "paper" or encoding + decoding != 2 * len(tau):
             del position["nfe"]  # the columns of these tables are S
+        if self.guidance.most_evaluations > 1:
+            position["label"] += " (up to twice the NFE)"
         return Job(
             title=self.title,
             output_dir=Path(self.output_dir),
@@ -173,14 +188,28 @@ def measure(spec: ReconstructSpec, job: Job, processes: Processes) -> dict[str, 
 
 @torch.inference_mode()
 def reconstruct(
-    model: LoadedModel, how: Inversion, sampler: SamplerSpec, x_0: Tensor, compute: ComputeSpec, bar: tqdm | None = None
+    model: LoadedModel,
+    how: Inversion,
+    sampler: SamplerSpec,
+    x_0: Tensor,
+    compute: ComputeSpec,
+    bar: tqdm | None = None,
+    indices: Numbers | None = None,
 ) -> Tensor:
-    """Return x_0, (B, C, H, W) in [-1, 1], encoded to x_T and decoded over the same times (section 5.4)."""
-    x_T, second = encode_batch(model, how, sampler, x_0, compute, bar)
+    """Return x_0, (B, C, H, W) in [-1, 1], encoded to x_T and decoded over the same times (section 5.4).
+
+    Arguments are those of `encode_batch`.
+    """
+    indices = range(len(x_0)) if indices is None else indices
+    x_T, second = encode_batch(model, how, sampler, x_0, compute, bar, indices)
     tau, clip, spec = sampler.tau(model.spec.schedule.T), sampler.build_clip(), model.spec
+
+    def walk(network: Model) -> Iterator[State]:
+        return how.decode(network, spec.schedule, x_T, tau, second=second, prediction=spec.prediction, clip=clip)
+
     with autocast(compute):
-        states = how.decode(model, spec.schedule, x_T, tau, second=second, prediction=spec.prediction, clip=clip)
-        return last_state(counted(states, how.evaluations(len(tau))[1], bar))
+        states = guided_states(model, indices, x_T.device, walk)
+        return last_state(counted(states, inversion_evaluations(model, how, sampler)[1], bar))
 
 
 def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: range, bar: tqdm) -> Tensors:
@@ -188,7 +217,7 @@ def _reconstruct_batch(spec: ReconstructSpec, job: Job, images: Images, batch: r
     start = time.perf_counter()
     pixels = torch.stack([images[i] for i in batch])
     x_0 = normalize(pixels.to(job.compute.state_device))
-    x = reconstruct(job.model, spec.how, spec.sampler, x_0, job.compute, bar)
+    x = reconstruct(job.model, spec.how, spec.sampler, x_0, job.compute, bar, batch)
     errors = ((x - x_0).double() / 2).square().flatten(1).mean(1).cpu()  # [0, 1] is half as wide as [-1, 1]
     pairs = torch.stack([pixels, to_pixels(x)], dim=1)[: count_shown(spec.grid, batch)]
     return {ERRORS: errors, SHOWN: pairs, SECONDS: torch.tensor(time.perf_counter() - start, dtype=torch.float64)}

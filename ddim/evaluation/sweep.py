@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.errors import UserError
 from ddim.evaluation.job import UNFINISHED, Job, JobSpec, device_name
 from ddim.evaluation.session import Session
@@ -44,10 +45,15 @@ def job_id(spec: JobSpec) -> str:
     values = dataclasses.asdict(spec)
     if "compute" in values:
         values["compute"] = bool(values["compute"]["bf16"])  # None, which leaves it open, is that of before auto
+    # The names of before these options.
     if not values.get("data", {}).get("convert", True):
-        del values["data"]["convert"]  # the names of before this option
+        del values["data"]["convert"]
+    if not values.get("data", {}).get("labels", True):
+        del values["data"]["labels"]
     if not values.get("metric", {}).get("bf16", True):
         del values["metric"]["bf16"]
+    if values.get("guidance") == dataclasses.asdict(GuidanceSpec()) and values["label"] is None:
+        del values["guidance"], values["label"]
     return record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
 
 

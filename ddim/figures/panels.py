@@ -19,6 +19,7 @@ from ddim.diffusion.labels import row_label
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.inference.conditioning import condition_settings
 from ddim.inference.generate import network_evaluations, progress
 from ddim.inference.trajectories import SamplingContext, record_steps, sample_from
 from ddim.io import read_safetensors, write_safetensors
@@ -248,4 +249,5 @@ def _metadata(figure: str, context: SamplingContext, samplers: Sequence[SamplerS
         "prediction": model.spec.prediction,
         "data": model.spec.data,
         "bf16": context.compute.bf16,
+        **condition_settings(model),
     }

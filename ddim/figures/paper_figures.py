@@ -8,6 +8,7 @@ from typing import Literal
 
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath, check_name, config_context
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.distributed import SINGLE_PROCESS, Processes
@@ -16,6 +17,7 @@ from ddim.figures import panels
 from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.inference.conditioning import conditioned, one_label
 from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import SamplingContext, evenly_spaced
@@ -65,6 +67,8 @@ class FigureSpec:
         columns: number of times in x0_strip.
         frames: number of predictions in trajectory.
         seed: of the noise, 0 .. 2**64 - 1.
+        label, guidance: of a conditional model, see `ddim.inference.conditioning.conditioned`; one label for
+            interpolations.
         x_T: a file of encoded images (scripts/encode.py) to start from in place of noise; image i is its i-th.
         weights: ema, online, or ema_RATE for an additional EMA.
         overwrite: replace files of an earlier call.
@@ -89,6 +93,8 @@ class FigureSpec:
     frames: int = 30
     seed: int = 0
     weights: str = "ema"
+    label: int | str | None = None
+    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     x_T: FilePath | None = None
     overwrite: bool = False
 
@@ -128,7 +134,7 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     files = {name: targets(name, Path(spec.output_dir), spec.figure.format) for name in names}
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     with processes.barrier():
-        model = load_model(spec.checkpoint, spec.weights)
+        model = conditioned(load_model(spec.checkpoint, spec.weights), spec.label, spec.guidance)
         compute = prepare_model(model, compute)
         present = [path for paths in files.values() for path in paths if path.exists()]
         if present and not spec.overwrite:
@@ -157,7 +163,7 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
 
 def _load_x_T(spec: FigureSpec, path: str, model: LoadedModel) -> EncodedImages:
     encoded = load_encoded(path, model)
-    say_what_differs(encoded, path, spec.sampler, check_sampler(model, spec.sampler))
+    say_what_differs(encoded, path, model, spec.sampler, check_sampler(model, spec.sampler))
     return encoded
 
 
@@ -240,6 +246,7 @@ def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[
 
 def _check_deterministic(spec: FigureSpec, context: SamplingContext) -> None:
     check_sampler(context.model, spec.sampler)
+    one_label(context.model, "interpolation")
     if not spec.sampler.deterministic:
         raise UserError("interpolation needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
 

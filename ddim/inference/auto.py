@@ -188,9 +188,8 @@ def choose_for(
 
 def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
     """Return the floating-point operations of an evaluation of one image: two per multiply-add."""
-    device = next(network.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        network(*_zeros(network, image_shape))
     return counter.get_total_flops()
 
 
@@ -204,11 +203,18 @@ def rough_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
         count += 2 * output.numel() * module.weight[0].numel()
 
     handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    device = next(network.parameters()).device
-    network(torch.zeros(1, *image_shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    network(*_zeros(network, image_shape))
     for handle in handles:
         handle.remove()
     return count
+
+
+def _zeros(network: nn.Module, image_shape: tuple[int, ...]) -> list[Tensor]:
+    """Return an input of one image: x, t, and a label for a conditional network."""
+    device = next(network.parameters()).device
+    conditional = getattr(getattr(network, "spec", None), "classes", None) is not None
+    indices = torch.zeros(1, dtype=torch.int64, device=device)
+    return [torch.zeros(1, *image_shape, device=device), indices, *[indices] * conditional]
 
 
 def this_hardware(device: torch.device) -> Hardware:

@@ -15,6 +15,7 @@ from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.rules import Rule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.inference.conditioning import condition_settings
 from ddim.io import check_regular_file, is_safetensors, read_safetensors, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -97,15 +98,23 @@ def check_images(x_T: Tensor, path: str | None, indices: Sequence[int]) -> None:
         raise UserError(f"x_T={path} holds the images 0 .. {len(x_T) - 1}, not {largest}; ask for these.")
 
 
-def say_what_differs(encoded: EncodedImages, path: str, sampler: SamplerSpec, tau: Sequence[float]) -> bool:
+def say_what_differs(
+    encoded: EncodedImages, path: str, model: LoadedModel, sampler: SamplerSpec, tau: Sequence[float]
+) -> bool:
     """Return whether a sampler is the one that encoding inverted, and warn where it is not.
 
     Args:
         encoded, path: the file.
+        model: with its label and guidance.
         sampler, tau: the sampler and its times.
     """
     rule = None if sampler.scheduler is not None else sampler.build_rule()
-    same = {"times": list(tau) == encoded.metadata["tau"], "rule": rule == encoded.decoder()}
+    condition = condition_settings(model).get("condition")
+    same = {
+        "times": list(tau) == encoded.metadata["tau"],
+        "rule": rule == encoded.decoder(),
+        "label and guidance": condition == encoded.metadata.get("condition"),
+    }
     if differs := " and ".join(name for name, is_same in same.items() if not is_same):
         log.warning(
             "x_T=%s was encoded for %s, whose %s this sampler does not have; the images come back less exactly.",

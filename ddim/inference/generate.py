@@ -1,4 +1,4 @@
-"""Generate exactly the images asked for, each a function of (weights, sampler, seed, index) alone."""
+"""Generate exactly the images asked for, each a function of (weights, sampler, seed, index) alone, and of its label."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.checkpoints import LoadedModel
+from ddim.checkpoints import LoadedModel, ModelSpec
 from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.analytic import AnalyticVariance
+from ddim.diffusion.sampling import Model as Network
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, map_shared, share, split
 from ddim.inference.compute import ComputeSpec, autocast
+from ddim.inference.conditioning import guided_states
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 
 Numbers = Sequence[int] | Tensor  # of images
@@ -35,6 +37,11 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
             return scheduler_tau(sampler, model.spec.schedule, model.spec.prediction)
         spec = model.spec
         sampler.check(spec.schedule, spec.prediction, spec.variance, spec.categories)
+        if sampler.nfe and model.condition is not None and model.condition.guidance.most_evaluations > 1:
+            raise UserError(
+                f"sampler: nfe={sampler.nfe} counts one evaluation of the network where guidance makes two; give S "
+                "in its place, and nfe=null."
+            )
         rule = sampler.build_rule()
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(
@@ -58,11 +65,19 @@ def check_numbers(model: LoadedModel) -> None:
         )
 
 
-def network_evaluations(model: LoadedModel, sampler: SamplerSpec) -> int:
-    """Return how often a sample evaluates the network (NFE)."""
+def network_evaluations(model: LoadedModel, sampler: SamplerSpec, skipped: int = 0) -> int:
+    """Return how often a sample evaluates the network (NFE), with the second evaluation where there is guidance.
+
+    The first `skipped` predictions are not made.
+    """
+    spec = model.spec
     if sampler.scheduler is not None:
-        return len(scheduler_tau(sampler, model.spec.schedule, model.spec.prediction))
-    return sampler.evaluations(model.spec.schedule)
+        count = len(scheduler_tau(sampler, spec.schedule, spec.prediction))
+    else:
+        count = sampler.evaluations(spec.schedule)
+    if model.condition is None:
+        return count - skipped
+    return model.condition.evaluations(lambda network, x: _steps(spec, sampler, network, x, [0], 0), count, skipped)
 
 
 def generate(
@@ -170,7 +185,7 @@ def sample_batch(
             bar.update(len(state.x) * (state.evaluations - counted))
             counted = state.evaluations
     # Records state this number; it must be what was computed.
-    assert counted == network_evaluations(model, sampler) - (second is not None), (counted, sampler)
+    assert counted == network_evaluations(model, sampler, skipped=second is not None), (counted, sampler)
     return state.x
 
 
@@ -182,13 +197,27 @@ def sample_steps(
     The noise of the steps depends on `seed` and the image numbers `indices`, (B,). `second` is as in `trajectory`, of a
     rule of this package.
     """
-    spec = model.spec
+    return guided_states(
+        model, indices, x_T.device, lambda network: _steps(model.spec, sampler, network, x_T, indices, seed, second)
+    )
+
+
+def _steps(
+    spec: ModelSpec,
+    sampler: SamplerSpec,
+    network: Network,
+    x_T: Tensor,
+    indices: Numbers,
+    seed: int,
+    second: Tensor | None = None,
+) -> Iterator[State]:
+    """Yield the states of a network that takes no labels; see `sample_steps`."""
     if sampler.scheduler is not None:
         return scheduler_trajectory(
-            sampler, model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices
+            sampler, network, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices
         )
     return sampler.trajectory(
-        model, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices, second=second
+        network, spec.schedule, x_T, prediction=spec.prediction, seed=seed, indices=indices, second=second
     )
 
 

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from ddim import checkpoints
 from ddim.checkpoints import LoadedModel
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.inference.compute import ComputeSpec, prepare_model
+from ddim.inference.conditioning import conditioned
 from ddim.inference.generate import generate
 
 
@@ -46,6 +48,8 @@ class Model(LoadedModel):
         sampler: SamplerSpec | None = None,
         seed: int = 0,
         *,
+        label: int | str | None = None,
+        guidance: GuidanceSpec | None = None,
         batch_size: int = 250,
         bf16: bool = False,
     ) -> Tensor:
@@ -59,15 +63,18 @@ class Model(LoadedModel):
             indices: image numbers, 0 .. 2**32 - 1, such as range(16) or [3, 17].
             sampler: how to sample; None for DDIM with η = 0 and S = 50.
             seed: of x_T and of the noise of the steps, 0 .. 2**64 - 1.
+            label: the class of all images, by number or name, or "all" for each in turn; None for no label.
+            guidance: such as ddim.GuidanceSpec(w=1.0); None for the conditional network alone.
             batch_size: images in one network evaluation; halved where they do not fit into memory.
             bf16: run the network in bfloat16.
 
         Raises:
             ValueError: a number or the seed is out of range; or (UserError) there are no indices, the sampler does not
-                fit the model, or the samples are not finite.
+                fit the model, the model knows no such class, or the samples are not finite.
         """
         compute = ComputeSpec(str(self.device), batch_size, bf16)
-        return generate(self, sampler or SamplerSpec(), indices, seed, compute)
+        model = conditioned(self, label, guidance or GuidanceSpec())
+        return generate(model, sampler or SamplerSpec(), indices, seed, compute)
 
 
 def load_model(path: str | Path, weights: str = "ema") -> Model:

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.image_io import grid, read_png_text, save_gif, save_png
+from ddim.image_io import read_png_text, save_gif, save_png
 from ddim.inference.batching import share, split
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
+from ddim.inference.conditioning import arrange, condition_settings, conditioned
 from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
 from ddim.inference.generate import (
     check_sampler,
@@ -56,6 +58,7 @@ class SampleSpec:
         first: number of the first image; image i of a seed is the same in every call.
         seed: of the noise, 0 .. 2**64 - 1.
         weights: ema, online, or ema_RATE for an additional EMA.
+        label, guidance: of a conditional model, see `ddim.inference.conditioning.conditioned`.
         x_T: a file of encoded images (scripts/encode.py) to decode in place of noise: its images from `first` on, at
             most n; `seed` is then that of the noise of the steps only.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
@@ -74,6 +77,8 @@ class SampleSpec:
     first: int = 0
     seed: int = 0
     weights: str = "ema"
+    label: int | str | None = None
+    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     x_T: FilePath | None = None
     format: Literal["grid", "png", "gif"] = "grid"
     overwrite: bool = False
@@ -97,7 +102,7 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     target = Path(spec.output_dir) / {"png": "", "grid": "grid.png", "gif": "trajectory.gif"}[spec.format]
     with processes.barrier():
-        model = load_model(spec.checkpoint, spec.weights)
+        model = conditioned(load_model(spec.checkpoint, spec.weights), spec.label, spec.guidance)
         tau = check_sampler(model, spec.sampler)
         encoded = None if spec.x_T is None else _load_x_T(model, spec, spec.x_T, tau)
         if encoded is not None:
@@ -118,7 +123,7 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
     elif spec.format == "grid":
         start = None if encoded is None else encoded.start
         images = generate(model, spec.sampler, indices, spec.seed, compute, processes=processes, start=start)
-        processes.run_on_main(lambda: save_png(grid(images), target))
+        processes.run_on_main(lambda: save_png(arrange(model, images, indices), target))
     else:
         batches = [batch for gap in missing for batch in split(gap, compute.batch_size, spec.first)]
         with processes.barrier():
@@ -213,6 +218,7 @@ def _made_from(model: LoadedModel, spec: SampleSpec, encoded: EncodedImages | No
         "weights_hash": model.weights_hash[:16],
         "description_hash": record_key(description),
         "bf16": spec.compute.bf16,
+        **condition_settings(model),
     }
     if encoded is not None:
         settings["x_T"] = record_key({key: encoded.metadata[key] for key in ("fingerprint", "inversion", "tau")})
@@ -245,7 +251,7 @@ def _load_x_T(model: LoadedModel, spec: SampleSpec, path: str, tau: Sequence[flo
     """Return the file of encoded images, without the second states where the sampler is not the one they are for."""
     encoded = load_encoded(path, model)
     check_images(encoded.x_T, path, [spec.first])
-    same = say_what_differs(encoded, path, spec.sampler, tau)
+    same = say_what_differs(encoded, path, model, spec.sampler, tau)
     return encoded if same else dataclasses.replace(encoded, second=None)
 
 
@@ -260,4 +266,4 @@ def _frames(
         frames = record_steps(
             context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update, second
         )  # pixels: a long trajectory of floats would be large
-    return [grid(to_pixels(x_T)), *(grid(frame) for frame in frames.transpose(0, 1))]
+    return [arrange(model, frame, indices) for frame in (to_pixels(x_T), *frames.transpose(0, 1))]

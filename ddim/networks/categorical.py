@@ -27,6 +27,11 @@ class CategoricalUNetSpec(UNetSpec):
         super().__post_init__()
         if not 2 <= self.categories <= 256:
             raise ValueError(f"categories={self.categories} must be 2 to 256 grey levels.")
+        if self.classes is not None:
+            raise ValueError(
+                f"classes={self.classes} is not for pixels of categories (multinomial diffusion), whose network is "
+                "unconditional; leave it null, and data.labels too."
+            )
 
 
 class CategoricalUNet(nn.Module):

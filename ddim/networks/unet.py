@@ -6,13 +6,14 @@ original PyTorch files, so that published flat state dicts load key for key; `up
 Shapes in comments: B images, C channels, H x W pixels, D = 4 ch features of the time embedding.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddim.networks.time_embedding import time_embedding
 
 Init = Literal["ddpm", "torch"]
 
@@ -33,6 +34,7 @@ class UNetSpec:
         num_groups: groups of every group normalisation; each group must hold at least two channels.
         init: "ddpm" is Ho et al.'s initialisation, "torch" the PyTorch defaults that the official PyTorch code uses.
         out_channels: channels of the output; None for those of the image.
+        classes: K labels that the network is conditional on, 0..K-1; None for an unconditional network.
 
     Raises:
         ValueError: a value out of range, or values that do not fit together.
@@ -48,9 +50,11 @@ class UNetSpec:
     num_groups: int = 32
     init: Init = "ddpm"
     out_channels: int | None = None
+    classes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "ch", "ch_mult", "num_res_blocks", "num_groups", "out_channels"):
+        counts = ("channels", "ch", "ch_mult", "num_res_blocks", "num_groups", "out_channels", "classes")
+        for name in ("image_size", *counts):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -100,26 +104,6 @@ class UNetSpec:
                 f"num_groups={self.num_groups} leaves one channel per group at a width of {self.num_groups}, where "
                 "normalisation would cancel the time embedding; use at least two channels per group."
             )
-
-
-def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Return the sinusoidal embedding of network times, [sin(t w_k), cos(t w_k)] with w_k = 10000^(-k / (dim/2 - 1)).
-
-    Computed in float32 also under autocast: in bfloat16 the times 512 and 513 are equal. Source: Vaswani et al.
-    2017, in the order and with the frequencies of DDPM's code.
-
-    Args:
-        t: (B,) integers, zero-based.
-        dim: even, at least 4.
-
-    Returns:
-        (B, dim) float32: dim/2 sines, then dim/2 cosines.
-    """
-    half = dim // 2
-    k = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(k * (-math.log(10000) / (half - 1)))
-    phases = t.float()[:, None] * frequencies
-    return torch.cat([phases.sin(), phases.cos()], dim=1)
 
 
 class TimeMLP(nn.Module):
@@ -274,6 +258,9 @@ class Middle(nn.Module):
 class UNet(nn.Module):
     """DDPM's U-Net: predicts a (B, out_channels, H, W) tensor, usually the noise, from x_t and the time.
 
+    A conditional one also takes labels: their embedding is added to that of the time (Dhariwal and Nichol 2021). One
+    more row of it, K, is that of no label (Ho and Salimans 2022).
+
     Activations keep the memory format of the input when the weights have it too (`to(memory_format=channels_last)`).
     """
 
@@ -306,19 +293,22 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], spec.out_channels or spec.channels, 3, padding=1)
         if spec.init == "ddpm":
             _init_ddpm(self)
+        if spec.classes is not None:  # last, so that everything else has the weights of an unconditional network
+            self.class_emb = nn.Embedding(spec.classes + 1, 4 * spec.ch)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """Evaluate the network.
 
         Args:
             x: (B, C, H, W) float, usually in about [-1, 1] plus noise; C, H and W as in the spec.
             t: (B,) integer, zero-based network times 0..T-1 (`ddim.networks.zero_based` takes the paper's 1..T).
+            y: (B,) int64 labels 0..K of a conditional network, where K is no label; None for an unconditional one.
 
         Returns:
             (B, out_channels, H, W), in the dtype of x, or in autocast's where that is on.
 
         Raises:
-            ValueError: x or t has the wrong shape.
+            ValueError: x, t or y has the wrong shape, or y is given to an unconditional network or not to another.
         """
         expected = (self.spec.channels, *self.spec.image_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
@@ -327,7 +317,12 @@ class UNet(nn.Module):
             )
         if tuple(t.shape) != (x.shape[0],):
             raise ValueError(f"t has the shape {tuple(t.shape)}, but must hold one time per image: ({x.shape[0]},).")
-        temb = self.temb(t)  # (B, D)
+        if (None if y is None else tuple(y.shape)) != (None if self.spec.classes is None else tuple(t.shape)):
+            raise ValueError(
+                f"y has the shape {None if y is None else tuple(y.shape)}; a conditional network takes one label per "
+                f"image, ({x.shape[0]},), and another takes none; this one has classes={self.spec.classes}."
+            )
+        temb = self.temb(t) if y is None else self.temb(t) + self.class_emb(y)  # (B, D)
         skips = [self.conv_in(x)]
         for level in self.down:
             skips += level(skips[-1], temb)

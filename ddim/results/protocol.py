@@ -156,7 +156,7 @@ def _sampling(p: dict[str, Any], rows: dict[str, list[Record]], full: bool) -> l
 
 def is_distance(metric: str) -> bool:
     """Return whether less of a metric is better."""
-    return not metric.startswith(("is_", "precision_", "recall_"))
+    return not metric.startswith(("is_", "precision_", "recall_", "accuracy_"))
 
 
 def times_of(records: Iterable[Record]) -> dict[str, dict[str, list[int]]]:

@@ -95,10 +95,9 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of variational bounds.
+        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv.
     """
-    complete = [completed(record) for record in records]
-    named = join_checkpoints(complete)
+    named = join_checkpoints(complete := [completed(record) for record in records])
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
         show_intervals(tables, folder)
@@ -112,6 +111,7 @@ def write_report(
         "timing.csv": text.timing_csv(named),
     }
     texts |= {"terms.csv": text.terms_csv(bounds)} if bounds else {}
+    texts |= {"classes.csv": text.class_csv(named)} if any(r.get("per_class") for r in named) else {}
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
     plotted = [table.column != IMAGES for table in tables]  # others have a single column

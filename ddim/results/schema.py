@@ -29,6 +29,7 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     **dict.fromkeys(("seed", "compute.processes", "compute.batch_size"), (*INTEGER, NoneType)),
     **dict.fromkeys(("seconds_sampling", "seconds_metrics"), (*NUMBER, NoneType)),
     **dict.fromkeys(("config", "versions", "recipe", "intervals"), (dict,)),
+    **dict.fromkeys(("condition", "per_class"), (dict,)),
     "compute": (dict, NoneType),
     "terms": (list,),
     "bf16": (bool,),

@@ -1,5 +1,7 @@
 """A table: values of one metric under one protocol, next to the paper's where both can be compared."""
 
+import math
+import re
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -253,10 +255,12 @@ def interval_text(ends: Interval, like: float | None = None) -> str:
     return f"[{low}, {high}]"
 
 
-def row_order(label: str) -> tuple[int, str, str]:
-    """Return the key that sorts row labels: DDIM's by rising η, then σ̂, then other rules by name."""
+def row_order(label: str) -> tuple[int, str, float, str]:
+    """Return the key that sorts row labels: DDIM's by rising η, then σ̂, then other rules by name; each by rising w."""
     family = 0 if label.startswith("η") else 1 if label.startswith(SIGMA_HAT) else 2
-    return family, label.casefold() if family == 2 else label, label
+    w = re.search(r", w=(-?[\d.]+(?:e[+-]\d+)?)", label)
+    name = label if w is None else label[: w.start()]
+    return family, name.casefold() if family == 2 else name, -math.inf if w is None else float(w[1]), label
 
 
 def rounded(value: float, digits: int = DIGITS) -> float:

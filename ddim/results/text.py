@@ -87,6 +87,15 @@ def terms_csv(records: Sequence[Record]) -> str:
     return csv_text(lines)
 
 
+def class_csv(records: Sequence[Record]) -> str:
+    """Return the numbers of each class, of records whose metrics have them."""
+    lines: list[Sequence[Any]] = [["sampler", "S", "nfe", "metric", "class", "value", "key"]]
+    for r in sorted(records, key=lambda r: (r["label"], r["S"], r["key"])):
+        for metric, values in r.get("per_class", {}).items():
+            lines += [[r["label"], r["S"], r["nfe"], metric, name, _digits(x), r["key"]] for name, x in values.items()]
+    return csv_text(lines)
+
+
 def as_json(tables: Sequence[Table]) -> str:
     """Return a list with everything about each table, including the complete lists τ."""
     text = json.dumps([_content(table) for table in tables], indent=2, ensure_ascii=False)

@@ -4,6 +4,7 @@ import logging
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ddim.diffusion.labels import title
 from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
-from ddim.image_io import grid, save_png
+from ddim.image_io import class_grid, grid, save_png
 from ddim.random import check_seed
 from ddim.training.checkpoints import Checkpoints
 from ddim.training.ema import EMA
@@ -30,17 +31,21 @@ log = logging.getLogger(__name__)
 class LossByTime(Callback):
     """Logs the mean loss, and that of each quarter of the times 1..T, over all samples since it was logged last.
 
+    Of a conditional network also that of the samples with a label, and of those without.
+
     Losses that are not finite are left out. What was not logged yet is part of a checkpoint, so that a resumed run logs
     the same numbers. A step is saved after it is logged: this callback comes before those that save.
 
     Args:
         T: the largest time.
         every: optimiser steps between two logs.
+        classes: K of a conditional network; None for an unconditional one.
     """
 
-    def __init__(self, T: int, every: int) -> None:
-        self.T, self.every = T, every
-        self.sums = torch.zeros(2, 4)  # of this process's weighted losses, and of their weights: by quarter
+    def __init__(self, T: int, every: int, classes: int | None = None) -> None:
+        self.T, self.every, self.classes = T, every, classes
+        # Of this process's weighted losses, and of their weights: by quarter, with a label, then without.
+        self.sums = torch.zeros(2, 4 if classes is None else 8)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the sums over all processes, on one of them."""
@@ -58,11 +63,18 @@ class LossByTime(Callback):
         """Add the losses of a micro-batch; log after every `every`-th optimiser step."""
         finite = outputs["losses"].isfinite()
         values, weights = outputs["losses"].float().where(finite, 0), outputs["weights"].where(finite, 0)
-        self.sums.index_add_(1, (outputs["t"] - 1) * 4 // self.T, torch.stack([weights * values, weights]))
+        column = (outputs["t"] - 1) * 4 // self.T
+        if self.classes is not None:
+            column = column + 4 * (outputs["y"] == self.classes)
+        self.sums.index_add_(1, column, torch.stack([weights * values, weights]))
         if step_ended(trainer, batch_idx, self.every):
-            sums, numbers = self._over_processes(trainer)
+            sums, numbers = self._over_processes(trainer).unflatten(1, (-1, 4))
             pl_module.log("train/loss", sums.sum() / numbers.sum())
-            pl_module.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(sums / numbers)})
+            quarters = sums.sum(0) / numbers.sum(0)
+            pl_module.log_dict({f"train/loss_quarter_{i + 1}": mean for i, mean in enumerate(quarters)})
+            if self.classes is not None:
+                conditional, unconditional = sums.sum(1) / numbers.sum(1)
+                pl_module.log_dict({"train/loss_conditional": conditional, "train/loss_unconditional": unconditional})
             self.sums.zero_()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -70,7 +82,7 @@ class LossByTime(Callback):
         checkpoint.setdefault(COUNTS, {})["losses"] = self._over_processes(trainer)
 
     def _over_processes(self, trainer: Trainer) -> Tensor:
-        """Return the sums over all processes, (2, 4); all of them must call this."""
+        """Return the sums over all processes, (2, 4 or 8); all of them must call this."""
         return trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
 
 
@@ -144,6 +156,8 @@ class GridSpec:
 class SampleGrid(Callback):
     """Samples from the same noise every time, with the EMA weights, into `folder` and the loggers.
 
+    Of a conditional network, image i has the label i mod K, and each class a row.
+
     Args:
         spec: what to sample and when.
         folder: gets step_00001000.png and so on.
@@ -167,7 +181,8 @@ class SampleGrid(Callback):
         every, step = self.spec.every, trainer.global_step
         if not every or not trainer.is_global_zero or not step_ended(trainer, batch_idx, every):
             return
-        image = grid(self._sample(pl_module))
+        images, K = self._sample(pl_module), pl_module.spec.num_classes
+        image = grid(images) if K is None else class_grid(images, torch.arange(len(images)) % K)
         path = self.folder / f"step_{step:08d}.png"
         save_png(image, path)
         for logger in trainer.loggers:
@@ -198,7 +213,9 @@ class SampleGrid(Callback):
     def _sample_batch(self, module: DiffusionModule, indices: Tensor) -> Tensor:
         spec, model = self.spec, module.spec
         x_T = model.x_T(indices, spec.seed, module.device)
+        K = model.num_classes
+        labelled = module.model if K is None else partial(module.model, y=indices % K)
         states = spec.sampler.trajectory(
-            module.model, model.schedule, x_T, prediction=model.prediction, seed=spec.seed, indices=indices
+            labelled, model.schedule, x_T, prediction=model.prediction, seed=spec.seed, indices=indices
         )
         return to_uint8(last_state(states)).cpu()

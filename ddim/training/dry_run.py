@@ -29,7 +29,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     checkpoint, data, module = prepare(spec, model)
     done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     stopwatch = Stopwatch(first=2)
-    callbacks = build_callbacks(spec, model.schedule.T, StopSignals())
+    callbacks = build_callbacks(spec, model, StopSignals())
     measured = [ValidationTimer(callback) for callback in callbacks if isinstance(callback, Validation)]
     used = [*(callback for callback in callbacks if isinstance(callback, EMA)), stopwatch, *measured]
     trainer = build_trainer(spec, spec.folder, used, loggers=[], max_steps=stopwatch.first + steps)

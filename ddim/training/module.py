@@ -1,9 +1,10 @@
 """The LightningModule: it owns no formula, only the order of the calls."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,14 @@ from ddim.data.batches import Batch
 from ddim.diffusion import multinomial
 from ddim.diffusion.importance import LOSS_SECOND_MOMENT, empty_history, importance_times, record_losses
 from ddim.diffusion.learned_variance import VARIANCES
-from ddim.diffusion.objective import LOSS_WEIGHTS, REDUCTIONS, TIME_SAMPLERS, per_sample_loss, training_noise
+from ddim.diffusion.objective import (
+    LOSS_WEIGHTS,
+    REDUCTIONS,
+    TIME_SAMPLERS,
+    drop_labels,
+    per_sample_loss,
+    training_noise,
+)
 from ddim.diffusion.prediction import PREDICTIONS
 from ddim.diffusion.sampling import Model
 from ddim.networks import build_network, zero_based
@@ -47,10 +55,12 @@ class ObjectiveSpec:
         variance: a key of VARIANCES: fixed, or learned_range, for which the network gets twice the output channels.
         multinomial: the loss where pixels are one of K categories, a key of `ddim.diffusion.multinomial.LOSSES`, for
             the largest σ; null where they are numbers. It is the mean over pixels of a prediction of x0.
+        label_drop: of a conditional network, the probability with which a sample is trained on without its label, for
+            guidance; in [0, 1).
 
     Raises:
         UserError: an unknown name.
-        ValueError: a number that is not positive, a weight that leaves a learned variance without a gradient, or needs
+        ValueError: a number out of range, a weight that leaves a learned variance without a gradient, or needs
             one, or a multinomial loss with another prediction, reduction, weight or variance.
     """
 
@@ -62,6 +72,7 @@ class ObjectiveSpec:
     vlb_weight: float = 0.001
     variance: str = "fixed"
     multinomial: str | None = None
+    label_drop: float = 0.1
 
     def __post_init__(self) -> None:
         choose("objective.prediction", self.prediction, PREDICTIONS)
@@ -72,6 +83,8 @@ class ObjectiveSpec:
         for name in ("gamma", "vlb_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"label_drop={self.label_drop} must be a probability in [0, 1); use 0 to drop no label.")
         if self.variance == "fixed" and self.weight == "hybrid":
             raise ValueError("weight=hybrid trains a learned variance; set variance=learned_range, or weight=simple.")
         if self.variance != "fixed" and self.weight not in ("vlb", "hybrid"):
@@ -125,7 +138,8 @@ class OptimSpec:
 class DiffusionModule(LightningModule):
     """Trains a network on the objective.
 
-    Times and noise are functions of (seed, step, position); dropout of (seed, step, micro-batch, process).
+    Times, noise and dropped labels are functions of (seed, step, position); dropout of (seed, step, micro-batch,
+    process).
 
     Args:
         spec: the model; stored in every checkpoint.
@@ -166,26 +180,31 @@ class DiffusionModule(LightningModule):
         return self.objective.times == LOSS_SECOND_MOMENT
 
     @property
-    def model(self) -> Model:
-        """The network behind its time adapter: called with the paper's times."""
+    def model(self) -> Callable[..., Tensor]:
+        """The network behind its time adapter: called with the paper's times, and with labels if it is conditional."""
         return zero_based(self.network)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return loss: the weighted mean over the micro-batch, (); losses: (b,), detached, their t in 1..T and weights.
 
-        The weights are 1 unless times are sampled by importance.
+        The weights are 1 unless times are sampled by importance. Of a conditional network also y, its labels: (b,).
         """
         x0, step, positions = batch["images"], batch["step"], batch["positions"]
+        conditional: dict[str, Tensor] = {}
+        if (K := self.spec.num_classes) is not None:
+            drop = self.objective.label_drop
+            conditional = {"y": drop_labels(batch["labels"], K, drop, self.seed, step, positions)}
         if self.has_importance_times:
             t, weights = importance_times(self.loss_history, self.seed, step, positions)
         else:
             t = TIME_SAMPLERS[self.objective.times](self.spec.schedule.T, self.seed, step, positions)
             weights = torch.ones(len(x0), device=x0.device)
         with self._addressed_dropout(step, batch_idx):
-            losses = self._losses(x0, t, step, positions)
+            losses = self._losses(partial(self.model, **conditional), x0, t, step, positions)
         if self.has_importance_times:
             self._drawn.append(torch.stack([x.double() for x in (positions, t, losses.detach())], 1))
-        return {"loss": (weights * losses).mean(), "losses": losses.detach(), "t": t, "weights": weights}
+        means = {"loss": (weights * losses).mean(), "losses": losses.detach()}
+        return means | {"t": t, "weights": weights} | conditional
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Record the losses of the step, of all processes and micro-batches, for the times of later steps."""
@@ -199,15 +218,15 @@ class DiffusionModule(LightningModule):
         self.loss_history.copy_(record_losses(self.loss_history, t.long(), losses))
         self._drawn.clear()
 
-    def _losses(self, x0: Tensor, t: Tensor, step: int, positions: Tensor) -> Tensor:
+    def _losses(self, model: Model, x0: Tensor, t: Tensor, step: int, positions: Tensor) -> Tensor:
         alpha_bar: Tensor = self.alpha_bar  # type: ignore[assignment]
         if self.objective.multinomial is not None:
             words = multinomial.words_of(self.seed, TRAINING_NOISE, step, positions, x0.shape[1:])
             K = self.spec.categories or 0
-            return multinomial.per_sample_loss(self.model, alpha_bar, x0, t, words, K, self.objective.multinomial)
+            return multinomial.per_sample_loss(model, alpha_bar, x0, t, words, K, self.objective.multinomial)
         eps = training_noise(self.seed, step, positions, x0.shape[1:])
         return per_sample_loss(
-            self.model,
+            model,
             alpha_bar,
             x0,
             t,

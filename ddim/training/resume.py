@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from, and whether it may."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from torch import Tensor
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX, RECIPE, read_checkpoint
 from ddim.checkpoints.spec import KEY
+from ddim.data.images import Images
 from ddim.errors import UserError
 from ddim.io import explain_read_errors
 from ddim.training.checkpoints import newest_intact
@@ -61,6 +63,14 @@ def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: M
         )
 
 
+def fingerprint(images: Images) -> str:
+    """Return 64 hexadecimal digits that identify images and their labels."""
+    pixels = images.fingerprint()
+    if images.labels is None:
+        return pixels
+    return hashlib.sha256(pixels.encode() + images.labels.numpy().tobytes()).hexdigest()
+
+
 def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str) -> None:
     """Refuse a checkpoint that was trained on images of another fingerprint; warn when it has none.
 
@@ -72,8 +82,8 @@ def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str) ->
         log.warning("%s is of earlier code and does not tell its training images; they are not compared.", path)
     elif before != fingerprint:
         raise UserError(
-            f"{path} was trained on other images (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), so this run "
-            f"cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"
+            f"{path} was trained on other images or labels (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), "
+            f"so this run cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"
         )
 
 
@@ -111,7 +121,8 @@ def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule,
         history = tuple(module.loss_history.shape)
         if module.has_importance_times and "loss_history" not in counts:
             raise ValueError("loss_history is missing")
-        for key, shape in (("skipped", (2,)), ("losses", (2, 4)), ("loss_history", history)):
+        losses = (2, 4 if module.spec.num_classes is None else 8)
+        for key, shape in (("skipped", (2,)), ("losses", losses), ("loss_history", history)):
             if key in counts and counts[key].shape != shape:
                 raise ValueError(f"{key} has the shape {tuple(counts[key].shape)}, not {shape}")
 

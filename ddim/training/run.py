@@ -34,7 +34,14 @@ from ddim.training.lightning_workarounds import leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import COUNTS, DiffusionModule
 from ddim.training.progress import Progress
-from ddim.training.resume import FINGERPRINT, check_images, check_state, explain_restore_errors, find_checkpoint
+from ddim.training.resume import (
+    FINGERPRINT,
+    check_images,
+    check_state,
+    explain_restore_errors,
+    find_checkpoint,
+    fingerprint,
+)
 from ddim.training.spec import TrainerSpec, TrainSpec
 from ddim.training.validation import STATE, Validation
 
@@ -91,7 +98,7 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
         config = {**config, "computed": module.computed}
     loggers = build_loggers(spec.logger, spec.name, spec.folder, {**config, "parameters": parameters})
     stop = StopSignals()
-    callbacks = build_callbacks(spec, model.schedule.T, stop)
+    callbacks = build_callbacks(spec, model, stop)
     trainer = build_trainer(spec, spec.folder, callbacks, loggers)
     if (launcher := trainer.strategy.launcher) is not None:  # which may start processes that train
         stop.forward = partial(launcher.kill, signal.SIGTERM)
@@ -156,7 +163,7 @@ def prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Path | None, ImageDataMo
     resumed = find_checkpoint(spec, model)
     data, module = build_data(spec), build_module(spec, model)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # the one that writes; reading all images may take long
-        module.recipe[FINGERPRINT] = data.images.fingerprint()
+        module.recipe[FINGERPRINT] = fingerprint(data.images)
     if resumed is None:
         return None, data, module
     path, checkpoint = resumed
@@ -174,7 +181,9 @@ def build_data(spec: TrainSpec) -> ImageDataModule:
     """
     t, images = spec.trainer, load_images(spec.data, "train")
     if t.overfit:
-        images = MemoryImages(images.name, images.batch(torch.arange(min(t.batch_size, len(images)))))
+        first = torch.arange(min(t.batch_size, len(images)))
+        labels = None if images.labels is None else images.labels[first]
+        images = MemoryImages(images.name, images.batch(first), labels, images.classes)
     return ImageDataModule(images, t.batch_size, spec.seed, t.max_steps, spec.data.flip, t.num_workers)
 
 
@@ -194,8 +203,8 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
     return module
 
 
-def build_callbacks(spec: TrainSpec, T: int, stop: StopSignals) -> list[Callback]:
-    """Return the callbacks of a run with times 1..T, in the order in which they are called; `stop` ends it."""
+def build_callbacks(spec: TrainSpec, model: ModelSpec, stop: StopSignals) -> list[Callback]:
+    """Return the callbacks of a run that trains `model`, in the order in which they are called; `stop` ends it."""
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
     checkpoints = Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every, stop, t.keep_best)
@@ -204,7 +213,7 @@ def build_callbacks(spec: TrainSpec, T: int, stop: StopSignals) -> list[Callback
         callbacks.append(Validation(spec.eval, spec.evaluation(), ema, spec.objective.reduction, checkpoints))
     return [
         *callbacks,
-        LossByTime(T, t.log_every),
+        LossByTime(model.schedule.T, t.log_every, model.num_classes),
         Progress(t.batch_size, t.log_every),
         SampleGrid(spec.grid, spec.folder / "samples", ema, t.batch_size),
         DivergenceGuard(t.log_every, t.max_skipped),

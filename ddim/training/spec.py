@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from ddim.checkpoints import ModelSpec
 from ddim.config import FilePath, build, check_name, choose, config_context
-from ddim.data.datasets import DataSpec
+from ddim.data.datasets import DataSpec, class_names
+from ddim.diffusion.guidance import ALL
 from ddim.diffusion.learned_variance import VARIANCES
 from ddim.diffusion.prediction import check_level
 from ddim.diffusion.schedule import ScheduleSpec
@@ -175,6 +176,8 @@ class TrainSpec:
         data = {key: getattr(self.data, key) for key in ("name", "category", "flip", "resize")}
         if self.data.convert:
             data["convert"] = True  # only then: checkpoints of before this option can be resumed
+        if self.data.labels is not None:
+            data["labels"] = self.data.labels
         groups = {"objective": self.objective.recipe(), "optim": asdict(self.optim), "data": data}
         groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
         groups["trainer"] = {"batch_size": self.trainer.batch_size}
@@ -187,8 +190,8 @@ class TrainSpec:
         """Return the description of the model that this run trains.
 
         Raises:
-            UserError: the network's fields are wrong or do not fit the data, the network is to learn ε where nothing
-                but ε is left (zero terminal SNR), or a sampler, of the grid or of `eval`, does not fit T.
+            UserError: the network's fields are wrong or do not fit the data or its labels, the network is to learn ε
+                where nothing but ε is left (zero terminal SNR), or a sampler, of the grid or of `eval`, does not fit T.
         """
         fields = dict(self.network)
         name = fields.pop("name", "unet")
@@ -198,11 +201,12 @@ class TrainSpec:
             raise UserError("network.out_channels follows from objective.variance; leave it null.")
         if o.variance != "fixed":
             fields["out_channels"] = out_channels
+        classes = self._classes(fields)
         network_spec = build(choose("network", name, NETWORKS)[0], fields, "network")
         if o.weight in ("vlb", "hybrid") and schedule.T < 2:
             raise UserError(f"objective.weight={o.weight} needs at least two times; set schedule.T above 1.")
         plugins = tuple(imported_plugins())
-        model = ModelSpec(name, network_spec, schedule, o.prediction, self.data.name, plugins, o.variance)
+        model = ModelSpec(name, network_spec, schedule, o.prediction, self.data.name, plugins, o.variance, classes)
         if model.image_shape != (self.data.channels, *self.data.size):
             raise UserError(
                 f"the network takes images of (channels, height, width) {model.image_shape}, the data has "
@@ -222,8 +226,34 @@ class TrainSpec:
                 self.eval.sampler.check(model.schedule, model.prediction, model.variance, model.categories)
         return model
 
+    def _classes(self, fields: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the classes, and set how many the network has.
+
+        Raises:
+            UserError: network.classes is another number, or labels are dropped of which there are none.
+        """
+        names, given = class_names(self.data), fields.get("classes")
+        if given is not None and not names:
+            raise UserError(f"network.classes={given} needs labels, and data.labels=null gives none; set data.labels.")
+        if given not in (None, len(names)):
+            raise UserError(
+                f"network.classes={given} contradicts data.labels={self.data.labels}, which gives {len(names)} "
+                "classes; leave network.classes null, and it follows from the labels."
+            )
+        if not names and self.objective.label_drop != ObjectiveSpec.label_drop:
+            raise UserError(
+                f"objective.label_drop={self.objective.label_drop} drops labels, and data.labels=null gives none; set "
+                "data.labels, or leave it out."
+            )
+        if names:
+            fields["classes"] = len(names)
+        return names
+
     def evaluation(self) -> EvaluateSpec:
-        """Return the evaluation of `eval`; its weights, device and batch size are those of the process that trains."""
+        """Return the evaluation of `eval`; its weights, device and batch size are those of the process that trains.
+
+        Samples of a conditional network have labels in turn, without guidance.
+        """
         e, t = self.eval, self.trainer
         with config_context("eval"):
             return EvaluateSpec(
@@ -238,4 +268,5 @@ class TrainSpec:
                 n=e.n or 1,  # 0 is the held-out loss alone
                 seed=e.seed,
                 reference_dir=e.reference_dir,
+                label=None if self.data.labels is None else ALL,
             )

@@ -34,7 +34,7 @@ from ddim.results.records import record_key
 from ddim.signals import StopSignals
 from ddim.training.checkpoints import Checkpoints, step_file
 from ddim.training.ema import EMA
-from ddim.training.heldout import Batches, heldout_loss, load_heldout
+from ddim.training.heldout import Batches, heldout_images, heldout_loss, load_heldout
 from ddim.training.module import COUNTS, step_ended
 
 log = logging.getLogger(__name__)
@@ -98,10 +98,10 @@ class _TrainedModel(LoadedModel):
 
     stop: StopSignals | None
 
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         if self.stop is not None and self.stop.received is not None:
             raise Interrupted("stopped while the weights were being measured; go on with checkpoint=last.")
-        return super().__call__(x_t, t)
+        return super().__call__(x_t, t, y)
 
 
 class _TrainingSession(Session):
@@ -210,7 +210,7 @@ class Validation(Callback):
                 network = seconds_per_image(
                     lambda count: evaluate_zeros(model, compute, count), compute.batch_size, compute.compiles
                 )
-        losses = sum(len(batch) for batch, _ in self.heldout) * network
+        losses = sum(len(held.numbers) for held in self.heldout) * network
         return len(self.labels) * (seconds / self.processes.world_size + losses)
 
     def _describe(self, trainer: Trainer) -> str:
@@ -220,9 +220,11 @@ class Validation(Callback):
             parts.append(f"{self.spec.decisive} of {self.spec.n:,} images ({job.title})")
         if self.spec.heldout:
             images: Images = trainer.datamodule.images  # type: ignore[attr-defined]
+            chosen = heldout_images(images, self.spec.heldout)  # if the test split is the training images
             seen = all(
-                batch.stop <= len(images) and torch.equal(pixels, images.batch(torch.tensor(batch)))
-                for batch, pixels in self.heldout
+                held.numbers.stop <= len(chosen)
+                and torch.equal(held.pixels, images.batch(chosen[held.numbers.start : held.numbers.stop]))
+                for held in self.heldout
             )
             split = f"training images ({job.data.name} has no test split)" if seen else "images of the test split"
             parts.append(f"val/loss of up to {self.spec.heldout:,} {split}")

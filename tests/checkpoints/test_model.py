@@ -71,7 +71,7 @@ OTHER = {
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(UNetSpec)])
 def test_every_network_field_of_the_weights_is_a_difference(spec, field):
-    if field == "out_channels":  # follows from the variance, below
+    if field in ("out_channels", "classes"):  # below
         return
     if field in ("dropout", "init"):  # of the training, not of the weights
         other = replace(spec, network_spec=replace(NETWORK, dropout=0.1, init="ddpm"), data="others")
@@ -95,6 +95,19 @@ def test_learned_variance_is_described_and_a_difference(spec):
     for wrong in ({"variance": "fixed"}, {"network_spec": NETWORK}):
         with pytest.raises(UserError, match="output channels; the network has"):
             replace(learned, **wrong)
+
+
+def test_classes_are_described_and_a_difference(spec):
+    conditional = replace(spec, network_spec=replace(NETWORK, classes=2), classes=("cat", "dog"))
+    stored = conditional.to_dict()
+    assert (stored["network"]["classes"], stored["classes"]) == (2, ["cat", "dog"])
+    back = ModelSpec.from_dict(stored)
+    assert (back.num_classes, back.classes, conditional.differences(back)) == (2, ("cat", "dog"), [])
+    assert spec.differences(conditional) == ["network.classes: None and 2", "classes: none and cat, dog"]
+    assert "classes" not in spec.to_dict() | spec.to_dict()["network"]
+    for wrong in ({"classes": ("cat",)}, {"network_spec": NETWORK}):
+        with pytest.raises(UserError, match=r"names of classes do not fit a network of classes="):
+            replace(conditional, **wrong)
 
 
 def test_schedule_and_prediction_are_differences(spec):

@@ -20,7 +20,7 @@ class Lazy(LazyImages):
     name, transform = "lazy", "none"
 
     def __init__(self, images):
-        self.images, self.shape = images, images.shape
+        self.images, self.shape, self.labels = images, images.shape, getattr(images, "labels", None)
 
     def __len__(self):
         return len(self.images)
@@ -53,7 +53,8 @@ class Recorder(LightningModule):
 @pytest.fixture
 def images():
     generator = torch.Generator().manual_seed(0)
-    return MemoryImages("random", torch.randint(0, 256, (N, 3, 4, 6), dtype=torch.uint8, generator=generator))
+    pixels = torch.randint(0, 256, (N, 3, 4, 6), dtype=torch.uint8, generator=generator)
+    return MemoryImages("random", pixels, 100 + torch.arange(N), tuple(map(str, range(200))))  # each of its own label
 
 
 @pytest.fixture
@@ -83,7 +84,7 @@ def train(tmp_path, images):
 
 def same(one, other):
     return len(one) == len(other) and all(
-        a["step"] == b["step"] and torch.equal(a["positions"], b["positions"]) and torch.equal(a["images"], b["images"])
+        a["step"] == b["step"] and all(torch.equal(a[key], b[key]) for key in ("positions", "images", "labels"))
         for a, b in zip(one, other, strict=True)
     )
 
@@ -95,6 +96,7 @@ def expected(images):
     return [
         {"step": k, "positions": (at := batches[k]["positions"])}
         | {"images": normalize(random_flip(images.images[batches[k]["indices"]], 3, k, at))}
+        | {"labels": 100 + batches[k]["indices"]}
         for k in range(7)
     ]
 
@@ -108,7 +110,7 @@ def test_trainer_gets_the_addressed_batches(train, images, expected, kind, worke
     seen, trainer = train(7, source=source, num_workers=workers, device_resident=resident)
     assert same(seen, expected)
     assert seen[0]["images"].shape == (BATCH, 3, 4, 6)
-    assert seen[0]["images"].dtype == torch.float32
+    assert (seen[0]["images"].dtype, seen[0]["labels"].dtype) == (torch.float32, torch.int64)
     assert trainer.num_training_batches == 7
 
 
@@ -162,6 +164,10 @@ def test_accumulated_batches_make_up_the_full_batch(train, expected):
         assert torch.equal(torch.cat([b["images"] for b in seen[2 * step : 2 * step + 2]]), batch["images"])
 
 
+def test_batches_of_images_without_labels_have_none(train, images):
+    assert "labels" not in train(1, source=MemoryImages("random", images.images))[0][0]
+
+
 def test_without_flip_the_pixels_are_the_stored_ones(train, images):
     seen, _ = train(5, flip=False)
     pixels = torch.cat([((b["images"] + 1) * 127.5).round().to(torch.uint8) for b in seen])
@@ -193,5 +199,5 @@ def test_two_processes_divide_the_batch_of_one(train, tmp_path, expected):
     train(7, module=Recorder(tmp_path), trainer_options={"strategy": "ddp_fork", "devices": 2})
     by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for step, batch in enumerate(expected):
-        for key in ("positions", "images"):
+        for key in ("positions", "images", "labels"):
             assert torch.equal(torch.cat([seen[step][key] for seen in by_rank]), batch[key])

@@ -19,6 +19,7 @@ from torchvision.transforms.functional import crop, resize
 
 from ddim.config import build
 from ddim.data import DATASETS, DataSpec, load_images
+from ddim.data.datasets import class_names
 from ddim.errors import UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "data"
@@ -55,6 +56,18 @@ def test_digits_are_not_mirrored():
         ({"name": "digits", "size": [8, 8], "channels": 1, "resize": True}, "resize=true is an option of folder"),
         ({"name": "digits", "size": [8, 8], "channels": 1, "convert": True}, "convert=true is an option of folder"),
         ({"name": "lsun", "size": [8, 8], "channels": 3, "in_memory": False}, "in_memory=false is an option of celeba"),
+        (
+            {"name": "digits", "size": [8, 8], "channels": 1, "labels": "folders"},
+            "labels=folders is not known for digits; allowed: classes or null",
+        ),
+        (
+            {"name": "folder", "size": [8, 8], "channels": 1, "labels": "classes"},
+            "labels=classes is not known for folder; allowed: folders or null",
+        ),
+        (
+            {"name": "lsun", "size": [8, 8], "channels": 3, "labels": "classes"},
+            "labels=classes is not known for lsun; allowed: null, it has no labels",
+        ),
         ({"name": "folders", "size": [8, 8], "channels": 3}, "unknown data set 'folders' .did you mean folder?"),
         ({"name": "digits", "size": [16, 16], "channels": 1}, r"digits needs size=\[8, 8\] and channels=1, not size="),
         ({"name": "cifar10", "size": [64, 64], "channels": 3}, r"cifar10 needs size=\[32, 32\] and channels=3"),
@@ -81,6 +94,19 @@ def test_digits_have_17_grey_levels_and_one_split():
     assert test.fingerprint() == images.fingerprint()
 
 
+def test_labels_of_digits_are_the_digits():
+    plain = load_images(spec(name="digits", size=[8, 8], channels=1))
+    images = load_images(spec(name="digits", size=[8, 8], channels=1, labels="classes"))
+    from sklearn.datasets import load_digits
+
+    assert images.labels.dtype == torch.int64
+    assert images.labels.tolist() == load_digits().target.tolist()
+    assert images.classes == class_names(spec(name="digits", size=[8, 8], channels=1, labels="classes"))
+    assert images.classes == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert (plain.labels, plain.classes) == (None, ())
+    assert images.fingerprint() == plain.fingerprint()  # of the reference sets of earlier records
+
+
 @pytest.fixture
 def cifar_root(tmp_path, monkeypatch):
     """Two images per batch file; the channels hold the number of the image, the column and the row."""
@@ -92,7 +118,7 @@ def cifar_root(tmp_path, monkeypatch):
         data[:, 1] = np.arange(32)
         data[:, 2] = np.arange(32)[:, None]
         with open(tmp_path / "cifar-10-batches-py" / name, "wb") as file:
-            pickle.dump({"data": data.reshape(2, -1), "labels": [0, 1]}, file)
+            pickle.dump({"data": data.reshape(2, -1), "labels": [b, 9]}, file)
     with open(tmp_path / "cifar-10-batches-py" / "batches.meta", "wb") as file:
         pickle.dump({"label_names": ["a", "b"]}, file)
     # torchvision then checks only whether the files exist
@@ -110,6 +136,10 @@ def test_cifar10_splits_and_axes(cifar_root):
     assert test.images[:, 0, 5, 7].tolist() == [10, 11]
     assert train.images[3, :, 5, 7].tolist() == [3, 7, 5]
     assert (train.name, test.name) == ("cifar10-train", "cifar10-test")
+    labelled = load_images(spec(**values, labels="classes"), "train")
+    assert labelled.labels.tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert (labelled.classes[3], labelled.classes[9], len(labelled.classes)) == ("cat", "truck", 10)
+    assert train.labels is None
 
 
 def test_missing_cifar10_files_are_named(cifar_root, monkeypatch):
@@ -156,7 +186,8 @@ def celeba_root(tmp_path, monkeypatch):
 
     table("list_eval_partition.txt", [], [[0], [1], [0], [2], [2]], header=False)
     table("identity_CelebA.txt", [], [[1]] * 5, header=False)
-    table("list_attr_celeba.txt", ["Smiling", "Young"], [[1, -1]] * 5, header=True)
+    attributes = [[1, -1], [1, -1], [-1, -1], [-1, 1], [1, -1]]
+    table("list_attr_celeba.txt", ["Smiling", "Young"], attributes, header=True)
     table("list_bbox_celeba.txt", ["image_id", "x_1", "y_1"], [[1, 2]] * 5, header=True)
     table("list_landmarks_align_celeba.txt", ["lefteye_x", "lefteye_y"], [[1, 2]] * 5, header=True)
     monkeypatch.setattr(CelebA, "file_list", [(id_, None, name) for id_, _, name in CelebA.file_list])
@@ -180,6 +211,17 @@ def test_celeba_is_resized_like_the_official_code(celeba_root, in_memory):
     assert [[int(images[i][2, 0, 0]) for i in range(len(images))] for images in (train, test)] == [[0, 2], [3, 4]]
     with Image.open(celeba_root / "celeba/img_align_celeba/000002.jpg") as image:
         assert torch.equal(train[1], PILToTensor()(resize(crop(image, 57, 25, 128, 128), 64)))
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_an_attribute_labels_celeba(celeba_root, in_memory):
+    smiling = celeba_spec(celeba_root, labels="Smiling", in_memory=in_memory)
+    assert [load_images(smiling, split).labels.tolist() for split in ("train", "test")] == [[1, 0], [0, 1]]
+    assert load_images(smiling).labels.dtype == torch.int64
+    assert load_images(smiling).classes == ("not Smiling", "Smiling")
+    assert load_images(celeba_spec(celeba_root, labels="Young"), "test").labels.tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"labels=Smilin is no .* \(did you mean Smiling\?\); allowed: Smiling, Young"):
+        load_images(celeba_spec(celeba_root, labels="Smilin"))
 
 
 def test_missing_celeba_files_are_named(celeba_root, monkeypatch):

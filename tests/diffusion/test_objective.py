@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ddim import antithetic_times, linear_schedule, per_sample_loss, uniform_times
-from ddim.diffusion.objective import min_snr_weight, q_sample, training_noise
+from ddim.diffusion.objective import drop_labels, min_snr_weight, q_sample, training_noise
 from ddim.diffusion.prediction import PREDICTIONS, eps_from_x0
 
 SCHEDULE = linear_schedule(1000)
@@ -70,6 +70,22 @@ def test_antithetic_pairs_sum_to_T_plus_1():
     assert abs(torch.corrcoef(torch.stack([t[0:-2:2], t[2::2]]).double())[0, 1]) < 0.1
     uniform = uniform_times(1000, 0, 0, range(4000)).double()
     assert abs(torch.corrcoef(torch.stack([uniform[0::2], uniform[1::2]]))[0, 1]) < 0.1
+
+
+def test_dropped_labels_are_a_share_and_addressed():
+    y = torch.arange(20_000) % 7
+    dropped = drop_labels(y, 7, 0.1, 0, 3, range(20_000))
+    assert torch.equal(dropped[dropped != 7], y[dropped != 7])
+    assert float((dropped == 7).double().mean()) == pytest.approx(0.1, abs=4 * 0.3 / 20_000**0.5)  # standard errors
+    assert torch.equal(drop_labels(y[500:600], 7, 0.1, 0, 3, torch.arange(500, 600)), dropped[500:600])
+    assert not torch.equal(drop_labels(y, 7, 0.1, 0, 4, range(20_000)), dropped)
+    assert not torch.equal(drop_labels(y, 7, 0.1, 1, 3, range(20_000)), dropped)
+    more = drop_labels(y, 7, 0.3, 0, 3, range(20_000))
+    assert bool((more[dropped == 7] == 7).all())
+    assert torch.equal(drop_labels(y, 7, 0.0, 0, 3, range(20_000)), y)
+    # Independent of the time that the sample is trained at.
+    t = uniform_times(1000, 0, 3, range(20_000)).double()
+    assert float(t[dropped == 7].mean()) == pytest.approx(500, abs=4 * 289 / 2000**0.5)
 
 
 def test_min_snr_weights_are_hang_et_als():

@@ -13,6 +13,7 @@ from PIL import Image
 from two_processes import run_in_processes
 
 import ddim
+from ddim import GuidanceSpec
 from ddim.checkpoints import LoadedModel
 from ddim.data.images import normalize
 from ddim.diffusion.inversion import Inversion
@@ -75,6 +76,37 @@ def test_the_file_holds_x_T_and_where_it_is_from(
     assert [*Path(spec.output_dir).glob("unfinished/*/*")] == []
     with pytest.raises(UserError, match="exists already"):
         write_encoded(spec)
+
+
+@pytest.mark.parametrize("inversion", ["paper", "bdia"])
+@pytest.mark.parametrize("guidance", [GuidanceSpec(0.0), GuidanceSpec(0.5, (1, 30))])
+def test_a_label_is_encoded_with_and_decoded_with(
+    spec: EncodeSpec,
+    pixels: torch.Tensor,
+    conditional_checkpoint: Path,
+    inversion: str,
+    guidance: GuidanceSpec,
+    caplog: Any,
+) -> None:
+    spec = dataclasses.replace(spec, checkpoint=str(conditional_checkpoint), label=3, guidance=guidance)
+    spec = dataclasses.replace(spec, inversion=inversion)
+    write_encoded(spec)
+    _, as_json = read_safetensors(spec.path)
+    interval = {"interval": [1, 30]} if guidance.w else {}
+    assert json.loads(as_json["condition"]) == {"label": 3, "w": guidance.w, **interval}
+    assert int(as_json["nfe"]) == (9 if guidance.w else 5)  # asked at 1, 10, 20, 30, 40
+    words = f"label=3 guidance.w={guidance.w:g}" + (" guidance.interval=[1,30]" if guidance.w else "")
+    assert decode_with(spec).endswith(words)
+    rule = {"rule": "bdia", "eta": None} if inversion == "bdia" else {}
+    sampler = dataclasses.replace(spec.sampler, **rule)
+    write_samples(sampling(spec, sampler=sampler, label=3, guidance=guidance))
+    assert "label and guidance" not in caplog.text
+    if inversion == "bdia":
+        assert (read(Path(spec.output_dir) / "decoded").int() - pixels).abs().max() <= 1
+    write_samples(sampling(spec, sampler=sampler, label=4, format="grid"))
+    assert "label and guidance this sampler does not have" in caplog.text
+    with pytest.raises(UserError, match="encoding takes one label"):
+        write_encoded(dataclasses.replace(spec, label="all", name="other"))
 
 
 @pytest.mark.parametrize("inversion", ["paper", "diffusers", "fixed_point", "bdia"])

@@ -11,6 +11,7 @@ import torch
 from fill_shards import fill
 from two_processes import run_in_processes
 
+from ddim.diffusion.guidance import GuidanceSpec
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.evaluation import sweep
@@ -106,13 +107,22 @@ def test_job_ids_depend_on_what_decides_a_number(spec: EvaluateSpec) -> None:
         {"metric": MetricSpec("pixels")},
         {"metric": dataclasses.replace(spec.metric, bf16=True)},
         {"checkpoint": "another.ckpt"},
+        {"label": "all"},
+        {"guidance": GuidanceSpec(1.0)},
+        {"data": dataclasses.replace(spec.data, labels="classes")},
     ]
-    assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 9  # type: ignore[arg-type]
+    assert len({job_id(dataclasses.replace(spec, **change)) for change in [{}, *changes]}) == 12  # type: ignore[arg-type]
 
 
 def test_job_ids_of_before_an_option_stay(spec: EvaluateSpec) -> None:
     values = dataclasses.asdict(spec) | {"compute": spec.compute.bf16}
-    del values["data"]["convert"], values["metric"]["bf16"]
+    del (
+        values["data"]["convert"],
+        values["data"]["labels"],
+        values["label"],
+        values["guidance"],
+        values["metric"]["bf16"],
+    )
     assert job_id(spec) == record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
     data = dataclasses.replace(spec.data, name="folder")
     jobs = [dataclasses.replace(spec, data=dataclasses.replace(data, convert=on)) for on in (False, True)]

@@ -10,7 +10,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import ddim
-from ddim.checkpoints import LoadedModel
+from ddim import GuidanceSpec
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS
@@ -59,6 +60,30 @@ def test_error_equals_encode_then_sample(spec: ReconstructSpec, model: LoadedMod
     assert (Path(spec.output_dir) / record["grid"]).is_file()
     assert RecordFile(Path(spec.output_dir) / "records.jsonl").read() == [json.loads(json.dumps(record))]
     assert evaluate(spec) == (json.loads(json.dumps(record)), False)
+
+
+def test_images_are_encoded_with_labels_of_their_own(spec: ReconstructSpec, conditional_checkpoint: Path) -> None:
+    data = dataclasses.replace(spec.data, labels="classes")
+    spec = dataclasses.replace(spec, checkpoint=str(conditional_checkpoint), data=data, label="own", grid=0)
+    model, digits = load_model(conditional_checkpoint), load_digits()
+    x_0 = torch.from_numpy(digits.images[:20]).float()[:, None]
+    x_0 = (x_0 * 255 / 16 + 0.5).floor() / 127.5 - 1
+    y = torch.from_numpy(digits.target[:20])
+    with torch.no_grad():
+        x_T = ddim.encode(lambda x, t: model(x, t, y), model.spec.schedule, x_0, ddim.linear_tau(50, 5))
+        x = ddim.sample(lambda x, t: model(x, t, y), model.spec.schedule, x_T, ddim.linear_tau(50, 5))
+    record, _ = evaluate(spec)
+    expected = float(((x - x_0) / 2).double().square().mean())
+    assert record["metrics"] == {"reconstruction_mse_20": pytest.approx(expected, rel=1e-4)}
+    assert (record["label"], record["condition"]) == ("η=0.0, own labels, w=0", {"label": "own", "w": 0.0})
+    guided, _ = evaluate(dataclasses.replace(spec, guidance=GuidanceSpec(1.0, (1, 30))))
+    assert (guided["nfe_encoding"], guided["nfe_decoding"]) == (9, 8)
+    assert guided["label"] == "η=0.0, own labels, w=1 in [1, 30] (up to twice the NFE)"
+    assert [table.columns for table in build_tables([record, guided])] == [[5]]
+    with pytest.raises(UserError, match="digits has no labels"):
+        evaluate(dataclasses.replace(spec, data=dataclasses.replace(data, labels=None)))
+    with pytest.raises(UserError, match="one label for all images, not label=all"):
+        evaluate(dataclasses.replace(spec, label="all"))
 
 
 def test_each_inversion_is_a_row_by_S_with_its_evaluations(spec: ReconstructSpec) -> None:

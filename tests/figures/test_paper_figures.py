@@ -9,12 +9,14 @@ import pytest
 import torch
 
 import ddim
+from ddim import GuidanceSpec
 from ddim.checkpoints.model import LoadedModel
 from ddim.config import build
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.figures import panels
 from ddim.figures.layout import animate, draw
+from ddim.figures.panels import load_panel
 from ddim.figures.paper_figures import FIGURES, FigureSpec, PictureSpec, numbers_of_steps, targets, write_figures
 from ddim.inference import trajectories
 from ddim.inference.compute import ComputeSpec
@@ -67,6 +69,21 @@ def test_all_figures_are_written_with_tensors(spec: FigureSpec, model: LoadedMod
         again = Path(spec.output_dir) / f"again{picture.suffix}"
         (animate if name == "trajectory" else draw)(panel, again)
         assert again.read_bytes() == picture.read_bytes()
+
+
+def test_figures_are_of_the_label_asked_for(spec: FigureSpec, conditional_checkpoint: Path) -> None:
+    spec = dataclasses.replace(spec, checkpoint=str(conditional_checkpoint), n=4, label="all", S=(4,), sigma_hat=False)
+    spec = dataclasses.replace(spec, figure=PictureSpec("samples"), guidance=GuidanceSpec(1.0), etas=(0.0,))
+    write_figures(spec)
+    turns = load_panel(Path(spec.output_dir) / "samples.safetensors")
+    assert turns.metadata["condition"] == {"label": "all", "w": 1.0}
+    write_figures(dataclasses.replace(spec, label="2", overwrite=True))
+    twos = load_panel(Path(spec.output_dir) / "samples.safetensors")
+    same = [torch.allclose(a, b, atol=1e-4) for a, b in zip(turns.images[0], twos.images[0], strict=True)]
+    assert same == [False, False, True, False]
+    with pytest.raises(UserError, match="interpolation takes one label for all images"):
+        write_figures(dataclasses.replace(spec, figure=PictureSpec("interpolation")))
+    write_figures(dataclasses.replace(spec, figure=PictureSpec("interpolation"), label=3))
 
 
 def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedModel) -> None:

@@ -29,6 +29,7 @@ NETWORKS = {
     "oblong": UNetSpec((8, 12), 2, ch=8, ch_mult=(1, 2, 2), attn_resolutions=(8, 2), dropout=0.0, num_groups=2),
     "upright": UNetSpec((16, 8), 3, ch=4, ch_mult=(1, 1, 3), num_res_blocks=3, attn_resolutions=(4,), num_groups=2),
     "flat": UNetSpec((4, 6), 4, ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(4,), dropout=0.5, num_groups=4),
+    "conditional": replace(NETWORK, classes=3),
 }
 
 
@@ -57,6 +58,10 @@ MODELS = {
     ),
     "custom": described(ScheduleSpec("custom", betas=BETAS), replace(NETWORK, dropout=0.0), "x0", "cats"),
     "cosine": described(ScheduleSpec("cosine", T=50), replace(NETWORK, attn_resolutions=()), "v", "cats"),
+    "conditional": (
+        ModelSpec("unet", replace(NETWORK, classes=3), linear_schedule(), classes=("cat", "dog", "none")),
+        {"network": given(replace(NETWORK, classes=3)), "classes": ("cat", "dog", "none")},
+    ),
     # For which diffusers has no word.
     "wide first": described(ScheduleSpec("linear", 7, 0.1, 0.2), replace(NETWORK, ch_mult=(2, 1))),
 }

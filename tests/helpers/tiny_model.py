@@ -11,8 +11,8 @@ from ddim.diffusion.schedule import linear_schedule
 from ddim.networks import UNetSpec, build_network
 
 
-def write_checkpoint(path: Path, seed: int = 0, step: int = 4) -> Path:
-    """Write an 8x8 grey model of random weights, the averaged ones near the online ones."""
+def write_checkpoint(path: Path, seed: int = 0, step: int = 4, classes: tuple[str, ...] = ()) -> Path:
+    """Write an 8x8 grey model of random weights, the averaged ones near the online ones; conditional with classes."""
     network_spec = UNetSpec(
         (8, 8),
         1,
@@ -23,10 +23,10 @@ def write_checkpoint(path: Path, seed: int = 0, step: int = 4) -> Path:
         dropout=0.0,
         num_groups=4,
         init="torch",
+        classes=len(classes) or None,
     )
-    spec = ModelSpec(
-        "unet", network_spec, linear_schedule(50, 2e-3, 0.4), data="digits"
-    )  # DDPM's, twenty times shorter
+    schedule = linear_schedule(50, 2e-3, 0.4)  # DDPM's, twenty times shorter
+    spec = ModelSpec("unet", network_spec, schedule, data="digits", classes=classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         state = build_network("unet", network_spec).state_dict()

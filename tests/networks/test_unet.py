@@ -135,9 +135,38 @@ def test_output_depends_on_time_and_every_channel() -> None:
         assert (network(changed, t) - reference).abs().max() > 1e-3
 
 
+@torch.no_grad()
+def test_output_depends_on_the_label_of_each_image() -> None:
+    network = small_net(classes=3)
+    x, t = inputs()
+    outputs = torch.stack([network(x, t, torch.full((3,), y)) for y in range(4)])
+    differences = (outputs[:, None] - outputs[None]).abs().amax((3, 4, 5))
+    assert differences[~torch.eye(4, dtype=torch.bool)].min() > 1e-3
+    mixed = network(x, t, torch.tensor([2, 3, 0]))
+    torch.testing.assert_close(mixed, outputs[[2, 3, 0], range(3)], atol=1e-6, rtol=1e-5)
+
+
+def test_unconditional_networks_keep_their_names_and_weights() -> None:
+    for init in ("ddpm", "torch"):
+        torch.manual_seed(0)
+        plain = UNet(dataclasses.replace(SMALL, init=init))
+        torch.manual_seed(0)
+        conditional = UNet(dataclasses.replace(SMALL, init=init, classes=10)).state_dict()
+        assert conditional.pop("class_emb.weight").shape == (11, 32)
+        assert conditional.keys() == plain.state_dict().keys()
+        assert all(torch.equal(value, conditional[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize(("classes", "shape"), [(None, (3,)), (3, None), (3, (1,)), (3, (3, 1))])
+def test_labels_belong_to_conditional_networks(classes: int | None, shape: tuple[int, ...] | None) -> None:
+    y = None if shape is None else torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=f"one label per image.*this one has classes={classes}"):
+        small_net(classes=classes)(*inputs(), y)
+
+
 def test_gradients_reach_every_parameter() -> None:
-    network = small_net()
-    network(*inputs()).square().sum().backward()
+    network = small_net(classes=3)
+    network(*inputs(), torch.tensor([0, 1, 3])).square().sum().backward()
     largest = {name: p.grad.abs().max().item() for name, p in network.named_parameters() if p.grad is not None}
     assert set(largest) == set(network.state_dict())
     # Softmax does not see a bias of the keys: it adds the same number to a query's every score.
@@ -254,6 +283,8 @@ def test_zero_based_feeds_the_papers_time_minus_one() -> None:
     t = torch.tensor([1, 2, 1000])
     assert torch.equal(model(torch.zeros(3, 1), t)[:, 0], torch.tensor([0.0, 1.0, 999.0]))
     assert t.tolist() == [1, 2, 1000]
+    conditional = zero_based(lambda x, t, y: x + t[:, None] + 10 * y[:, None])
+    assert conditional(torch.zeros(3, 1), t, torch.tensor([2, 0, 1]))[:, 0].tolist() == [20, 1, 1009]
 
 
 def test_networks_are_built_by_name() -> None:
@@ -285,6 +316,7 @@ def test_networks_are_built_by_name() -> None:
         ({"ch_mult": (1, -2)}, r"ch_mult=\(1, -2\) must be positive"),
         ({"num_res_blocks": 0}, "num_res_blocks=0 must be positive"),
         ({"num_groups": 0}, "num_groups=0 must be positive"),
+        ({"classes": 0}, "classes=0 must be positive"),
     ],
 )
 def test_spec_refuses(changes: dict[str, Any], message: str) -> None:
@@ -312,6 +344,8 @@ def test_a_categorical_network_takes_categories_to_logits() -> None:
     spec = CategoricalUNetSpec(
         (8, 8), 2, ch=16, ch_mult=(1,), attn_resolutions=(), num_groups=4, init="torch", categories=3
     )
+    with pytest.raises(ValueError, match="classes=3 is not for pixels of categories"):
+        dataclasses.replace(spec, classes=3)
     network = build_network("categorical_unet", spec).eval()
     x, t = torch.tensor([-1.0, 0.0, 1.0]).repeat(128)[:128].reshape(1, 2, 8, 8), torch.tensor([5])
     output = network(x, t)

@@ -271,5 +271,8 @@ def test_published_statistics_have_no_number_of_images(tmp_path: Path) -> None:
     [table] = build_tables([one])
     assert " images against published.npz," in table.title()
     assert "published.npz" in dict(table.describe_protocol(full=True))["reference set"]
+    one["per_class"] = {"accuracy_digits_classifier_1k": {"cat": 0.5, "dog": 1.0}}
     paths = write_report([one], tmp_path)
+    lines = [f"η=0.0,10,10,accuracy_digits_classifier_1k,{of},{one['key']}" for of in ("cat,0.5", "dog,1")]
+    assert (tmp_path / "classes.csv").read_text().splitlines()[1:] == lines
     assert all("None" not in path.read_text() for path in paths if path.suffix in (".md", ".csv", ".tex", ".html"))

@@ -6,12 +6,14 @@ import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from train import last_words
 
 from ddim.checkpoints import load_model
 from ddim.diffusion.spec import SamplerSpec
@@ -43,6 +45,21 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step_00000002.png", "step_00000004.png"]
     rows = list(csv.DictReader((folder / "csv" / "version_0" / "metrics.csv").read_text().splitlines()))
     assert {row["step"] for row in rows if row["train/loss"]} == {"1", "3"}
+
+
+def test_commands_after_a_conditional_training_ask_for_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec: Any = SimpleNamespace(folder=tmp_path, checkpoint_dir=Path("c"), data=SimpleNamespace(labels="classes"))
+    for data, evaluation in (
+        ("digits", "-m experiment=table_digits_guidance checkpoint=c/last.ckpt label=all"),
+        ("folder", "data=folder data.root=x checkpoint=c/last.ckpt label=all dry_run=true"),
+    ):
+        runtime, overrides = SimpleNamespace(choices={"data": data}), SimpleNamespace(task=["data.root=x"])
+        hydra = SimpleNamespace(runtime=runtime, overrides=overrides)
+        monkeypatch.setattr("train.HydraConfig.get", lambda hydra=hydra: hydra)
+        assert last_words(spec) == [
+            "next: python scripts/sample.py checkpoint=c/last.ckpt label=all",
+            f"next: python scripts/evaluate.py {evaluation}",
+        ]
 
 
 def test_a_sweep_writes_its_tables_plots_and_grids(sweep: tuple[Any, Path]) -> None:

@@ -73,6 +73,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable
     (folder / "text").write_text("no checkpoint\n")
     for name in ("none.jsonl", "model.pt"):
         (folder / name).touch()
+    make_checkpoint(folder / "conditional.ckpt", classes=("cat", "dog", "frog"))
     content = make_checkpoint(folder / "tiny.ckpt").read_bytes()
     (folder / "cut.ckpt").write_bytes(content[: len(content) // 2])
     torch.save(weights(SPEC), folder / "flat.ckpt")

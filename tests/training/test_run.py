@@ -219,7 +219,9 @@ def test_run_resumes_on_the_same_images_only(run, refused, same, folder_of_image
     more = {"checkpoint": "last", "trainer": {"max_steps": 4}}
     for other in (folder_of_images("b", seed=1, in_memory=in_memory), folder_of_images("a", seed=2)):
         message = refused(**other, **more)
-        assert re.search(r"was trained on other images \(fingerprint [0-9a-f]{16}, now [0-9a-f]{16}\).*name=", message)
+        assert re.search(
+            r"was trained on other images or labels \(fingerprint [0-9a-f]{16}, now [0-9a-f]{16}\).*name=", message
+        )
     folder_of_images("a")
     (tmp_path / "a").rename(tmp_path / "moved")
     options["data"] |= {"root": str(tmp_path / "moved"), "in_memory": not in_memory}

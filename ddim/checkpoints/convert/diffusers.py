@@ -51,7 +51,6 @@ _UNET = {
     "resnet_time_scale_shift": ("default", "default"),
     "add_attention": (True, True),
     "class_embed_type": (None, None),
-    "num_class_embeds": (None, None),
 }
 _REQUIRED = ("sample_size", "block_out_channels", "down_block_types", "up_block_types")
 _BLOCKS = {False: ("DownBlock2D", "UpBlock2D"), True: ("AttnDownBlock2D", "AttnUpBlock2D")}
@@ -82,12 +81,13 @@ def unet_config(spec: UNetSpec) -> dict[str, Any]:
         "layers_per_block": spec.num_res_blocks,
         "norm_num_groups": spec.num_groups,
         "dropout": spec.dropout,
+        "num_class_embeds": None if spec.classes is None else spec.classes + 1,  # the last is that of no label
         **{key: needed for key, (needed, _) in _UNET.items()},
     }
 
 
 def unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
-    """Return the U-Net that a `config.json` describes.
+    """Return the U-Net that a `config.json` describes; the last of its embeddings of classes is that of no label.
 
     Raises:
         UserError: invalid entries, or another network than DDPM's U-Net; the message lists the differences.
@@ -135,6 +135,7 @@ def _unet_spec(config: Mapping[str, Any], path: Path) -> UNetSpec:
         "attn_resolutions": [min(height, width) // 2**i for i, has_attention in enumerate(attention) if has_attention],
         "dropout": config.get("dropout", 0.0),
         "num_groups": config.get("norm_num_groups", 32),
+        "classes": None if (count := config.get("num_class_embeds")) is None else count - 1,
     }
     return build(UNetSpec, values, str(path))
 

@@ -31,6 +31,10 @@ _KNOWN_ONLINE = (
     "{} is known to hold online, not EMA weights: on CIFAR-10 an FID near 12 instead of 3 with all steps; for the "
     "paper's numbers take the EMA weights (download=ema_cifar10 and so on)"
 )
+_NO_LABEL = (
+    "the last of the {} embeddings of classes is taken as that of no label, as in classifier-free guidance; if it is "
+    "one of a class, import with no_label=none"
+)
 _UNLABELLED = (
     "the file does not state whether its weights are EMA or online, so every result will be labelled unlabelled; "
     "state it with weights=ema or weights=online"
@@ -54,6 +58,10 @@ class ImportSpec:
         network: instead of a preset, a network as in configs/network.
         schedule: of a checkpoint that does not describe its own; null: linear, T=1000, as in all published files.
         prediction: likewise; null: eps.
+        classes: names of the classes of a conditional network, in the order of the labels; null: those that the file
+            states, or none.
+        no_label: of a conditional network of diffusers: `last` if its last embedding is that of no label, which
+            guidance needs, or `none` if all are of classes; then the mean of them stands in for it.
         trained_on: name of the training set, human-readable; null: that of the published file, if known.
         overwrite: replace an existing model file.
 
@@ -72,6 +80,8 @@ class ImportSpec:
     network: dict[str, Any] | None = None
     schedule: ScheduleSpec | None = None
     prediction: str | None = None
+    classes: tuple[str, ...] | None = None
+    no_label: Literal["last", "none"] = "last"
     trained_on: str | None = None
     overwrite: bool = False
 
@@ -147,6 +157,14 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
     sums = file_checksums(source.file, *source.shards)
     known = sums.published
     label, warnings = _choose_weights(spec, source, known)
+    if getattr(source.network, "classes", None) is not None and source.classes is None:
+        source, more = _with_no_label(source, spec.no_label)
+        warnings = [*warnings, *more]
+    elif spec.no_label != "last":
+        raise UserError(
+            f"no_label={spec.no_label} is for a network with classes that diffusers wrote; leave it out for "
+            f"{source.file}."
+        )
     state = source.sets[label if label in source.sets else UNLABELLED]
     network, network_from = _choose_network(spec, source, state)
     model_spec = _describe(spec, source, known, network)
@@ -190,6 +208,24 @@ def _choose_weights(spec: ImportSpec, source: Source, known: PublishedFile | Non
     return label or spec.weights, []
 
 
+def _with_no_label(source: Source, no_label: str) -> tuple[Source, list[str]]:
+    """Return a conditional network of diffusers with an embedding of no label, and warnings."""
+    network, name = source.network, "class_embedding.weight"
+    assert network is not None
+    assert network.classes is not None
+    if no_label == "last":
+        return source, [_NO_LABEL.format(network.classes + 1)]
+    sets = {
+        label: state | {name: torch.cat([state[name], state[name].mean(0, keepdim=True)])} if name in state else state
+        for label, state in source.sets.items()
+    }
+    network = replace(network, classes=network.classes + 1)
+    return replace(source, sets=sets, network=network), [
+        "no embedding of no label was trained: the mean of the others stands in for it, and guidance is not that of a "
+        "network that was trained for it"
+    ]
+
+
 def _choose_network(spec: ImportSpec, source: Source, state: Tensors) -> tuple[UNetSpec, str]:
     """Return the network of the weights, and where it is from: the file, the command, or the preset that fits."""
     if source.network is not None:
@@ -229,6 +265,7 @@ def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, net
         schedule=source.schedule or schedule or linear_schedule(),
         prediction=source.prediction or spec.prediction or "eps",
         data=spec.trained_on or source.data or (known.data if known else ""),
+        classes=source.classes or spec.classes or (),
         variance="fixed" if network.out_channels in (None, network.channels) else "learned_range",
     )
     requested = replace(
@@ -236,6 +273,7 @@ def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, net
         network_spec=_given_network(spec) or network,
         schedule=schedule or described.schedule,
         prediction=spec.prediction or described.prediction,
+        classes=spec.classes or described.classes,
     )
     if differences := described.differences(requested):
         listed = "; ".join(differences)

@@ -52,10 +52,10 @@ DDPM's U-Net{data}: {spec.network_spec.channels}x{height}x{width} images in [-1,
 Weights: {label} SHA-256 `{weights_hash(model.state)[:16]}`{step}{source}.
 
 ```python
-from diffusers import DDIMPipeline
+{"import torch" + chr(10) if model.spec.num_classes else ""}from diffusers import DDIMPipeline
 
 pipeline = DDIMPipeline.from_pretrained("{location}")     # {"this folder" if location == "PATH" else "on the hub"}
-images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images
+{_example(model)}
 ```
 
 The scheduler neither clips nor thresholds, and ends at alpha_bar = 1, as in the DDIM paper. It uses every
@@ -79,12 +79,31 @@ The rule `quad`, used for the paper's CIFAR-10 numbers, does not exist in diffus
 """
 
 
+def _example(model: StoredModel) -> str:
+    """Return the lines that sample; the pipeline gives the network no labels, so a conditional one takes a loop."""
+    K = model.spec.num_classes
+    if K is None:
+        return "images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images"
+    names = f"; {', '.join(model.spec.classes[:10])}{', ...' * (K > 10)}" if model.spec.classes else ""
+    return f"""\
+unet, scheduler, w = pipeline.unet, pipeline.scheduler, 1.0    # w: classifier-free guidance, 0 for none
+y, none = torch.arange(4) % {K}, torch.full((4,), {K})    # labels 0..{K - 1}{names}; {K} is no label
+x = torch.randn(4, {", ".join(map(str, model.spec.image_shape))})
+scheduler.set_timesteps(50)
+for t in scheduler.timesteps:
+    with torch.no_grad():
+        output = (1 + w) * unet(x, t, y).sample - w * unet(x, t, none).sample
+    x = scheduler.step(output, t, x, eta=0.0).prev_sample
+images = (x / 2 + 0.5).clamp(0, 1)"""
+
+
 def _front_matter(name: str, model: StoredModel, results: Sequence[Result], license: str | None) -> str:
-    values: dict[str, object] = {
-        "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["ddim", "ddpm", "diffusers", "unconditional-image-generation"],
-    }
+    task = "unconditional-image-generation"
+    values: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": task}
+    if model.spec.num_classes is not None:  # for which the hub has no task
+        task = "class-conditional-image-generation"
+        del values["pipeline_tag"]
+    values["tags"] = ["ddim", "ddpm", "diffusers", task]
     if license:
         values["license"] = license
     if model.spec.data:
@@ -92,7 +111,7 @@ def _front_matter(name: str, model: StoredModel, results: Sequence[Result], lice
     if results:
         entries = [
             {
-                "task": {"type": "unconditional-image-generation"},
+                "task": {"type": task},
                 "dataset": {"name": result.reference, "type": result.reference},
                 "metrics": [
                     {"type": result.metric, "name": f"{result.metric}, {result.sampler}", "value": result.value}

@@ -17,6 +17,7 @@ from ddim.networks import UNetSpec, build_network
 _MODULES = {
     "temb.dense.0": "time_embedding.linear_1",
     "temb.dense.1": "time_embedding.linear_2",
+    "class_emb": "class_embedding",
     "norm_out": "conv_norm_out",
     "mid.block_1": "mid_block.resnets.0",
     "mid.block_2": "mid_block.resnets.1",

@@ -47,6 +47,7 @@ class Source:
         sets: label ("ema", "online" or "unlabelled") -> weights, without the prefixes of wrappers.
         step: number of optimiser steps; None if not stated.
         network, schedule, prediction, data: description of the model; None for what the source does not state.
+        classes: likewise, the names of the classes; None.
         sampler: the options of sample.py with which it is sampled as the source does, "" for what is not stated.
         diffusers_names: the weights have diffusers' parameter names.
         notes: warnings for the user.
@@ -61,6 +62,7 @@ class Source:
     schedule: NoiseSchedule | None = None
     prediction: str | None = None
     data: str | None = None
+    classes: tuple[str, ...] | None = None
     sampler: str = ""
     diffusers_names: bool = False
     notes: tuple[str, ...] = ()
@@ -74,6 +76,7 @@ class Source:
             schedule=spec.schedule,
             prediction=spec.prediction,
             data=spec.data,
+            classes=spec.classes,
         )
 
 

@@ -106,7 +106,6 @@ OTHERWISE = {
     "resnet_time_scale_shift": "scale_shift",
     "add_attention": False,
     "class_embed_type": "timestep",
-    "num_class_embeds": 10,
 }
 
 
@@ -148,6 +147,8 @@ REFUSED = [
             ({"sample_size": 36}, "image_size 36x36"),
             ({"_class_name": "UNet2DConditionModel"}, "'UNet2DConditionModel'"),
             ({"_class_name": None}, "a UNet2DModel but None"),
+            ({"num_class_embeds": 1}, "classes=0 must be positive"),
+            ({"num_class_embeds": "10"}, ""),
             ({"sample_size": None}, ""),
             ({"sample_size": [32]}, ""),
             ({"sample_size": "small"}, ""),
@@ -175,6 +176,7 @@ def test_every_difference_is_listed():
 
 
 DERIVED = {"layers_per_block": 2, "norm_num_groups": 32, "dropout": 0.0, "in_channels": 3, "out_channels": 3}
+DERIVED["num_class_embeds"] = None
 
 
 @pytest.mark.parametrize("key", [*OTHERWISE, *DERIVED])

@@ -19,6 +19,7 @@ from layouts import (
     at_root,
     bring,
     export,
+    foreign_folder,
     import_refusal,
     lightning,
     put,
@@ -103,6 +104,40 @@ def test_a_round_trip_at_the_published_size(tmp_path, name, layout):
     assert_same_model(back, spec, state, None if layout == "flat" else 500_000)
     assert (back.weights, done.warnings) == ("ema", [])
     shutil.rmtree(tmp_path)
+
+
+def conditional_folder(tmp_path):
+    """Write a folder of diffusers as another project writes it, with four embeddings of classes; return its weights."""
+    network = replace(NETWORK, classes=3)
+    state = weights(network)
+    return foreign_folder(
+        StoredModel(ModelSpec("unet", network, linear_schedule()), state, "ema", None), tmp_path
+    ), state
+
+
+def test_the_last_embedding_of_diffusers_is_that_of_no_label(tmp_path):
+    folder, state = conditional_folder(tmp_path)
+    done = bring(folder, classes=("cat", "dog", "bird"), weights="ema")
+    assert (done.model.spec.num_classes, done.model.spec.classes) == (3, ("cat", "dog", "bird"))
+    assert same(done.model.state, state)
+    assert "the last of the 4 embeddings of classes is taken as that of no label" in "\n".join(done.warnings)
+    assert "2 names of classes do not fit a network of classes=3" in import_refusal(
+        folder, classes=("cat", "dog"), overwrite=True
+    )
+
+
+def test_without_an_embedding_of_no_label_the_mean_stands_in(tmp_path, model):
+    folder, state = conditional_folder(tmp_path)
+    done = bring(folder, no_label="none", weights="ema")
+    assert (done.model.spec.num_classes, done.model.spec.classes) == (4, ())
+    rows = done.model.state.pop("class_emb.weight")
+    theirs = state.pop("class_emb.weight")
+    assert torch.equal(rows[:4], theirs)
+    torch.testing.assert_close(rows[4], theirs.mean(0))
+    assert same(done.model.state, state)
+    assert "no embedding of no label was trained" in "\n".join(done.warnings)
+    ours, _ = put(model, tmp_path / "ours", "diffusers", {})
+    assert "is for a network with classes that diffusers wrote" in import_refusal(ours, no_label="none")
 
 
 def test_a_chain_through_every_layout_changes_nothing(tmp_path, model):

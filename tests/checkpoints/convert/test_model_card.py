@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from layouts import NETWORK, gaussian_weights
 
@@ -131,3 +132,23 @@ def test_the_example_in_the_card_runs(hf, model_file, tmp_path):
     exec(example.replace("PATH", str(out)).replace("steps=50", "steps=2"), names)
     assert [image.size for image in names["images"]] == [(8, 8)] * 4
     assert type(names["pipeline"]).__name__ == "DDIMPipeline"
+
+
+def test_the_example_of_a_conditional_network_samples(hf, model_file, tmp_path):
+    """The code of the card runs, and makes images that depend on the label."""
+    network = replace(NETWORK, classes=3)
+    spec = ModelSpec("unet", network, cosine_schedule(20), "x0", classes=("cat", "dog", "bird"))
+    source, out = model_file(spec=spec), tmp_path / "out"
+    _, (warning,) = export_checkpoint(ExportSpec(source, str(out)))
+    assert "README.md has an example that gives them" in warning
+    front, text = card_of(out)
+    assert "pipeline_tag" not in front
+    assert "# w: classifier-free guidance" in text
+    assert "labels 0..2; cat, dog, bird; 3 is no label" in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1].replace("PATH", str(out)).replace("(50)", "(2)")
+    names = {}
+    exec(code.replace("torch.randn(4, 1, 8, 8)", "torch.randn(1, 1, 8, 8).repeat(4, 1, 1, 1)"), names)
+    images = names["images"]
+    assert images.shape == (4, 1, 8, 8)
+    assert torch.equal(images[0], images[3])  # of the same label
+    assert not torch.equal(images[0], images[1])
