@@ -25,6 +25,7 @@ STREAMS = {
     "WEIGHTS": "3bfedc8f 97fcda30 ac4a706b 873856cb 3322eb90 0cab47f6 e70577ab 02160801",
     "VARIANCE": "e9ae2b37 2b5b59f1 9f3a7e2e 1b795b57 bdcdd96e 76cd725d a9d41d3c 8e8c0282",
     "CORRECTOR": "abcbd24c b800acc7 300b0fa9 f2b1fd1d ba366247 3a0a8e1e ad965c11 8ae333e3",
+    "LABEL_DROP": "204f1fb8 0b094f1e 15d0b8c0 a6552665 5658639f 4fc94af0 c0b41a5f 81014b1b",
 }
 NORMALS = {  # bits of float32
     "initial": (

@@ -6,7 +6,6 @@ original PyTorch files, so that published flat state dicts load key for key; `up
 Shapes in comments: B images, C channels, H x W pixels, D = 4 ch features of the time embedding.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from ddim.networks.time_embedding import time_embedding
 
 Init = Literal["ddpm", "torch"]
 
@@ -104,26 +105,6 @@ class UNetSpec:
                 f"num_groups={self.num_groups} leaves one channel per group at a width of {self.num_groups}, where "
                 "normalisation would cancel the time embedding; use at least two channels per group."
             )
-
-
-def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """Return the sinusoidal embedding of network times, [sin(t w_k), cos(t w_k)] with w_k = 10000^(-k / (dim/2 - 1)).
-
-    Computed in float32 also under autocast: in bfloat16 the times 512 and 513 are equal. Source: Vaswani et al.
-    2017, in the order and with the frequencies of DDPM's code.
-
-    Args:
-        t: (B,) integers, zero-based.
-        dim: even, at least 4.
-
-    Returns:
-        (B, dim) float32: dim/2 sines, then dim/2 cosines.
-    """
-    half = dim // 2
-    k = torch.arange(half, dtype=torch.float32, device=t.device)
-    frequencies = torch.exp(k * (-math.log(10000) / (half - 1)))
-    phases = t.float()[:, None] * frequencies
-    return torch.cat([phases.sin(), phases.cos()], dim=1)
 
 
 class TimeMLP(nn.Module):
