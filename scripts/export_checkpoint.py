@@ -35,7 +35,7 @@ def main(config: dict[str, Any]) -> None:
         print(push_files(spec.push, Path(spec.output_dir), FILES[spec.layout], spec.private))
     if spec.layout == "safetensors":
         print(command_line("sample", f"checkpoint={paths[0]}", *of_model(spec)[1:]))
-    if spec.layout == "diffusers":
+    if spec.layout == "diffusers" and not warnings:
         program = f"from diffusers import DDIMPipeline as P; P.from_pretrained({spec.output_dir!r})().images[0].show()"
         print(f"next: {shlex.join(['python', '-c', program])}")
 

@@ -21,6 +21,9 @@ from ddim.errors import UserError
 from ddim.io import atomic_write, check_can_write, explain_write_errors, write_safetensors
 from ddim.networks import UNetSpec
 
+_NO_LABELS = (
+    "DDIMPipeline calls a network without labels, which this one needs; README.md has an example that gives them"
+)
 # Layout -> the files that are written into the folder, in this order.
 FILES = {
     "diffusers": (
@@ -112,6 +115,8 @@ def export_checkpoint(
         else:
             with atomic_write(paths[0]) as partial, partial.open("wb") as file:
                 torch.save({name: value.contiguous() for name, value in model.state.items()}, file)
+    if spec.layout == "diffusers" and model.spec.num_classes is not None:
+        return paths, [_NO_LABELS]
     return paths, _lost_in_flat(model) if spec.layout == "flat" else []
 
 

@@ -139,7 +139,8 @@ def test_the_example_of_a_conditional_network_samples(hf, model_file, tmp_path):
     network = replace(NETWORK, classes=3)
     spec = ModelSpec("unet", network, cosine_schedule(20), "x0", classes=("cat", "dog", "bird"))
     source, out = model_file(spec=spec), tmp_path / "out"
-    export_checkpoint(ExportSpec(source, str(out)))
+    _, (warning,) = export_checkpoint(ExportSpec(source, str(out)))
+    assert "README.md has an example with them" in warning
     front, text = card_of(out)
     assert "pipeline_tag" not in front
     assert "# w: classifier-free guidance" in text
