@@ -79,6 +79,19 @@ def test_inversions_are_ordered():
     assert all(error < min(two) for error, *two in zip(fixed_point, paper, diffusers, strict=True))
 
 
+def test_guidance_gains_accuracy_and_a_small_w_is_closest():
+    records = RecordFile(RESULTS / "digits_guidance.jsonl").read()
+    tables = {table.metric.split("_digits")[0]: table for table in build_tables(records)}
+    assert tables["fd"].column == "NFE"
+    weights = (-1.0, 0.0, 0.1, 0.25, 0.5, 1.0)
+    for S in (5, 10, 20):
+        entries = [(f"η=0.0, w={w:g}", S if w in (0, -1) else 2 * S) for w in weights]
+        of = {name: [table.value(*entry) for entry in entries] for name, table in tables.items()}
+        assert of["accuracy"] == sorted(of["accuracy"])
+        for name in ("fd", "intra_fd"):
+            assert min(of[name]) == of[name][2]
+
+
 def test_records_name_no_absolute_path():
     for path in RESULTS.glob("*.jsonl"):
         for record in RecordFile(path).read():

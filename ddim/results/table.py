@@ -228,9 +228,11 @@ class Table:
             return ""
         of = f" (of {count})" if count != self.ranges else ""
         # As many decimals as the mean has; all digits are in the CSV.
-        shown = number_text(value) + ("" if spread is None else f" ± {number_text(spread, value)}")
+        decimals = 3 if self.metric.startswith("accuracy_") else 2  # most accuracies are near 1
+        shown = number_text(value, None, decimals)
+        shown += "" if spread is None else f" ± {number_text(spread, value, decimals)}"
         if self.with_intervals and (ends := self.interval(row, nfe)) is not None:
-            shown += f" {interval_text(ends, value)}"
+            shown += f" {interval_text(ends, value, decimals)}"
         return shown + of
 
     def _paired_text(self, row: str, nfe: int) -> str:
@@ -249,9 +251,9 @@ class Table:
         return f"{shown[1:]} (same)" if self.verdict(row, nfe) == "same" else f"{shown} ({percent:+.1f} %)"
 
 
-def interval_text(ends: Interval, like: float | None = None) -> str:
+def interval_text(ends: Interval, like: float | None = None, decimals: int = 2) -> str:
     """Return an interval, with as many decimals as the number `like`."""
-    low, high = (number_text(end, like) for end in ends)
+    low, high = (number_text(end, like, decimals) for end in ends)
     return f"[{low}, {high}]"
 
 
@@ -268,6 +270,6 @@ def rounded(value: float, digits: int = DIGITS) -> float:
     return float(f"{value:.{digits}g}") + 0.0
 
 
-def number_text(value: float, like: float | None = None) -> str:
-    """Return a human-readable number: two decimals, or three significant digits if it, or `like`, is below 0.1."""
-    return f"{value:.2f}" if abs(value if like is None else like) >= 0.1 else f"{value:#.3g}"
+def number_text(value: float, like: float | None = None, decimals: int = 2) -> str:
+    """Return a human-readable number: `decimals`, or three significant digits if it, or `like`, is below 0.1."""
+    return f"{value:.{decimals}f}" if abs(value if like is None else like) >= 0.1 else f"{value:#.3g}"

@@ -58,19 +58,19 @@ def test_metrics_of_classes_are_those_of_their_images_alone() -> None:
 @pytest.mark.parametrize("metric", ["intra_fd", "accuracy"])
 def test_influences_are_derivatives_by_the_weights(metric: str) -> None:
     """An image of weight 2 in its class: the number moves by its influence, to first order."""
-    n, labels = 3000, torch.arange(3000) % 3
+    n, labels = 6000, (torch.arange(6000) % 6).clamp(max=2)  # 1,000, 1,000 and 4,000 images
     x, y = labelled(n, 0, labels), labelled(900, 1, torch.arange(900) % 3)
     spec = MetricSpec("digits_classifier", (metric,))
-    influences = compute_influences(x, y, spec, [], torch.device("cpu"))[f"{metric}_digits_classifier_3k"]
+    influences = compute_influences(x, y, spec, [], torch.device("cpu"))[f"{metric}_digits_classifier_6k"]
     numbers = []
-    for i in (0, 3, 18):  # of one class
+    for i in (0, 6, 18):  # of one class
         again = torch.cat([torch.arange(n), torch.tensor([i])])
         features = {name: values[again] for name, values in x.features.items()}
         more = dataclasses.replace(feature_set(features, "64"), labels=labels[again])
         numbers.append(compute_metrics(more, y, spec, n + 1, compute_class_metrics(more, y, spec, n + 1)))
     first, *others = (next(iter(metrics.values())) for metrics in numbers)
-    for i, number in zip((3, 18), others, strict=True):
-        assert n * (number - first) == pytest.approx(influences[i] - influences[0], rel=0.02, abs=0.01)
+    for i, number in zip((6, 18), others, strict=True):
+        assert n * (number - first) == pytest.approx(influences[i] - influences[0], rel=0.05, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -116,13 +116,8 @@ def test_job_ids_depend_on_what_decides_a_number(spec: EvaluateSpec) -> None:
 
 def test_job_ids_of_before_an_option_stay(spec: EvaluateSpec) -> None:
     values = dataclasses.asdict(spec) | {"compute": spec.compute.bf16}
-    del (
-        values["data"]["convert"],
-        values["data"]["labels"],
-        values["label"],
-        values["guidance"],
-        values["metric"]["bf16"],
-    )
+    del values["data"]["convert"], values["data"]["labels"], values["metric"]["bf16"]
+    del values["label"], values["guidance"]
     assert job_id(spec) == record_key({key: value for key, value in values.items() if key not in NOT_DECISIVE})
     data = dataclasses.replace(spec.data, name="folder")
     jobs = [dataclasses.replace(spec, data=dataclasses.replace(data, convert=on)) for on in (False, True)]
