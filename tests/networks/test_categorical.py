@@ -1,5 +1,7 @@
 """The U-Net for pixels of K categories."""
 
+import dataclasses
+
 import pytest
 import torch
 
