@@ -135,11 +135,11 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     with processes.barrier():
         model = conditioned(load_model(spec.checkpoint, spec.weights), spec.label, spec.guidance)
-        compute = prepare_model(model, compute)
         present = [path for paths in files.values() for path in paths if path.exists()]
         if present and not spec.overwrite:
             raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
         encoded = None if spec.x_T is None else _load_x_T(spec, spec.x_T, model)
+        compute = prepare_model(model, compute)
     origin = provenance()
     context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
     if encoded is not None:
