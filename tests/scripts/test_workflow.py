@@ -1,6 +1,7 @@
 """Train, evaluate, evaluate again, sample: what a person types, and the files that are there afterwards."""
 
 import csv
+import importlib
 import json
 import shlex
 import shutil
@@ -13,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train import last_words
 
 from ddim.checkpoints import load_model
 from ddim.diffusion.spec import SamplerSpec
@@ -48,6 +48,8 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
 
 
 def test_commands_after_a_conditional_training_ask_for_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
+    train = importlib.import_module("train")
     spec: Any = SimpleNamespace(folder=tmp_path, checkpoint_dir=Path("c"), data=SimpleNamespace(labels="classes"))
     for data, evaluation in (
         ("digits", "-m experiment=table_digits_guidance checkpoint=c/last.ckpt label=all"),
@@ -55,8 +57,8 @@ def test_commands_after_a_conditional_training_ask_for_labels(monkeypatch: pytes
     ):
         runtime, overrides = SimpleNamespace(choices={"data": data}), SimpleNamespace(task=["data.root=x"])
         hydra = SimpleNamespace(runtime=runtime, overrides=overrides)
-        monkeypatch.setattr("train.HydraConfig.get", lambda hydra=hydra: hydra)
-        assert last_words(spec) == [
+        monkeypatch.setattr(train.HydraConfig, "get", lambda hydra=hydra: hydra)
+        assert train.last_words(spec) == [
             "next: python scripts/sample.py checkpoint=c/last.ckpt label=all",
             f"next: python scripts/evaluate.py {evaluation}",
         ]

@@ -24,7 +24,7 @@ from ddim.evaluation.metrics import MetricSpec, frechet_distance
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import generate
 from ddim.random import TRAINING_NOISE
-from ddim.training.heldout import heldout_loss
+from ddim.training.heldout import HeldoutBatch, heldout_loss
 from ddim.training.module import DiffusionModule, ObjectiveSpec, OptimSpec
 from ddim.training.run import build_module
 from ddim.training.spec import TrainSpec
@@ -273,7 +273,8 @@ def test_training_on_categories_lowers_the_distance(run):
         pixels = generate(model, sampler, range(300), 0, compute)
         assert set(pixels.unique().tolist()) <= {0, 128, 255}
         distances.append(frechet_distance(features(pixels), real, metric)["fd"])
-        losses.append(heldout_loss(model, [(range(300), digits[:300])], "mean", 0, compute, SINGLE_PROCESS)["loss"])
+        held = [HeldoutBatch(range(300), digits[:300], None)]
+        losses.append(heldout_loss(model, held, "mean", 0, compute, SINGLE_PROCESS)["loss"])
     assert distances[1] < distances[0] / 2
     assert losses[1] < losses[0] < 1.2 * math.log(3)
 
