@@ -2,7 +2,7 @@
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,6 +202,25 @@ class Job:
             return {}
         run = {"run": run_name(self.metadata["config"]["checkpoint"])}
         return run | ({"training_run": self.model.origin[WANDB_RUN]} if WANDB_RUN in self.model.origin else {})
+
+
+def run_job(
+    spec: JobSpec, session: Session | None, compute: Callable[[Job, Session], dict[str, Any]]
+) -> tuple[Record, bool]:
+    """Return the record of an evaluation, and whether it was computed now rather than found among the records.
+
+    Args:
+        spec: what to evaluate.
+        session: what this evaluation shares with others; None for one of its own.
+        compute: what is measured; returns the results in the main process, called by all processes together.
+    """
+    session = session or Session()
+    with session.processes.barrier():
+        job = spec.prepare(session)
+    with job.lock_unless_done(session.processes) as record:
+        if record is not None:
+            return record, False
+        return job.append_record(compute(job, session), session.processes), True
 
 
 def run_name(checkpoint: str) -> str:

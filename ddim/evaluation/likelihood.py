@@ -32,7 +32,7 @@ from ddim.diffusion.variational_bound import bound_terms, check_bound, check_rul
 from ddim.distributed import Processes
 from ddim.errors import UserError
 from ddim.evaluation.influence import keep_intervals, mean_influence
-from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import Job, JobSpec, check_shape, model_settings, run_job, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
@@ -195,15 +195,13 @@ class LikelihoodSpec(JobSpec):
 
 def evaluate(spec: LikelihoodSpec, session: Session | None = None) -> tuple[Record, bool]:
     """Return the record of an evaluation, and whether it was computed now; see `ddim.evaluation.fidelity.evaluate`."""
-    session = session or Session()
-    with session.processes.barrier():
-        job = spec.prepare(session)
-    with job.lock_unless_done(session.processes) as record:
-        if record is not None:
-            return record, False
+
+    def compute(job: Job, session: Session) -> dict[str, Any]:
         images = session.images(spec.data, spec.split)
         measure_shards(spec, job, images, session.processes)
-        return job.append_record(summarize(spec, job, images, session.processes), session.processes), True
+        return summarize(spec, job, images, session.processes)
+
+    return run_job(spec, session, compute)
 
 
 def measure_shards(spec: LikelihoodSpec, job: Job, images: Images, processes: Processes) -> None:

@@ -24,7 +24,16 @@ from ddim.distributed import Processes
 from ddim.errors import UserError
 from ddim.evaluation.encoding import check_encoding, counted, encode_batch, inversion_evaluations
 from ddim.evaluation.influence import keep_intervals, mean_influence
-from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import (
+    Job,
+    JobSpec,
+    check_shape,
+    count_shown,
+    model_settings,
+    run_job,
+    sampler_settings,
+    table_position,
+)
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
@@ -148,14 +157,12 @@ class ReconstructSpec(JobSpec):
 
 def evaluate(spec: ReconstructSpec, session: Session | None = None) -> tuple[Record, bool]:
     """Return the record of an evaluation, and whether it was computed now; see `ddim.evaluation.fidelity.evaluate`."""
-    session = session or Session()
-    with session.processes.barrier():
-        job = spec.prepare(session)
-    with job.lock_unless_done(session.processes) as record:
-        if record is not None:
-            return record, False
+
+    def compute(job: Job, session: Session) -> dict[str, Any]:
         reconstruct_shards(spec, job, session.images(spec.data, spec.split), session.processes)
-        return job.append_record(measure(spec, job, session.processes), session.processes), True
+        return measure(spec, job, session.processes)
+
+    return run_job(spec, session, compute)
 
 
 def reconstruct_shards(spec: ReconstructSpec, job: Job, images: Images, processes: Processes) -> None:

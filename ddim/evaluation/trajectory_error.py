@@ -13,7 +13,7 @@ from ddim.diffusion.labels import asked_evaluations, row_label, title
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import Processes
 from ddim.evaluation.influence import keep_intervals, mean_influence
-from ddim.evaluation.job import Job, JobSpec, count_shown, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import Job, JobSpec, count_shown, model_settings, run_job, sampler_settings, table_position
 from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
@@ -120,15 +120,13 @@ class TrajectoryErrorSpec(JobSpec):
 
 def evaluate(spec: TrajectoryErrorSpec, session: Session | None = None) -> tuple[Record, bool]:
     """Return the record of an evaluation, and whether it was computed now; see `ddim.evaluation.fidelity.evaluate`."""
-    session = session or Session()
-    with session.processes.barrier():
-        job = spec.prepare(session)
-    with job.lock_unless_done(session.processes) as record:
-        if record is not None:
-            return record, False
+
+    def compute(job: Job, session: Session) -> dict[str, Any]:
         exact = exact_samples(spec, job, session.processes)
         compare_shards(spec, job, exact, session.processes)
-        return job.append_record(measure(spec, job, session.processes), session.processes), True
+        return measure(spec, job, session.processes)
+
+    return run_job(spec, session, compute)
 
 
 def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Tensor:
