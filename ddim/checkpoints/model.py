@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ddim.checkpoints.checksum import checksum_error, has_checksum
-from ddim.checkpoints.shipped import find_checkpoint
+from ddim.checkpoints.shipped import locate_checkpoint
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.config import choose
 from ddim.diffusion.guidance import Condition
@@ -133,7 +133,7 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
     weights = OLD_LABELS.get(weights, weights)
     if not re.fullmatch(WEIGHTS, weights):
         choose("weights", weights, {"ema": None, "online": None, "ema_RATE": None})
-    path = find_checkpoint(path)
+    path = locate_checkpoint(path)
     with explain_read_errors(path):
         if path.is_file() and is_safetensors(path):
             return _read_model_file(path, weights)

@@ -8,7 +8,7 @@ FOLDER = Path(__file__).parent / "models"
 SHIPPED = {path.stem: path for path in sorted(FOLDER.glob("*.safetensors"))}
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def locate_checkpoint(path: str | Path) -> Path:
     """Return the file of a checkpoint: `path` itself, or where there is none, the shipped model of that name.
 
     Raises:
