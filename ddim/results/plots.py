@@ -1,6 +1,7 @@
 """Plots of tables and records: a metric and the time to sample against S or NFE (the paper's Fig. 4)."""
 
 import dataclasses
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,6 @@ from ddim.results.escape import printable
 from ddim.results.plot_spec import PlotSpec
 from ddim.results.protocol import is_distance
 from ddim.results.records import Record, record_key
-from ddim.results.runs import LOSS, Run
 from ddim.results.table import Table, row_order
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def plot(table: Table, paper: bool = False) -> "Figure":
     Bars are the spread over ranges of images; hollow markers on dashed lines are the paper's values. Names of errors to
     the exact trajectory state the fitted slope, which is the order of convergence where the steps are small.
     """
-    figure, axes = _figure()
+    figure, axes = new_figure()
     shown: list[float] = []
     drawn: set[str | None] = set()  # the paper's rows: variants of σ̂ share one
     for number, row in enumerate(table.rows[:MOST_ROWS]):
@@ -130,27 +130,27 @@ def plot(table: Table, paper: bool = False) -> "Figure":
         slope = ""
         if table.protocol["kind"] == "trajectory" and len(S) > 1 and min(values) > 0:
             slope = f" (slope {fit_power([*zip(S, values, strict=True)])[0]:.1f})"
-        axes.errorbar(S, values, yerr=bars, capsize=3, label=_plain(row) + slope, **style)
+        axes.errorbar(S, values, yerr=bars, capsize=3, label=plain(row) + slope, **style)
         shown += values
         published = [(S, v) for S in table.columns if (v := table.paper_value(row, S)) is not None]
         if published and table.paper and (name := table.paper.row(row)) not in drawn:
             drawn.add(name)
             axes.plot(*zip(*published, strict=True), **PAPER_STYLE, **style)
-    _mention_more(axes, len(table.rows))
+    mention_more(axes, len(table.rows))
     if table.paper is not None:
         axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
     _scales(axes, table.column, table.columns, "log" if min(shown) > 0 else "linear")
     less = is_distance(table.metric)
-    axes.set_ylabel(f"{_plain(table.metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
-    _legend(axes)
-    _title(axes, "" if paper else ": ".join(filter(None, (table.heading, table.title()))))
+    axes.set_ylabel(f"{plain(table.metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
+    add_legend(axes)
+    set_title(axes, "" if paper else ": ".join(filter(None, (table.heading, table.title()))))
     return figure
 
 
 def plot_time(timing: Timing, paper: bool = False) -> "Figure":
     """Plot hours for 50,000 images against S with the fit, both axes logarithmic; see `plot`."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     rows = sorted({row for row, _, _ in timing.points}, key=row_order)
     for number, row in enumerate(rows[:MOST_ROWS]):
         points = [(S, hours) for label, S, hours in timing.points if label == row]
@@ -160,50 +160,33 @@ def plot_time(timing: Timing, paper: bool = False) -> "Figure":
             "color": f"C{number % 10}",
             "markersize": 5 + 2 * number,
         }
-        axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=_plain(row), **style)
-    _mention_more(axes, len(rows))
+        axes.plot(*zip(*points, strict=True), linestyle="none", markerfacecolor="none", label=plain(row), **style)
+    mention_more(axes, len(rows))
     steps = sorted({S for _, S, _ in timing.points})
     label = f"fit, ${timing.column}^{{{timing.exponent:.3f}}}$"
     axes.plot(steps, [timing.fitted(S) for S in steps], color="gray", linewidth=1, zorder=1, label=label)
     _scales(axes, timing.column, steps, "log")
     scaled = "" if timing.images == (PAPER_IMAGES,) else ", scaled"
     axes.set_ylabel(f"hours for {PAPER_IMAGES:,} images{scaled}")
-    _legend(axes)
-    _title(axes, "" if paper else timing.caption())
-    return figure
-
-
-def plot_training(runs: Sequence[Run]) -> "Figure":
-    """Plot the loss of training runs against the step, and below it each metric that was measured meanwhile."""
-    from matplotlib.figure import Figure
-
-    names = sorted({name for run in runs for name in run.curves}, key=lambda name: (name != LOSS, name))
-    figure = Figure(layout="constrained")
-    figure.set_figheight(figure.get_figheight() * (1 + len(names)) / 2)
-    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
-        shown = [(run, run.curves[name]) for run in runs[:MOST_ROWS] if name in run.curves]
-        for run, points in shown:
-            axes.plot(*zip(*points, strict=True), marker="" if name == LOSS else "o", label=_plain(run.name))
-        positive = min(value for _, points in shown for _, value in points) > 0
-        axes.set(ylabel=_plain(name), yscale="log" if positive else "linear")
-        axes.grid(alpha=0.3)
-        _legend(axes)
-    axes.set_xlabel("optimiser step")
+    add_legend(axes)
+    set_title(axes, "" if paper else timing.caption())
     return figure
 
 
 def plot_terms(records: Sequence[Record], paper: bool = False) -> "Figure":
     """Plot the terms of variational bounds, bits per dimension against t, a line for each record; its name has L_T."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for number, record in enumerate(records[:MOST_ROWS]):
         *terms, last = record["terms"]
-        name = f"{_plain(record['label'])}: {sum(record['terms']):.3f} bits/dim, $L_T$ {last:.1e}"
+        name = f"{plain(record['label'])}: {sum(record['terms']):.3f} bits/dim, $L_T$ {last:.1e}"
         axes.plot(record["sampler"]["tau"], terms, marker="", label=name, color=f"C{number % 10}")
-    _mention_more(axes, len(records))
+    mention_more(axes, len(records))
     axes.set(xscale="log", yscale="log", xlabel="t", ylabel="bits/dim of the step from t")
     axes.grid(alpha=0.3)
-    _legend(axes)
-    _title(axes, "" if paper else "Terms of the variational bound: L_0 at the first time, KL divergences at the others")
+    add_legend(axes)
+    set_title(
+        axes, "" if paper else "Terms of the variational bound: L_0 at the first time, KL divergences at the others"
+    )
     return figure
 
 
@@ -215,33 +198,29 @@ def save_plot(table: Table, path: Path, spec: PlotSpec = SCREEN, paper: bool = F
         for S in table.columns
     ]
     content = [table.metric, table.heading, table.title(), len(table.rows), entries, paper]
-    return _save(lambda: plot(table, paper), content, path, spec)
+    return save(lambda: plot(table, paper), content, path, spec)
 
 
 def save_time_plot(timing: Timing, path: Path, spec: PlotSpec = SCREEN, paper: bool = False) -> Path:
     """Write `plot_time(timing)` as `save_plot` does."""
-    return _save(lambda: plot_time(timing, paper), [*dataclasses.astuple(timing), paper], path, spec)
-
-
-def save_training_plot(runs: Sequence[Run], path: Path, spec: PlotSpec = SCREEN) -> Path:
-    """Write `plot_training(runs)` as `save_plot` does."""
-    return _save(lambda: plot_training(runs), [(run.name, run.curves) for run in runs[:MOST_ROWS]], path, spec)
+    return save(lambda: plot_time(timing, paper), [*dataclasses.astuple(timing), paper], path, spec)
 
 
 def save_terms_plot(records: Sequence[Record], path: Path, spec: PlotSpec = SCREEN, paper: bool = False) -> Path:
     """Write `plot_terms(records)` as `save_plot` does."""
     content = [[(r["label"], r["sampler"]["tau"], r["terms"]) for r in records], paper]
-    return _save(lambda: plot_terms(records, paper), content, path, spec)
+    return save(lambda: plot_terms(records, paper), content, path, spec)
 
 
-def _save(draw: Callable[[], "Figure"], content: Any, path: Path, spec: PlotSpec) -> Path:
+def save(draw: Callable[[], "Figure"], content: Any, path: Path, spec: PlotSpec) -> Path:
+    """Write the figure that `draw` returns as `save_plot` does; `content` is all that it shows, in plain values."""
     import matplotlib
 
     # Drawing is most of the work of a report, so a plot states what it was drawn from, and by which code.
     key = record_key(
         {
             "content": [content, spec.width],
-            "code": Path(__file__).read_text(encoding="utf-8"),
+            "code": [Path(file).read_text(encoding="utf-8") for file in (__file__, inspect.getfile(draw))],
             "by": matplotlib.__version__,
         }
     )
@@ -273,23 +252,26 @@ def _comment(path: Path) -> str | None:
         return None
 
 
-def _mention_more(axes: "Axes", rows: int) -> None:
+def mention_more(axes: "Axes", rows: int) -> None:
+    """Say in the legend how many of `rows` lines are not shown."""
     if rows > MOST_ROWS:
         axes.errorbar([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
 
 
-def _legend(axes: "Axes") -> None:
+def add_legend(axes: "Axes") -> None:
     """Name the lines; many names stand beside the plot, where they hide none."""
     many: dict[str, Any] = {"fontsize": 6, "loc": "upper left", "bbox_to_anchor": (1, 1)}
     axes.legend(**(many if len(axes.get_legend_handles_labels()[1]) > 10 else {}))
 
 
-def _title(axes: "Axes", text: str) -> None:
+def set_title(axes: "Axes", text: str) -> None:
+    """Write a title of several lines, none if `text` is empty."""
     if text:
-        axes.set_title(_plain(text), fontsize=6, wrap=True)
+        axes.set_title(plain(text), fontsize=6, wrap=True)
 
 
-def _figure() -> tuple["Figure", "Axes"]:
+def new_figure() -> tuple["Figure", "Axes"]:
+    """Return a figure of one plot, and that plot."""
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
@@ -304,7 +286,7 @@ def _scales(axes: "Axes", column: str, steps: Sequence[int], y: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Escape formulas, and make one of σ̂: matplotlib's fonts put the hat next to the letter."""
     return printable(text).replace("$", r"\$").replace("σ̂", r"$\hat{\sigma}$")
 

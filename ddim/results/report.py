@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddim.io import atomic_write
-from ddim.results import plots, text
+from ddim.results import plots, text, training_plots
 from ddim.results.html import render_page
 from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
 from ddim.results.plot_spec import PlotSpec
 from ddim.results.protocol import FULL, completed, is_distance, join_checkpoints, shared_protocol
 from ddim.results.records import Record, record_key
-from ddim.results.runs import find_runs
+from ddim.results.runs import Run, find_runs
 from ddim.results.schema import IMAGES
 from ddim.results.table import Table, TableSpec
 
@@ -95,7 +95,8 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv.
+        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv;
+        those of `_training_plots`.
     """
     named = join_checkpoints(complete := [completed(record) for record in records])
     tables = [*build_tables(records), *sigma_hat_variants(records)]
@@ -123,13 +124,25 @@ def write_report(
         plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png", *drawing)
         for i, timing in enumerate(timings)
     ]
-    drawn = [run for run in runs if run.curves]
-    training_plot = [plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
+    of_training = _training_plots(tables, runs, folder, *drawing)
     terms = [plots.save_terms_plot(bounds, folder / "plot_terms.png", *drawing)] if bounds else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, training_plot, terms)
-    drawings = [path for path in (*table_plots, *time_plots, *training_plot, *terms) if path is not None]
+    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, of_training, terms)
+    drawings = [path for path in (*table_plots, *time_plots, *of_training, *terms) if path is not None]
     return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
+
+
+def _training_plots(
+    tables: Sequence[Table], runs: Sequence[Run], folder: Path, figure: PlotSpec, paper: bool
+) -> list[Path]:
+    """Draw the curves of the runs, and metrics of several checkpoints against the step or the EMA length."""
+    drawn = [run for run in runs if run.curves]
+    paths = [training_plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
+    for i, table in enumerate(tables):
+        if (curves := training_plots.checkpoint_curves(table)) is not None:
+            path = folder / f"{_numbered(f'plot_checkpoints_{table.metric}', i)}.png"
+            paths.append(training_plots.save_checkpoints_plot(table, curves, path, figure, paper))
+    return paths
 
 
 def _bounds(records: Sequence[Record]) -> list[Record]:

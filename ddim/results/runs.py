@@ -25,12 +25,14 @@ class Run:
         checkpoint: as records state it.
         models: the weights that were measured: which, hash, step.
         curves: the loss while training, and the metrics measured meanwhile, by name; none where the files are gone.
+        stops: the last logged steps of its calls, but of the newest: there it was stopped, and went on later.
     """
 
     name: str
     checkpoint: str
     models: tuple[str, ...]
     curves: dict[str, Curve]
+    stops: tuple[int, ...] = ()
 
 
 def find_runs(records: Sequence[Record]) -> list[Run]:
@@ -50,7 +52,7 @@ def _run(checkpoint: str, models: tuple[str, ...]) -> Run:
         return Run(path.stem, checkpoint, models, {})
     folder = path.absolute().parents[1]
     try:
-        return Run(folder.name, checkpoint, models, read_curves(folder))
+        return Run(folder.name, checkpoint, models, read_curves(folder), read_stops(folder))
     except (OSError, ValueError, csv.Error) as error:  # UserError is a ValueError
         log.warning("no training curve of %s: %s", folder, " ".join(str(error).split()))
         return Run(folder.name, checkpoint, models, {})
@@ -71,6 +73,12 @@ def read_curves(folder: Path) -> dict[str, Curve]:
                 curve = f"{metric}, {weights_label(record['model'])}"
                 values.setdefault(curve, {})[record["model"]["step"]] = value
     return {name: tuple(sorted(points.items())) for name, points in values.items() if points}
+
+
+def read_stops(folder: Path) -> tuple[int, ...]:
+    """Return the last logged step of each call of a run that another call followed; see `read_curves`."""
+    calls = [steps for rows in read_logs(folder) if (steps := [step_of(row) for row in rows if row.get(LOSS)])]
+    return tuple(max(steps) for steps in calls[:-1])
 
 
 def read_logs(folder: Path) -> Iterator[list[dict[str, str]]]:

@@ -18,6 +18,7 @@ from ddim.results.escape import escape_markdown
 from ddim.results.plots import DPI, plot
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
+from ddim.results.training_plots import checkpoint_curves, plot_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -42,7 +43,9 @@ def draw(name: str) -> None:
     """Write the plot docs/results/NAME.png where a document shows it."""
     if any(f"results/{name}.png" in document.read_text(encoding="utf-8") for document in DOCUMENTS):
         (table,) = build_tables(RecordFile(RESULTS / f"{name}.jsonl").read())
-        plot(table).savefig(RESULTS / f"{name}.png", dpi=DPI)
+        curves = checkpoint_curves(table)
+        figure = plot(table) if curves is None else plot_checkpoints(table, curves)
+        figure.savefig(RESULTS / f"{name}.png", dpi=DPI)
 
 
 def fill(text: str) -> str:

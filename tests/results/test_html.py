@@ -11,7 +11,7 @@ import pytest
 from made_records import RECORDS, compared, record
 from PIL import Image
 
-from ddim.results import plots
+from ddim.results import plots, training_plots
 from ddim.results.report import build_tables, write_report
 
 VOID = {"meta", "img", "br"}
@@ -28,8 +28,8 @@ def empty_plots(monkeypatch: pytest.MonkeyPatch) -> None:
             Image.new("L", (8, 8)).save(target)
         return path
 
-    for name in ("save_plot", "save_time_plot", "save_training_plot"):
-        monkeypatch.setattr(plots, name, save)
+    for module, name in ((plots, "save_plot"), (plots, "save_time_plot"), (training_plots, "save_training_plot")):
+        monkeypatch.setattr(module, name, save)
 
 
 class Page(HTMLParser):

@@ -9,6 +9,7 @@ from made_records import FID, record
 from ddim.results.records import RECORDS, Record
 from ddim.results.report import write_report
 from ddim.results.runs import LOSS, find_runs
+from ddim.results.training_plots import plot_training
 
 pytestmark = pytest.mark.integration
 
@@ -58,3 +59,14 @@ def test_the_page_names_the_run_and_shows_its_curve(trained: Path, tmp_path: Pat
     assert str(trained / "checkpoints" / "last.ckpt") in page
     assert [path.name for path in paths if "training" in path.name] == ["plot_training.png", "plot_training.pdf"]
     assert page.count("<img") == 2  # the table's plot, and the curve
+
+
+def test_the_curve_marks_where_a_run_was_stopped(trained: Path) -> None:
+    [run] = find_runs([evaluated(trained)])
+    assert run.stops == (30,)
+    (trained / "csv" / "version_11").mkdir()
+    (trained / "csv" / "version_11" / "metrics.csv").write_text("epoch,step,train/loss\n")  # a call that did nothing
+    assert find_runs([evaluated(trained)]) == [run]
+    loss, measured = plot_training([run]).axes
+    for axes in (loss, measured):
+        assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[30, 30], []]

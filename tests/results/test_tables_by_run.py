@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_records import record
+from made_records import FID, record
 
+from ddim.results.plot_spec import PlotSpec
 from ddim.results.records import Record
 from ddim.results.report import build_tables, sigma_hat_variants, write_report
 from ddim.results.schema import check_evaluation
+from ddim.results.training_plots import checkpoint_curves, plot_checkpoints
 
 OLD = {"run", "recipe"}  # fields that older records lack
 
@@ -79,3 +81,47 @@ def test_each_run_is_compared_with_the_paper() -> None:
     [table] = build_tables(records)
     assert [table.paper_value(row, 10) for row in table.rows] == [13.36, 13.36]
     assert sigma_hat_variants([r | {"label": "σ̂"} for r in records]) == []
+
+
+def test_a_metric_is_drawn_against_the_step() -> None:
+    records = [
+        trained("a", 0.1, value, label, model__step=step) | {"S": S, "nfe": S}
+        for label, S, step, value in (
+            ("η=0.0", 10, 7, 3.0),
+            ("η=0.0", 10, 500, 1.0),
+            ("η=0.0", 10, 50, 2.0),
+            ("η=1.0", 20, 50, 4.0),
+        )
+    ]
+    [table] = build_tables(records)
+    curves = checkpoint_curves(table)
+    assert curves == (
+        "optimiser step",
+        {"η=0.0, S=10": [(7, 3.0, None), (50, 2.0, None), (500, 1.0, None)], "η=1.0, S=20": [(50, 4.0, None)]},
+    )
+    [axes] = plot_checkpoints(table, curves).axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[7, 50, 500], [50]]
+    assert (axes.get_xlabel(), axes.get_yscale()) == ("optimiser step", "log")
+
+
+def test_post_hoc_averages_are_drawn_against_their_length() -> None:
+    records = [
+        trained("a", length, value, model__step=step, model__weights=f"posthoc_{length}")
+        for length, step, value in ((0.2, 7, 2.0), (0.05, 7, 3.0), (0.1, 50, 4.0))
+    ]
+    records.append(trained("a", 0.3, 9.0, model__step=7, model__weights="raw"))
+    [table] = build_tables(records)
+    assert checkpoint_curves(table) == (
+        "EMA length σ_rel",
+        {"η=0.0, S=10, step 7": [(0.05, 3.0, None), (0.2, 2.0, None)], "η=0.0, S=10, step 50": [(0.1, 4.0, None)]},
+    )
+
+
+def test_other_tables_have_no_such_curve(tmp_path: Path) -> None:
+    of_runs = [trained("slow", 0.001, 3.0), trained("fast", 0.1, 2.0)]
+    of_steps = [trained("run", 0.1, float(step), model__step=step) for step in (5, 7)]
+    for records, expected in ((of_runs, []), (of_runs[:1], []), (of_steps, [f"plot_checkpoints_{FID}.png"])):
+        [table] = build_tables(records)
+        assert (checkpoint_curves(table) is not None) == bool(expected)
+        paths = write_report(records, tmp_path / str(len(expected)), figure=PlotSpec(format="png"))
+        assert [path.name for path in paths if "checkpoints" in path.name] == expected
