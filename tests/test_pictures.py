@@ -15,7 +15,7 @@ IMAGES: Path = SCRIPT["IMAGES"]
 
 def test_pictures_are_up_to_date() -> None:
     outdated = SCRIPT["outdated"]()
-    assert outdated == [], f"make them again: {SCRIPT['COMMAND']} (after bash scripts/quickstart.sh)"
+    assert outdated == [], f"make them again: {SCRIPT['COMMAND']}"
 
 
 def test_pictures_are_the_ones_that_documents_show() -> None:

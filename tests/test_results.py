@@ -111,3 +111,15 @@ def test_a_missing_sweep_is_an_error(monkeypatch, tmp_path):
 def test_a_table_without_records_is_an_error():
     with pytest.raises(SystemExit, match=r"error: there are no records docs/results/nothing\.jsonl"):
         SCRIPT["render"]("nothing")
+
+
+def test_a_training_has_a_table_and_its_stops():
+    curves = {"train/loss": [[s, 1 / s] for s in range(1, 101)], "val/loss": [[s, 2 / s] for s in (50, 100)]}
+    text = SCRIPT["training_table"]({"training": "mine", "curves": curves, "stops": [30, 1060]})
+    assert text.splitlines()[:4] == [
+        "| step | 50 | 100 |",
+        "| --- | --- | --- |",
+        "| train/loss | 0.0200 | 0.0100 |",
+        "| val/loss | 0.0400 | 0.0200 |",
+    ]
+    assert text.endswith("<sub>mine; steps at which it was stopped and went on later: 30, 1,060</sub>")

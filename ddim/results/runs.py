@@ -13,6 +13,7 @@ from ddim.results.schema import evaluation_records
 
 log = logging.getLogger(__name__)
 LOSS = "train/loss"
+LOSSES = (LOSS, "val/loss")
 Curve = tuple[tuple[int, float], ...]  # (optimiser step, value)
 
 
@@ -24,7 +25,7 @@ class Run:
         name: of its folder, or of the file of a checkpoint that is in no run's folder.
         checkpoint: as records state it.
         models: the weights that were measured: which, hash, step.
-        curves: the loss while training, and the metrics measured meanwhile, by name; none where the files are gone.
+        curves: the losses while training, and the metrics measured meanwhile, by name; none where the files are gone.
         stops: the last logged steps of its calls, but of the newest: there it was stopped, and went on later.
     """
 
@@ -59,14 +60,15 @@ def _run(checkpoint: str, models: tuple[str, ...]) -> Run:
 
 
 def read_curves(folder: Path) -> dict[str, Curve]:
-    """Return the curves of the run in a folder: its loss, and the metrics of evaluations that it made while training.
+    """Return the curves of the run in a folder: its losses, and the metrics of evaluations that it made while training.
 
     Raises:
         UserError, ValueError, OSError: a file is damaged, or cannot be read.
     """
     values: dict[str, dict[int, float]] = {}
     for rows in read_logs(folder):
-        values.setdefault(LOSS, {}).update((step_of(row), float(row[LOSS])) for row in rows if row.get(LOSS))
+        for name in LOSSES:
+            values.setdefault(name, {}).update((step_of(row), float(row[name])) for row in rows if row.get(name))
     for record in evaluation_records(folder / RECORDS).read():
         for metric, value in record["metrics"].items():
             if record["model"]["step"] is not None:

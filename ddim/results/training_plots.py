@@ -19,7 +19,7 @@ from ddim.results.plots import (
     set_title,
 )
 from ddim.results.protocol import is_distance, weights_label
-from ddim.results.runs import LOSS, Run
+from ddim.results.runs import LOSS, LOSSES, Run
 from ddim.results.table import Table
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def plot_training(runs: Sequence[Run]) -> "Figure":
     for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
         shown = [(run, run.curves[name]) for run in runs[:MOST_ROWS] if name in run.curves]
         for number, (run, points) in enumerate(shown):
-            axes.plot(*zip(*points, strict=True), marker="" if name == LOSS else "o", label=plain(run.name))
+            axes.plot(*zip(*points, strict=True), marker="" if name in LOSSES else "o", label=plain(run.name))
             for stop in run.stops:
                 axes.axvline(stop, color=f"C{number % 10}", linestyle=":", linewidth=0.8)
         positive = min(value for _, points in shown for _, value in points) > 0

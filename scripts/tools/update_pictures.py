@@ -1,7 +1,6 @@
-"""Make the pictures of the documents, docs/images/*.png, from the quickstart's checkpoint.
+"""Make the pictures of the documents, docs/images/*.png, from the models that ship with the package.
 
-    python scripts/tools/update_pictures.py                      # from outputs/train/digits/checkpoints/last.ckpt
-    python scripts/tools/update_pictures.py --checkpoint PATH    # from another checkpoint of the same experiment
+    python scripts/tools/update_pictures.py
 
 docs/images/pictures.json holds what each picture was made from: the settings of the figure, the weights, and hashes of
 the code that decides its pixels. tests/test_pictures.py compares it with the code of today.
@@ -12,7 +11,6 @@ import ast
 import hashlib
 import io
 import json
-import sys
 import tempfile
 import tokenize
 from pathlib import Path
@@ -22,19 +20,24 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = ROOT / "docs" / "images"
 MADE_FROM = IMAGES / "pictures.json"
 COMMAND = f"python {Path(__file__).resolve().relative_to(ROOT).as_posix()}"
-CHECKPOINT = "outputs/train/digits/checkpoints/last.ckpt"
 
 # The file in docs/images -> keys of FigureSpec. The first stands in the README and shows the samplers of its table.
+CIFAR10 = {"checkpoint": "cifar10_small"}
+CLIPPED = {"spacing": "quad", "clip": "x0"}
 PICTURES: dict[str, dict[str, Any]] = {
-    "samples.png": {
+    "samples.png": CIFAR10
+    | {"figure": "samples", "sampler": CLIPPED, "S": [5, 10, 20, 50], "etas": [0.0, 0.5, 1.0], "n": 4},
+    "consistency.png": CIFAR10 | {"figure": "consistency", "sampler": CLIPPED, "S": [5, 10, 20, 50, 100], "n": 8},
+    "interpolation.png": CIFAR10 | {"figure": "interpolation", "sampler": CLIPPED | {"S": 50}, "n": 8},
+    "x0_strip.png": CIFAR10 | {"figure": "x0_strip", "sampler": CLIPPED | {"S": 50}, "n": 2, "columns": 11},
+    "digits.png": {
+        "checkpoint": "digits",
         "figure": "samples",
         "sampler": {"spacing": "uniform"},
         "S": [5, 10, 20, 50],
         "etas": [0.0, 0.5, 1.0],
         "n": 4,
     },
-    "interpolation.png": {"figure": "interpolation", "sampler": {"spacing": "uniform", "S": 50}, "n": 8},
-    "x0_strip.png": {"figure": "x0_strip", "sampler": {"spacing": "uniform", "S": 50}, "n": 2, "columns": 11},
 }
 # The code that decides the pixels, given the settings and the weights.
 SOURCES = (
@@ -98,12 +101,8 @@ def outdated() -> list[str]:
     return wrong + [f"{name} changed since the pictures were made" for name in changed]
 
 
-def make(name: str, settings: dict[str, Any], checkpoint: str) -> dict[str, Any]:
-    """Write docs/images/`name` and return what it was made from.
-
-    Raises:
-        UserError: the checkpoint cannot be read.
-    """
+def make(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write docs/images/`name` and return what it was made from."""
     from PIL import Image
 
     from ddim.config import build
@@ -112,7 +111,7 @@ def make(name: str, settings: dict[str, Any], checkpoint: str) -> dict[str, Any]
 
     with tempfile.TemporaryDirectory() as folder:
         figure = {"name": settings["figure"]}
-        fixed = {"checkpoint": checkpoint, "name": "docs", "output_dir": folder, "compute": {"device": "cpu"}}
+        fixed = {"name": "docs", "output_dir": folder, "compute": {"device": "cpu"}}
         paths = write_figures(build(FigureSpec, settings | fixed | {"figure": figure}, ""))
         (picture,) = (path for path in paths if path.suffix == ".png")
         (tensors,) = (path for path in paths if path.suffix == ".safetensors")
@@ -124,18 +123,10 @@ def make(name: str, settings: dict[str, Any], checkpoint: str) -> dict[str, Any]
 
 
 def main() -> None:
-    """Make all pictures, or none if the checkpoint cannot be read."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=CHECKPOINT, help=f"default: {CHECKPOINT}")
-    options = parser.parse_args()
-
-    from ddim.errors import UserError
-
+    """Make all pictures."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     IMAGES.mkdir(parents=True, exist_ok=True)
-    try:
-        pictures = {name: make(name, settings, options.checkpoint) for name, settings in PICTURES.items()}
-    except UserError as error:
-        sys.exit(f"error: {error} bash scripts/quickstart.sh trains the checkpoint that the pictures are made from.")
+    pictures = {name: make(name, settings) for name, settings in PICTURES.items()}
     content = {"command": COMMAND, "pictures": pictures, "sources": source_hashes()}
     MADE_FROM.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, made in pictures.items():

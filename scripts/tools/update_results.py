@@ -3,11 +3,13 @@
     python scripts/tools/update_results.py                                  # the tables of docs/results/*.jsonl
     python scripts/tools/update_results.py digits=outputs/evaluate/digits   # first copy the records of a sweep
     python scripts/tools/update_results.py speed=outputs/benchmark/speed.jsonl
+    python scripts/tools/update_results.py training=outputs/train/NAME      # the curves of a training
 
 The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`.
 """
 
 import argparse
+import json
 import re
 import runpy
 import shutil
@@ -16,9 +18,11 @@ from pathlib import Path
 
 from ddim.results.escape import escape_markdown
 from ddim.results.plots import DPI, plot
-from ddim.results.records import RecordFile
+from ddim.results.records import Record, RecordFile, code_revision
 from ddim.results.report import build_tables
-from ddim.results.training_plots import checkpoint_curves, plot_checkpoints
+from ddim.results.runs import Run, read_curves, read_stops
+from ddim.results.table import number_text
+from ddim.results.training_plots import checkpoint_curves, plot_checkpoints, plot_training
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -34,15 +38,40 @@ def render(name: str) -> str:
         sys.exit(f"error: there are no records docs/results/{name}.jsonl, which a document includes.")
     if (text := BENCHMARK_TABLES(records)) is not None:
         return str(text)
+    if "curves" in records[0]:
+        return f"\n{training_table(records[0])}\n\n"
     return "".join(
         f"\n{table.markdown()}\n\n<sub>{escape_markdown(table.title())}</sub>\n\n" for table in build_tables(records)
     )
 
 
+def training_table(record: Record) -> str:
+    """Return the losses of a training at ten logged steps, and where it was stopped."""
+    curves = {name: dict(points) for name, points in record["curves"].items()}
+    steps = [*min(curves.values(), key=len)]
+    shown = sorted({steps[round(i * (len(steps) - 1) / 9)] for i in range(10)})
+    lines = [["step", *(f"{step:,}" for step in shown)], ["---"] * (1 + len(shown))]
+    lines += [[name, *(number_text(p[s]) if s in p else "" for s in shown)] for name, p in curves.items()]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    stops = ", ".join(f"{step:,}" for step in record["stops"]) or "none"
+    return f"{table}\n\n<sub>{record['training']}; steps at which it was stopped and went on later: {stops}</sub>"
+
+
+def of_training(folder: Path) -> Record:
+    """Return the curves of the training in a folder."""
+    curves, stops = read_curves(folder), read_stops(folder)
+    return {"training": folder.name, "curves": curves, "stops": stops, "revision": code_revision()}
+
+
 def draw(name: str) -> None:
     """Write the plot docs/results/NAME.png where a document shows it."""
     if any(f"results/{name}.png" in document.read_text(encoding="utf-8") for document in DOCUMENTS):
-        (table,) = build_tables(RecordFile(RESULTS / f"{name}.jsonl").read())
+        records = RecordFile(RESULTS / f"{name}.jsonl").read()
+        if "curves" in records[0]:
+            run = Run(records[0]["training"], "", (), records[0]["curves"], tuple(records[0]["stops"]))
+            plot_training([run]).savefig(RESULTS / f"{name}.png", dpi=DPI)
+            return
+        (table,) = build_tables(records)
         curves = checkpoint_curves(table)
         figure = plot(table) if curves is None else plot_checkpoints(table, curves)
         figure.savefig(RESULTS / f"{name}.png", dpi=DPI)
@@ -56,13 +85,18 @@ def fill(text: str) -> str:
 def main() -> None:
     """Copy the given records and draw their plots, then rewrite the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweeps", nargs="*", metavar="NAME=PATH", help="a folder with records.jsonl, or such a file")
+    parser.add_argument(
+        "sweeps", nargs="*", metavar="NAME=PATH", help="a folder with records.jsonl, such a file, or a run"
+    )
     for name, _, path in (sweep.partition("=") for sweep in parser.parse_args().sweeps):
-        records = Path(path) if path.endswith(".jsonl") else Path(path) / "records.jsonl"
-        if not path or not records.is_file():
-            sys.exit(f"error: there are no records {records}; give NAME=PATH with the folder of a finished sweep.")
         RESULTS.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(records, RESULTS / f"{name}.jsonl")
+        records = Path(path) if path.endswith(".jsonl") else Path(path) / "records.jsonl"
+        if path and (Path(path) / "csv").is_dir():
+            (RESULTS / f"{name}.jsonl").write_text(json.dumps(of_training(Path(path))) + "\n", encoding="utf-8")
+        elif not path or not records.is_file():
+            sys.exit(f"error: there are no records {records}; give NAME=PATH with the folder of a finished sweep.")
+        else:
+            shutil.copyfile(records, RESULTS / f"{name}.jsonl")
         draw(name)
     for document in DOCUMENTS:
         document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")

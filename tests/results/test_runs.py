@@ -26,8 +26,8 @@ def trained(tmp_path: Path) -> Path:
     for version, losses in ((0, {9: 0.5, 19: 0.25, 29: 9.0}), (10, {29: 0.2, 39: 0.1})):
         path = folder / "csv" / f"version_{version}" / "metrics.csv"
         path.parent.mkdir(parents=True)
-        rows = "".join(f"0,{step},{loss}\n0,{step},\n" for step, loss in losses.items())
-        path.write_text(f"epoch,step,train/loss\n{rows}")
+        rows = "".join(f"0,{step},{loss},\n0,{step},,{2 * loss}\n" for step, loss in losses.items())
+        path.write_text(f"epoch,step,train/loss,val/loss\n{rows}")
     measured = record("η=0.0", 10, 7.0, model__step=20)
     (folder / RECORDS).write_text(json.dumps(measured) + "\n")
     return folder
@@ -37,7 +37,9 @@ def test_curves_go_on_where_a_run_was_resumed(trained: Path) -> None:
     [run] = find_runs([evaluated(trained), evaluated(trained, model__weights="raw")])
     assert run.name == "mine"
     assert run.models == ("ema weights 01234567 at step 800,000", "online weights 01234567 at step 800,000")
-    assert run.curves == {LOSS: ((10, 0.5), (20, 0.25), (30, 0.2), (40, 0.1)), f"{FID}, ema": ((20, 7.0),)}
+    losses = ((10, 0.5), (20, 0.25), (30, 0.2), (40, 0.1))
+    doubled = tuple((step, 2 * loss) for step, loss in losses)
+    assert run.curves == {LOSS: losses, "val/loss": doubled, f"{FID}, ema": ((20, 7.0),)}
 
 
 @pytest.mark.parametrize("damage", ["epoch,step,train/loss\n0,x,1\n", "a\0b\n", ""])
@@ -67,6 +69,5 @@ def test_the_curve_marks_where_a_run_was_stopped(trained: Path) -> None:
     (trained / "csv" / "version_11").mkdir()
     (trained / "csv" / "version_11" / "metrics.csv").write_text("epoch,step,train/loss\n")  # a call that did nothing
     assert find_runs([evaluated(trained)]) == [run]
-    loss, measured = plot_training([run]).axes
-    for axes in (loss, measured):
+    for axes in plot_training([run]).axes:
         assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[30, 30], []]
