@@ -14,18 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.data.images import normalize
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.labels import row_label
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.nearest import NearestSearch
 from ddim.inference.conditioning import condition_settings
-from ddim.inference.generate import network_evaluations, progress
+from ddim.inference.generate import network_evaluations, progress, to_pixels
 from ddim.inference.trajectories import SamplingContext, record_steps, sample_from
 from ddim.io import read_safetensors, write_safetensors
 
 AXES = ("row", "column", "channel", "height", "width")
 TENSOR = "cells"  # name of the images in a figure's file
+HELD_OUT = {"test": "test images", "train": "training images"}  # split -> what samples are compared with
 Axis = tuple[dict[str, Any], ...]  # for each row or column its "label", and what the label stands for
 
 
@@ -168,6 +171,54 @@ def trajectory(context: SamplingContext, sampler: SamplerSpec, indices: Sequence
     )
 
 
+def nearest(context: SamplingContext, sampler: SamplerSpec, indices: Sequence[int], search: NearestSearch) -> Panel:
+    """Return samples, each with its nearest training images: images in rows; pixels, then features, in columns.
+
+    Rows and metadata hold the distances under "nearest", those of held-out images too.
+
+    Args:
+        context: model and seed.
+        sampler: how to sample.
+        indices: image numbers.
+        search: what the samples are compared with.
+    """
+    with progress(_network_evaluations(context, [sampler], len(indices)), "samples") as bar:
+        x_0 = sample_from(context, sampler, context.x_T(indices), indices, bar.update)
+    images, columns = [x_0[:, None]], [dict[str, Any](label="sample")]
+    rows: list[dict[str, Any]] = [{"index": i, "nearest": {}} for i in indices]
+    others, spaces = HELD_OUT[search.held_out_split], {}
+    for space, (samples, held_out) in search.find(to_pixels(x_0)).items():
+        images.append(normalize(search.shown(samples)))
+        for row, *values in zip(rows, *(tensor.tolist() for tensor in samples), strict=True):
+            row["nearest"][space] = dict(zip(("distances", "training_images", "mirrored"), values, strict=True))
+        medians = [float(distances.quantile(0.5)) for distances in (samples.distances[:, 0], held_out)]
+        spaces[space] = dict(zip(("median", "held_out_median", "held_out"), (*medians, held_out.tolist()), strict=True))
+        title = f"nearest in {space if space == 'pixels' else f'{space} features'}"
+        label = f"{title}\nmedian {_three_digits(medians[0])}, {others} {_three_digits(medians[1])}"
+        columns += [{"label": label, "space": space, "rank": rank + 1} for rank in range(search.k)]
+    for row in rows:
+        first = ", ".join(_three_digits(space["distances"][0]) for space in row["nearest"].values())
+        row["label"] = f"{row['index']}: {first}"
+    compared = {"data": search.train.name, "training_images": len(search.train), "held_out": search.held_out_split}
+    metadata = _metadata("nearest", context, [sampler]) | {"nearest": {**compared, "spaces": spaces}}
+    return Panel(torch.cat(images, dim=1), tuple(rows), tuple(columns), metadata)
+
+
+def summarize_nearest(panel: Panel) -> str:
+    """Return a line for each space: how near samples and held-out images are to their nearest training image."""
+    about, lines = panel.metadata["nearest"], []
+    to_others = " to the others" if about["held_out"] == "train" else ""
+    for space, values in about["spaces"].items():
+        samples, held_out = [row["nearest"][space]["distances"][0] for row in panel.rows], values["held_out"]
+        lines.append(
+            f"{space}: median (smallest) distance to the nearest of {about['training_images']:,} training images: "
+            f"{len(samples)} samples {_three_digits(values['median'])} ({_three_digits(min(samples))}), "
+            f"{len(held_out):,} {HELD_OUT[about['held_out']]}{to_others} {_three_digits(values['held_out_median'])} "
+            f"({_three_digits(held_out[0])})"
+        )
+    return "\n".join(lines)
+
+
 def save_panel(panel: Panel, path: Path) -> None:
     """Write a panel as safetensors: one tensor of images, everything else in the metadata, each value as JSON."""
     metadata = {"axes": AXES, "rows": panel.rows, "columns": panel.columns, **panel.metadata}
@@ -213,6 +264,10 @@ def _predictions_and_states(
 
 def _network_evaluations(context: SamplingContext, samplers: Sequence[SamplerSpec], images: int) -> int:
     return images * sum(network_evaluations(context.model, sampler) for sampler in samplers)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _image_labels(indices: Sequence[int]) -> Axis:

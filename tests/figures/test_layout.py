@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,10 @@ PANELS = {
     "256x256 colour": panel_of(pixels_of(1, 5, 3, 256, 256)),
     "higher than a page": panel_of(pixels_of(20, 3, 1, 8, 8)),
     "narrow columns": panel_of(pixels_of(1, 40, 1, 8, 8), columns=axis(*(f"t={1000 - i}" for i in range(40)))),
+    "unequal groups": panel_of(
+        pixels_of(3, 9, 3, 8, 8),
+        columns=axis("one", *["of_two\nlines"] * 4, *["longer_than_an_image\nwide"] * 4),
+    ),
     "one": panel_of(pixels_of(1, 1, 1, 8, 8)),
 }
 
