@@ -2,7 +2,9 @@
 
 Ho et al. (2020) show such images in their appendix. A distance alone says little: it is compared with the distances of
 images that were not made from the training images, those of the test set, or where there is none, of training images
-to the others.
+to the others. And a blurred or empty image is near to many images. A copy is much nearer to one of them than to the
+others, which the relative distance shows: that to the nearest, divided by the mean to the 50 nearest (Carlini et al.,
+2023, without their factor).
 """
 
 import dataclasses
@@ -24,6 +26,8 @@ from ddim.evaluation.session import Session
 log = logging.getLogger(__name__)
 PIXELS = "pixels"
 HELD_OUT = 1000  # images at most whose distances are compared with those of samples
+NEAREST = 50  # training images that the relative distance is of, or all others
+TINY = 1e-12  # for images that are all alike
 MOST_ROWS, MOST_VALUES = 1000, 2**22  # of a block of images: 33 MB in float64, and 8 MB of distances to another one
 
 
@@ -46,11 +50,15 @@ class Comparison(NamedTuple):
 
     Attributes:
         samples: their neighbours.
-        held_out: distances of held-out images to their nearest training image, float64 (H,), rising.
+        relative: distance to the nearest, divided by the mean to the NEAREST, float64 (Q,); 0 of a copy, 1 at most.
+        held_out: distances of held-out images to their nearest training image, float64 (H,).
+        held_out_relative: as `relative`, of the held-out images.
     """
 
     samples: Neighbours
+    relative: Tensor
     held_out: Tensor
+    held_out_relative: Tensor
 
 
 class NearestSearch:
@@ -67,6 +75,7 @@ class NearestSearch:
 
     Attributes:
         train: the training images.
+        among: how many of the nearest the relative distance is of.
         spaces: the names of the spaces: pixels, and the extractor.
         held_out: uint8 (H, C, H', W').
         held_out_split: train where the data set has no test split of its own.
@@ -95,6 +104,7 @@ class NearestSearch:
         check_shape(model, self.train)
         if k >= len(self.train):
             raise UserError(f"k={k} must be less than the number of training images, {len(self.train)}.")
+        self.among = min(NEAREST, len(self.train) - 1)
         self.metric = None
         if metric is not None and metric.extractor != PIXELS:
             self.metric = dataclasses.replace(metric, metrics=("prc",))  # which needs features, so that they are kept
@@ -128,14 +138,15 @@ class NearestSearch:
         blocks = torch.arange(len(self.train)).split(block_rows(images[0].numel()))
         pixels = (self.train.batch(block).flatten(1) for block in blocks)
         bar = tqdm(pixels, total=len(blocks), desc="nearest in pixels", unit=" blocks", disable=None)
-        found = [nearest([view.flatten(1) for view in views], bar, max(2, self.k), self.device)]
+        count = max(self.among + 1, self.k)  # 1 more, since a held-out image may be one of them
+        found = [nearest([view.flatten(1) for view in views], bar, count, self.device)]
         found[0].distances.div_(255)
         if self.metric is not None:
             layer, shape = self.extractor.layers[0], self.train.shape
             stats = self.session.reference_stats(self.data, self.metric, self.device, self.reference_dir, shape)
             features = stats.features[layer].split(block_rows(stats.features[layer].shape[1]))
             rows = [self.extractor.extract(view)[layer] for view in views]
-            found.append(nearest(rows, features, max(2, self.k), self.device))
+            found.append(nearest(rows, features, count, self.device))
         return {name: self._compare(one, len(samples)) for name, one in zip(self.spaces, found, strict=True)}
 
     def shown(self, neighbours: Neighbours) -> Tensor:
@@ -144,12 +155,14 @@ class NearestSearch:
         return torch.where(neighbours.mirrored[..., None, None, None], images.flip(-1), images)
 
     def _compare(self, found: Neighbours, count: int) -> Comparison:
-        """Split what was found into `count` samples and the held-out images, whose nearest must be another image."""
-        distances, numbers, _ = (values[count:] for values in found)
-        held_out = distances[:, 0]
+        """Split what was found into `count` samples and the held-out images, which are not their own neighbours."""
+        samples, held_out = found.distances[:count], found.distances[count:]
         if self.own is not None:
-            held_out = torch.where(numbers[:, 0] == self.own, distances[:, 1], held_out)
-        return Comparison(Neighbours(*(values[:count, : self.k] for values in found)), held_out.sort().values)
+            itself = found.numbers[count:] == self.own[:, None]
+            held_out = held_out.masked_fill(itself, torch.inf).sort(dim=1).values
+        neighbours = Neighbours(*(values[:count, : self.k] for values in found))
+        relative = [d[:, 0] / d[:, : self.among].mean(1).clamp_min(TINY) for d in (samples, held_out)]
+        return Comparison(neighbours, relative[0], held_out[:, 0], relative[1])
 
 
 def evenly_spaced_numbers(count: int) -> Tensor:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -186,36 +187,47 @@ def nearest(context: SamplingContext, sampler: SamplerSpec, indices: Sequence[in
         x_0 = sample_from(context, sampler, context.x_T(indices), indices, bar.update)
     images, columns = [x_0[:, None]], [dict[str, Any](label="sample")]
     rows: list[dict[str, Any]] = [{"index": i, "nearest": {}} for i in indices]
-    others, spaces = HELD_OUT[search.held_out_split], {}
-    for space, (samples, held_out) in search.find(to_pixels(x_0)).items():
-        images.append(normalize(search.shown(samples)))
-        for row, *values in zip(rows, *(tensor.tolist() for tensor in samples), strict=True):
+    spaces: dict[str, dict[str, list[float]]] = {}
+    for space, found in search.find(to_pixels(x_0)).items():
+        images.append(normalize(search.shown(found.samples)))
+        for row, *values in zip(rows, *(tensor.tolist() for tensor in found.samples), strict=True):
             row["nearest"][space] = dict(zip(("distances", "training_images", "mirrored"), values, strict=True))
-        medians = [float(distances.quantile(0.5)) for distances in (samples.distances[:, 0], held_out)]
-        spaces[space] = dict(zip(("median", "held_out_median", "held_out"), (*medians, held_out.tolist()), strict=True))
+        distances = {"distance": found.samples.distances[:, 0], "relative": found.relative}
+        distances |= {"held_out_distance": found.held_out, "held_out_relative": found.held_out_relative}
+        spaces[space] = {name: values.tolist() for name, values in distances.items()}
         title = f"nearest in {space if space == 'pixels' else f'{space} features'}"
-        label = f"{title}\nmedian {_three_digits(medians[0])}, {others} {_three_digits(medians[1])}"
-        columns += [{"label": label, "space": space, "rank": rank + 1} for rank in range(search.k)]
+        for name in ("distance", "relative"):
+            here, there = (_three_digits(median(spaces[space][key])) for key in (name, f"held_out_{name}"))
+            title += f"\n{name} {here}, {HELD_OUT[search.held_out_split]} {there}"
+        columns += [{"label": title, "space": space, "rank": rank + 1} for rank in range(search.k)]
     for row in rows:
         first = ", ".join(_three_digits(space["distances"][0]) for space in row["nearest"].values())
         row["label"] = f"{row['index']}: {first}"
-    compared = {"data": search.train.name, "training_images": len(search.train), "held_out": search.held_out_split}
-    metadata = _metadata("nearest", context, [sampler]) | {"nearest": {**compared, "spaces": spaces}}
+    compared = {
+        "data": search.train.name,
+        "training_images": len(search.train),
+        "held_out": search.held_out_split,
+        "relative_to": search.among,
+        "spaces": spaces,
+    }
+    metadata = _metadata("nearest", context, [sampler]) | {"nearest": compared}
     return Panel(torch.cat(images, dim=1), tuple(rows), tuple(columns), metadata)
 
 
 def summarize_nearest(panel: Panel) -> str:
-    """Return a line for each space: how near samples and held-out images are to their nearest training image."""
-    about, lines = panel.metadata["nearest"], []
-    to_others = " to the others" if about["held_out"] == "train" else ""
+    """Return medians and smallest values of the distances of samples and held-out images, a line for each space."""
+    about = panel.metadata["nearest"]
+    lines = [
+        f"median (smallest) distance to the nearest of {about['training_images']:,} training images; "
+        f"relative: divided by the mean to the {about['relative_to']} nearest"
+    ]
     for space, values in about["spaces"].items():
-        samples, held_out = [row["nearest"][space]["distances"][0] for row in panel.rows], values["held_out"]
-        lines.append(
-            f"{space}: median (smallest) distance to the nearest of {about['training_images']:,} training images: "
-            f"{len(samples)} samples {_three_digits(values['median'])} ({_three_digits(min(samples))}), "
-            f"{len(held_out):,} {HELD_OUT[about['held_out']]}{to_others} {_three_digits(values['held_out_median'])} "
-            f"({_three_digits(held_out[0])})"
-        )
+        for key, name in (("", "samples"), ("held_out_", HELD_OUT[about["held_out"]])):
+            distance, relative = (
+                f"{_three_digits(median(numbers))} ({_three_digits(min(numbers))})"
+                for numbers in (values[f"{key}distance"], values[f"{key}relative"])
+            )
+            lines.append(f"{space}, {len(values[f'{key}distance']):,} {name}: {distance}, relative {relative}")
     return "\n".join(lines)
 
 

@@ -129,18 +129,20 @@ def test_nearest_states_its_distances(spec: FigureSpec) -> None:
     assert (about["data"], about["training_images"], about["held_out"]) == ("digits", 1797, "train")
     titles = ["sample", *["nearest in pixels"] * 3, *["nearest in digits_classifier features"] * 3]
     assert [column["label"].partition("\n")[0] for column in panel.columns] == titles
-    lines = summarize_nearest(panel).splitlines()
-    for line, (space, values), samples in zip(lines, about["spaces"].items(), zip(*firsts, strict=True), strict=True):
-        held_out = values["held_out"]
-        assert len(held_out) == 1000
-        numbers = [statistics.median(samples), min(samples), statistics.median(held_out), min(held_out)]
-        told = re.fullmatch(
-            rf"{space}: median \(smallest\) distance to the nearest of 1,797 training images: "
-            r"2 samples (\S+) \((\S+)\), 1,000 training images to the others (\S+) \((\S+)\)",
-            line,
-        )
-        assert told is not None
-        assert [float(number) for number in told.groups()] == pytest.approx(numbers, rel=0.006)
+    header, *lines = summarize_nearest(panel).splitlines()
+    assert header.startswith("median (smallest) distance to the nearest of 1,797 training images; relative: ")
+    told = [re.fullmatch(r"(.*): (\S+) \((\S+)\), relative (\S+) \((\S+)\)", line) for line in lines]
+    sides = [
+        (f"{space}, {who}", *(values[f"{side}{key}"] for key in ("distance", "relative")))
+        for space, values in about["spaces"].items()
+        for side, who in (("", "2 samples"), ("held_out_", "1,000 training images"))
+    ]
+    assert [about["spaces"][space]["distance"] for space in about["spaces"]] == [*map(list, zip(*firsts, strict=True))]
+    for match, (name, *numbers) in zip(told, sides, strict=True):
+        assert match is not None
+        wanted = [of(values) for values in numbers for of in (statistics.median, min)]
+        assert match[1] == name
+        assert [float(number) for number in match.groups()[1:]] == pytest.approx(wanted, rel=0.006)
 
 
 def test_seed_and_weights_are_used(spec: FigureSpec) -> None:

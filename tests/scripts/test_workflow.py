@@ -204,10 +204,11 @@ def test_nearest_training_images_are_one_command(run: Run, checkpoint: Path, tmp
         "figures", "figure=nearest", f"checkpoint={checkpoint}", "data=digits", "compute=exact", "sampler.S=2"
     )
     assert (outcome.code, outcome.err) == (0, "")
-    picture, tensors, told, following = outcome.out.splitlines()
+    picture, tensors, _, samples, others, following = outcome.out.splitlines()
     assert [picture, tensors] == [f"outputs/figures/model/nearest.{kind}" for kind in ("png", "safetensors")]
     assert (tmp_path / picture).is_file()
-    assert told.startswith("pixels: median (smallest) distance to the nearest of 1,797 training images: 16 samples ")
+    assert samples.startswith("pixels, 16 samples: ")
+    assert others.startswith("pixels, 1,000 training images: ")
     assert following.startswith("next: python scripts/figures.py figure=nearest ")
 
 
