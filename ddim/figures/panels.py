@@ -29,7 +29,6 @@ from ddim.io import read_safetensors, write_safetensors
 
 AXES = ("row", "column", "channel", "height", "width")
 TENSOR = "cells"  # name of the images in a figure's file
-HELD_OUT = {"test": "test images", "train": "training images"}  # split -> what samples are compared with
 Axis = tuple[dict[str, Any], ...]  # for each row or column its "label", and what the label stands for
 
 
@@ -198,7 +197,7 @@ def nearest(context: SamplingContext, sampler: SamplerSpec, indices: Sequence[in
         title = f"nearest in {space if space == 'pixels' else f'{space} features'}"
         for name in ("distance", "relative"):
             here, there = (_three_digits(median(spaces[space][key])) for key in (name, f"held_out_{name}"))
-            title += f"\n{name} {here}, {HELD_OUT[search.held_out_split]} {there}"
+            title += f"\n{name} {here}, {search.held_out_split} {there}"
         columns += [{"label": title, "space": space, "rank": rank + 1} for rank in range(search.k)]
     for row in rows:
         first = ", ".join(_three_digits(space["distances"][0]) for space in row["nearest"].values())
@@ -221,8 +220,9 @@ def summarize_nearest(panel: Panel) -> str:
         f"median (smallest) distance to the nearest of {about['training_images']:,} training images; "
         f"relative: divided by the mean to the {about['relative_to']} nearest"
     ]
+    held_out = {"test": "test images", "train": "training images"}[about["held_out"]]
     for space, values in about["spaces"].items():
-        for key, name in (("", "samples"), ("held_out_", HELD_OUT[about["held_out"]])):
+        for key, name in (("", "samples"), ("held_out_", held_out)):
             distance, relative = (
                 f"{_three_digits(median(numbers))} ({_three_digits(min(numbers))})"
                 for numbers in (values[f"{key}distance"], values[f"{key}relative"])
