@@ -207,7 +207,7 @@ def test_nearest_training_images_are_one_command(run: Run, checkpoint: Path, tmp
     picture, tensors, _, samples, others, following = outcome.out.splitlines()
     assert [picture, tensors] == [f"outputs/figures/model/nearest.{kind}" for kind in ("png", "safetensors")]
     assert (tmp_path / picture).is_file()
-    assert samples.startswith("pixels, 16 samples: ")
+    assert samples.startswith("pixels, 2 samples: ")
     assert others.startswith("pixels, 1,000 training images: ")
     assert following.startswith("next: python scripts/figures.py figure=nearest ")
 
