@@ -200,9 +200,8 @@ def test_device_auto_is_an_accelerator_with_float64(
 
 
 def test_nearest_training_images_are_one_command(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    outcome = run(
-        "figures", "figure=nearest", f"checkpoint={checkpoint}", "data=digits", "compute=exact", "sampler.S=2"
-    )
+    arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "compute=exact", "sampler.S=2", "n=2", "k=1")
+    outcome = run("figures", "figure=nearest", "data=digits", *arguments)
     assert (outcome.code, outcome.err) == (0, "")
     picture, tensors, _, samples, others, following = outcome.out.splitlines()
     assert [picture, tensors] == [f"outputs/figures/model/nearest.{kind}" for kind in ("png", "safetensors")]
