@@ -243,7 +243,7 @@ def test_imports_point_downwards() -> None:
     [
         ("evaluation/metrics.py", "from ddim.training.ema import EMA", "imports point downwards"),
         ("figures/layout.py", "import ddim.training.ema", "imports point downwards"),
-        ("figures/panels.py", "from ddim.evaluation import job", "imports point downwards"),
+        ("evaluation/job.py", "from ddim.figures import panels", "imports point downwards"),
         ("inference/compute.py", "from ddim.evaluation.job import Job", "imports point downwards"),
         ("data/images.py", "from ddim.networks import UNet", "imports point downwards"),
         ("networks/unet.py", "def f():\n    from ddim.checkpoints import load_model", "imports point downwards"),

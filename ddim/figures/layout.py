@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 POINTS = 72  # per inch
 FONT = 8  # points
+LINE = 10  # points from one line of a label to another
 PAD = 4  # points between labels and images
 MIN_DPI = 300  # dots per inch
 WIDTH, HEIGHT = 6.5, 8.5  # inches between the margins of a page
@@ -125,8 +126,8 @@ def lay_out(panel: Panel, inches: float = WIDTH) -> Layout:
     left = pad + max(_size(text)[0] for text in _texts(panel.rows)) / POINTS + pad
     width = max(1.0, inches - left - pad)  # an inch at least, however wide the labels are
     # Neighbours with one label share it, so the whole group has to be as wide as the label.
-    smallest_group = min(len(list(group)) for _, group in groupby(column["label"] for column in panel.columns))
-    vertical = label_width > smallest_group * width / len(panel.columns)
+    groups = [(_size(text)[0] / POINTS, len(list(group))) for text, group in groupby(_texts(panel.columns))]
+    vertical = any(needed > count * width / len(panel.columns) for needed, count in groups)
     top = pad + (label_width if vertical else label_height) + pad
     axes = zip((panel.rows, panel.columns), panel.images.shape[-2:], (HEIGHT - top - pad, width), strict=True)
     sides = [(len(axis) * pixels, _ends(axis, 0)[-1], room) for axis, pixels, room in axes]
@@ -176,8 +177,8 @@ def _texts(axis: Axis) -> Sequence[str]:
 
 
 def _size(text: str) -> tuple[float, float]:
-    """Return width and height of a text in points."""
+    """Return width and height of a text in points, of one line or more."""
     from matplotlib.textpath import TextPath
 
-    box = TextPath((0, 0), text, size=FONT).get_extents()
-    return box.width, box.height
+    first, *more = (TextPath((0, 0), line, size=FONT).get_extents() for line in text.split("\n"))
+    return max(box.width for box in (first, *more)), first.height + LINE * len(more)

@@ -9,18 +9,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddim.data.images import normalize
 from ddim.diffusion.interpolation import slerp
 from ddim.diffusion.labels import row_label
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.nearest import NearestSearch
 from ddim.inference.conditioning import condition_settings
-from ddim.inference.generate import network_evaluations, progress
+from ddim.inference.generate import network_evaluations, progress, to_pixels
 from ddim.inference.trajectories import SamplingContext, record_steps, sample_from
 from ddim.io import read_safetensors, write_safetensors
 
@@ -168,6 +171,66 @@ def trajectory(context: SamplingContext, sampler: SamplerSpec, indices: Sequence
     )
 
 
+def nearest(context: SamplingContext, sampler: SamplerSpec, indices: Sequence[int], search: NearestSearch) -> Panel:
+    """Return samples, each with its nearest training images: images in rows; pixels, then features, in columns.
+
+    Rows and metadata hold the distances under "nearest", those of held-out images too.
+
+    Args:
+        context: model and seed.
+        sampler: how to sample.
+        indices: image numbers.
+        search: what the samples are compared with.
+    """
+    with progress(_network_evaluations(context, [sampler], len(indices)), "samples") as bar:
+        x_0 = sample_from(context, sampler, context.x_T(indices), indices, bar.update)
+    images, columns = [x_0[:, None]], [dict[str, Any](label="sample")]
+    rows: list[dict[str, Any]] = [{"index": i, "nearest": {}} for i in indices]
+    spaces: dict[str, dict[str, list[float]]] = {}
+    for space, found in search.find(to_pixels(x_0)).items():
+        images.append(normalize(search.shown(found.samples)))
+        for row, *values in zip(rows, *(tensor.tolist() for tensor in found.samples), strict=True):
+            row["nearest"][space] = dict(zip(("distances", "training_images", "mirrored"), values, strict=True))
+        distances = {"distance": found.samples.distances[:, 0], "relative": found.relative}
+        distances |= {"held_out_distance": found.held_out, "held_out_relative": found.held_out_relative}
+        spaces[space] = {name: values.tolist() for name, values in distances.items()}
+        title = f"nearest in {space if space == 'pixels' else f'{space} features'}"
+        for name in ("distance", "relative"):
+            here, there = (_three_digits(median(spaces[space][key])) for key in (name, f"held_out_{name}"))
+            title += f"\n{name} {here}, {search.held_out_split} {there}"
+        columns += [{"label": title, "space": space, "rank": rank + 1} for rank in range(search.k)]
+    for row in rows:
+        first = ", ".join(_three_digits(space["distances"][0]) for space in row["nearest"].values())
+        row["label"] = f"{row['index']}: {first}"
+    compared = {
+        "data": search.train.name,
+        "training_images": len(search.train),
+        "held_out": search.held_out_split,
+        "relative_to": search.among,
+        "spaces": spaces,
+    }
+    metadata = _metadata("nearest", context, [sampler]) | {"nearest": compared}
+    return Panel(torch.cat(images, dim=1), tuple(rows), tuple(columns), metadata)
+
+
+def summarize_nearest(panel: Panel) -> str:
+    """Return medians and smallest values of the distances of samples and held-out images, a line for each space."""
+    about = panel.metadata["nearest"]
+    lines = [
+        f"median (smallest) distance to the nearest of {about['training_images']:,} training images; "
+        f"relative: divided by the mean to the {about['relative_to']} nearest"
+    ]
+    held_out = {"test": "test images", "train": "training images"}[about["held_out"]]
+    for space, values in about["spaces"].items():
+        for key, name in (("", "samples"), ("held_out_", held_out)):
+            distance, relative = (
+                f"{_three_digits(median(numbers))} ({_three_digits(min(numbers))})"
+                for numbers in (values[f"{key}distance"], values[f"{key}relative"])
+            )
+            lines.append(f"{space}, {len(values[f'{key}distance']):,} {name}: {distance}, relative {relative}")
+    return "\n".join(lines)
+
+
 def save_panel(panel: Panel, path: Path) -> None:
     """Write a panel as safetensors: one tensor of images, everything else in the metadata, each value as JSON."""
     metadata = {"axes": AXES, "rows": panel.rows, "columns": panel.columns, **panel.metadata}
@@ -213,6 +276,10 @@ def _predictions_and_states(
 
 def _network_evaluations(context: SamplingContext, samplers: Sequence[SamplerSpec], images: int) -> int:
     return images * sum(network_evaluations(context.model, sampler) for sampler in samplers)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _image_labels(indices: Sequence[int]) -> Axis:

@@ -8,11 +8,15 @@ from typing import Literal
 
 from ddim.checkpoints import LoadedModel, load_model
 from ddim.config import FilePath, check_name, config_context
+from ddim.data.datasets import DataSpec
 from ddim.diffusion.guidance import GuidanceSpec
 from ddim.diffusion.spec import SamplerSpec
 from ddim.diffusion.timesteps import SPACINGS
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
+from ddim.evaluation.metrics import MetricSpec
+from ddim.evaluation.nearest import NearestSearch
+from ddim.evaluation.session import Session
 from ddim.figures import panels
 from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
@@ -31,7 +35,7 @@ class PictureSpec:
     """Which figure, and its picture.
 
     Attributes:
-        name: a key of FIGURES, or all.
+        name: a key of FIGURES, or all; nearest is among all where there are `data`.
         width: inches on paper, with labels of 8 points.
         format: of the picture; a trajectory is a GIF in any case.
 
@@ -39,7 +43,9 @@ class PictureSpec:
         ValueError: a width that no page has.
     """
 
-    name: Literal["samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "all"]
+    name: Literal[
+        "samples", "consistency", "interpolation", "interpolation_grid", "x0_strip", "trajectory", "nearest", "all"
+    ]
     width: float = WIDTH
     format: Literal["png", "pdf"] = "png"
 
@@ -66,6 +72,10 @@ class FigureSpec:
         points: number of weights 0 .. 1 of an interpolation.
         columns: number of times in x0_strip.
         frames: number of predictions in trajectory.
+        k: number of training images beside each sample in nearest.
+        data: the training images of nearest; None for none.
+        metric: its extractor gives the features that nearest compares; None compares pixels alone.
+        reference_dir: where features of training images are kept.
         seed: of the noise, 0 .. 2**64 - 1.
         label, guidance: of a conditional model, see `ddim.inference.conditioning.conditioned`; one label for
             interpolations.
@@ -91,6 +101,10 @@ class FigureSpec:
     points: int = 11
     columns: int = 10
     frames: int = 30
+    k: int = 4
+    data: DataSpec | None = None
+    metric: MetricSpec | None = None
+    reference_dir: FilePath = "outputs/reference"
     seed: int = 0
     weights: str = "ema"
     label: int | str | None = None
@@ -115,6 +129,8 @@ class FigureSpec:
         for key in ("points", "columns", "frames"):
             if getattr(self, key) < 2:
                 raise ValueError(f"{key}={getattr(self, key)} must be at least 2.")
+        if self.k < 1:
+            raise ValueError(f"k={self.k} must be at least 1.")
         check_seed(self.seed)
 
     def images(self, default: int) -> tuple[int, ...]:
@@ -130,7 +146,8 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     Raises:
         UserError: bad input, or files that would be overwritten; raised before anything is sampled.
     """
-    names = tuple(FIGURES) if spec.figure.name == "all" else (spec.figure.name,)
+    every = [name for name in FIGURES if name != "nearest" or spec.data is not None]
+    names = every if spec.figure.name == "all" else [spec.figure.name]
     files = {name: targets(name, Path(spec.output_dir), spec.figure.format) for name in names}
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     with processes.barrier():
@@ -229,6 +246,16 @@ def _trajectory(spec: FigureSpec, context: SamplingContext) -> Plan:
     return lambda: panels.trajectory(context, spec.sampler, images, steps)
 
 
+def _nearest(spec: FigureSpec, context: SamplingContext) -> Plan:
+    if spec.data is None:
+        raise UserError("nearest needs the training images; give data=..., such as data=digits.")
+    check_sampler(context.model, spec.sampler)
+    images = _images(spec, context, 16)
+    session, device = Session(context.processes), context.compute.state_device
+    search = NearestSearch(spec.data, spec.metric, spec.k, context.model, session, device, spec.reference_dir)
+    return lambda: panels.nearest(context, spec.sampler, images, search)
+
+
 def _weights(spec: FigureSpec) -> list[float]:
     return [k / (spec.points - 1) for k in range(spec.points)]
 
@@ -258,4 +285,5 @@ FIGURES: dict[str, Callable[[FigureSpec, SamplingContext], Plan]] = {
     "interpolation_grid": _interpolation_grid,
     "x0_strip": _x0_strip,
     "trajectory": _trajectory,
+    "nearest": _nearest,
 }

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import ddim
 from ddim import GuidanceSpec
 from ddim.checkpoints.model import LoadedModel
 from ddim.config import build
+from ddim.data.datasets import DataSpec, load_images
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.metrics import MetricSpec
 from ddim.figures import panels
 from ddim.figures.layout import animate, draw
-from ddim.figures.panels import load_panel
+from ddim.figures.panels import load_panel, summarize_nearest
 from ddim.figures.paper_figures import FIGURES, FigureSpec, PictureSpec, numbers_of_steps, targets, write_figures
 from ddim.inference import trajectories
 from ddim.inference.compute import ComputeSpec
+from ddim.inference.generate import to_pixels
 from ddim.inference.trajectories import SamplingContext
 
 pytestmark = pytest.mark.integration
@@ -29,9 +34,8 @@ pytestmark = pytest.mark.integration
 def spec(checkpoint: Path, tmp_path: Path) -> FigureSpec:
     compute = ComputeSpec("cpu", batch_size=16)
     sampler = SamplerSpec(S=5)
-    return FigureSpec(
-        PictureSpec("all"), str(checkpoint), "mine", str(tmp_path / "out"), compute, sampler, points=3, S=(2, 4)
-    )
+    common = FigureSpec(PictureSpec("all"), str(checkpoint), "mine", str(tmp_path / "out"), compute, sampler)
+    return dataclasses.replace(common, points=3, S=(2, 4), data=DataSpec("digits", (8, 8), 1, flip=False))
 
 
 @pytest.fixture
@@ -55,6 +59,7 @@ def test_all_figures_are_written_with_tensors(spec: FigureSpec, model: LoadedMod
         "interpolation_grid": (3, 3),
         "x0_strip": (2 * 4, 5),
         "trajectory": (1 + 5, 16),
+        "nearest": (16, 1 + 4),
     }
     for name, shape in shapes.items():
         picture, tensors = targets(name, folder)
@@ -99,9 +104,45 @@ def test_an_image_is_the_same_in_every_figure(spec: FigureSpec, model: LoadedMod
         "interpolation_grid": images["interpolation_grid"][[0, 0, -1, -1], [0, -1, 0, -1]],
         "x0_strip": images["x0_strip"][:4, -1],
         "trajectory": images["trajectory"][-1],
+        "nearest": images["nearest"][:, 0],
     }
     for name in FIGURES:
         torch.testing.assert_close(shown[name], wanted, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_nearest_states_its_distances(spec: FigureSpec) -> None:
+    metric, picture = MetricSpec("digits_classifier"), PictureSpec("nearest")
+    reference_dir = str(Path(spec.output_dir).with_name("reference"))
+    spec = dataclasses.replace(spec, figure=picture, metric=metric, indices=(7, 2), k=3, reference_dir=reference_dir)
+    panel = load_panel(write_figures(spec)[1])
+    assert panel.images.shape == (2, 1 + 2 * 3, 1, 8, 8)
+    pixels = to_pixels(panel.images).double().flatten(2) / 255
+    train = load_images(spec.data).batch(torch.arange(1797))
+    firsts = []
+    for row, images in zip(panel.rows, pixels, strict=True):
+        found = row["nearest"]["pixels"]
+        assert found["distances"] == pytest.approx((images[1:4] - images[0]).norm(dim=1).tolist())
+        assert torch.equal(to_pixels(panel.images[panel.rows.index(row), 1:4]), train[found["training_images"]])
+        firsts.append([space["distances"][0] for space in row["nearest"].values()])
+        assert re.fullmatch(rf"{row['index']}: \d\.\d\d, \d*\.\d+", row["label"])
+    about = panel.metadata["nearest"]
+    assert (about["data"], about["training_images"], about["held_out"]) == ("digits", 1797, "train")
+    titles = ["sample", *["nearest in pixels"] * 3, *["nearest in digits_classifier features"] * 3]
+    assert [column["label"].partition("\n")[0] for column in panel.columns] == titles
+    header, *lines = summarize_nearest(panel).splitlines()
+    assert header.startswith("median (smallest) distance to the nearest of 1,797 training images; relative: ")
+    told = [re.fullmatch(r"(.*): (\S+) \((\S+)\), relative (\S+) \((\S+)\)", line) for line in lines]
+    sides = [
+        (f"{space}, {who}", *(values[f"{side}{key}"] for key in ("distance", "relative")))
+        for space, values in about["spaces"].items()
+        for side, who in (("", "2 samples"), ("held_out_", "1,000 training images"))
+    ]
+    assert [about["spaces"][space]["distance"] for space in about["spaces"]] == [*map(list, zip(*firsts, strict=True))]
+    for match, (name, *numbers) in zip(told, sides, strict=True):
+        assert match is not None
+        wanted = [of(values) for values in numbers for of in (statistics.median, min)]
+        assert match[1] == name
+        assert [float(number) for number in match.groups()[1:]] == pytest.approx(wanted, rel=0.006)
 
 
 def test_seed_and_weights_are_used(spec: FigureSpec) -> None:
@@ -162,6 +203,9 @@ def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, requ
             r"vary S; give a named sampler.spacing",
         ),
         ({"figure": PictureSpec("samples"), "sampler": SamplerSpec(S=None, spacing="ddim25")}, "which takes any S"),
+        ({"figure": PictureSpec("nearest"), "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
+        ({"figure": PictureSpec("nearest"), "data": None}, "nearest needs the training images; give data=..."),
+        ({"figure": PictureSpec("nearest"), "k": 1797}, "k=1797 must be less than the number of training images"),
         ({"checkpoint": "nowhere.ckpt"}, "there is no checkpoint nowhere.ckpt"),
         ({"weights": "average"}, "weights 'average'"),
     ],
@@ -200,6 +244,7 @@ def test_a_file_of_times_has_no_other_S(spec: FigureSpec, tmp_path: Path) -> Non
         ({"points": 1}, "points=1 must be at least 2"),
         ({"columns": 1}, "columns=1 must be at least 2"),
         ({"frames": 0}, "frames=0 must be at least 2"),
+        ({"k": 0}, "k=0 must be at least 1"),
         ({"seed": -1}, "seed=-1 must lie in 0"),
     ],
 )

@@ -59,7 +59,7 @@ def test_help_lists_the_groups_without_loading_torch(script: str) -> None:
         "train": ["data", "network", "sampler@grid.sampler", "trainer", "debug"],
         "sample": ["compute", "sampler"],
         "evaluate": ["data", "metric", "sampler"],
-        "figures": ["sampler"],
+        "figures": ["sampler", "data", "metric"],
     }
     for key in groups[script]:
         options = sorted(path.stem for path in (ROOT / "configs" / key.partition("@")[0]).glob("*.yaml"))

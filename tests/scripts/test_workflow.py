@@ -199,6 +199,18 @@ def test_device_auto_is_an_accelerator_with_float64(
         assert values == untouched
 
 
+def test_nearest_training_images_are_one_command(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "compute=exact", "sampler.S=2", "n=2", "k=1")
+    outcome = run("figures", "figure=nearest", "data=digits", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    picture, tensors, _, samples, others, following = outcome.out.splitlines()
+    assert [picture, tensors] == [f"outputs/figures/model/nearest.{kind}" for kind in ("png", "safetensors")]
+    assert (tmp_path / picture).is_file()
+    assert samples.startswith("pixels, 2 samples: ")
+    assert others.startswith("pixels, 1,000 training images: ")
+    assert following.startswith("next: python scripts/figures.py figure=nearest ")
+
+
 def test_figures_are_one_command(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "sampler.S=3", "S=[2,3]", "n=4", "points=3")
     outcome = run("figures", "figure=all", "name=mine", *arguments)
