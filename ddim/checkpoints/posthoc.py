@@ -137,9 +137,7 @@ def _read_state(path: Path, step: int) -> tuple[int, Averages]:
     """Return the step at which averaging began, and the averages that a checkpoint holds."""
     state: dict[str, Any] = read_checkpoint(path).get(STATE, {})
     if not state:
-        raise UserError(
-            f"{path} holds no averages for this; train with ema.posthoc=true (resume with it, for example)."
-        )
+        raise UserError(f"{path} holds no averages for this; train, or resume, with ema.posthoc=true.")
     if state["start"] >= step:
         raise UserError(f"{path} is of step {step}, where averaging began; give a later checkpoint.")
     return int(state["start"]), {length: state["averages"][f"{length:g}"] for length in LENGTHS}

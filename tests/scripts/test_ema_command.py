@@ -13,8 +13,8 @@ pytestmark = pytest.mark.integration
 
 
 def test_lengths_of_one_training_share_a_table(run: Run, tmp_path: Path) -> None:
-    small = ("network.ch=16", "network.num_groups=4", "trainer.max_steps=3", "trainer.batch_size=4", "grid.every=0")
-    trained = run("train", "experiment=digits", *small, "ema.posthoc=true", "eval.every=0", "output_dir=mine")
+    small = ("network.ch=16", "network.num_groups=4", "trainer.max_steps=3", "trainer.batch_size=4", "trainer.log_every=1")
+    trained = run("train", "experiment=digits", *small, "ema.posthoc=true", "eval.every=0", "grid.every=0", "output_dir=mine")
     assert (trained.code, trained.err) == (0, "")
     made = run("ema", "checkpoint=mine/checkpoints/last.ckpt", "length=[0.05,0.15]")
     assert (made.code, made.err) == (0, "")
