@@ -6,19 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 Run = Callable[..., Any]
 
 pytestmark = pytest.mark.integration
 
 
-def test_lengths_of_one_training_share_a_table(run: Run, tmp_path: Path) -> None:
-    small = ("network.ch=16", "network.num_groups=4", "trainer.max_steps=3", "trainer.batch_size=4", "trainer.log_every=1")
-    trained = run("train", "experiment=digits", *small, "ema.posthoc=true", "eval.every=0", "grid.every=0", "output_dir=mine")
-    assert (trained.code, trained.err) == (0, "")
+def test_lengths_of_one_training_share_a_table(run: Run, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    last = tmp_path / "mine" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    content = torch.load(make_checkpoint(last), weights_only=True)
+    shadow = content["callbacks"]["EMA"]["shadow"]
+    other = {name: 1.01 * value for name, value in shadow.items()}
+    content["posthoc_ema"] = {"start": 0, "averages": {"0.05": shadow, "0.15": other}}
+    torch.save(content, last)
     made = run("ema", "checkpoint=mine/checkpoints/last.ckpt", "length=[0.05,0.15]")
     assert (made.code, made.err) == (0, "")
-    paths = [f"outputs/ema/mine_step_3_length_{length}.safetensors" for length in ("0.05", "0.15")]
+    paths = [f"outputs/ema/mine_step_4_length_{length}.safetensors" for length in ("0.05", "0.15")]
     lines = made.out.splitlines()
     assert lines[0].startswith(f"{paths[0]}: length 0.05, relative error of its profile ")
     assert lines[2] == f"next: python scripts/sample.py checkpoint={paths[0]}"

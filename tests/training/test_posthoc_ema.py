@@ -132,7 +132,7 @@ def test_what_cannot_be_averaged_is_refused(run, config, tmp_path):
     refused("step_00000003.safetensors holds averages of another model", snapshots=str(copied))
     (copied / "step_00000003.safetensors").write_bytes(b"\0")
     refused("step_00000003.safetensors cannot be read", snapshots=str(copied))
-    refused("holds no averages for this; train with ema.posthoc=true", checkpoint=str(run("without")))
+    refused("holds no averages for this; train, or resume, with ema.posthoc=true", checkpoint=str(run("without")))
     assert not (tmp_path / "out").exists()
     (copied / "step_00000003.safetensors").unlink()
     _, warnings = write_averages(PostHocSpec(**spec, snapshots=str(copied)))
