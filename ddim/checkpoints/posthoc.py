@@ -122,7 +122,7 @@ def write_averages(spec: PostHocSpec) -> tuple[list[WrittenAverage], list[str]]:
         if error > MAX_ERROR:
             warnings.append(
                 f"length {length:g}: the nearest profile that can be made of the snapshots differs by {error:.0%}; "
-                "lengths near 0.05 to 0.15 come nearer, and so does a longer training"
+                "lengths from 0.05 to 0.15 come nearer, and longer ones do in a longer training"
             )
         state = _combine(coefficients, kept)
         origin = model.origin | {"posthoc_ema": f"{path}, {len(steps)} snapshots, profile error {error:.2g}"}

@@ -35,7 +35,7 @@ def test_report_describes_the_run_and_writes_nothing(report, tmp_path):
     assert lines["data"] == "digits, 1,797 images; 1,000 steps of 8 are 4.5 epochs"
     assert lines["devices"] == "1 x cpu, 1 x 8 images each in a step; 32-true"
     assert "over 4 steps" in lines["throughput"]
-    # weights, two moments, two averages and two for post-hoc EMA; the two newest, every 250 steps, and one that is being written
+    # weights, two moments, two averages, two for post-hoc EMA; the two newest, every 250 steps, one being written
     assert lines["disk"].startswith(f"{28 * parameters / 2**20:,.0f} MiB a checkpoint, 7 at most")
     assert lines["disk"].endswith(f"; 25 snapshots: {25 * 8 * parameters / 2**30:,.2f} GiB")
     assert 0.1 < float(lines["memory"].split()[0]) < 20
