@@ -55,9 +55,11 @@ class PostHocEMA(Callback):
                     100 * MAX_SHARE,
                     longest,
                 )
-        for average in self.averages.values():
-            for name, parameter in parameters(pl_module):
-                average[name] = torch.empty_like(parameter).copy_(average.get(name, parameter)).detach()
+        named = parameters(pl_module)
+        self.averages = {
+            length: {name: torch.empty_like(p).copy_(average.get(name, p)).detach() for name, p in named}
+            for length, average in self.averages.items()
+        }
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
