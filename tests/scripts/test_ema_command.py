@@ -37,6 +37,10 @@ def test_lengths_of_one_training_share_a_table(run: Run, make_checkpoint: Callab
     [*rows] = [line for line in (tmp_path / "out" / "table.md").read_text().splitlines() if line.startswith("| η")]
     assert [row.split(" | ")[0] for row in rows] == [f"| η=0.0, {Path(path).stem}" for path in paths]
 
+    imported = run("import_checkpoint", f"checkpoint={paths[0]}")
+    assert (imported.code, imported.err) == (0, "")
+    assert "weights: posthoc_0.05 at step 4" in imported.out
+
     far = run("ema", "checkpoint=mine/checkpoints/last.ckpt", "length=0.25")
     assert far.code == 0
     assert far.err.startswith("warning: length 0.25: the nearest profile that can be made of the snapshots differs by ")

@@ -37,10 +37,10 @@ def seen(monkeypatch):
     return seen
 
 
-def direct(seen, length, first, start=0):
-    """Return the average at the last step, tracked in float64 from the weights `first` of step `start` on."""
+def direct(seen, length, first):
+    """Return the average at the last step, tracked in float64 from the weights `first` on."""
     average = dict(first)
-    for step in sorted(seen)[start - min(seen) + 1 if start else 0 :]:
+    for step in sorted(seen):
         rate = update_rate(length, step)
         average = {name: value + rate * (seen[step][name] - value) for name, value in average.items()}
     return average
