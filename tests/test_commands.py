@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ddim.checkpoints.convert.exporting import ExportSpec
 from ddim.checkpoints.convert.importing import ImportSpec
+from ddim.checkpoints.posthoc import PostHocSpec
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.evaluation.encoding import EncodeSpec
@@ -52,12 +53,13 @@ SPECS: dict[str, type] = {
     "estimate_variance": EstimateVarianceSpec,
     "encode": EncodeSpec,
     "metrics": MetricsSpec,
+    "ema": PostHocSpec,
     "import_checkpoint": ImportSpec,
     "export_checkpoint": ExportSpec,
 }
 # Scripts that a document other than the README shows.
 ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps", "metrics": "evaluation"}
-ELSEWHERE |= {"encode": "inversion", "likelihood": "likelihood"}
+ELSEWHERE |= {"ema": "training", "encode": "inversion", "likelihood": "likelihood"}
 FLAGS = {"-m", "--multirun", "--help"}
 OWN_CONFIGS = "--config-dir=my_configs"  # of plugins
 # What stands for a number in a command; other words in capitals stand for text, and so are text.

@@ -33,7 +33,8 @@ EMA_STATE = "EMA"  # in `callbacks`: {"shadow": {parameter name: tensor}, "other
 NETWORK_PREFIX = "network."  # of the online weights in `state_dict`
 
 # Labels of weights.
-WEIGHTS = r"online|ema(_[\d.e-]+)?"  # regular expression of the labels that can be requested
+POSTHOC = "posthoc_"  # begins the label of a post-hoc EMA, which ends with its length; see posthoc.py
+WEIGHTS = rf"online|ema(_[\d.e-]+)?|{POSTHOC}[\d.e-]+"  # regular expression of the labels that can be requested
 OLD_LABELS = {"raw": "online"}  # in files and commands of earlier versions
 UNLABELLED = "unlabelled"  # imported weights of which it is not known whether they are EMA or online
 
@@ -45,7 +46,7 @@ class StoredModel:
     Attributes:
         spec: the description of the model.
         state: parameter name -> weights.
-        weights: their label: "ema", "ema_RATE", "online" or "unlabelled".
+        weights: their label: "ema", "ema_RATE", "posthoc_LENGTH", "online" or "unlabelled".
         step: number of optimiser steps; None if unknown.
         origin: where the weights come from, human-readable: the imported file, or the W&B run of the training.
         recipe: the settings of the training by key; {} where they are not known.
@@ -66,7 +67,7 @@ class LoadedModel:
     Attributes:
         spec: the description of the model.
         network: in eval mode, on the CPU, parameters without gradients.
-        weights: label of the weights: "ema", "ema_RATE", "online" or "unlabelled".
+        weights: label of the weights: "ema", "ema_RATE", "posthoc_LENGTH", "online" or "unlabelled".
         weights_hash: SHA-256 of the weights.
         step: number of optimiser steps; None if unknown.
         recipe: the settings of the training by key; {} where they are not known.
@@ -103,7 +104,7 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         path: a file that `scripts/train.py`, `scripts/import_checkpoint.py` or `scripts/export_checkpoint.py` wrote, or
             the name of a model that ships with the package: a key of `SHIPPED`.
         weights: "ema" for the EMA weights, "online" for the weights that the optimiser updates, "ema_RATE" for an
-            additional EMA.
+            additional EMA, "posthoc_LENGTH" for a post-hoc EMA, which "ema" takes too.
 
     Raises:
         UserError: the file does not exist, is damaged or unknown, lacks these weights, or its weights do not fit its
@@ -132,13 +133,15 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
     """Read a training checkpoint or model file without building the network; see `load_model`."""
     weights = OLD_LABELS.get(weights, weights)
     if not re.fullmatch(WEIGHTS, weights):
-        choose("weights", weights, {"ema": None, "online": None, "ema_RATE": None})
+        choose("weights", weights, {"ema": None, "online": None, "ema_RATE": None, f"{POSTHOC}LENGTH": None})
     path = locate_checkpoint(path)
     with explain_read_errors(path):
         if path.is_file() and is_safetensors(path):
             return _read_model_file(path, weights)
         checkpoint = read_checkpoint(path)
         sets = weight_sets(checkpoint)
+        if weights.startswith(POSTHOC):
+            raise UserError(f"{path} holds no post-hoc EMA, which is a file of its own; make it with scripts/ema.py.")
         if weights == "ema" and weights not in sets:
             raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
@@ -250,6 +253,7 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 def _read_model_file(path: Path, weights: str) -> StoredModel:
     state, metadata = read_safetensors(path)
     stored = decode_metadata(metadata, state, path)
-    if stored.weights not in (weights, UNLABELLED):
+    is_asked = stored.weights in (weights, UNLABELLED) or (weights == "ema" and stored.weights.startswith(POSTHOC))
+    if not is_asked:
         raise UserError(f"{path} holds {stored.weights} weights only; choose weights={stored.weights}.")
     return stored

@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from ddim.checkpoints.model import read_checkpoint
+from ddim.checkpoints.posthoc import LENGTHS, snapshot_steps
 from ddim.networks import float32_products
 from ddim.signals import StopSignals
 from ddim.training.ema import EMA
 from ddim.training.module import step_ended
+from ddim.training.posthoc_ema import PostHocEMA
 from ddim.training.run import build_callbacks, build_trainer, choose_trainer, prepare
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import Validation
@@ -31,7 +33,8 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     stopwatch = Stopwatch(first=2)
     callbacks = build_callbacks(spec, model, StopSignals())
     measured = [ValidationTimer(callback) for callback in callbacks if isinstance(callback, Validation)]
-    used = [*(callback for callback in callbacks if isinstance(callback, EMA)), stopwatch, *measured]
+    averages = [callback for callback in callbacks if isinstance(callback, EMA | PostHocEMA)]
+    used: list[Callback] = [*averages, stopwatch, *measured]
     trainer = build_trainer(spec, spec.folder, used, loggers=[], max_steps=stopwatch.first + steps)
     with float32_products(bool(spec.trainer.tf32)):
         trainer.fit(module, data)
@@ -40,8 +43,11 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     images = len(data.images)
     device = trainer.strategy.root_device
     parameters = sum(p.numel() for p in module.network.parameters())
-    copies = 3 + (len(spec.ema.rates) if spec.ema else 0)  # the weights, Adam's two moments, the EMAs
+    posthoc = len(LENGTHS) if spec.ema and spec.ema.posthoc else 0
+    copies = 3 + (len(spec.ema.rates) if spec.ema else 0) + posthoc  # the weights, Adam's two moments, the EMAs
     size = 4 * parameters * copies  # of a checkpoint, in bytes
+    snapshots = len(snapshot_steps(t.max_steps + 1))
+    and_snapshots = f"; {snapshots} snapshots: {4 * parameters * posthoc * snapshots / 2**30:,.2f} GiB"
     kept = t.keep_last + (t.max_steps // t.keep_every if t.keep_every else 0) + 1  # one more while it is written
     left = t.max_steps - done
     validations = t.max_steps // spec.eval.every - done // spec.eval.every if measured else 0
@@ -58,7 +64,8 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
         f"time: {timedelta(seconds=round(seconds * left + each * validations))} for {left:,} steps"
         f"{f' from step {done:,} on' if done else ''}{and_validations}, grids not counted",
         f"memory: {_peak_memory(device) / 2**30:.2f} GiB at most on {device.type} so far",
-        f"disk: {size / 2**20:,.0f} MiB a checkpoint, {kept} at most: {kept * size / 2**30:,.2f} GiB",
+        f"disk: {size / 2**20:,.0f} MiB a checkpoint, {kept} at most: {kept * size / 2**30:,.2f} GiB"
+        f"{and_snapshots if posthoc else ''}",
         f"folder: {spec.output_dir}",
         "no checkpoint was written; leave dry_run out to train.",
     ]

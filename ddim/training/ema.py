@@ -20,6 +20,7 @@ class EMASpec:
         decay: μ in shadow <- μ shadow + (1 - μ) weights, once per optimiser step. Of a list, the first is the one
             called ema; another is evaluated with weights=ema_RATE.
         warmup: use min(μ, (1 + k) / (10 + k)) at step k, so that a short run forgets its initial weights.
+        posthoc: also keep what scripts/ema.py makes an average of any length from; it may change on resuming.
 
     Raises:
         ValueError: a rate outside [0, 1), no rate, or one given twice.
@@ -27,6 +28,7 @@ class EMASpec:
 
     decay: float | tuple[float, ...] = 0.9999
     warmup: bool = False
+    posthoc: bool = False
 
     def __post_init__(self) -> None:
         for rate in self.rates:
@@ -75,7 +77,7 @@ class EMA(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start from the initial weights, or move the restored averages to the device."""
         for shadow in self.shadows.values():
-            for name, parameter in _parameters(pl_module):
+            for name, parameter in parameters(pl_module):
                 source = shadow.get(name, parameter.detach())
                 shadow[name] = torch.empty_like(parameter).copy_(source).detach()
 
@@ -84,7 +86,7 @@ class EMA(Callback):
         if trainer.global_step <= self.updates:
             return
         self.updates = trainer.global_step
-        weights = [parameter.detach() for _, parameter in _parameters(pl_module)]
+        weights = [parameter.detach() for _, parameter in parameters(pl_module)]
         for rate, shadow in self.shadows.items():
             decay = min(rate, (1 + self.updates) / (10 + self.updates)) if self.spec.warmup else rate
             torch._foreach_lerp_(list(shadow.values()), weights, 1 - decay)
@@ -98,7 +100,7 @@ class EMA(Callback):
 
         The online weights are restored bitwise, also after an exception.
         """
-        online = {name: parameter.detach().clone() for name, parameter in _parameters(module)}
+        online = {name: parameter.detach().clone() for name, parameter in parameters(module)}
         try:
             _copy(self.shadows[self.spec.labels[label]], module)
             yield
@@ -119,12 +121,13 @@ class EMA(Callback):
         self.shadows |= {rate: dict(state_dict["others"][f"{rate:g}"]) for rate in others}
 
 
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return names and parameters of `module.network`."""
     network: nn.Module = module.network  # type: ignore[assignment]
     return list(network.named_parameters())
 
 
 @torch.no_grad()
 def _copy(values: dict[str, Tensor], module: nn.Module) -> None:
-    for name, parameter in _parameters(module):
+    for name, parameter in parameters(module):
         parameter.copy_(values[name])

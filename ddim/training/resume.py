@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX, RECIPE, read_checkpoint
+from ddim.checkpoints.posthoc import LENGTHS
+from ddim.checkpoints.posthoc import STATE as POSTHOC_STATE
 from ddim.checkpoints.spec import KEY
 from ddim.data.images import Images
 from ddim.errors import UserError
@@ -117,6 +119,11 @@ def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule,
             ema = checkpoint["callbacks"][EMA_STATE]
             for shadow in (ema["shadow"], *ema.get("others", {}).values()):
                 _check_shapes("EMA", shadow, parameters)
+        if posthoc := checkpoint.get(POSTHOC_STATE):
+            for length in LENGTHS:
+                _check_shapes(f"post-hoc EMA {length:g}", posthoc["averages"][f"{length:g}"], parameters)
+            if not 0 <= posthoc["start"] <= checkpoint["global_step"]:
+                raise ValueError("the post-hoc EMA begins later")
         counts = checkpoint.get(COUNTS, {})
         history = tuple(module.loss_history.shape)
         if module.has_importance_times and "loss_history" not in counts:

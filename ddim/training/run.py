@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import read_checkpoint
+from ddim.checkpoints.posthoc import FOLDER
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.data.images import MemoryImages
@@ -33,6 +34,7 @@ from ddim.training.ema import EMA
 from ddim.training.lightning_workarounds import leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import COUNTS, DiffusionModule
+from ddim.training.posthoc_ema import PostHocEMA
 from ddim.training.progress import Progress
 from ddim.training.resume import (
     FINGERPRINT,
@@ -209,6 +211,8 @@ def build_callbacks(spec: TrainSpec, model: ModelSpec, stop: StopSignals) -> lis
     ema = EMA(spec.ema) if spec.ema else None
     checkpoints = Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every, stop, t.keep_best)
     callbacks: list[Callback] = [ema] if ema else []
+    if spec.ema and spec.ema.posthoc:
+        callbacks.append(PostHocEMA(spec.folder / FOLDER))
     if 0 < spec.eval.every <= t.max_steps:
         callbacks.append(Validation(spec.eval, spec.evaluation(), ema, spec.objective.reduction, checkpoints))
     return [

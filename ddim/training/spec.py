@@ -180,6 +180,7 @@ class TrainSpec:
             data["labels"] = self.data.labels
         groups = {"objective": self.objective.recipe(), "optim": asdict(self.optim), "data": data}
         groups["ema"] = asdict(self.ema) if self.ema else {"decay": None}
+        groups["ema"].pop("posthoc", None)  # which changes no other weights, and may be turned on later
         groups["trainer"] = {"batch_size": self.trainer.batch_size}
         if self.trainer.overfit:
             groups["trainer"]["overfit"] = True

@@ -7,6 +7,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from ddim.checkpoints.posthoc import PostHocSpec
 from ddim.config import build
 from ddim.evaluation.encoding import EncodeSpec
 from ddim.evaluation.fidelity import EvaluateSpec
@@ -34,10 +35,12 @@ SPECS: dict[str, Any] = {
     "estimate_variance": EstimateVarianceSpec,
     "encode": EncodeSpec,
     "metrics": MetricsSpec,
+    "ema": PostHocSpec,
     "reproduce": ReproduceSpec,
 }
 REQUIRED = {main: [] if main == "train" else ["checkpoint=a.ckpt"] for main in SPECS}
 REQUIRED["encode"].append("source=mine")
+REQUIRED["ema"].append("length=0.1")
 REQUIRED |= {"metrics": ["images=a"], "reproduce": ["key=0123456789abcdef"]}
 
 

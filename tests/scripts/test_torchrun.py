@@ -21,6 +21,7 @@ OPTIONS = [
     "trainer.batch_size=32",
     "trainer.log_every=10",
     "grid.every=0",
+    "ema.posthoc=true",
     "checkpoint=last",
 ]
 ONE = ["trainer.accumulate=2"]  # the same two halves of a batch, one after the other
@@ -57,8 +58,10 @@ def train_one(run):
 
 def difference(one, other):
     """Return the largest difference between the weights and averages of two runs."""
-    sets = [weight_sets(read_checkpoint(folder / "checkpoints" / "last.ckpt")) for folder in (one, other)]
-    return max(float((sets[0][s][k] - sets[1][s][k]).abs().max()) for s in ("online", "ema") for k in sets[0][s])
+    checkpoints = [read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (one, other)]
+    sets = [weight_sets(checkpoint) | checkpoint["posthoc_ema"]["averages"] for checkpoint in checkpoints]
+    assert [*sets[0]] == ["online", "ema", "0.05", "0.15"]
+    return max(float((sets[0][s][k] - sets[1][s][k]).abs().max()) for s in sets[0] for k in sets[0][s])
 
 
 def test_two_processes_train_as_one_and_resume_each_other(train_one, tmp_path):

@@ -160,6 +160,8 @@ def state(path: Path) -> dict[str, torch.Tensor]:
     named = {f"online.{k}": v for k, v in checkpoint["state_dict"].items()}
     if "EMA" in checkpoint["callbacks"]:
         named |= {f"ema.{k}": v for k, v in checkpoint["callbacks"]["EMA"]["shadow"].items()}
+    for length, average in checkpoint.get("posthoc_ema", {"averages": {}})["averages"].items():
+        named |= {f"posthoc.{length}.{k}": v for k, v in average.items()}
     named |= {f"adam.{i}.{k}": v for i, s in optimizer["state"].items() for k, v in s.items()}
     named["lr"] = torch.tensor([optimizer["param_groups"][0]["lr"], *scheduler["_last_lr"]])
     named["steps"] = torch.tensor([checkpoint["global_step"], scheduler["last_epoch"]])

@@ -29,14 +29,15 @@ def report(config):
 
 
 def test_report_describes_the_run_and_writes_nothing(report, tmp_path):
-    lines = report(trainer={"max_steps": 1000, "keep_every": 250}, ema={"decay": [0.9, 0.99]})
+    lines = report(trainer={"max_steps": 1000, "keep_every": 250}, ema={"decay": [0.9, 0.99], "posthoc": True})
     assert lines["network"].endswith("images 1x8x8")
     parameters = int(re.search(r"([\d,]+) parameters", lines["network"])[1].replace(",", ""))
     assert lines["data"] == "digits, 1,797 images; 1,000 steps of 8 are 4.5 epochs"
     assert lines["devices"] == "1 x cpu, 1 x 8 images each in a step; 32-true"
     assert "over 4 steps" in lines["throughput"]
-    # weights, two moments, two averages; the two newest, every 250 steps, and one that is being written
-    assert lines["disk"].startswith(f"{20 * parameters / 2**20:,.0f} MiB a checkpoint, 7 at most")
+    # weights, two moments, two averages, two for post-hoc EMA; the two newest, every 250 steps, one being written
+    assert lines["disk"].startswith(f"{28 * parameters / 2**20:,.0f} MiB a checkpoint, 7 at most")
+    assert lines["disk"].endswith(f"; 25 snapshots: {25 * 8 * parameters / 2**30:,.2f} GiB")
     assert 0.1 < float(lines["memory"].split()[0]) < 20
     assert not (tmp_path / "run").exists()
 

@@ -92,7 +92,9 @@ class ImportSpec:
             check_name(self.name)
         object.__setattr__(self, "weights", OLD_LABELS.get(self.weights, self.weights))
         if not re.fullmatch(rf"auto|{WEIGHTS}", self.weights):
-            raise ValueError(f"weights={self.weights!r} is not known; allowed: auto, ema, online, ema_RATE.")
+            raise ValueError(
+                f"weights={self.weights!r} is not known; allowed: auto, ema, online, ema_RATE, posthoc_LENGTH."
+            )
         if self.download in MANUAL_DOWNLOADS:
             raise ValueError(
                 f"{self.download} can only be downloaded by hand, in a browser: {MANUAL_DOWNLOADS[self.download]}; "
@@ -192,7 +194,8 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
 def _choose_weights(spec: ImportSpec, source: Source, known: PublishedFile | None) -> tuple[str, list[str]]:
     """Return the label of the weights to take, and warnings."""
     if UNLABELLED not in source.sets:
-        label = spec.weights if spec.weights != "auto" else "ema" if "ema" in source.sets else "online"
+        held = next((one for one in ("ema", "online") if one in source.sets), next(iter(source.sets)))
+        label = held if spec.weights == "auto" else spec.weights
         if label not in source.sets:
             raise UserError(f"{source.file} holds {' and '.join(source.sets)} weights only; choose weights=auto.")
         return label, [_ONLINE_ONLY] if label == "online" != spec.weights else []
