@@ -143,8 +143,8 @@ class Failures:
                 raise
             if isinstance(error, Interrupted):
                 self.interrupted = True
-                print(error, file=sys.stderr)
                 if rank() == 0:
+                    print(error, file=sys.stderr)
                     print(same_command("checkpoint=last"))
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)

@@ -14,8 +14,11 @@ COMMAND = "DDIM_COMMAND"  # set in the environment by the command `ddim` (_comma
 
 
 def rank() -> int:
-    """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown."""
-    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown.
+
+    LOCAL_RANK alone is set for the processes that Lightning starts.
+    """
+    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
     size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
     return int(number) if number.isdecimal() and size.isdecimal() and int(number) < int(size) else 0
 

@@ -32,8 +32,9 @@ EXPERIMENTS = {
     "train": "bedroom, bedroom_official, celeba, celeba_official, church, church_official, "
     "cifar10, cifar10_conditional, cifar10_iddpm, cifar10_official, cifar10_small, digits, digits_conditional, "
     "digits_multinomial",
-    "evaluate": "table1_celeba, table1_cifar10, table1_cifar10_sigma_hat, table3_bedroom, table3_church, table_cifar10_small, "
-    "table_digits, table_digits_guidance, table_digits_multinomial, table_solvers_cifar10, table_solvers_digits",
+    "evaluate": "table1_celeba, table1_cifar10, table1_cifar10_sigma_hat, table3_bedroom, table3_church, "
+    "table_cifar10_small, table_digits, table_digits_guidance, table_digits_multinomial, table_solvers_cifar10, "
+    "table_solvers_digits",
 }
 
 pytestmark = pytest.mark.integration
