@@ -16,8 +16,8 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "tools" / "update_results.py"))
 
 
 def test_every_record_file_is_in_a_document():
-    names = [block[2] for path in SCRIPT["DOCUMENTS"] for block in SCRIPT["BLOCK"].finditer(path.read_text())]
-    assert sorted(names) == sorted(path.stem for path in RESULTS.glob("*.jsonl"))
+    names = {block[2] for path in SCRIPT["DOCUMENTS"] for block in SCRIPT["BLOCK"].finditer(path.read_text())}
+    assert names == {path.stem for path in RESULTS.glob("*.jsonl")}
 
 
 def test_the_ledger_names_every_record_and_picture():

@@ -5,7 +5,7 @@
     python scripts/tools/update_results.py speed=outputs/benchmark/speed.jsonl
     python scripts/tools/update_results.py training=outputs/train/NAME      # the curves of a training
 
-The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`.
+The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`; with `NAME/fd` those of the metric fd alone.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from ddim.results.training_plots import checkpoint_curves, plot_checkpoints, plo
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: (\w+)(?:/(\w+))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
 BENCHMARK_TABLES = runpy.run_path(str(ROOT / "scripts" / "benchmark" / "tables.py"))["render"]
 
 
-def render(name: str) -> str:
-    """Return the Markdown of the records docs/results/NAME.jsonl."""
+def render(name: str, metric: str | None = None) -> str:
+    """Return the Markdown of the records docs/results/NAME.jsonl, of all their metrics or of one."""
     records = RecordFile(RESULTS / f"{name}.jsonl").read()
     if not records:
         sys.exit(f"error: there are no records docs/results/{name}.jsonl, which a document includes.")
@@ -41,7 +41,9 @@ def render(name: str) -> str:
     if "curves" in records[0]:
         return f"\n{training_table(records[0])}\n\n"
     return "".join(
-        f"\n{table.markdown()}\n\n<sub>{escape_markdown(table.title())}</sub>\n\n" for table in build_tables(records)
+        f"\n{table.markdown()}\n\n<sub>{escape_markdown(table.title())}</sub>\n\n"
+        for table in build_tables(records)
+        if metric is None or table.metric.startswith(f"{metric}_")
     )
 
 
@@ -79,7 +81,7 @@ def draw(name: str) -> None:
 
 def fill(text: str) -> str:
     """Return `text` with every block of results rendered again."""
-    return BLOCK.sub(lambda block: block[1] + render(block[2]) + block[3], text)
+    return BLOCK.sub(lambda block: block[1] + render(block[2], block[3]) + block[4], text)
 
 
 def main() -> None:

@@ -32,15 +32,28 @@ def test_its_samples_are_those_of_the_commands(loaded: Model, checkpoint: Path) 
     assert not torch.equal(images, loaded.sample(range(3, 8), sampler, seed=3, batch_size=2))
 
 
-def test_the_shipped_model_makes_the_kept_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any folder; up to a grey level, for processors that round otherwise."""
+@pytest.mark.parametrize(
+    ("name", "weights_hash", "sampler", "levels"),
+    [
+        ("digits", "0ed0972e", SamplerSpec(S=10), 1),
+        ("cifar10_small", "b0cacbee", SamplerSpec(S=5, eta=1.0, clip="x0"), 2),
+    ],
+)
+def test_shipped_models_make_the_kept_images(
+    name: str, weights_hash: str, sampler: SamplerSpec, levels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any folder; up to one or two grey levels, for processors that round otherwise."""
     monkeypatch.chdir(tmp_path)
-    model = load_model("digits")
-    assert model.weights_hash.startswith("0ed0972e")
-    kept = np.asarray(Image.open(Path(__file__).with_name("eight_digits.png")))
-    images = torch.cat(list(model.sample(range(8), SamplerSpec(S=10))[:, 0]), 1).numpy()  # in a row
-    assert np.abs(kept.astype(int) - images).max() <= 1
-    with pytest.raises(UserError, match=r"there is no checkpoint digitz; .* that ship with the package: digits"):
+    model = load_model(name)
+    assert model.weights_hash.startswith(weights_hash)
+    kept = np.asarray(Image.open(Path(__file__).with_name(f"eight_{name}.png")))
+    images = torch.cat(list(model.sample(range(8), sampler)), 2).permute(1, 2, 0).squeeze(2).numpy()  # in a row
+    assert np.abs(kept.astype(int) - images).max() <= levels
+
+
+def test_a_shipped_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no checkpoint digitz; .* ship with the package: cifar10_small, digits"):
         load_model("digitz")
     (tmp_path / "digits").touch()
     with pytest.raises(UserError, match="digits"):  # a file of that name comes first
