@@ -9,6 +9,7 @@ import pytest
 
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
+from ddim.results.table import number_text
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -116,10 +117,11 @@ def test_a_table_without_records_is_an_error():
 def test_a_training_has_a_table_and_its_stops():
     curves = {"train/loss": [[s, 1 / s] for s in range(1, 101)], "val/loss": [[s, 2 / s] for s in (50, 100)]}
     text = SCRIPT["training_table"]({"training": "mine", "curves": curves, "stops": [30, 1060]})
+    steps = (1, 11, 21, 31, 41, 50, 51, 61, 71, 81, 91, 100)
     assert text.splitlines()[:4] == [
-        "| step | 50 | 100 |",
-        "| --- | --- | --- |",
-        "| train/loss | 0.0200 | 0.0100 |",
-        "| val/loss | 0.0400 | 0.0200 |",
+        f"| step | {' | '.join(map(str, steps))} |",
+        f"| --- |{' --- |' * 12}",
+        f"| train/loss | {' | '.join(number_text(1 / s) for s in steps)} |",
+        "| val/loss |  |  |  |  |  | 0.0400 |  |  |  |  |  | 0.0200 |",
     ]
     assert text.endswith("<sub>mine; steps at which it was stopped and went on later: 30, 1,060</sub>")

@@ -108,21 +108,22 @@ def write_averages(spec: PostHocSpec) -> tuple[list[WrittenAverage], list[str]]:
         start, newest = _read_state(path, step)
     folder = Path(spec.snapshots or place.parent / FOLDER)
     steps, warnings = _find_snapshots(folder, start, step)
-    snapshots = [*(_read_snapshot(snapshot_file(folder, earlier), newest) for earlier in steps), newest]
+    of = training_of(model.recipe)
+    snapshots = [*(_read_snapshot(snapshot_file(folder, earlier), newest, of) for earlier in steps), newest]
     profiles = [(length, t) for t in (*steps, step) for length in LENGTHS]
     kept = [average for snapshot in snapshots for average in snapshot.values()]
     written = []
     for length, output in zip(spec.lengths, outputs, strict=True):
         if (share := share_before(length, start, step)) > MAX_SHARE:
             warnings.append(
-                f"length {length:g}: {share:.0%} of its profile lie before step {start}, where averaging began, and "
+                f"length {length:g}: {share:.0%} of its profile lies before step {start}, where averaging began, and "
                 "count with the weights of that step"
             )
         coefficients, error = fit_profile(profiles, length, step)
         if error > MAX_ERROR:
             warnings.append(
                 f"length {length:g}: the nearest profile that can be made of the snapshots differs by {error:.0%}; "
-                "lengths from 0.05 to 0.15 come nearer, and longer ones do in a longer training"
+                "lengths from 0.05 to 0.15 come nearer, and above 0.15 a longer training does"
             )
         state = _combine(coefficients, kept)
         origin = model.origin | {"posthoc_ema": f"{path}, {len(steps)} snapshots, profile error {error:.2g}"}
@@ -158,12 +159,15 @@ def _find_snapshots(folder: Path, start: int, step: int) -> tuple[list[int], lis
     return found, [f"{folder} lacks {len(missing)} of the {len(due)} snapshots, the first of step {missing[0]}"]
 
 
-def _read_snapshot(path: Path, newest: Averages) -> Averages:
-    """Return the averages in a file (memory-mapped), which must have the names and shapes of the newest."""
-    tensors, _ = read_safetensors(path)
+def _read_snapshot(path: Path, newest: Averages, of: Mapping[str, str]) -> Averages:
+    """Return the averages in a file (memory-mapped), with names and shapes of the newest, of the training `of`."""
+    tensors, metadata = read_safetensors(path)
     expected = snapshot_tensors(newest)
-    if {name: value.shape for name, value in tensors.items()} != {n: value.shape for n, value in expected.items()}:
-        raise UserError(f"{path} holds averages of another model; give the folder of this training, snapshots=RUN/ema.")
+    other = any(metadata.get(key, value) != value for key, value in of.items())
+    if other or {n: value.shape for n, value in tensors.items()} != {n: value.shape for n, value in expected.items()}:
+        raise UserError(
+            f"{path} holds averages of another training; give the folder of this training, snapshots=RUN/ema."
+        )
     return {length: {name: tensors[f"{length:g}/{name}"] for name in own} for length, own in newest.items()}
 
 
@@ -193,6 +197,11 @@ def snapshot_file(folder: Path, step: int) -> Path:
 def snapshot_tensors(averages: Averages) -> Tensors:
     """Return the content of a snapshot: "LENGTH/NAME" -> the average in float32."""
     return {f"{length:g}/{name}": value.float() for length, own in averages.items() for name, value in own.items()}
+
+
+def training_of(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Return the metadata of a snapshot: what tells trainings of the same network from each other."""
+    return {key: str(recipe[key]) for key in ("seed", "data.fingerprint") if key in recipe}
 
 
 def exponent(length: float) -> float:

@@ -101,6 +101,8 @@ class NearestSearch:
             )
         self.data, self.k, self.session, self.device, self.reference_dir = data, k, session, device, reference_dir
         self.train = session.images(data, "train")
+        if "folder" not in (data.name, model.spec.data) and data.name != model.spec.data:
+            log.warning("the model was trained on %s, and is compared with images of %s.", model.spec.data, data.name)
         check_shape(model, self.train)
         if k >= len(self.train):
             raise UserError(f"k={k} must be less than the number of training images, {len(self.train)}.")

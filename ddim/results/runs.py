@@ -68,7 +68,10 @@ def read_curves(folder: Path) -> dict[str, Curve]:
     values: dict[str, dict[int, float]] = {}
     for rows in read_logs(folder):
         for name in LOSSES:
-            values.setdefault(name, {}).update((step_of(row), float(row[name])) for row in rows if row.get(name))
+            logged = [row for row in rows if row.get(name)]
+            if len(logged) > 1 and logged[-1][name] == logged[-2][name]:
+                del logged[-1]  # Lightning logs the last values again where a run stops
+            values.setdefault(name, {}).update((step_of(row), float(row[name])) for row in logged)
     for record in evaluation_records(folder / RECORDS).read():
         for metric, value in record["metrics"].items():
             if record["model"]["step"] is not None:

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+FEW = 10  # points of a curve that are marked
+
+
 class Curves(NamedTuple):
     """A metric of several checkpoints.
 
@@ -39,17 +42,21 @@ class Curves(NamedTuple):
 
 
 def checkpoint_curves(table: Table) -> Curves | None:
-    """Return the curves of a table of checkpoints of several EMA lengths or steps, None for any other table."""
+    """Return the curves of a table of trainings' checkpoints of several EMA lengths or steps, None for other tables."""
     checkpoints: dict[str, dict[str, Any]] = (table.protocol["model"] or {}).get("checkpoints", {})
     labels = {name: weights_label(model) for name, model in checkpoints.items()}
     lengths = {name: float(found[1]) for name, label in labels.items() if (found := re.match(r"posthoc_(.+)", label))}
     steps = {name: model["step"] for name, model in checkpoints.items()}
     if len(set(lengths.values())) > 1:
-        x, of, others = "EMA length σ_rel", lengths, {name: f"step {steps[name]:,}" for name in lengths}
+        x, of, shown = "EMA length σ_rel", lengths, {name: ("", f"step {steps[name]:,}") for name in lengths}
     elif None not in steps.values() and len(set(steps.values())) > 1:
-        x, of, others = "optimiser step", steps, labels
+        x, of, shown = "optimiser step", steps, {name: (labels[name], "") for name in steps}
     else:
         return None
+    runs = {name: _run(name, steps[name], labels[name]) for name in of}
+    parts = [tuple(filter(None, (runs[name], *shown[name]))) for name in of]
+    common = set.intersection(*map(set, parts))
+    others = {name: [part for part in own if part not in common] for name, own in zip(of, parts, strict=True)}
     points: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in table.rows:
         name = max((name for name in checkpoints if row.endswith(f", {name}")), key=len)
@@ -57,10 +64,17 @@ def checkpoint_curves(table: Table) -> Curves | None:
             continue
         for nfe in table.columns:
             if (value := table.value(row, nfe)) is not None:
-                other = f", {others[name]}" if len(set(others.values())) > 1 else ""
-                line = f"{row.removesuffix(f', {name}')}, {table.column}={nfe}{other}"
+                line = ", ".join([row.removesuffix(f", {name}"), f"{table.column}={nfe}", *others[name]])
                 points.setdefault(line, []).append((of[name], value, table.spread(row, nfe)))
+    if all(len(line) < 2 for line in points.values()):  # one checkpoint of each training
+        return None
     return Curves(x, {line: sorted(points[line]) for line in points})
+
+
+def _run(name: str, step: int | None, label: str) -> str:
+    """Return the training that the name of a checkpoint in a table is of, without step, weights and EMA length."""
+    name = re.sub(r"_step_\d+_length_[\d.e-]+", "", name)
+    return name.replace(f" step {step:,}" if step is not None else "", "").replace(f" {label}", "")
 
 
 def plot_checkpoints(table: Table, curves: Curves, paper: bool = False) -> "Figure":
@@ -68,6 +82,8 @@ def plot_checkpoints(table: Table, curves: Curves, paper: bool = False) -> "Figu
 
     Bars are the spread over ranges of images; with `paper` there is no title.
     """
+    from matplotlib.ticker import ScalarFormatter
+
     figure, axes = new_figure()
     shown: list[float] = []
     for number, (line, points) in enumerate([*curves.lines.items()][:MOST_ROWS]):
@@ -80,6 +96,9 @@ def plot_checkpoints(table: Table, curves: Curves, paper: bool = False) -> "Figu
     mention_more(axes, len(curves.lines))
     less = is_distance(table.metric)
     axes.set(xlabel=plain(curves.x), yscale="log" if min(shown) > 0 else "linear")
+    if min(shown) > 0 and max(shown) < 10 * min(shown):  # 4 rather than 4 × 10⁰
+        for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            of(ScalarFormatter())
     axes.set_ylabel(f"{plain(table.metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
     axes.grid(alpha=0.3)
     add_legend(axes)
@@ -100,7 +119,11 @@ def plot_training(runs: Sequence[Run]) -> "Figure":
     for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
         shown = [(run, run.curves[name]) for run in runs[:MOST_ROWS] if name in run.curves]
         for number, (run, points) in enumerate(shown):
-            axes.plot(*zip(*points, strict=True), marker="" if name in LOSSES else "o", label=plain(run.name))
+            axes.plot(
+                *zip(*points, strict=True),
+                marker="" if name in LOSSES and len(points) > FEW else "o",
+                label=plain(run.name),
+            )
             for stop in run.stops:
                 axes.axvline(stop, color=f"C{number % 10}", linestyle=":", linewidth=0.8)
         positive = min(value for _, points in shown for _, value in points) > 0

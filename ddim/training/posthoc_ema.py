@@ -17,6 +17,7 @@ from ddim.checkpoints.posthoc import (
     snapshot_file,
     snapshot_steps,
     snapshot_tensors,
+    training_of,
     update_rate,
 )
 from ddim.io import partial_files, write_safetensors
@@ -46,7 +47,11 @@ class PostHocEMA(Callback):
         self.updates = trainer.global_step
         if self.start is None:
             self.start = self.updates
-            if self.start and (longest := longest_from(self.start, trainer.max_steps)) < MAX_LENGTH:
+            if (
+                self.start
+                and trainer.is_global_zero
+                and (longest := longest_from(self.start, trainer.max_steps)) < MAX_LENGTH
+            ):
                 log.warning(
                     "ema.posthoc: averaging begins at step %d, with the weights of that step; at step %d they still "
                     "count for more than %g %% in averages of a length above %.2g.",
@@ -73,7 +78,9 @@ class PostHocEMA(Callback):
         if trainer.is_global_zero and self.updates in snapshot_steps(self.updates + 1):
             for partial in partial_files(self.folder):  # left by a write that was killed
                 partial.unlink()
-            write_safetensors(snapshot_file(self.folder, self.updates), snapshot_tensors(self.averages), {})
+            recipe: dict[str, Any] = pl_module.recipe  # type: ignore[assignment]
+            path = snapshot_file(self.folder, self.updates)
+            write_safetensors(path, snapshot_tensors(self.averages), training_of(recipe))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the averages; not under `callbacks`, where Lightning would miss them in a run without this callback."""

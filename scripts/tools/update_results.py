@@ -5,7 +5,7 @@
     python scripts/tools/update_results.py speed=outputs/benchmark/speed.jsonl
     python scripts/tools/update_results.py training=outputs/train/NAME      # the curves of a training
 
-The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`; with `NAME/fd` those of the metric fd alone.
+The tables stand between `<!-- results: NAME -->` and `<!-- end of results -->`, with `NAME/fd` one metric's.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import shutil
 import sys
 from pathlib import Path
 
+from ddim.checkpoints.model import RECIPE, read_checkpoint
+from ddim.checkpoints.spec import KEY
 from ddim.results.escape import escape_markdown
 from ddim.results.plots import DPI, plot
-from ddim.results.records import Record, RecordFile, code_revision
+from ddim.results.records import Record, RecordFile, provenance
 from ddim.results.report import build_tables
 from ddim.results.runs import Run, read_curves, read_stops
 from ddim.results.table import number_text
@@ -40,18 +42,17 @@ def render(name: str, metric: str | None = None) -> str:
         return str(text)
     if "curves" in records[0]:
         return f"\n{training_table(records[0])}\n\n"
-    return "".join(
-        f"\n{table.markdown()}\n\n<sub>{escape_markdown(table.title())}</sub>\n\n"
-        for table in build_tables(records)
-        if metric is None or table.metric.startswith(f"{metric}_")
-    )
+    tables = [table for table in build_tables(records) if metric is None or table.metric.startswith(f"{metric}_")]
+    if not tables:
+        sys.exit(f"error: docs/results/{name}.jsonl has no metric {metric}, which a document includes.")
+    return "".join(f"\n{table.markdown()}\n\n<sub>{escape_markdown(table.title())}</sub>\n\n" for table in tables)
 
 
 def training_table(record: Record) -> str:
-    """Return the losses of a training at ten logged steps, and where it was stopped."""
+    """Return the losses of a training at ten of its logged steps and where one was logged, and where it was stopped."""
     curves = {name: dict(points) for name, points in record["curves"].items()}
-    steps = [*min(curves.values(), key=len)]
-    shown = sorted({steps[round(i * (len(steps) - 1) / 9)] for i in range(10)})
+    spread = [[*points][:: -(-len(points) // 10)] for points in curves.values()]  # at most ten of each curve
+    shown = sorted({step for steps in spread for step in steps})
     lines = [["step", *(f"{step:,}" for step in shown)], ["---"] * (1 + len(shown))]
     lines += [[name, *(number_text(p[s]) if s in p else "" for s in shown)] for name, p in curves.items()]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -60,9 +61,13 @@ def training_table(record: Record) -> str:
 
 
 def of_training(folder: Path) -> Record:
-    """Return the curves of the training in a folder."""
+    """Return the curves of the training in a folder, and what it was."""
     curves, stops = read_curves(folder), read_stops(folder)
-    return {"training": folder.name, "curves": curves, "stops": stops, "revision": code_revision()}
+    if not curves:
+        sys.exit(f"error: {folder} holds no training that has logged a loss.")
+    checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    recipe = {"recipe": checkpoint[KEY][RECIPE], "step": checkpoint["global_step"]}
+    return {"training": folder.name, **recipe, "curves": curves, "stops": stops, **provenance()}
 
 
 def draw(name: str) -> None:
@@ -73,7 +78,10 @@ def draw(name: str) -> None:
             run = Run(records[0]["training"], "", (), records[0]["curves"], tuple(records[0]["stops"]))
             plot_training([run]).savefig(RESULTS / f"{name}.png", dpi=DPI)
             return
-        (table,) = build_tables(records)
+        tables = build_tables(records)
+        if len(tables) != 1:
+            sys.exit(f"error: {name} has {len(tables)} tables, and a document shows its one plot results/{name}.png.")
+        (table,) = tables
         curves = checkpoint_curves(table)
         figure = plot(table) if curves is None else plot_checkpoints(table, curves)
         figure.savefig(RESULTS / f"{name}.png", dpi=DPI)

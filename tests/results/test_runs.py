@@ -27,6 +27,7 @@ def trained(tmp_path: Path) -> Path:
         path = folder / "csv" / f"version_{version}" / "metrics.csv"
         path.parent.mkdir(parents=True)
         rows = "".join(f"0,{step},{loss},\n0,{step},,{2 * loss}\n" for step, loss in losses.items())
+        rows += f"0,{max(losses) + 2},{losses[max(losses)]},\n"  # as where a run stops
         path.write_text(f"epoch,step,train/loss,val/loss\n{rows}")
     measured = record("η=0.0", 10, 7.0, model__step=20)
     (folder / RECORDS).write_text(json.dumps(measured) + "\n")
@@ -65,9 +66,9 @@ def test_the_page_names_the_run_and_shows_its_curve(trained: Path, tmp_path: Pat
 
 def test_the_curve_marks_where_a_run_was_stopped(trained: Path) -> None:
     [run] = find_runs([evaluated(trained)])
-    assert run.stops == (30,)
+    assert run.stops == (32,)
     (trained / "csv" / "version_11").mkdir()
     (trained / "csv" / "version_11" / "metrics.csv").write_text("epoch,step,train/loss\n")  # a call that did nothing
     assert find_runs([evaluated(trained)]) == [run]
     for axes in plot_training([run]).axes:
-        assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[30, 30], []]
+        assert [list(line.get_xdata()) for line in axes.lines if line.get_linestyle() == ":"] == [[32, 32], []]

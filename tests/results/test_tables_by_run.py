@@ -111,15 +111,26 @@ def test_post_hoc_averages_are_drawn_against_their_length() -> None:
     ]
     records.append(trained("a", 0.3, 9.0, model__step=7, model__weights="raw"))
     [table] = build_tables(records)
-    assert checkpoint_curves(table) == (
-        "EMA length σ_rel",
-        {"η=0.0, S=10, step 7": [(0.05, 3.0, None), (0.2, 2.0, None)], "η=0.0, S=10, step 50": [(0.1, 4.0, None)]},
-    )
+    lines = {"η=0.0, S=10, step 7": [(0.05, 3.0, None), (0.2, 2.0, None)], "η=0.0, S=10, step 50": [(0.1, 4.0, None)]}
+    assert checkpoint_curves(table) == ("EMA length σ_rel", lines)
+
+
+def test_averages_of_two_trainings_have_a_line_each() -> None:
+    records = [
+        trained(f"{run}_step_7_length_{x}", seed + x, seed + x, model__step=7, model__weights=f"posthoc_{x}")
+        for seed, run in enumerate("ab")
+        for x in (0.1, 0.2)
+    ]
+    [table] = build_tables(records)
+    lines = {f"η=0.0, S=10, {run}": [(x, seed + x, None) for x in (0.1, 0.2)] for seed, run in enumerate("ab")}
+    assert checkpoint_curves(table) == ("EMA length σ_rel", lines)
 
 
 def test_other_tables_have_no_such_curve(tmp_path: Path) -> None:
     of_runs = [trained("slow", 0.001, 3.0), trained("fast", 0.1, 2.0)]
     of_steps = [trained("run", 0.1, float(step), model__step=step) for step in (5, 7)]
+    apart = [trained(run, lr, 3.0, model__step=step) for run, lr, step in (("a", 0.1, 5), ("b", 0.2, 7))]
+    assert checkpoint_curves(build_tables(apart)[0]) is None  # two trainings, one checkpoint of each
     for records, expected in ((of_runs, []), (of_runs[:1], []), (of_steps, [f"plot_checkpoints_{FID}.png"])):
         [table] = build_tables(records)
         assert (checkpoint_curves(table) is not None) == bool(expected)

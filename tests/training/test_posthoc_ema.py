@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from ddim.checkpoints import load_model
-from ddim.checkpoints.model import read_checkpoint
+from ddim.checkpoints.model import read_checkpoint, weights_hash
 from ddim.checkpoints.posthoc import LENGTHS, PostHocSpec, share_before, snapshot_steps, update_rate, write_averages
 from ddim.config import build
 from ddim.errors import UserError
+from ddim.io import read_safetensors, write_safetensors
 from ddim.training.posthoc_ema import PostHocEMA
 from ddim.training.spec import TrainSpec
 
@@ -53,7 +54,7 @@ def apart(one, other):
 
 
 def files(folder):
-    return {path.name: path.read_bytes() for path in (folder / "ema").iterdir()}
+    return {path.name: weights_hash(read_safetensors(path)[0]) for path in (folder / "ema").iterdir()}
 
 
 def test_killed_run_has_the_same_averages_and_snapshots(run, killed_run, same, tmp_path):
@@ -108,7 +109,7 @@ def test_averaging_may_begin_and_end_in_any_step(run, same, seen, tmp_path, capl
     written, warnings = write_averages(PostHocSpec(str(last), (0.1, 0.25), output_dir=str(tmp_path)))
     assert apart(dict(load_model(written[0].path).network.named_parameters()), direct(seen, 0.1, first)) < 1e-3
     share = f"{share_before(0.25, 4, 12):.0%}"
-    assert any(f"length 0.25: {share} of its profile lie before step 4, where averaging began" in w for w in warnings)
+    assert any(f"length 0.25: {share} of its profile lies before step 4, where averaging began" in w for w in warnings)
     assert not any("length 0.1:" in warning for warning in warnings)
 
     run("without", **options)
@@ -129,7 +130,11 @@ def test_what_cannot_be_averaged_is_refused(run, config, tmp_path):
     copied, other = tmp_path / "copy", run("other", ema=ON, network={"ch": 8}, trainer={"max_steps": 6})
     shutil.copytree(tmp_path / "run" / "ema", copied)
     shutil.copy(other.parents[1] / "ema" / "step_00000003.safetensors", copied)
-    refused("step_00000003.safetensors holds averages of another model", snapshots=str(copied))
+    refused("step_00000003.safetensors holds averages of another training", snapshots=str(copied))
+    own = read_safetensors(tmp_path / "run" / "ema" / "step_00000003.safetensors")[0]
+    for key in ("seed", "data.fingerprint"):
+        write_safetensors(copied / "step_00000003.safetensors", own, {key: "6"})
+        refused("step_00000003.safetensors holds averages of another training", snapshots=str(copied))
     (copied / "step_00000003.safetensors").write_bytes(b"\0")
     refused("step_00000003.safetensors cannot be read", snapshots=str(copied))
     refused("holds no averages for this; train, or resume, with ema.posthoc=true", checkpoint=str(run("without")))
