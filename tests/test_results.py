@@ -61,6 +61,19 @@ def test_the_digits_show_the_papers_pattern():
         assert value["η=0.0", S] < value["η=1.0", S]
 
 
+def test_cifar10_shows_what_its_page_says():
+    fd, kd = build_tables(RecordFile(RESULTS / "cifar10_small.jsonl").read())
+    eta_0, eta_1, sigma_hat = ("η=0.0 (clip x0)", "η=1.0 (clip x0)", "σ̂ (clip x0)")
+    for row in fd.rows:
+        distances = [value for S in fd.columns if (value := fd.value(row, S)) is not None]
+        assert distances == sorted(distances, reverse=True)
+    for table in (fd, kd):
+        for S in (5, 10, 20):
+            assert table.value(sigma_hat, S) == max(table.value(row, S) for row in table.rows)
+        assert table.value(eta_0, 5) < table.value(eta_1, 5)
+        assert table.value(eta_1, 20) < table.value(eta_0, 20)
+
+
 def test_the_least_random_multinomial_sampler_gains_from_steps():
     (table,) = build_tables(RecordFile(RESULTS / "digits_multinomial.jsonl").read())
     assert table.columns == [5, 10, 20, 50, 100]
