@@ -178,6 +178,7 @@ def test_an_nfe_that_a_rule_cannot_do_stays_empty(run: Run, checkpoint: Path, tm
 def test_a_sweep_runs_without_a_plan_if_hydra_changes(
     run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run("evaluate", "--help")  # imports what the script needs before it plans, whichever test comes first
     monkeypatch.setitem(sys.modules, "hydra.core.override_parser.overrides_parser", None)
     outcome = run("evaluate", "-m", *OPTIONS, f"checkpoint={checkpoint}", "sampler.S=2", "output_dir=out")
     assert (outcome.code, outcome.err) == (0, "")
