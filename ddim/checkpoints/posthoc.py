@@ -10,6 +10,7 @@ standard deviation is σ_rel t.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,7 @@ def training_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     return {key: str(recipe[key]) for key in ("seed", "data.fingerprint") if key in recipe}
 
 
+@cache  # a training asks at each step
 def exponent(length: float) -> float:
     """Return γ for σ_rel: the largest real root of γ³ + 7γ² + (16 - σ_rel⁻²)γ + 12 - σ_rel⁻² (appendix C)."""
     return float(np.roots([1, 7, 16 - length**-2, 12 - length**-2]).real.max())

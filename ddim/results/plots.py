@@ -126,8 +126,7 @@ def plot(table: Table, paper: bool = False) -> "Figure":
         points = [(S, v, table.spread(row, S)) for S in table.columns if (v := table.value(row, S)) is not None]
         S, values, spreads = zip(*points, strict=True)
         bars = None if table.ranges == 1 else [spread or 0.0 for spread in spreads]
-        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "osD^v"[(number + number // 10) % 5]}
-        slope = ""
+        style, slope = line_style(number), ""
         if table.protocol["kind"] == "trajectory" and len(S) > 1 and min(values) > 0:
             slope = f" (slope {fit_power([*zip(S, values, strict=True)])[0]:.1f})"
         axes.errorbar(S, values, yerr=bars, capsize=3, label=plain(row) + slope, **style)
@@ -141,8 +140,7 @@ def plot(table: Table, paper: bool = False) -> "Figure":
         axes.plot([], [], color="gray", marker="o", label="paper", **PAPER_STYLE)
     # An unbiased kernel distance can be negative.
     _scales(axes, table.column, table.columns, "log" if min(shown) > 0 else "linear")
-    less = is_distance(table.metric)
-    axes.set_ylabel(f"{plain(table.metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
+    label_metric(axes, table.metric, paper)
     add_legend(axes)
     set_title(axes, "" if paper else ": ".join(filter(None, (table.heading, table.title()))))
     return figure
@@ -256,6 +254,17 @@ def mention_more(axes: "Axes", rows: int) -> None:
     """Say in the legend how many of `rows` lines are not shown."""
     if rows > MOST_ROWS:
         axes.errorbar([], [], linestyle="none", label=f"and {rows - MOST_ROWS} more")
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Return colour and marker of a line: no two of MOST_ROWS have both in common."""
+    return {"color": f"C{number % 10}", "marker": "osD^v"[(number + number // 10) % 5]}
+
+
+def label_metric(axes: "Axes", metric: str, paper: bool) -> None:
+    """Name the metric at its axis, and which values are better."""
+    less = is_distance(metric)
+    axes.set_ylabel(f"{plain(metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
 
 
 def add_legend(axes: "Axes") -> None:

@@ -53,20 +53,24 @@ def _run(checkpoint: str, models: tuple[str, ...]) -> Run:
         return Run(path.stem, checkpoint, models, {})
     folder = path.absolute().parents[1]
     try:
-        return Run(folder.name, checkpoint, models, read_curves(folder), read_stops(folder))
+        return Run(folder.name, checkpoint, models, *read_training(folder))
     except (OSError, ValueError, csv.Error) as error:  # UserError is a ValueError
         log.warning("no training curve of %s: %s", folder, " ".join(str(error).split()))
         return Run(folder.name, checkpoint, models, {})
 
 
-def read_curves(folder: Path) -> dict[str, Curve]:
-    """Return the curves of the run in a folder: its losses, and the metrics of evaluations that it made while training.
+def read_training(folder: Path) -> tuple[dict[str, Curve], tuple[int, ...]]:
+    """Return curves and stops of the run in a folder, see `Run`.
+
+    The curves are its losses, and the metrics of evaluations that it made while training.
 
     Raises:
         UserError, ValueError, OSError: a file is damaged, or cannot be read.
     """
     values: dict[str, dict[int, float]] = {}
+    ends = []  # the last logged step of each call
     for rows in read_logs(folder):
+        ends += [max(steps)] if (steps := [step_of(row) for row in rows if row.get(LOSS)]) else []
         for name in LOSSES:
             logged = [row for row in rows if row.get(name)]
             if len(logged) > 1 and logged[-1][name] == logged[-2][name]:
@@ -77,13 +81,8 @@ def read_curves(folder: Path) -> dict[str, Curve]:
             if record["model"]["step"] is not None:
                 curve = f"{metric}, {weights_label(record['model'])}"
                 values.setdefault(curve, {})[record["model"]["step"]] = value
-    return {name: tuple(sorted(points.items())) for name, points in values.items() if points}
-
-
-def read_stops(folder: Path) -> tuple[int, ...]:
-    """Return the last logged step of each call of a run that another call followed; see `read_curves`."""
-    calls = [steps for rows in read_logs(folder) if (steps := [step_of(row) for row in rows if row.get(LOSS)])]
-    return tuple(max(steps) for steps in calls[:-1])
+    curves = {name: tuple(sorted(points.items())) for name, points in values.items() if points}
+    return curves, tuple(ends[:-1])
 
 
 def read_logs(folder: Path) -> Iterator[list[dict[str, str]]]:

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddim.results.plot_spec import PlotSpec
 from ddim.results.plots import (
-    LESS,
-    MORE,
     MOST_ROWS,
     SCREEN,
     add_legend,
+    label_metric,
+    line_style,
     mention_more,
     new_figure,
     plain,
     save,
     set_title,
 )
-from ddim.results.protocol import is_distance, weights_label
+from ddim.results.protocol import weights_label
 from ddim.results.runs import LOSS, LOSSES, Run
 from ddim.results.table import Table
 
@@ -89,17 +89,14 @@ def plot_checkpoints(table: Table, curves: Curves, paper: bool = False) -> "Figu
     for number, (line, points) in enumerate([*curves.lines.items()][:MOST_ROWS]):
         x, values, spreads = zip(*points, strict=True)
         bars = None if table.ranges == 1 else [spread or 0.0 for spread in spreads]
-        axes.errorbar(
-            x, values, bars, capsize=3, label=plain(line), color=f"C{number % 10}", marker="osD^v"[number % 5]
-        )
+        axes.errorbar(x, values, yerr=bars, capsize=3, label=plain(line), **line_style(number))
         shown += values
     mention_more(axes, len(curves.lines))
-    less = is_distance(table.metric)
     axes.set(xlabel=plain(curves.x), yscale="log" if min(shown) > 0 else "linear")
     if min(shown) > 0 and max(shown) < 10 * min(shown):  # 4 rather than 4 × 10⁰
         for of in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             of(ScalarFormatter())
-    axes.set_ylabel(f"{plain(table.metric)} {('↓' if less else '↑') if paper else f'({LESS if less else MORE})'}")
+    label_metric(axes, table.metric, paper)
     axes.grid(alpha=0.3)
     add_legend(axes)
     set_title(axes, "" if paper else table.title())

@@ -22,7 +22,7 @@ from ddim.results.escape import escape_markdown
 from ddim.results.plots import DPI, plot
 from ddim.results.records import Record, RecordFile, provenance
 from ddim.results.report import build_tables
-from ddim.results.runs import Run, read_curves, read_stops
+from ddim.results.runs import Run, read_training
 from ddim.results.table import number_text
 from ddim.results.training_plots import checkpoint_curves, plot_checkpoints, plot_training
 
@@ -62,7 +62,7 @@ def training_table(record: Record) -> str:
 
 def of_training(folder: Path) -> Record:
     """Return the curves of the training in a folder, and what it was."""
-    curves, stops = read_curves(folder), read_stops(folder)
+    curves, stops = read_training(folder)
     if not curves:
         sys.exit(f"error: {folder} holds no training that has logged a loss.")
     checkpoint = read_checkpoint(folder / "checkpoints" / "last.ckpt")
