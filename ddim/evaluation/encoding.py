@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from ddim.inference.encoded_files import SECOND, X_T, EncodedImages
 from ddim.inference.generate import Numbers, check_numbers, check_sampler, progress
 from ddim.io import Tensors, check_can_write, explain_write_errors
 from ddim.results.records import provenance, record_key
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,9 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         with processes.barrier(), explain_write_errors(spec.path):
             if processes.is_main:
                 second = shards.read_all(SECOND) if spec.inversion == "bdia" else None
-                EncodedImages(shards.read_all(X_T), second, metadata).save(spec.path)
+                x_T = shards.read_all(X_T)
+                EncodedImages(x_T, second, metadata).save(spec.path)
+                log.info("the standard deviation of x_T is %.3g; that of noise is 1.", x_T.std().item())
                 shards.delete()
 
 

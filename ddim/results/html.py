@@ -26,7 +26,7 @@ def render_page(
     failures: Sequence[tuple[str, str]],
     impossible: Sequence[tuple[str, str]] = (),
     runs: Sequence[Run] = (),
-    training_plot: Sequence[Path] = (),
+    training_plots: Sequence[tuple[Path, str]] = (),
     terms: Sequence[Path] = (),
 ) -> str:
     """Return the page.
@@ -38,7 +38,7 @@ def render_page(
         command: that repeats the sweep.
         failures, impossible: (evaluation, reason).
         runs: the training runs that were evaluated.
-        training_plot: of their curves, where there are any.
+        training_plots: of their curves, or of metrics of their checkpoints; each with what it shows.
         terms: the plot of the terms of variational bounds, where there are any.
     """
     names = {str(record["config"]["name"]) for record in records if "name" in record.get("config", {})}
@@ -50,7 +50,7 @@ def render_page(
         tables=[(table, plot and _data_uri(plot.read_bytes())) for table, plot in tables],
         timings=[(timing, _data_uri(plot.read_bytes())) for timing, plot in timings],
         runs=[(run.name, f"{run.checkpoint} ({'; '.join(run.models)})") for run in runs],
-        training=[_data_uri(plot.read_bytes()) for plot in training_plot],
+        training=[(_data_uri(plot.read_bytes()), shown) for plot, shown in training_plots],
         terms=[_data_uri(plot.read_bytes()) for plot in terms],
         grids=_grids(records, folder),
         command=command,

@@ -127,22 +127,26 @@ def write_report(
     of_training = _training_plots(tables, runs, folder, *drawing)
     terms = [plots.save_terms_plot(bounds, folder / "plot_terms.png", *drawing)] if bounds else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
-    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, of_training, terms)
+    page = render_page(*with_plots, named, folder, command, failures, impossible, runs, [*of_training.items()], terms)
     drawings = [path for path in (*table_plots, *time_plots, *of_training, *terms) if path is not None]
     return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
 
 
 def _training_plots(
     tables: Sequence[Table], runs: Sequence[Run], folder: Path, figure: PlotSpec, paper: bool
-) -> list[Path]:
-    """Draw the curves of the runs, and metrics of several checkpoints against the step or the EMA length."""
+) -> dict[Path, str]:
+    """Draw runs, and metrics of checkpoints against step or EMA length; return path of a plot -> what it shows."""
     drawn = [run for run in runs if run.curves]
-    paths = [training_plots.save_training_plot(drawn, folder / "plot_training.png", figure)] if drawn else []
+    shown = {}
+    if drawn:
+        path = training_plots.save_training_plot(drawn, folder / "plot_training.png", figure)
+        shown[path] = "losses and metrics of the training against the optimiser step"
     for i, table in enumerate(tables):
         if (curves := training_plots.checkpoint_curves(table)) is not None:
             path = folder / f"{_numbered(f'plot_checkpoints_{table.metric}', i)}.png"
-            paths.append(training_plots.save_checkpoints_plot(table, curves, path, figure, paper))
-    return paths
+            training_plots.save_checkpoints_plot(table, curves, path, figure, paper)
+            shown[path] = f"{table.metric} against the {curves.x}"
+    return shown
 
 
 def _bounds(records: Sequence[Record]) -> list[Record]:

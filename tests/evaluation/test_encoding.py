@@ -61,15 +61,17 @@ def read(folder: Path) -> torch.Tensor:
 
 
 def test_the_file_holds_x_T_and_where_it_is_from(
-    spec: EncodeSpec, model: LoadedModel, pixels: torch.Tensor, tmp_path: Path
+    spec: EncodeSpec, model: LoadedModel, pixels: torch.Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_encoded(spec)
+    with caplog.at_level("INFO"):
+        write_encoded(spec)
     tensors, as_json = read_safetensors(spec.path)
     metadata = {key: json.loads(value) for key, value in as_json.items() if key != "format"}
     tau = ddim.linear_tau(50, 5)
     expected = ddim.encode(model, model.spec.schedule, normalize(pixels), tau)
     assert set(tensors) == {"x_T"}
     assert torch.allclose(tensors["x_T"], expected, atol=1e-4)
+    assert f"standard deviation of x_T is {expected.std():.3g};" in caplog.text
     stated = {"tau": list(tau), "files": NAMES, "weights": "ema", "weights_hash": model.weights_hash, "nfe": 5}
     assert stated.items() <= metadata.items()
     assert metadata["inversion"] == {"method": "paper"}

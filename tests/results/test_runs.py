@@ -62,6 +62,7 @@ def test_the_page_names_the_run_and_shows_its_curve(trained: Path, tmp_path: Pat
     assert str(trained / "checkpoints" / "last.ckpt") in page
     assert [path.name for path in paths if "training" in path.name] == ["plot_training.png", "plot_training.pdf"]
     assert page.count("<img") == 2  # the table's plot, and the curve
+    assert "losses and metrics of the training against the optimiser step" in page
 
 
 def test_the_curve_marks_where_a_run_was_stopped(trained: Path) -> None:
