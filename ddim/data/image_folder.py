@@ -157,16 +157,25 @@ def first_image_shape(root: Path, split: str) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def split_folders(root: Path) -> list[str]:
+    """Return the names of the folders in a folder of images that are its splits, train and test; [] if it has none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    folders = [path.name for path, is_folder in _entries(root) if is_folder]
+    return sorted(name for name in folders if name.lower() in ("train", "test"))
+
+
 def _split_folder(root: Path, split: str) -> Path:
     """Return the folder to read: a split of `root`, or `root`.
 
     Raises:
         UserError: the split is missing, or sub-folders may be splits or classes.
     """
-    entries = sorted(_entries(root))
-    splits = [path.name for path, is_folder in entries if is_folder and path.name.lower() in ("train", "test")]
-    if not splits:
+    if not (splits := split_folders(root)):
         return root
+    entries = sorted(_entries(root))
     others = [path.name for path, is_folder in entries if path.name not in splits and _holds_images(path, is_folder)]
     left_out = [name for name in others if name.lower() in _OTHER_SPLITS]
     if others != left_out or set(splits) - {"train", "test"}:

@@ -12,6 +12,7 @@ from ddim.config import choose
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import Features
 from ddim.inference.batching import map_batches, split
+from ddim.networks import float32_products
 
 
 class ExtractorInfo(NamedTuple):
@@ -86,7 +87,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def extract(self, images: Tensor | Dataset[Tensor]) -> Features:
-        """Return the features of uint8 images.
+        """Return the features of uint8 images, in float32 without TF32, or in bfloat16 where that was asked for.
 
         Args:
             images: (N, C, H, W) or a data set of (C, H, W) items, uint8, C = 1 or 3. Grey images are repeated to three
@@ -102,7 +103,8 @@ class FeatureExtractor:
         if count == 0:
             raise UserError("there are no images to extract features from; generate or load at least one.")
         batches = split(range(count), self.batch_size)
-        done = list(map_batches(batches, lambda batch: self._extract_batch(images, batch)))
+        with float32_products(tf32=False):
+            done = list(map_batches(batches, lambda batch: self._extract_batch(images, batch)))
         if len(done) > len(batches):  # some did not fit into memory; the following calls start with what fits
             self.batch_size = max(len(batch) for batch, _ in done)
         return {layer: torch.cat([features[layer] for _, features in done]) for layer in done[0][1]}

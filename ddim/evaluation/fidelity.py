@@ -1,6 +1,7 @@
 """The numbers of Tables 1 and 3: generate exactly n images and measure them against real ones."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -29,8 +30,11 @@ from ddim.image_io import save_png
 from ddim.inference.conditioning import arrange, condition_settings, conditioned
 from ddim.inference.generate import check_sampler, generate_batches, network_evaluations, progress
 from ddim.io import Tensors
+from ddim.networks import float32_products
 from ddim.random import check_image_numbers, check_seed
 from ddim.results.records import Record
+
+log = logging.getLogger(__name__)
 
 # Entries of a shard besides features: seconds (sampling, extraction), and the images of the grid.
 SECONDS, SHOWN = "seconds", "shown"
@@ -216,6 +220,8 @@ def evaluate_in_steps(
         job = spec.prepare(session)
     with job.lock_unless_done(processes) as record:
         if record is not None:
+            if processes.is_main:
+                _warn_of_missing_images(spec, job)
             return record, False
         assert job.model is not None
         assert job.extractor is not None
@@ -252,7 +258,11 @@ def generate_shards(spec: EvaluateSpec, job: Job, processes: Processes) -> None:
     shards = job.shards
     shards.discard_unless(lambda batch, tensors: _suffices(spec, job, batch, tensors), processes)
     batches = shards.missing(job.compute.batch_size, processes)
-    with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
+    with (
+        float32_products(tf32=False),  # between batches too: a thread extracts features meanwhile
+        progress(sum(map(len, batches)) * job.steps, job.title) as bar,
+        shards.writer(processes) as write,
+    ):
         start = time.perf_counter()
         for batch, images in generate_batches(job.model, spec.sampler, batches, spec.seed, job.compute, bar):
             extract = partial(_extract, spec, job, batch, images, time.perf_counter() - start)
@@ -304,6 +314,11 @@ def measure(spec: EvaluateSpec, job: Job, reference: FeatureSet, generated: Feat
 def _suffices(spec: EvaluateSpec, job: Job, batch: range, tensors: Tensors) -> bool:
     saved = not spec.save_images or all(_image_path(spec, job, i).exists() for i in batch)
     return saved and len(tensors[SHOWN]) >= count_shown(spec.grid, batch, spec.first)
+
+
+def _warn_of_missing_images(spec: EvaluateSpec, job: Job) -> None:
+    if spec.save_images and not all(_image_path(spec, job, i).exists() for i in job.indices):
+        log.warning("%s is in the records, and its images were not kept; output_dir=OTHER makes them.", job.title)
 
 
 def _save_images(spec: EvaluateSpec, job: Job, images: Tensor, batch: range) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ddim.config import FilePath, check_name
 from ddim.data.datasets import DataSpec
-from ddim.data.image_folder import first_image_shape
+from ddim.data.image_folder import first_image_shape, split_folders
 from ddim.data.images import Images
 from ddim.data.npz_images import SAMPLES, samples_shape
 from ddim.errors import UserError
@@ -165,6 +165,12 @@ class MetricsSpec:
         """
         assert self.images is not None
         with _own_keys(self.images):
+            splits = split_folders(Path(self.images)) if Path(self.images).is_dir() else []
+            if splits:
+                raise UserError(
+                    f"images={self.images} holds {' and '.join(splits)}; give one of them, such as "
+                    f"images={Path(self.images) / splits[0]}."
+                )
             return session.samples(self._data(self.images))
 
     def _data(self, path: str) -> DataSpec:

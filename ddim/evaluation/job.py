@@ -143,8 +143,12 @@ class Job:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a GPU samples while another thread of this process uses it; not where it captures CUDA graphs."""
-        return torch.device(self.compute.device).type == "cuda" and not self.compute.graphs
+        """Whether a GPU samples while another thread of this process extracts features.
+
+        Not where it captures CUDA graphs, nor where it samples in TF32: that is a setting of the whole process.
+        """
+        cuda = torch.device(self.compute.device).type == "cuda"
+        return cuda and not self.compute.graphs and not self.compute.uses_tf32
 
     def find_record(self) -> Record | None:
         """Return its record if there is one."""

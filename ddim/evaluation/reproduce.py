@@ -18,6 +18,7 @@ from ddim.config import FilePath, build
 from ddim.errors import UserError
 from ddim.evaluation.session import Session
 from ddim.inference.auto import SETTINGS
+from ddim.results.compare import VALIDATION_LOSS
 from ddim.results.protocol import completed
 from ddim.results.records import RECORDS, Record
 from ddim.results.schema import IMAGES, check_evaluation
@@ -85,11 +86,15 @@ class Reproduction(NamedTuple):
     checkpoint: Path | None
 
     def agreement(self) -> dict[str, int]:
-        """Return how many significant digits of each metric agree: MOST_DIGITS if all do, 0 if it is missing."""
+        """Return how many significant digits of each metric agree: MOST_DIGITS if all do, 0 if it is missing.
+
+        The loss that a training recorded beside them is left out: no evaluation computes it.
+        """
         now = self.now["metrics"]
         return {
             name: agreeing_digits(value, now[name]) if name in now else 0
             for name, value in self.recorded["metrics"].items()
+            if name in now or name != VALIDATION_LOSS
         }
 
     def changes(self) -> list[str]:
@@ -204,14 +209,21 @@ def _config(spec: ReproduceSpec, record: Record, checkpoint: Path | None) -> dic
     return config
 
 
-def _chosen(record: Record, compute: Mapping[str, Any]) -> dict[str, bool]:
-    """Return what was chosen for the settings of a record that are null; for another device the precision alone."""
+def _chosen(record: Record, compute: Mapping[str, Any]) -> dict[str, bool | int]:
+    """Return what was chosen for the settings of a record that are null; for another device the precision alone.
+
+    The batch size too, since it changes the rounding, and the search for one may end elsewhere the next time.
+    """
     names = [name for name in SETTINGS if compute.get(name, False) is None]
-    if not names or "settings" not in (recorded := record.get("compute") or {}):
-        return {}
+    recorded = record.get("compute") or {}
     same = torch.device(compute["device"]).type == torch.device(record["config"]["compute"]["device"]).type
-    used = recorded["settings"].split("+")
-    return {name: name in used for name in names if same or name == "bf16"}
+    chosen: dict[str, bool | int] = {}
+    if "settings" in recorded:
+        used = recorded["settings"].split("+")
+        chosen = {name: name in used for name in names if same or name == "bf16"}
+    if same and compute.get("batch_size") == 0 and recorded.get("batch_size"):
+        chosen["batch_size"] = recorded["batch_size"]
+    return chosen
 
 
 def _available(device: str) -> str:

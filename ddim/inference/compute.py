@@ -72,6 +72,11 @@ class ComputeSpec:
         return torch.get_default_device().type if torch.device(self.device).type == "mps" else self.device
 
     @property
+    def uses_tf32(self) -> bool:
+        """Whether products are in TF32: not those of bfloat16."""
+        return bool(self.tf32 and not self.bf16)
+
+    @property
     def compiles(self) -> bool:
         """Whether the network is compiled, for one batch size."""
         return bool(self.compile or self.graphs)
@@ -194,5 +199,5 @@ def evaluate_zeros(model: LoadedModel, compute: ComputeSpec, count: int) -> None
 def autocast(compute: ComputeSpec) -> Iterator[None]:
     """Give the network the precision of `compute` inside the block."""
     bf16 = torch.autocast(torch.device(compute.device).type, torch.bfloat16, enabled=bool(compute.bf16))
-    with float32_products(bool(compute.tf32)), bf16:
+    with float32_products(compute.uses_tf32), bf16:
         yield

@@ -38,10 +38,26 @@ def interval(value: float, influence: np.ndarray) -> Interval:
     return value - half_width, value + half_width
 
 
-def mean_interval(value: float, intervals: Sequence[Interval]) -> Interval:
-    """Return the interval of the mean `value` of numbers with these intervals, over sets of images without overlap."""
-    half_width = math.sqrt(sum(((high - low) / 2) ** 2 for low, high in intervals)) / len(intervals)
+def mean_interval(value: float, records: Sequence[Record], metric: str) -> Interval | None:
+    """Return the interval of the mean `value` of a metric over the records of an entry; None where one has none."""
+    intervals = [record.get("intervals", {}).get(metric) for record in records]
+    if None in intervals:
+        return None
+    sums = [sum((intervals[i][1] - intervals[i][0]) / 2 for i in same) for same in _of_the_same_images(records)]
+    half_width = math.hypot(*sums) / len(records)
     return value - half_width, value + half_width
+
+
+def _of_the_same_images(records: Sequence[Record]) -> list[list[int]]:
+    """Return the positions of the records of each set of images; sets do not overlap, and vary on their own.
+
+    Two seeds give two sets of samples. A likelihood is of images of the data set, the same for all seeds.
+    """
+    sets: dict[tuple[Any, Any], list[int]] = {}
+    for i, record in enumerate(records):
+        seed = None if record.get("kind") == "likelihood" else record.get("seed")
+        sets.setdefault((seed, record.get("first")), []).append(i)
+    return [*sets.values()]
 
 
 def paired_difference(
@@ -62,15 +78,16 @@ def paired_difference(
     starts = [[(record.get("seed"), record.get("first")) for record in records] for records in (ours, others)]
     if starts[0] != starts[1] or any(record.get("kind") == IMAGES for record in ours):
         return None
-    differences, variances = [], []
+    values, influences = [], []
     for a, b in zip(ours, others, strict=True):
-        influences = [load_influence(folder, record["key"], metric) for record in (a, b)]
-        if influences[0] is None or influences[1] is None:
+        of_a, of_b = (load_influence(folder, record["key"], metric) for record in (a, b))
+        if of_a is None or of_b is None:
             return None
-        differences.append(a["metrics"][metric] - b["metrics"][metric])
-        variances.append(_variance(influences[0] - influences[1]))
-    difference = sum(differences) / len(differences)
-    half_width = QUANTILE * math.sqrt(sum(variances)) / len(variances)
+        values.append(a["metrics"][metric] - b["metrics"][metric])
+        influences.append(of_a - of_b)
+    difference = sum(values) / len(values)
+    variances = [_variance(np.sum([influences[i] for i in same], axis=0)) for same in _of_the_same_images(ours)]
+    half_width = QUANTILE * math.sqrt(sum(variances)) / len(values)
     return difference, (difference - half_width, difference + half_width)
 
 

@@ -29,39 +29,9 @@ def shared_protocol(record: Record) -> dict[str, Any]:
     of one table can be averaged over them.
     """
     shared = {key: record[key] for key in SHARED}
+    if record["kind"] == "trajectory":  # what samples are compared with has the seed's x_T; its name says the rest
+        shared["reference"] = record["reference"] | {"fingerprint": None}
     return shared | {"last_time": record["sampler"]["last_time"], "offset": record["first"] % record["n"]}
-
-
-def join_checkpoints(records: Sequence[Record]) -> list[Record]:
-    """Return completed records such that those of several checkpoints can share a table.
-
-    Where checkpoints share the rest of a protocol, the labels of their records name the run, with step, weights and
-    hash as far as runs do not differ; `model` then is what all have in common, and each of them under "checkpoints".
-    """
-    groups: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        shared = shared_protocol(record) | {"seed": None, "model": None}
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
-    joined = list(records)
-    for members in groups.values():
-        # One record of each model, whatever their order.
-        ordered = sorted((records[i] for i in members), key=lambda r: (r.get("run", ""), r["key"]))
-        models = {json.dumps(r["model"], sort_keys=True): r for r in ordered[::-1]}
-        if len(models) == 1 or len({str(r.get("config", {}).get("checkpoint")) for r in ordered}) == 1:
-            continue
-        names = dict(zip(models, _checkpoint_names(list(models.values())), strict=True))
-        recipes = [r.get("recipe", {}) for r in models.values()]
-        keys = differing_keys(recipes) if all(recipes) else []  # older records have none
-        checkpoints = {
-            names[m]: r["model"] | {"settings": {key: r.get("recipe", {}).get(key) for key in keys}}
-            for m, r in sorted(models.items(), key=lambda item: names[item[0]])
-        }
-        first, *others = (r["model"] for r in models.values())
-        common = {key: value if all(m.get(key) == value for m in others) else None for key, value in first.items()}
-        for i in members:
-            label = f"{records[i]['label']}, {names[json.dumps(records[i]['model'], sort_keys=True)]}"
-            joined[i] = records[i] | {"label": label, "model": common | {"checkpoints": checkpoints}}
-    return joined
 
 
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -99,7 +69,9 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         return f"{metric}: {images}"
     of = f"of {len(model['checkpoints'])} checkpoints" if "checkpoints" in model else model["weights_hash"][:8]
     step = "" if model["step"] is None else f" at step {model['step']:,}"
-    sets = "sets" if isinstance(p["seed"], list) else "ranges"
+    sets = "sets of images" if isinstance(p["seed"], list) else "ranges of images"
+    if p["kind"] == "likelihood" and isinstance(p["seed"], list):  # of the same images
+        sets = "seeds"
     fewer = ", or as many as an entry states" if len(ranges) > 1 else ""
     return _join(
         f"{metric}: {images}",
@@ -109,7 +81,7 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         f"from image {p['offset']:,} on" if p["offset"] else "",
         "bfloat16" if p["bf16"] else "",
         f"ends at alpha_bar[{p['last_time']}]" if p["last_time"] else "",
-        f"mean ± sample standard deviation over {max(ranges)} {sets} of images{fewer}" if max(ranges) > 1 else "",
+        f"mean ± sample standard deviation over {max(ranges)} {sets}{fewer}" if max(ranges) > 1 else "",
     )
 
 
@@ -217,25 +189,6 @@ def _settings(model: dict[str, Any]) -> str:
         for name, one in model.get("checkpoints", {}).items()
         if one["settings"]
     )
-
-
-def _checkpoint_names(records: Sequence[Record]) -> list[str]:
-    """Return a name for each of several models: as few of run, step, weights and hash as tell them from each other."""
-    parts = [
-        (
-            r.get("run") or "weights",
-            "" if r["model"]["step"] is None else f"step {r['model']['step']:,}",
-            _weights_label(r["model"]),
-            r["model"]["weights_hash"][:8],
-            r["model"]["description_hash"],
-        )
-        for r in records
-    ]
-    for shown in ((0,), (0, 1), (0, 2), (0, 1, 2), (0, 3), (0, 1, 2, 3)):
-        names = [" ".join(filter(None, (part[i] for i in shown))) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return [" ".join(filter(None, part)) for part in parts]
 
 
 def _times(records: list[Record], own: str, full: bool) -> str:

@@ -17,8 +17,9 @@ from ddim.results.html import render_page
 from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.protocol import FULL, completed, is_distance, join_checkpoints, shared_protocol
+from ddim.results.protocol import FULL, completed, is_distance, shared_protocol
 from ddim.results.records import Record, record_key
+from ddim.results.row_labels import distinct_labels, join_checkpoints
 from ddim.results.runs import Run, find_runs
 from ddim.results.schema import IMAGES
 from ddim.results.table import Table, TableSpec
@@ -30,11 +31,12 @@ def build_tables(records: Sequence[Record]) -> list[Table]:
     """Return a table for each metric and protocol, in an order that does not depend on that of the records.
 
     An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images
-    one is chosen by a hash, so that neither their order nor their values matter. Several checkpoints share a table,
-    whose rows name their runs.
+    one is chosen by a hash, so that neither their order nor their values matter. Samplers of the same label are told
+    apart by what else is set. Several checkpoints share a table, whose rows name their runs.
     """
     tables = []
-    for shared, members in _by_protocol(join_checkpoints([completed(record) for record in records])):
+    labelled = distinct_labels([completed(record) for record in records])
+    for shared, members in _by_protocol(join_checkpoints(labelled)):
         for spacing in sorted({r["spacing"] for r in members} - {FULL}) or [FULL]:
             rows = [(r["label"], r) for r in members if r["spacing"] == spacing]
             # The full chain joins the samplers that have this spacing, or no other.
@@ -98,7 +100,7 @@ def write_report(
         each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv;
         those of `_training_plots`.
     """
-    named = join_checkpoints(complete := [completed(record) for record in records])
+    named = join_checkpoints(complete := distinct_labels([completed(record) for record in records]))
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
         show_intervals(tables, folder)

@@ -133,9 +133,8 @@ class Table:
 
     def interval(self, row: str, nfe: int) -> Interval | None:
         """Return the 95 % interval of an entry, None where a record has none."""
-        intervals = [r.get("intervals", {}).get(self.metric) for r in self.entries.get((row, nfe), ())]
         value = self.value(row, nfe)
-        return None if value is None or None in intervals else mean_interval(value, intervals)
+        return None if value is None else mean_interval(value, self.entries[row, nfe], self.metric)
 
     def paper_value(self, row: str, nfe: int) -> float | None:
         """Return the paper's value for an entry, None where there is none to compare with."""

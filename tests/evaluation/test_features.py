@@ -24,6 +24,7 @@ from ddim.evaluation.extractor_networks import (
 )
 from ddim.evaluation.feature_stats import feature_set
 from ddim.evaluation.metrics import EXTRACTORS, FeatureExtractor, MetricSpec, compute_metrics, describe
+from ddim.networks import float32_products
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "tools" / "make_digits_classifier.py"
 
@@ -83,6 +84,20 @@ def test_digits_features_ignore_channels_and_batch_size(
         torch.testing.assert_close(features, expected)
     (colour,) = load_network("digits-classifier", ["64"])(images.expand(-1, 3, -1, -1))
     torch.testing.assert_close(colour, expected)
+
+
+def test_features_are_never_in_tf32(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Whatever the network that is sampled does: a distance is between features of one precision."""
+    extractor, seen = MetricSpec("digits_classifier").build_extractor("cpu"), []
+
+    def note(*_: object) -> None:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    extractor.network.register_forward_pre_hook(note)
+    with float32_products(tf32=True):
+        extractor.extract(digits[0][:2])
+        note()
+    assert seen == [(False, False), (True, True)]
 
 
 def test_a_data_set_gives_the_features_of_its_tensor_in_order(digits: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -17,13 +17,18 @@ from ddim.results.records import RECORDS, RecordFile
 pytestmark = pytest.mark.integration
 
 
-def test_a_record_written_meanwhile_is_used(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_written_meanwhile_is_used(
+    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """The other run had no record yet when this one looked, and has ended when this one may begin."""
     first, _ = evaluate(spec)
     find, looks = job.Job.find_record, iter([True])
     monkeypatch.setattr(job.Job, "find_record", lambda job: None if next(looks, False) else find(job))
     forbid(monkeypatch)
     assert evaluate(spec) == (json.loads(json.dumps(first)), False)
+    assert not caplog.messages
+    assert evaluate(dataclasses.replace(spec, save_images=True)) == (json.loads(json.dumps(first)), False)
+    assert "its images were not kept; output_dir=OTHER makes them" in caplog.text
     assert len(RecordFile(Path(spec.output_dir) / RECORDS).read()) == 1
     assert [*(Path(spec.output_dir) / job.UNFINISHED).glob("*/*")] == []
 

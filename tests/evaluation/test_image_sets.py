@@ -174,6 +174,7 @@ def test_two_processes_measure_as_one(spec: MetricsSpec, tmp_path: Path) -> None
         ({"images": "nowhere.npz"}, "there is no file nowhere.npz"),
         ({"reference": "nowhere.npz"}, "statistics nowhere.npz cannot be used"),
         ({"images": "empty"}, "empty holds no images"),
+        ({"images": "divided"}, "images=divided holds test and train; give one of them, such as images=divided/test"),
         ({"images": "larger"}, r"\(3, 9, 9\), real-train has \(3, 8, 8\); make them alike.*size=\[H,W\] resize=true"),
         ({"images": "mixed"}, r"small.png is 8 x 9 .* but size=\[9, 9\]; set resize=true"),
         ({"images": "few"}, "at least 2 images"),
@@ -186,6 +187,9 @@ def test_what_cannot_be_compared_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
+    for split in ("train", "test"):
+        (Path("divided") / split).mkdir(parents=True)
+        folder(Path("divided") / split, images(5, 1))
     larger = torch.zeros(3, 3, 9, 9, dtype=torch.uint8)
     folder(Path("larger"), larger)
     save(larger[0, :, :8], folder(Path("mixed"), larger) / "small.png")

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddim.evaluation import fidelity, job
 from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate, evaluate_in_steps
 from ddim.evaluation.session import Session
 from ddim.inference import generate
+from ddim.networks import float32_products
 from ddim.results.records import Record
 
 pytestmark = pytest.mark.integration
@@ -21,9 +23,11 @@ PATIENCE = 30.0  # seconds, after which something is not done at the same time
 
 
 def content(record: Record) -> Record:
-    """What a record states besides times and folders."""
+    """What a record states besides times and folders; of intervals ten digits, since threads add in another order."""
     config = {key: value for key, value in record["config"].items() if key != "output_dir"}
-    return {key: value for key, value in record.items() if key not in SECONDS} | {"config": config}
+    intervals = {name: [float(f"{end:.9e}") for end in ends] for name, ends in record["intervals"].items()}
+    kept = {key: value for key, value in record.items() if key not in SECONDS}
+    return kept | {"config": config, "intervals": intervals}
 
 
 def elsewhere(spec: EvaluateSpec) -> EvaluateSpec:
@@ -66,6 +70,7 @@ def test_features_are_extracted_beside_sampling(spec: EvaluateSpec, monkeypatch:
     expected, _ = evaluate(spec, session)
     extract, sample = FeatureExtractor.extract, generate.generate_batch
     started = [threading.Event() for _ in range(3)]  # the sampling of each batch
+    precisions: list[tuple[bool, bool]] = []
     sampling, extracting = iter(started), iter([*started[1:], started[2]])
 
     def note(*arguments: Any) -> Any:
@@ -74,13 +79,16 @@ def test_features_are_extracted_beside_sampling(spec: EvaluateSpec, monkeypatch:
 
     def late(self: FeatureExtractor, images: Any) -> Any:
         assert next(extracting).wait(PATIENCE)
+        precisions.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
         return extract(self, images)
 
     monkeypatch.setattr(job.Job, "overlaps", True)
     monkeypatch.setattr(generate, "generate_batch", note)
     monkeypatch.setattr(FeatureExtractor, "extract", late)
-    record, new = evaluate(elsewhere(spec), session)
+    with float32_products(tf32=True):  # features are never in TF32, whatever the rest of the process does
+        record, new = evaluate(elsewhere(spec), session)
     assert new
+    assert {*precisions} == {(False, False)}
     assert record["metrics"] == expected["metrics"]
     assert record["intervals"] == expected["intervals"]
     pictures = [
@@ -92,10 +100,18 @@ def test_features_are_extracted_beside_sampling(spec: EvaluateSpec, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("device", "graphs", "expected"), [("cpu", False, False), ("cuda", False, True), ("cuda", True, False)]
+    ("settings", "expected"),
+    [
+        ({"device": "cpu"}, False),
+        ({"device": "cuda"}, True),
+        ({"device": "cuda", "graphs": True}, False),
+        ({"device": "cuda", "tf32": True}, False),
+        ({"device": "cuda", "tf32": True, "bf16": True}, True),
+    ],
+    ids=str,
 )
-def test_only_gpus_that_capture_no_graphs_overlap(
-    spec: EvaluateSpec, device: str, graphs: bool, expected: bool
+def test_only_gpus_without_graphs_and_tf32_overlap(
+    spec: EvaluateSpec, settings: dict[str, Any], expected: bool
 ) -> None:
-    compute = dataclasses.replace(spec.compute, device=device, graphs=graphs)
+    compute = dataclasses.replace(spec.compute, **settings)
     assert dataclasses.replace(spec.prepare(Session()), compute=compute).overlaps == expected

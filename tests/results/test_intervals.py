@@ -87,6 +87,26 @@ def test_the_interval_of_a_mean_is_narrower_by_the_root(tmp_path: Path) -> None:
     assert "5.00 ± 0.82 [" in table.markdown()
 
 
+def test_seeds_of_a_likelihood_are_of_the_same_images(tmp_path: Path) -> None:
+    """So their mean varies over sets of images as one of them does, and a difference too."""
+    records = [
+        measured(tmp_path, label, 5.0 + i, NOISE[i], kind="likelihood", seed=seed, n=100, first=0)
+        | {"key": f"{label}{seed}"}
+        for seed in range(4)
+        for i, label in enumerate(("Euler", "Heun"))
+    ]
+    for made in records:
+        save_influences(tmp_path, made["key"], {FID: NOISE[int(made["label"] == "Heun")]})
+    [table] = build_tables(records)
+    low, high = table.interval("Euler", 10) or (0, 0)
+    assert high - low == pytest.approx(np.diff(records[0]["intervals"][FID]).item())
+    show_intervals([table], tmp_path)
+    difference, ends = table.differences["Heun", 10]
+    assert difference == 1
+    assert ends == pytest.approx(interval(1.0, NOISE[0] - NOISE[1]), rel=1e-5)
+    assert table.title().endswith("4 seeds, mean ± sample standard deviation over 4 seeds")
+
+
 def test_other_tables_keep_their_bytes() -> None:
     records = compared(("η=0.0", 10, 13.4), ("η=0.0", 20, 6.84), ("σ̂", 10, 300.0))
     with_ends = [made | {"intervals": {FID: [1.0, 2.0]}} for made in records]

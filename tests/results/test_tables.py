@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from made_records import FID, RECORDS, record
 
+from ddim.results.records import Record
 from ddim.results.report import Table, build_tables, sigma_hat_variants, write_report
 
 ROWS = ["η=0.0", "η=0.0 (clip x0)", "η=0.2", "η=1.0", "σ̂"]
@@ -133,6 +135,25 @@ def test_choice_of_duplicates_ignores_order_and_value() -> None:
     assert 0 < sum(chosen) < len(chosen)
 
 
+def test_samplers_of_one_label_have_a_row_each() -> None:
+    """Labels leave out most `kwargs`, and of files they have the name."""
+
+    def made(value: float, seed: int = 0, S: int = 10, **kwargs: Any) -> Record:
+        return record("2M", S, value, seed=seed, sampler__kwargs=kwargs)
+
+    records = [made(1.0), made(3.0, seed=1), made(9.0, lower_order_below=15), made(8.0, file="0123456789abcdef" * 4)]
+    records += [made(4.0, S=20), made(5.0, S=20, lower_order_below=15), record("η=0.0", 10, 6.0)]
+    shown: dict[str, list[float | None]] = {"2M": [2.0, 4.0], "2M (lower_order_below=15)": [9.0, 5.0]}
+    shown |= {"2M (file=0123456789ab)": [8.0, None], "η=0.0": [6.0, None]}
+    random.Random(0).shuffle(records)
+    [table] = build_tables(records)
+    assert values(table) == shown
+    one, other = (record("η=0.0", 10, value, "mine", sampler__tau=[1, *tau]) for value, tau in ((1.0, [5]), (2.0, [6])))
+    [table] = build_tables([one, other])
+    assert sorted(values(table).values()) == [[1.0], [2.0]]
+    assert all(re.fullmatch(r"η=0.0 \(τ [0-9a-f]{6}\)", row) for row in table.rows)
+
+
 def test_each_metric_has_a_table() -> None:
     both = record("η=0.0", 10, 0.0, metrics={FID: 4.0, "kid_50k": 0.001})
     assert {table.metric: values(table) for table in build_tables([both])} == {
@@ -181,6 +202,15 @@ def test_seeds_share_a_table_with_their_spread() -> None:
     )
     assert dict(table.describe_protocol(full=False))["seed"] == "8 seeds: 0, 1, 2, 3, …, 6, 7"
     assert dict(table.describe_protocol(full=True))["seed"] == "8 seeds: 0, 1, 2, 3, 4, 5, 6, 7"
+
+
+def test_seeds_of_a_trajectory_error_share_a_table() -> None:
+    """What samples are compared with has the x_T of the seed, and so another fingerprint."""
+    changes: dict[str, Any] = {"kind": "trajectory", "reference__name": "AB3 over all 1,000 times"}
+    first, second = (record("η=0.0", 10, 2.0 + i, seed=i, **changes) for i in range(2))
+    second["reference"] = second["reference"] | {"fingerprint": "0"}
+    [table] = build_tables([first, second])
+    assert table.values("η=0.0", 10) == [2.0, 3.0]
 
 
 def test_overlapping_ranges_are_not_averaged() -> None:

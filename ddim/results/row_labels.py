@@ -1,0 +1,106 @@
+"""Labels of the rows of tables, which tell samplers and checkpoints apart."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ddim.results.protocol import SHORT, differing_keys, setting_text, shared_protocol, weights_label
+from ddim.results.records import Record, record_key
+
+IN_LABEL = ("tau", "order")  # settings of samplers that tell no rows apart: τ stands with S, and labels have the order
+
+
+def distinct_labels(records: Sequence[Record]) -> list[Record]:
+    """Return completed records whose label names one sampler, among those of the same protocol.
+
+    Labels leave out what is rarely set, such as some `kwargs`, and of files they have the name at most. Where samplers
+    of one label differ, it is followed by the settings in which they do, or by a hash of the times.
+    """
+    labelled = _with_differences(records)
+    taus: dict[str, set[tuple[float, ...]]] = {}
+    for record in labelled:
+        taus.setdefault(_entry(record), set()).add(tuple(record["sampler"]["tau"]))
+    return [
+        record | {"label": f"{record['label']} (τ {record_key({'tau': record['sampler']['tau']})[:6]})"}
+        if len(taus[_entry(record)]) > 1
+        else record
+        for record in labelled
+    ]
+
+
+def _with_differences(records: Sequence[Record]) -> list[Record]:
+    samplers: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        samplers.setdefault(_row(record), []).append(_settings(record))
+    labelled = []
+    for record in records:
+        own = _settings(record)
+        given = {key: own.get(key) for key in differing_keys(samplers[_row(record)])}
+        listed = ", ".join(f"{key}={setting_text(value)[:SHORT]}" for key, value in given.items() if value is not None)
+        labelled.append(record | {"label": f"{record['label']} ({listed})"} if listed else record)
+    return labelled
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    """Return the settings of a record's sampler on one level, without those in IN_LABEL."""
+    sampler = record["sampler"] | (record["sampler"].get("kwargs") or {})
+    return {key: value for key, value in sampler.items() if key not in (*IN_LABEL, "kwargs")}
+
+
+def _row(record: Record) -> str:
+    return json.dumps([shared_protocol(record) | {"seed": None}, record["label"]], sort_keys=True)
+
+
+def _entry(record: Record) -> str:
+    return json.dumps([_row(record), record["spacing"], record["S"]])
+
+
+def join_checkpoints(records: Sequence[Record]) -> list[Record]:
+    """Return completed records such that those of several checkpoints can share a table.
+
+    Where checkpoints share the rest of a protocol, the labels of their records name the run, with step, weights and
+    hash as far as runs do not differ; `model` then is what all have in common, and each of them under "checkpoints".
+    """
+    groups: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        shared = shared_protocol(record) | {"seed": None, "model": None}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
+    joined = list(records)
+    for members in groups.values():
+        # One record of each model, whatever their order.
+        ordered = sorted((records[i] for i in members), key=lambda r: (r.get("run", ""), r["key"]))
+        models = {json.dumps(r["model"], sort_keys=True): r for r in ordered[::-1]}
+        if len(models) == 1 or len({str(r.get("config", {}).get("checkpoint")) for r in ordered}) == 1:
+            continue
+        names = dict(zip(models, _checkpoint_names(list(models.values())), strict=True))
+        recipes = [r.get("recipe", {}) for r in models.values()]
+        keys = differing_keys(recipes) if all(recipes) else []  # older records have none
+        checkpoints = {
+            names[m]: r["model"] | {"settings": {key: r.get("recipe", {}).get(key) for key in keys}}
+            for m, r in sorted(models.items(), key=lambda item: names[item[0]])
+        }
+        first, *others = (r["model"] for r in models.values())
+        common = {key: value if all(m.get(key) == value for m in others) else None for key, value in first.items()}
+        for i in members:
+            label = f"{records[i]['label']}, {names[json.dumps(records[i]['model'], sort_keys=True)]}"
+            joined[i] = records[i] | {"label": label, "model": common | {"checkpoints": checkpoints}}
+    return joined
+
+
+def _checkpoint_names(records: Sequence[Record]) -> list[str]:
+    """Return a name for each of several models: as few of run, step, weights and hash as tell them from each other."""
+    parts = [
+        (
+            r.get("run") or "weights",
+            "" if r["model"]["step"] is None else f"step {r['model']['step']:,}",
+            weights_label(r["model"]) or "the",
+            r["model"]["weights_hash"][:8],
+            r["model"].get("description_hash", ""),
+        )
+        for r in records
+    ]
+    for shown in ((0,), (0, 1), (0, 2), (0, 1, 2), (0, 3), (0, 1, 2, 3)):
+        names = [" ".join(filter(None, (part[i] for i in shown))) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [" ".join(filter(None, part)) for part in parts]
