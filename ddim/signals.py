@@ -64,3 +64,13 @@ class StopSignals:
             self.received = number
             if self.forward is not None:
                 self.forward()
+
+
+def ignore_stop_signals(_: int) -> None:
+    """Ignore them in a worker process of a DataLoader, as its `worker_init_fn`.
+
+    A signal to a group of processes reaches the workers too. The process that trains ends them when it has saved; with
+    one that died, it cannot read the rest of its step.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ddim.data.batches import Batch, MicroBatch, MicroBatches, ResumableSampler, random_flip
 from ddim.data.images import Images, MemoryImages, normalize
 from ddim.errors import UserError
+from ddim.signals import ignore_stop_signals
 
 _COPIES = 4  # of a batch in float32, at least: images, noise, noisy images, prediction
 RESIDENT_FRACTION = 0.25  # of the free memory of a device that images may take by default
@@ -98,6 +99,7 @@ class ImageDataModule(LightningDataModule):
             sampler=ResumableSampler(trainer.global_step * batches.accumulate, len(batches)),
             collate_fn=_unchanged,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_stop_signals,
             pin_memory=_free_memory(trainer.strategy.root_device) is not None,
         )
 

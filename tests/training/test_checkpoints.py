@@ -1,11 +1,13 @@
 """Atomic checkpoints with a checksum; damage is noticed; the newest intact one is used; signals save first."""
 
 import errno
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 import torch
@@ -144,6 +146,24 @@ def test_run_saves_on_a_signal_and_resumes_exactly(run, same, monkeypatch, after
     monkeypatch.undo()
     assert {n: signal.getsignal(n) for n in before} == before
     assert same(uninterrupted, run("stopped", **options, checkpoint="last"))
+
+
+def test_a_signal_to_workers_too_is_survived(run, after_loss):
+    """As from torchrun, timeout and SLURM, which send it to a group of processes."""
+
+    def stop_all(step, *_):
+        if step == 2:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for number in STOP_SIGNALS:
+                for pid in [*(worker.pid for worker in workers), os.getpid()]:
+                    os.kill(pid, number)
+            time.sleep(0.2)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    after_loss(stop_all)
+    with pytest.raises(Interrupted, match=r"stopped at step 3 of 6 and saved it"):
+        run(trainer={"num_workers": 2})
 
 
 @pytest.mark.parametrize("hidden", [False, True], ids=["plain", "hidden by torch"])
