@@ -21,6 +21,7 @@ T = TypeVar("T")
 NUMBERS = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"),
+    "SLURM_RESTART_COUNT",
     "JSM_NAMESPACE_RANK",
 )
 TIMEOUT = timedelta(days=7)  # the slowest process may take long; the launcher notices a dead one
@@ -174,6 +175,11 @@ def check_launch_variables() -> None:
         )
     if int(e.get("MASTER_PORT", 1)) not in range(1, 1 << 16):
         raise UserError(f"the environment variable MASTER_PORT={e['MASTER_PORT']} must lie in 1 .. 65535; {advice}")
+
+
+def is_restarted() -> bool:
+    """Return whether SLURM has started this job before: it was requeued, with the same command."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
 
 
 def _launched_processes() -> tuple[str, Processes]:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.migration import migrate_checkpoint
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from ddim.checkpoints.posthoc import LENGTHS
 from ddim.checkpoints.posthoc import STATE as POSTHOC_STATE
 from ddim.checkpoints.spec import KEY
 from ddim.data.images import Images
+from ddim.distributed import is_restarted
 from ddim.errors import UserError
 from ddim.io import explain_read_errors
 from ddim.training.checkpoints import newest_intact
@@ -48,12 +50,18 @@ def find_checkpoint(spec: TrainSpec, model: ModelSpec) -> tuple[Path, dict[str, 
 
 def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: Mapping[str, Any]) -> None:
     advice = f"use the configuration it was trained with, or {FROM_SCRATCH}"
-    if differences := ModelSpec.from_dict(checkpoint[KEY]).differences(model):
+    stored = ModelSpec.from_dict(checkpoint[KEY])
+    if differences := stored.differences(model):
         raise UserError(
             f"{path} holds another model, so this run cannot resume from it ({'; '.join(differences)}); {advice}"
         )
     recipe = {key: value for key, value in checkpoint[KEY].get(RECIPE, {}).items() if key != FINGERPRINT}
-    if changes := _changes(recipe, spec.recipe()):
+    changes = _changes(recipe, spec.recipe())
+    # Not a difference of the models: weights have the same meaning with any dropout.
+    before, now = (getattr(m.network_spec, "dropout", None) for m in (stored, model))
+    if before != now:
+        changes.append(f"network.dropout: {before} and {now}")
+    if changes:
         raise UserError(
             f"{path} was trained with other settings, so this run cannot resume from it ({'; '.join(changes)}); "
             f"{advice}"
@@ -134,6 +142,28 @@ def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule,
                 raise ValueError(f"{key} has the shape {tuple(counts[key].shape)}, not {shape}")
 
 
+class SameStep(Callback):
+    """Refuses a run whose processes start from different steps; it comes before callbacks that communicate.
+
+    Each process looks for its checkpoint itself, and of the state of rank 0 the others get the weights alone.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compare the steps of all processes.
+
+        Raises:
+            UserError: they differ.
+        """
+        here = torch.zeros(trainer.world_size, dtype=torch.int64, device=pl_module.device)
+        here[trainer.global_rank] = trainer.global_step
+        steps = trainer.strategy.reduce(here, reduce_op="sum").tolist()
+        if len(set(steps)) > 1:
+            raise UserError(
+                f"the processes resume from different steps (by rank: {', '.join(map(str, steps))}); all of them must "
+                f"see the same {trainer.default_root_dir}: choose an output_dir on a disk that all nodes share."
+            )
+
+
 @contextmanager
 def explain_restore_errors(trainer: Trainer, path: Path | None) -> Iterator[None]:
     """Turn what Lightning raises in the block while it restores the checkpoint `path` into a UserError."""
@@ -156,7 +186,13 @@ def _check_shapes(what: str, values: Mapping[str, Tensor], expected: Mapping[str
 
 
 def _find(spec: TrainSpec) -> tuple[Path, dict[str, Any]] | None:
-    """Return path and content of the checkpoint that `spec.checkpoint` names, None for a new run."""
+    """Return path and content of the checkpoint that `spec.checkpoint` names, None for a new run.
+
+    A job that SLURM started again has the command of its first start, and perhaps checkpoints since then.
+    """
+    if is_restarted() and (newest := newest_intact(spec.checkpoint_dir)):
+        log.info("SLURM started this job again: it goes on from %s", newest[0])
+        return newest
     path = None if spec.checkpoint in (None, "last") else Path(str(spec.checkpoint))
     if path is not None and path.resolve().parent == spec.checkpoint_dir.resolve():
         return path, read_checkpoint(path)

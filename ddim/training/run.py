@@ -38,6 +38,7 @@ from ddim.training.posthoc_ema import PostHocEMA
 from ddim.training.progress import Progress
 from ddim.training.resume import (
     FINGERPRINT,
+    SameStep,
     check_images,
     check_state,
     explain_restore_errors,
@@ -210,7 +211,7 @@ def build_callbacks(spec: TrainSpec, model: ModelSpec, stop: StopSignals) -> lis
     t = spec.trainer
     ema = EMA(spec.ema) if spec.ema else None
     checkpoints = Checkpoints(spec.checkpoint_dir, t.checkpoint_every, t.keep_last, t.keep_every, stop, t.keep_best)
-    callbacks: list[Callback] = [ema] if ema else []
+    callbacks: list[Callback] = [SameStep(), *([ema] if ema else [])]
     if spec.ema and spec.ema.posthoc:
         callbacks.append(PostHocEMA(spec.folder / FOLDER))
     if 0 < spec.eval.every <= t.max_steps:
