@@ -114,5 +114,5 @@ def heldout_loss(
     table = torch.cat(processes.gather(torch.cat(parts)))
     _, t, losses = table[table[:, 0].argsort()].T
     quarters = ((t - 1) * 4 // T).long()
-    means = {f"loss_q{k + 1}": losses[quarters == k].mean() for k in range(4) if (quarters == k).any()}
+    means = {f"loss_quarter_{k + 1}": losses[quarters == k].mean() for k in range(4) if (quarters == k).any()}
     return {"loss": float(losses.mean())} | {name: float(mean) for name, mean in means.items()}

@@ -32,7 +32,7 @@ from ddim.inference.compute import ComputeSpec, evaluate_zeros
 from ddim.random import check_seed
 from ddim.results.records import record_key
 from ddim.signals import StopSignals
-from ddim.training.checkpoints import Checkpoints, step_file
+from ddim.training.checkpoints import BEST, Checkpoints, step_file
 from ddim.training.ema import EMA
 from ddim.training.heldout import Batches, heldout_images, heldout_loss, load_heldout
 from ddim.training.module import COUNTS, step_ended
@@ -158,7 +158,12 @@ class Validation(Callback):
         state = checkpoint.get(COUNTS, {}).get(STATE, {})
         if state.get("protocol") == self.protocol:
             self.step = int(state["step"])
-            self.checkpoints.best = [(float(metric), int(step)) for metric, step in state["best"]]
+            best = [(float(metric), int(step)) for metric, step in state["best"]]
+            folder = self.checkpoints.folder
+            if self.checkpoints.keep_best and not (folder / BEST).exists():
+                # Of a run in another folder, whose files are not here: the best of this one is still to come.
+                best = [(metric, step) for metric, step in best if step_file(folder, step).exists()]
+            self.checkpoints.best = best
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything, report the cost, and make up for a validation that was interrupted.
@@ -251,7 +256,7 @@ class Validation(Callback):
             logger.log_metrics(values, step=self.step - 1)  # Lightning's number of the step that ended
             logger.save()
         if trainer.is_global_zero:
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "loss_q" not in name)
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items() if "loss_quarter" not in name)
             log.info("step %d: %s (%.0f s)%s", self.step, numbers, time.perf_counter() - start, ", the best" * best)
 
     def _measure(self, trainer: Trainer, module: LightningModule, label: str) -> dict[str, float]:

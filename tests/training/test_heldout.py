@@ -25,7 +25,7 @@ def test_held_out_loss_is_a_function_of_the_image_number(model):
     """It depends on neither the batch size nor the number of processes, but on the seed."""
     one = load_heldout(DIGITS, 50, 64, SINGLE_PROCESS)
     expected = heldout_loss(model, one, "mean", 0, CPU, SINGLE_PROCESS)
-    assert list(expected) == ["loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4"]
+    assert list(expected) == ["loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4"]
     assert heldout_loss(model, one, "mean", 1, CPU, SINGLE_PROCESS)["loss"] != pytest.approx(expected["loss"], rel=1e-3)
     for batch_size in (1, 7):
         shares = [load_heldout(DIGITS, 50, batch_size, Processes(rank, 2)) for rank in (1, 0)]
@@ -59,5 +59,5 @@ def test_held_out_loss_is_the_objective_at_one_noise(model, monkeypatch):
             x_0, a_t = normalize(share[0][1][i : i + 1]), model.spec.schedule.alpha_bar[i + 1]
             eps = torch.full_like(x_0, (i + 1) / 10)
             losses.append(float(((model(q_sample(x_0, eps, a_t), torch.tensor([i + 1])) - eps) ** 2).sum()))
-    quarters = {f"loss_q{k + 1}": sum(losses[5 * k : 5 * k + 5]) / 5 for k in range(4)}
+    quarters = {f"loss_quarter_{k + 1}": sum(losses[5 * k : 5 * k + 5]) / 5 for k in range(4)}
     assert result == pytest.approx({"loss": sum(losses) / 20, **quarters}, rel=1e-4)

@@ -195,7 +195,7 @@ def test_a_kill_in_or_after_a_validation_doubles_no_row(
 def test_two_processes_validate_as_one(run, options, uninterrupted, two_processes, tmp_path):
     run(**options | {"trainer": OPTIONS["trainer"] | two_processes | {"accumulate": 1}})
     one, two = rows(uninterrupted), rows(tmp_path / "run")
-    assert set(one) == {f"val/{name}" for name in (FD, "loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")}
+    assert set(one) == {f"val/{name}" for name in (FD, "loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4")}
     for column, values in one.items():
         assert two[column] == pytest.approx(values, rel=1e-3), column
     assert [record[:2] for record in records(tmp_path / "run")] == [("ema", 2), ("ema", 4), ("ema", 6)]
@@ -244,6 +244,14 @@ def test_a_validation_that_is_made_up_for_can_be_the_best(run, options, measured
     assert best["ddim_counts"]["validation"]["best"] == [(1.0, 4)]
 
 
+def test_a_run_that_goes_on_elsewhere_has_its_own_best(run, options, measured, tmp_path):
+    measured({2: 5.0, 4: 1.0, 6: 3.0})
+    last = run(**options | {"trainer": OPTIONS["trainer"] | {"max_steps": 5}})
+    run("other", **options, checkpoint=str(last))
+    best = read_checkpoint(tmp_path / "other" / "checkpoints" / "best.ckpt")
+    assert (best["global_step"], best["ddim_counts"]["validation"]["best"]) == (6, [(3.0, 6)])
+
+
 def test_other_settings_of_the_metric_start_another_ranking(run, config, options, measured, tmp_path):
     measured({2: 1.0, 4: 2.0, 6: 3.0})
     run(**options | {"trainer": {"max_steps": 4}})
@@ -257,7 +265,7 @@ def test_held_out_loss_alone_needs_no_extractor(config, options, tmp_path):
     values = config(**options)
     trained = train(build(TrainSpec, values, ""), values)
     columns = rows(tmp_path / "run")
-    assert set(columns) == {f"val/{name}" for name in ("loss", "loss_q1", "loss_q2", "loss_q3", "loss_q4")}
+    assert set(columns) == {f"val/{name}" for name in ("loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4")}
     assert trained.metric == min(columns["val/loss"].values())
     assert not (tmp_path / "run" / "records.jsonl").exists()
 
