@@ -36,6 +36,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     averages = [callback for callback in callbacks if isinstance(callback, EMA | PostHocEMA)]
     used: list[Callback] = [*averages, stopwatch, *measured]
     trainer = build_trainer(spec, spec.folder, used, loggers=[], max_steps=stopwatch.first + steps)
+    data.max_steps = max(data.max_steps, trainer.max_steps)  # of a run that is shorter
     with float32_products(bool(spec.trainer.tf32)):
         trainer.fit(module, data)
 

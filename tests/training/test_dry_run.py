@@ -42,6 +42,12 @@ def test_report_describes_the_run_and_writes_nothing(report, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_may_be_shorter_than_its_dry_run(report):
+    lines = report(trainer={"max_steps": 2})
+    assert "over 4 steps" in lines["throughput"]
+    assert lines["time"].endswith("for 2 steps, grids not counted")
+
+
 def test_time_is_seconds_per_step_times_steps_left(report, run):
     run(trainer={"max_steps": 6})
     lines = report(trainer={"max_steps": 100_006}, checkpoint="last")
