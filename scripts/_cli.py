@@ -3,7 +3,7 @@
 Only this file, _help.py, _jobs.py, _messages.py, _overrides.py and train.py import Hydra.
 """
 
-from _start import STOPPED, TRY_AGAIN, rank, typed  # first: it handles signals
+from _start import STOPPED, TRY_AGAIN, rank, started_by_lightning, typed  # first: it handles signals
 
 # ruff: isort: split
 import importlib.util
@@ -55,9 +55,9 @@ def entry(
 ) -> None:
     """Run `task` on the composed configuration as plain values.
 
-    The exit status is 2 for a user error, 1 for a bug, 75 for a run that received a signal to stop and can go on, 130
-    where Ctrl-C ended it at once. Each reason is printed once, at the end. A job of a sweep that fails does not stop
-    the others; a signal does.
+    The exit status is 2 for a user error, 1 for a bug, 75 for a run that received a signal to stop and can go on (0 of
+    a process that Lightning started for it), 130 where Ctrl-C ended it at once. Each reason is printed once, at the
+    end. A job of a sweep that fails does not stop the others; a signal does.
 
     Args:
         task: gets the configuration without Hydra's own part; called once for each job of a sweep.
@@ -161,7 +161,8 @@ class Failures:
         if self.reasons:
             sys.exit(1 if self.defects else 2)
         if self.interrupted:
-            sys.exit(TRY_AGAIN)
+            # Lightning kills the main process, which may still be saving, when one that it started ends with another.
+            sys.exit(0 if started_by_lightning() else TRY_AGAIN)
 
 
 def nobody_reads() -> bool:

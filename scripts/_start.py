@@ -23,6 +23,11 @@ def rank() -> int:
     return int(number) if number.isdecimal() and size.isdecimal() and int(number) < int(size) else 0
 
 
+def started_by_lightning() -> bool:
+    """Return whether Lightning started this process, beside the one of the command; torchrun sets RANK too."""
+    return os.environ.get("LOCAL_RANK", "0") != "0" and "RANK" not in os.environ
+
+
 def stop_at_once(number: int, frame: FrameType | None) -> None:
     """End this process with one line, without cleaning up: files are written so that a kill cannot damage them.
 

@@ -57,14 +57,18 @@ def main(config: dict[str, Any]) -> float | None:
     if sweep:
         check_processes(spec.trainer)
     if spec.dry_run:
-        print("\n".join(dry_run(spec)))
+        say(dry_run(spec))
         return None
     trained = train(spec, config)
-    print(f"checkpoint: {trained.checkpoint}")
-    if not sweep:
-        print("\n".join(last_words(spec)))
+    say([f"checkpoint: {trained.checkpoint}", *([] if sweep else last_words(spec))])
     value = last_loss(spec.folder) if trained.metric is None else trained.metric
     return value if value is not None and math.isfinite(value) else None
+
+
+def say(lines: list[str]) -> None:
+    """Print lines, once for all processes that started together."""
+    if rank() == 0:
+        print("\n".join(lines))
 
 
 def list_run(folder: str) -> None:

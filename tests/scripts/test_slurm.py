@@ -17,7 +17,7 @@ SLURM = {
     "SLURM_NTASKS_PER_NODE": "8",
     "SLURM_CPUS_PER_TASK": "6",
 }
-SRUN = "srun --cpus-per-task=6"  # srun does not take it from the job
+SRUN = "srun --wait=600 --cpus-per-task=6"  # srun does not take the CPUs from the job
 
 
 @pytest.fixture
@@ -67,8 +67,8 @@ def test_each_evaluation_is_one_job_of_the_array(submit):
         assert status == 0
         assert calls[0].startswith(f"{SRUN} python scripts/evaluate.py ")
         words = calls[0].split()[1:]
-        assert words[5:] == ["compute.device=cuda", "experiment=table1_cifar10", "checkpoint=x"]
-        evaluations.add((words[3], words[4]))
+        assert words[6:] == ["compute.device=cuda", "experiment=table1_cifar10", "checkpoint=x"]
+        evaluations.add((words[4], words[5]))
     samplers = ("ddim", "ddim_eta02", "ddim_eta05", "ddpm", "sigma_hat_clamped")
     assert evaluations == {(f"sampler={a}", f"sampler.S={S}") for a in samplers for S in (10, 20, 50, 100)}
 
@@ -76,7 +76,7 @@ def test_each_evaluation_is_one_job_of_the_array(submit):
 def test_other_samplers_and_a_too_long_array(submit):
     chosen = {"SAMPLERS": "ddim ddpm", "STEPS": "10 20"}
     _, calls, _ = submit("sweep.sbatch", "checkpoint=x", SLURM_ARRAY_TASK_ID="3", **chosen)
-    assert calls[0].split()[4:6] == ["sampler=ddpm", "sampler.S=20"]
+    assert calls[0].split()[5:7] == ["sampler=ddpm", "sampler.S=20"]
     status, calls, output = submit("sweep.sbatch", "checkpoint=x", SLURM_ARRAY_TASK_ID="4", **chosen)
     assert (status, calls) == (2, [])
     assert "there are 4 evaluations, so the array is 0-3" in output
