@@ -1,5 +1,6 @@
 """Signals to running commands: what was computed is saved, one line says how to go on, and never a traceback."""
 
+import logging
 import os
 import re
 import signal
@@ -58,6 +59,21 @@ def test_training_saves_at_a_signal_and_goes_on(tmp_path):
     assert code in (75, 130)  # a fast machine has saved before the second
     assert all(line.startswith("stopped ") for line in lines)
     assert newest_intact(tmp_path / "run" / "checkpoints")[1]["global_step"] > step
+
+
+def test_only_the_first_process_prints_and_logs(run, monkeypatch):
+    def dry_run(spec):
+        logging.getLogger("ddim.any").info("chosen")
+        return ["network: unet"]
+
+    monkeypatch.setattr("ddim.training.dry_run.dry_run", dry_run)
+    shown = {}
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        shown[number] = run("train", "experiment=digits", "dry_run=true")
+    assert [line.partition("[INFO] - ")[2] or line for line in shown["0"].out.splitlines()] == ["chosen", "network: unet"]
+    assert shown["1"] == (0, "", "")
 
 
 def test_a_signal_ends_a_sweep_and_not_one_run(run, monkeypatch):
