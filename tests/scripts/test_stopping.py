@@ -72,7 +72,10 @@ def test_only_the_first_process_prints_and_logs(run, monkeypatch):
         monkeypatch.setenv("RANK", number)
         monkeypatch.setenv("WORLD_SIZE", "2")
         shown[number] = run("train", "experiment=digits", "dry_run=true")
-    assert [line.partition("[INFO] - ")[2] or line for line in shown["0"].out.splitlines()] == ["chosen", "network: unet"]
+    assert [line.partition("[INFO] - ")[2] or line for line in shown["0"].out.splitlines()] == [
+        "chosen",
+        "network: unet",
+    ]
     assert shown["1"] == (0, "", "")
 
 

@@ -4,9 +4,14 @@ import shutil
 
 import pytest
 import torch
+from two_processes import run_in_processes
 
 from ddim.checkpoints.model import read_checkpoint
+from ddim.config import build
+from ddim.errors import UserError
 from ddim.training.ema import EMA
+from ddim.training.run import train
+from ddim.training.spec import TrainSpec
 
 pytestmark = pytest.mark.integration
 DROPOUT = {"dropout": 0.3}
@@ -161,3 +166,35 @@ def test_two_processes_resume_and_log_as_one(run, same, rows, two_processes):
     for name in ("two", "mixed"):
         assert logs[name] == pytest.approx(logs["one"], rel=1e-5)
         assert same(last["one"], last[name], atol=1e-6)
+
+
+def test_a_requeued_job_goes_on_where_it_stopped(run, finished_run, after_loss, monkeypatch, tmp_path):
+    """Its command names the checkpoint that it started from; before it has saved, it starts there again."""
+    steps = []
+    after_loss(lambda step, *_: steps.append(step))
+    elsewhere = str(finished_run / "checkpoints" / "last.ckpt")  # at step 2
+    here = str(tmp_path / "run" / "checkpoints" / "step_00000003.ckpt")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for length, checkpoint in ((3, elsewhere), (4, elsewhere), (5, here), (6, here)):
+        run(trainer={"max_steps": length, "keep_last": 9}, checkpoint=checkpoint)
+    assert steps == [2, 3, 4, 5]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")  # of a job that has started once
+    with pytest.raises(UserError, match="already holds a run at step 6"):
+        run(checkpoint=elsewhere)
+
+
+def start_training(processes, values):
+    """Train in the folder of this process, and return why it did not."""
+    try:
+        train(build(TrainSpec, values[processes.rank], ""), values[processes.rank])
+    except UserError as error:
+        return str(error)
+
+
+def test_processes_at_different_steps_are_refused(run, config, tmp_path):
+    """As on two nodes of which each has its own outputs/; the first has a run at step 2."""
+    run("first", trainer={"max_steps": 2})
+    options = {"trainer": {"strategy": "ddp", "devices": 2}, "checkpoint": "last"}
+    values = [config(name, **options) for name in ("first", "second")]
+    for message in run_in_processes(start_training, values, to=tmp_path / "results"):
+        assert message.startswith("the processes resume from different steps (by rank: 2, 0); all of them must see")

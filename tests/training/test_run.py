@@ -9,14 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from two_processes import run_in_processes
 
 from ddim.checkpoints.checksum import write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.training.module import DiffusionModule
-from ddim.training.run import lock_folder, train
+from ddim.training.run import lock_folder
 from ddim.training.spec import TrainSpec
 
 
@@ -104,36 +103,6 @@ def test_resuming_another_model_lists_every_difference(refused, last, where):
 def test_init_may_change_on_resuming(run, last):
     path = run(trainer={"max_steps": 3}, network={"init": "ddpm"}, checkpoint="last")
     assert read_checkpoint(path)["global_step"] == 3
-
-
-@pytest.mark.integration
-def test_a_requeued_job_goes_on_where_it_stopped(run, refused, last, after_loss, monkeypatch, tmp_path):
-    """Its command names the checkpoint that it started from; before it has saved, it starts there again."""
-    steps = []
-    after_loss(lambda step, *_: steps.append(step))
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    for source in (str(tmp_path / "copy.ckpt"), str(tmp_path / "other" / "checkpoints" / "step_00000003.ckpt")):
-        for length in (3, 4) if "copy" in source else (5, 6):
-            run("other", trainer={"max_steps": length}, checkpoint=source)
-    assert steps == [2, 3, 4, 5]
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-    assert "already holds a run at step 6" in refused("other", checkpoint=str(tmp_path / "copy.ckpt"))
-
-
-def start_training(processes, values):
-    """Train in the folder of this process, and return why it did not."""
-    try:
-        train(build(TrainSpec, values[processes.rank], ""), values[processes.rank])
-    except UserError as error:
-        return str(error)
-
-
-@pytest.mark.integration
-def test_processes_at_different_steps_are_refused(config, last, tmp_path):
-    """As on two nodes of which each has its own outputs/; the first has a run at step 2."""
-    values = [config(name, trainer={"strategy": "ddp", "devices": 2}, **RESUMED) for name in ("run", "empty")]
-    for message in run_in_processes(start_training, values, to=tmp_path / "results"):
-        assert message.startswith("the processes resume from different steps (by rank: 2, 0); all of them must see")
 
 
 def test_missing_and_invalid_checkpoints_are_refused(refused, tmp_path):

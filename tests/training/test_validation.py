@@ -27,6 +27,7 @@ from ddim.training.validation import Validation
 pytestmark = pytest.mark.integration
 FD = "fd_digits_classifier_20"
 DIGITS = DataSpec("digits", (8, 8), 1)
+LOSSES = ("loss", *(f"loss_quarter_{k}" for k in (1, 2, 3, 4)))
 
 
 EVAL = {"every": 2, "n": 20, "heldout": 16, "sampler": {"S": 3}, "metric": {"extractor": "digits_classifier"}}
@@ -195,7 +196,7 @@ def test_a_kill_in_or_after_a_validation_doubles_no_row(
 def test_two_processes_validate_as_one(run, options, uninterrupted, two_processes, tmp_path):
     run(**options | {"trainer": OPTIONS["trainer"] | two_processes | {"accumulate": 1}})
     one, two = rows(uninterrupted), rows(tmp_path / "run")
-    assert set(one) == {f"val/{name}" for name in (FD, "loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4")}
+    assert set(one) == {f"val/{name}" for name in (FD, *LOSSES)}
     for column, values in one.items():
         assert two[column] == pytest.approx(values, rel=1e-3), column
     assert [record[:2] for record in records(tmp_path / "run")] == [("ema", 2), ("ema", 4), ("ema", 6)]
@@ -265,7 +266,7 @@ def test_held_out_loss_alone_needs_no_extractor(config, options, tmp_path):
     values = config(**options)
     trained = train(build(TrainSpec, values, ""), values)
     columns = rows(tmp_path / "run")
-    assert set(columns) == {f"val/{name}" for name in ("loss", "loss_quarter_1", "loss_quarter_2", "loss_quarter_3", "loss_quarter_4")}
+    assert set(columns) == {f"val/{name}" for name in LOSSES}
     assert trained.metric == min(columns["val/loss"].values())
     assert not (tmp_path / "run" / "records.jsonl").exists()
 
