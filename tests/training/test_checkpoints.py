@@ -153,11 +153,10 @@ def test_a_signal_to_workers_too_is_survived(run, after_loss):
 
     def stop_all(step, *_):
         if step == 2:
-            workers = multiprocessing.active_children()
-            assert len(workers) == 2
-            for number in STOP_SIGNALS:
-                for pid in [*(worker.pid for worker in workers), os.getpid()]:
-                    os.kill(pid, number)
+            pids = [str(worker.pid) for worker in multiprocessing.active_children()]
+            assert len(pids) == 2
+            for number in STOP_SIGNALS:  # from another process: torch's workers take one of their parent for an end
+                subprocess.run(["kill", f"-{number:d}", *pids, str(os.getpid())], check=True)
             time.sleep(0.2)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)

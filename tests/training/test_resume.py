@@ -191,6 +191,7 @@ def start_training(processes, values):
         return str(error)
 
 
+@pytest.mark.timeout(60)  # without the check they wait for each other
 def test_processes_at_different_steps_are_refused(run, config, tmp_path):
     """As on two nodes of which each has its own outputs/; the first has a run at step 2."""
     run("first", trainer={"max_steps": 2})
