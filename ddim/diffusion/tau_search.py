@@ -76,7 +76,7 @@ def named_spacings(sampler: SamplerSpec, T: int) -> dict[str, SamplerSpec]:
     assert sampler.S is not None
     taus = {SPACINGS[name](T, sampler.S): name for name in reversed(SPACINGS)}
     names = [name for tau, name in reversed(taus.items()) if len(tau) == sampler.S]
-    return {name: replace(sampler, spacing=name, times=None) for name in names}
+    return {name: replace(sampler, spacing=name, times=None, steps_offset=None) for name in names}
 
 
 def fine_trajectory(
@@ -92,8 +92,7 @@ def fine_trajectory(
     """
     last = sampler.last_time
     times = (*sorted({t for t in candidates if t > last} | {schedule.T}, reverse=True), last)
-    fine = SamplerSpec("adams_bashforth", None, 3, clip=sampler.clip, last_time=last)
-    every = fine.at_times(range(last + 1, schedule.T + 1))
+    every = sampler.exact(schedule.T).at_times(range(last + 1, schedule.T + 1))
     t, x = schedule.T, x_T
     kept: list[Tensor] = []
 

@@ -1,5 +1,6 @@
 """Generate exactly the images asked for, each a function of (weights, sampler, seed, index) alone, and of its label."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -43,6 +44,11 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
                 "in its place, and nfe=null."
             )
         rule = sampler.build_rule()
+        if isinstance(rule, AnalyticVariance) and model.condition is not None and model.condition.label is not None:
+            raise UserError(
+                "sampler: the variances of sampler=analytic are estimated without labels; leave label out, or take "
+                "sampler=ddpm."
+            )
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(
                 f"sampler: the variances in {(sampler.kwargs or {})['file']} were estimated with the weights "
@@ -50,6 +56,24 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
                 "scripts/estimate_variance.py for these."
             )
         return sampler.tau(model.spec.schedule.T)
+
+
+def check_exact(model: LoadedModel, sampler: SamplerSpec) -> SamplerSpec:
+    """Return the sampler whose trajectories of this model stand for the exact ones.
+
+    Raises:
+        UserError: it does not fit the model, as one whose ᾱ at T is 0.
+    """
+    T = model.spec.schedule.T
+    if model.spec.schedule[T] == 0:
+        raise UserError(
+            "exact trajectories cannot start at alpha_bar=0 (zero terminal SNR), and this needs them; compare samples "
+            "of such a checkpoint with scripts/evaluate.py."
+        )
+    exact = sampler.exact(T)
+    # From T on: what can fail, without the cost of T steps.
+    check_sampler(model, dataclasses.replace(exact, S=exact.order))
+    return exact
 
 
 def check_numbers(model: LoadedModel) -> None:
