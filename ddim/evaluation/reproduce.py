@@ -182,8 +182,8 @@ def find_weights(spec: ReproduceSpec, record: Record) -> Path:
         if weights_hash(stored.state) == wanted:
             return path
     raise UserError(
-        f"no file under {', '.join(map(str, spec.searched))} and no model that ships has the {weights} weights {wanted[:12]} of the record; "
-        f"add the folder that they are in (they were {recorded})."
+        f"no file under {', '.join(map(str, spec.searched))} and no model that ships has the {weights} weights "
+        f"{wanted[:12]} of the record; add the folder that they are in (they were {recorded})."
     )
 
 
