@@ -119,7 +119,7 @@ def other_weights(record: dict[str, Any]) -> None:
         (without("config"), "has no configuration"),
         (
             other_weights,
-            r"no file under outputs, docs/results and no model that ships has the ema weights 0{12} .*they were outputs",
+            r"no file under outputs, docs/results and no model that ships has the ema weights 0{12} .*they were output",
         ),
         (lambda record: record.update(key="0" * 16), "has the record"),
     ],
