@@ -105,8 +105,6 @@ class SamplerSpec:
         if self.steps_offset is not None and self.spacing != "leading":
             raise ValueError(f"steps_offset={self.steps_offset} needs spacing=leading, not {self.spacing}.")
         self.build_clip()
-        if self.rule == "bdia" and self.clip == "x0":
-            raise ValueError("rule=bdia takes ε̂ and x̂0 that agree; set clip=none or clip=x0_and_eps.")
         self.build_corrector()
         if not self.corrector_steps and self.corrector_snr != Corrector.snr:
             raise ValueError(f"corrector_snr={self.corrector_snr} needs corrector_steps, such as 1; 0 is no corrector.")
@@ -199,12 +197,6 @@ class SamplerSpec:
     def at_times(self, tau: Sequence[int]) -> "SamplerSpec":
         """Return the same sampler with explicit times."""
         return replace(self, S=None, spacing="explicit", times=tuple(tau), steps_offset=None)
-
-    def exact(self, T: int) -> "SamplerSpec":
-        """Return what stands for exact trajectories: order 3 over all times 1..T, with the same clip policy and end."""
-        names = ("clip", "clip_range", "threshold_ratio", "threshold_max", "last_time")
-        kept = {name: getattr(self, name) for name in names}
-        return SamplerSpec("adams_bashforth", None, order=3, S=T, spacing="linear", **kept)
 
     def build_rule(self) -> Rule:
         """Return the rule, with a file as it was when this was created.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.labels import asked_evaluations, row_label, title
+from ddim.diffusion.tau_search import exact_sampler
 from ddim.distributed import Processes
 from ddim.evaluation.influence import keep_intervals, mean_influence
 from ddim.evaluation.job import Job, JobSpec, count_shown, model_settings, run_job, sampler_settings, table_position
@@ -127,7 +128,7 @@ def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> 
     shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
     assert job.model is not None
     T = job.model.spec.schedule.T
-    sampler, compute = spec.sampler.exact(T), dataclasses.replace(job.compute, bf16=False)
+    sampler, compute = exact_sampler(spec.sampler, T), dataclasses.replace(job.compute, bf16=False)
     with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
         batches = shards.missing(compute.batch_size, processes)
         with progress(sum(map(len, batches)) * T, "exact trajectory") as bar, shards.writer(processes) as write:

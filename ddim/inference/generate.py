@@ -11,9 +11,11 @@ from ddim.checkpoints import LoadedModel, ModelSpec
 from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.analytic import AnalyticVariance
+from ddim.diffusion.inversion import BDIA
 from ddim.diffusion.sampling import Model as Network
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.tau_search import exact_sampler
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, map_shared, share, split
@@ -44,6 +46,8 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
                 "in its place, and nfe=null."
             )
         rule = sampler.build_rule()
+        if isinstance(rule, BDIA) and sampler.clip == "x0":
+            raise UserError("sampler: rule=bdia takes x̂0 and ε̂ that agree; set clip=none or clip=x0_and_eps.")
         if isinstance(rule, AnalyticVariance) and model.condition is not None and model.condition.label is not None:
             raise UserError(
                 "sampler: the variances of sampler=analytic are estimated without labels; leave label out, or take "
@@ -70,7 +74,7 @@ def check_exact(model: LoadedModel, sampler: SamplerSpec) -> SamplerSpec:
             "exact trajectories cannot start at alpha_bar=0 (zero terminal SNR), and this needs them; compare samples "
             "of such a checkpoint with scripts/evaluate.py."
         )
-    exact = sampler.exact(T)
+    exact = exact_sampler(sampler, T)
     # From T on: what can fail, without the cost of T steps.
     check_sampler(model, dataclasses.replace(exact, S=exact.order))
     return exact
