@@ -11,6 +11,7 @@ import shlex
 from typing import Any
 
 from _cli import entry, pick_device
+from _last_words import of_model
 
 
 def main(config: dict[str, Any]) -> None:
@@ -34,7 +35,7 @@ def main(config: dict[str, Any]) -> None:
         values["sampler.kwargs"] = f"{{{listed}}}"
     values |= {"sampler.spacing": str(spec.path), "sampler.S": None}
     words = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
-    command = shlex.join(["python", "scripts/sample.py", f"checkpoint={spec.checkpoint}", *words])
+    command = shlex.join(["python", "scripts/sample.py", *of_model(spec), *words])
     print(f"sample with it: {command}")
 
 

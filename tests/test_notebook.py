@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from ddim.checkpoints.shipped import SHIPPED
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = json.loads((ROOT / "docs" / "ddim.ipynb").read_text())["cells"]
 CODE = ["".join(part["source"]) for part in PARTS if part["cell_type"] == "code"]
-CHECKPOINT = '"../outputs/train/digits/checkpoints/last.ckpt"'
+CHECKPOINT = '"digits"'
 
 
 def run(checkpoint: Path) -> list[Any]:
@@ -27,6 +29,7 @@ def run(checkpoint: Path) -> list[Any]:
 @pytest.mark.integration
 def test_the_notebook_runs_and_shows_pictures(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert CHECKPOINT in CODE[0]
+    assert CHECKPOINT.strip('"') in SHIPPED  # so the notebook needs nothing first
     none, *pictures = run(checkpoint)
     assert none is None
     assert all(isinstance(picture, Image.Image) for picture in pictures)

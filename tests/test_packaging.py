@@ -142,7 +142,8 @@ def test_containers_install_what_exists(recipe: str) -> None:
     assert set(extras.split(",")) <= EXTRAS.keys()
     copied = re.findall(r"^    (\S+) /opt/ddim/(\S+)$", text, flags=re.MULTILINE)
     if recipe == "ddim.def":
-        needed = {"pyproject.toml", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"], "ddim", "configs"}
+        needed = {"pyproject.toml", "setup.py", "constraints.txt", PROJECT["readme"], *PROJECT["license-files"]}
+        needed |= {"ddim", "configs", "scripts"}
         assert {source for source, _ in copied} >= needed
     for source, target in copied:
         assert source == target

@@ -165,16 +165,16 @@ class SamplerSpec:
         Raises:
             ValueError: it does not; see `tau`, `rows` and `check_level`. Or the rule needs a learned variance.
         """
-        if isinstance(self.build_rule(), LearnedVariance) and variance == "fixed":
-            raise ValueError(
-                f"rule={self.rule} needs a network that predicts the variance (objective.variance=learned_range), and "
-                "this one has a fixed variance; take sampler=ddpm."
-            )
         if (self.rule == "multinomial") != (categories is not None):
             pixels = "numbers" if categories is None else f"one of {categories} categories"
             advice = "any other rule" if categories is None else "sampler=multinomial, the only one for them"
             raise ValueError(
                 f"rule={self.scheduler or self.rule} does not fit a model whose pixels are {pixels}; take {advice}."
+            )
+        if isinstance(self.build_rule(), LearnedVariance) and variance == "fixed":
+            raise ValueError(
+                f"rule={self.rule} needs a network that predicts the variance (objective.variance=learned_range), and "
+                "this one has a fixed variance; take sampler=ddpm."
             )
         if categories is not None and self.clip != "none":
             raise ValueError(
@@ -196,7 +196,7 @@ class SamplerSpec:
 
     def at_times(self, tau: Sequence[int]) -> "SamplerSpec":
         """Return the same sampler with explicit times."""
-        return replace(self, S=None, spacing="explicit", times=tuple(tau))
+        return replace(self, S=None, spacing="explicit", times=tuple(tau), steps_offset=None)
 
     def build_rule(self) -> Rule:
         """Return the rule, with a file as it was when this was created.

@@ -76,7 +76,13 @@ def named_spacings(sampler: SamplerSpec, T: int) -> dict[str, SamplerSpec]:
     assert sampler.S is not None
     taus = {SPACINGS[name](T, sampler.S): name for name in reversed(SPACINGS)}
     names = [name for tau, name in reversed(taus.items()) if len(tau) == sampler.S]
-    return {name: replace(sampler, spacing=name, times=None) for name in names}
+    return {name: replace(sampler, spacing=name, times=None, steps_offset=None) for name in names}
+
+
+def exact_sampler(sampler: SamplerSpec, T: int) -> SamplerSpec:
+    """Return what stands for exact trajectories: order 3 over all times 1..T, with a sampler's clip policy and end."""
+    policy = ("clip", "clip_range", "threshold_ratio", "threshold_max", "last_time")
+    return SamplerSpec("adams_bashforth", None, order=3, S=T, **{name: getattr(sampler, name) for name in policy})
 
 
 def fine_trajectory(
@@ -92,15 +98,13 @@ def fine_trajectory(
     """
     last = sampler.last_time
     times = (*sorted({t for t in candidates if t > last} | {schedule.T}, reverse=True), last)
-    fine = SamplerSpec("adams_bashforth", None, 3, clip=sampler.clip, last_time=last)
-    every = fine.at_times(range(last + 1, schedule.T + 1))
-    t, x = schedule.T, x_T
-    kept: list[Tensor] = []
+    t, x, kept = schedule.T, x_T, list[Tensor]()
 
     def keep(*values: Tensor) -> None:
         kept.append(torch.stack([value[:IMAGES].double().flatten() for value in values]).cpu())
 
-    for state in every.trajectory(model, schedule, x_T, prediction=prediction):
+    exact = exact_sampler(sampler, schedule.T).at_times(range(last + 1, schedule.T + 1))
+    for state in exact.trajectory(model, schedule, x_T, prediction=prediction):
         if t in times:
             keep(x, state.x0, state.eps)
         t, x = state.t, state.x

@@ -38,6 +38,7 @@ from ddim.evaluation.session import Session
 from ddim.image_io import grid, save_png
 from ddim.inference.batching import map_batches
 from ddim.inference.compute import ComputeSpec, autocast
+from ddim.inference.conditioning import unlabelled
 from ddim.inference.generate import check_numbers, check_sampler, progress
 from ddim.io import Tensors
 from ddim.random import check_seed
@@ -130,10 +131,14 @@ class LikelihoodSpec(JobSpec):
         Raises:
             UserError: bad input.
         """
-        model, compute = session.model(self.checkpoint, self.weights, self.compute)
+        compute = self.compute
+        if self.method == "ode":  # fewer and fewer images are unfinished: it would be compiled for each number of them
+            compute = dataclasses.replace(compute, compile=bool(compute.compile), graphs=bool(compute.graphs))
+        model, compute = session.model(self.checkpoint, self.weights, compute)
         # The adaptive rule has times of its own; S = 1 exists for every T.
         sampler = self.sampler if self.tolerance is None else dataclasses.replace(self.sampler, S=1)
         check_numbers(model)
+        unlabelled(model, "the likelihood")
         tau = check_sampler(model, sampler)
         times, steps = self._check_times(model, tau)
         images = session.images(self.data, self.split)

@@ -14,6 +14,7 @@ import torch
 
 from ddim.checkpoints import weights_hash
 from ddim.checkpoints.model import read_model
+from ddim.checkpoints.shipped import SHIPPED
 from ddim.config import FilePath, build
 from ddim.errors import UserError
 from ddim.evaluation.session import Session
@@ -159,10 +160,10 @@ def find_record(spec: ReproduceSpec) -> tuple[Record, Path]:
 
 
 def find_weights(spec: ReproduceSpec, record: Record) -> Path:
-    """Return the file with the weights of a record, by their hash.
+    """Return the file with the weights of a record, by their hash; the models that ship are searched too.
 
     Raises:
-        UserError: no file of the searched folders has them.
+        UserError: no file has them.
     """
     wanted, weights, step = record["model"]["weights_hash"], record["model"]["weights"], record["model"]["step"]
     recorded = Path(record.get("config", {}).get("checkpoint", ""))
@@ -170,7 +171,7 @@ def find_weights(spec: ReproduceSpec, record: Record) -> Path:
     listed = [path for folder in spec.searched for path in folder.rglob("*") if path.suffix in WEIGHTS]
     # Files that are likely to have them first: reading takes a while.
     listed.sort(key=lambda path: (str(step) not in path.name, path.name != recorded.name, str(path)))
-    for path in dict.fromkeys([*given, recorded, *listed]):
+    for path in dict.fromkeys([*given, recorded, *SHIPPED.values(), *listed]):
         if not path.is_file():
             continue
         try:
@@ -181,8 +182,8 @@ def find_weights(spec: ReproduceSpec, record: Record) -> Path:
         if weights_hash(stored.state) == wanted:
             return path
     raise UserError(
-        f"no file under {', '.join(map(str, spec.searched))} has the {weights} weights {wanted[:12]} of the record; "
-        f"add the folder that they are in (they were {recorded})."
+        f"no file under {', '.join(map(str, spec.searched))} and no model that ships has the {weights} weights "
+        f"{wanted[:12]} of the record; add the folder that they are in (they were {recorded})."
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddim.diffusion.labels import asked_evaluations, row_label, title
-from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.tau_search import exact_sampler
 from ddim.distributed import Processes
 from ddim.evaluation.influence import keep_intervals, mean_influence
 from ddim.evaluation.job import Job, JobSpec, count_shown, model_settings, run_job, sampler_settings, table_position
@@ -18,7 +18,8 @@ from ddim.evaluation.metrics import count_name
 from ddim.evaluation.session import Session
 from ddim.evaluation.shards import Shards
 from ddim.image_io import grid, save_png
-from ddim.inference.generate import check_numbers, check_sampler, progress, sample_batches, to_pixels
+from ddim.inference.conditioning import unlabelled
+from ddim.inference.generate import check_exact, check_numbers, check_sampler, progress, sample_batches, to_pixels
 from ddim.random import check_seed
 from ddim.results.records import Record, record_key
 
@@ -67,12 +68,6 @@ class TrajectoryErrorSpec(JobSpec):
         """Network evaluations of single images, without those of the exact trajectory."""
         return self.n * asked_evaluations(self.sampler)
 
-    def exact_sampler(self, T: int) -> SamplerSpec:
-        """Return what stands for the exact trajectory: order 3 over all times 1..T, clipped in the same way."""
-        names = ("clip", "clip_range", "threshold_ratio", "threshold_max", "last_time")
-        kept = {name: getattr(self.sampler, name) for name in names}
-        return SamplerSpec("adams_bashforth", None, order=3, S=T, spacing="linear", **kept)
-
     def prepare(self, session: Session) -> Job:
         """Check everything and load what is needed, without evaluating the network.
 
@@ -82,10 +77,9 @@ class TrajectoryErrorSpec(JobSpec):
         model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         check_numbers(model)
         tau = check_sampler(model, self.sampler)
+        unlabelled(model, "this error")
         T = model.spec.schedule.T
-        exact = self.exact_sampler(T)
-        # From T on: what can fail, without the cost of T steps.
-        check_sampler(model, dataclasses.replace(exact, S=exact.order))
+        exact = check_exact(model, self.sampler)
         described = {
             "model": model_settings(model),
             "sampler": sampler_settings(exact, exact.tau(T)),
@@ -134,7 +128,7 @@ def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> 
     shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
     assert job.model is not None
     T = job.model.spec.schedule.T
-    sampler, compute = spec.exact_sampler(T), dataclasses.replace(job.compute, bf16=False)
+    sampler, compute = exact_sampler(spec.sampler, T), dataclasses.replace(job.compute, bf16=False)
     with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
         batches = shards.missing(compute.batch_size, processes)
         with progress(sum(map(len, batches)) * T, "exact trajectory") as bar, shards.writer(processes) as write:

@@ -22,6 +22,7 @@ from ddim.errors import UserError
 from ddim.evaluation.job import check_shape
 from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
+from ddim.inference.conditioning import unlabelled
 from ddim.inference.generate import check_numbers, progress
 from ddim.io import atomic_write, check_can_write, explain_write_errors
 from ddim.random import check_seed
@@ -81,6 +82,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     model = load_model(spec.checkpoint, spec.weights)
     schedule = model.spec.schedule
     check_numbers(model)
+    unlabelled(model, "the variance")
     with config_context("sampler"):
         times = range(1, schedule.T + 1) if spec.sampler is None else sorted(set(spec.sampler.tau(schedule.T)))
     images = load_images(spec.data, spec.split)

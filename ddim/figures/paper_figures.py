@@ -1,6 +1,7 @@
 """The paper's figures from a checkpoint: for each a picture and the file of its tensors."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,14 @@ from ddim.figures.layout import WIDTH, animate, draw
 from ddim.figures.panels import Panel, save_panel
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.conditioning import conditioned, one_label
-from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
+from ddim.inference.encoded_files import EncodedImages, check_images, in_precision_of, load_encoded, say_what_differs
 from ddim.inference.generate import check_sampler
 from ddim.inference.trajectories import SamplingContext, evenly_spaced
 from ddim.random import check_seed
 from ddim.results.plot_spec import check_width
 from ddim.results.records import provenance
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -156,7 +159,7 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
         if present and not spec.overwrite:
             raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
         encoded = None if spec.x_T is None else _load_x_T(spec, spec.x_T, model)
-        compute = prepare_model(model, compute)
+        compute = prepare_model(model, compute if encoded is None else in_precision_of(encoded, compute))
     origin = provenance()
     context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
     if encoded is not None:
@@ -180,7 +183,11 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
 
 def _load_x_T(spec: FigureSpec, path: str, model: LoadedModel) -> EncodedImages:
     encoded = load_encoded(path, model)
-    say_what_differs(encoded, path, model, spec.sampler, check_sampler(model, spec.sampler))
+    tau = check_sampler(model, spec.sampler)
+    if say_what_differs(encoded, path, model, spec.sampler, tau) and encoded.second is not None:
+        log.warning(
+            "figures start from x_T alone, and BDIA needs two states: encode with inversion=fixed_point for them."
+        )
     return encoded
 
 

@@ -137,8 +137,7 @@ def _for_gpu(hardware: Hardware, work: Work, given: Mapping[str, bool]) -> Choic
     if long and not hardware.compiler:
         reason += ", and triton or a C compiler is missing to compile it"
     compiled = given.get("compile", long and hardware.compiler)
-    # A graph overwrites its last output, which samplers with a memory still use: that of bf16 is copied to float32.
-    graphs = compiled and small and not work.training and given.get("bf16", hardware.bf16)
+    graphs = compiled and small and not work.training
     bf16 = hardware.bf16 and not given.get("winograd")  # which is refused: it is for CPUs
     settings = {"bf16": bf16, "tf32": hardware.bf16, "channels_last": True, "compile": compiled, "graphs": graphs}
     return Choice(settings, at_once if small else 0, reason)

@@ -57,6 +57,19 @@ def conditioned(model: M, label: Label, guidance: GuidanceSpec, images: Images |
     return dataclasses.replace(model, condition=condition)
 
 
+def unlabelled(model: LoadedModel, what: str) -> None:
+    """Refuse a model that cannot be evaluated without labels.
+
+    Raises:
+        UserError: it has seen no image without its label.
+    """
+    if model.spec.num_classes is not None and model.recipe.get("objective.label_drop") == 0:
+        raise UserError(
+            f"{what} is computed without labels, and the checkpoint has seen no image without its label "
+            "(objective.label_drop=0); train one with objective.label_drop=0.1."
+        )
+
+
 def guided_states(
     model: LoadedModel,
     indices: Sequence[int] | Tensor,

@@ -1,5 +1,6 @@
 """Files of encoded images: the x_T that scripts/encode.py writes, and what it takes to decode them."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.rules import Rule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.inference.compute import ComputeSpec
 from ddim.inference.conditioning import condition_settings
 from ddim.io import check_regular_file, is_safetensors, read_safetensors, write_safetensors
 
@@ -86,6 +88,17 @@ def load_encoded(path: str, model: LoadedModel) -> EncodedImages:
                 f"{('N', *model.spec.image_shape)}; encode the images again."
             )
     return encoded
+
+
+def in_precision_of(encoded: EncodedImages, compute: ComputeSpec) -> ComputeSpec:
+    """Return settings with the precision in which images were encoded, where none is given.
+
+    The way back follows the way there only as closely as the network's values agree: BDIA from float32 is exact in
+    float32, and in bfloat16 no closer than the others.
+    """
+    encoded_in = bool(encoded.metadata.get("bf16")) and not compute.winograd
+    bf16 = encoded_in if compute.bf16 is None else compute.bf16
+    return dataclasses.replace(compute, bf16=bf16, tf32=bool(compute.tf32))
 
 
 def check_images(x_T: Tensor, path: str | None, indices: Sequence[int]) -> None:

@@ -1,5 +1,6 @@
 """Generate exactly the images asked for, each a function of (weights, sampler, seed, index) alone, and of its label."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -10,9 +11,11 @@ from ddim.checkpoints import LoadedModel, ModelSpec
 from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.analytic import AnalyticVariance
+from ddim.diffusion.inversion import BDIA
 from ddim.diffusion.sampling import Model as Network
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
+from ddim.diffusion.tau_search import exact_sampler
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, map_shared, share, split
@@ -43,6 +46,13 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
                 "in its place, and nfe=null."
             )
         rule = sampler.build_rule()
+        if isinstance(rule, BDIA) and sampler.clip == "x0":
+            raise UserError("sampler: rule=bdia takes x̂0 and ε̂ that agree; set clip=none or clip=x0_and_eps.")
+        if isinstance(rule, AnalyticVariance) and model.condition is not None and model.condition.label is not None:
+            raise UserError(
+                "sampler: the variances of sampler=analytic are estimated without labels; leave label out, or take "
+                "sampler=ddpm."
+            )
         if isinstance(rule, AnalyticVariance) and rule.weights_hash not in (None, model.weights_hash):
             raise UserError(
                 f"sampler: the variances in {(sampler.kwargs or {})['file']} were estimated with the weights "
@@ -50,6 +60,24 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
                 "scripts/estimate_variance.py for these."
             )
         return sampler.tau(model.spec.schedule.T)
+
+
+def check_exact(model: LoadedModel, sampler: SamplerSpec) -> SamplerSpec:
+    """Return the sampler whose trajectories of this model stand for the exact ones.
+
+    Raises:
+        UserError: it does not fit the model, as one whose ᾱ at T is 0.
+    """
+    T = model.spec.schedule.T
+    if model.spec.schedule[T] == 0:
+        raise UserError(
+            "exact trajectories cannot start at alpha_bar=0 (zero terminal SNR), and this needs them; compare samples "
+            "of such a checkpoint with scripts/evaluate.py."
+        )
+    exact = exact_sampler(sampler, T)
+    # From T on: what can fail, without the cost of T steps.
+    check_sampler(model, dataclasses.replace(exact, S=exact.order))
+    return exact
 
 
 def check_numbers(model: LoadedModel) -> None:

@@ -23,7 +23,7 @@ from ddim.image_io import read_png_text, save_gif, save_png
 from ddim.inference.batching import share, split
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.inference.conditioning import arrange, condition_settings, conditioned
-from ddim.inference.encoded_files import EncodedImages, check_images, load_encoded, say_what_differs
+from ddim.inference.encoded_files import EncodedImages, check_images, in_precision_of, load_encoded, say_what_differs
 from ddim.inference.generate import (
     check_sampler,
     generate,
@@ -107,6 +107,7 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
         encoded = None if spec.x_T is None else _load_x_T(model, spec, spec.x_T, tau)
         if encoded is not None:
             spec = dataclasses.replace(spec, n=min(spec.n, len(encoded.x_T) - spec.first))
+            compute = in_precision_of(encoded, compute)
         check_size(spec, model.spec.image_shape, len(tau))
         evaluations = spec.n * network_evaluations(model, spec.sampler)
         compute = prepare_model(model, compute, evaluations, spec.n, processes.world_size == 1)
@@ -151,7 +152,7 @@ def check_size(spec: SampleSpec, image_shape: tuple[int, int, int], steps: int) 
     frames = steps + 1 if spec.format == "gif" else 1
     if pixels > MOST_PIXELS or pixels * frames > MOST_PIXELS_OF_FRAMES:
         raise UserError(
-            f"n={spec.n} images do not fit into one picture{' of {frames} frames' * (frames > 1)}; ask for fewer, or "
+            f"n={spec.n} images do not fit into one picture{f' of {frames} frames' * (frames > 1)}; ask for fewer, or "
             "choose format=png."
         )
 

@@ -23,12 +23,14 @@ from ddim.diffusion.timesteps import quadratic_tau
 from ddim.errors import UserError
 from ddim.inference.batching import map_batches, split
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
-from ddim.inference.generate import check_numbers, check_sampler, progress
+from ddim.inference.conditioning import unlabelled
+from ddim.inference.generate import check_exact, check_numbers, check_sampler, progress
 from ddim.io import atomic_write, check_can_write, explain_write_errors
 from ddim.random import check_image_numbers, check_seed
 from ddim.results.records import code_revision
 
 log = logging.getLogger(__name__)
+MOST_CANDIDATES = 200
 SEARCHED = "searched"  # its name among the errors of the named spacings
 
 
@@ -75,8 +77,11 @@ class SearchTauSpec:
             raise ValueError("the search needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
         if self.sampler.S is None or self.sampler.has_file:
             raise ValueError("the search chooses the times: give sampler.S and leave sampler.spacing and times out.")
-        if self.candidates < self.sampler.S:
-            raise ValueError(f"candidates={self.candidates} must be at least sampler.S={self.sampler.S}.")
+        if not self.sampler.S <= self.candidates <= MOST_CANDIDATES:
+            raise ValueError(
+                f"candidates={self.candidates} must lie in {self.sampler.S} .. {MOST_CANDIDATES}: sampler.S at least, "
+                "and every three of them are tried."
+            )
 
     @property
     def path(self) -> Path:
@@ -94,7 +99,9 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
     check_can_write(spec.path, spec.overwrite)
     model = load_model(spec.checkpoint, spec.weights)
     check_numbers(model)
+    unlabelled(model, "the error")
     check_sampler(model, spec.sampler)
+    check_exact(model, spec.sampler)
     T = model.spec.schedule.T
     candidates = quadratic_tau(T, min(spec.candidates, T))
     if sum(t > spec.sampler.last_time for t in candidates) < (spec.sampler.S or 0):

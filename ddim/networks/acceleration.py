@@ -62,7 +62,12 @@ def accelerate(
         _keep_compiled_code()
         # One compilation per batch size: code for any size is slower, and on some CPUs it does not compile.
         torch._dynamo.config.recompile_limit = max(MAX_COMPILED_SIZES, torch._dynamo.config.recompile_limit)
-        network.compile(mode="reduce-overhead" if graphs else None, dynamic=False)
+        if graphs:
+            replay = torch.compile(network.forward, mode="reduce-overhead", dynamic=False)
+            # The next replay overwrites the output of this one, which samplers with a memory still use.
+            network.forward = lambda *inputs: replay(*inputs).clone()
+        else:
+            network.compile(dynamic=False)
 
 
 def has_cpp_loops() -> bool:

@@ -48,7 +48,7 @@ def test_dynamic_programming_equals_brute_force(rule, S, last_time):
     candidates = (5, 20, 45, 80, 110, 150, 200)
     start = x_T(0, 3)
     states, estimates, x, t = {}, {}, start, 200
-    every = SamplerSpec("adams_bashforth", None, 3, last_time=last_time).at_times(range(last_time + 1, 201))
+    every = SamplerSpec("adams_bashforth", None, order=3, S=3, last_time=last_time).at_times(range(last_time + 1, 201))
     for state in every.trajectory(mixture, SCHEDULE, start):
         states[t], estimates[t] = x, Estimate(SCHEDULE[t], state.x0, state.eps)
         x, t = state.x, state.t
@@ -72,6 +72,23 @@ def test_dynamic_programming_equals_brute_force(rule, S, last_time):
     assert torch.equal(fine.end, states[last_time])
     assert total == pytest.approx(min(sums.values()), rel=1e-6)
     assert sums[tau] == pytest.approx(min(sums.values()), rel=1e-6)
+
+
+@pytest.mark.parametrize("clip", [{"clip_range": 0.5}, {"threshold_ratio": 0.9, "threshold_max": 2.0}], ids=str)
+def test_the_fine_trajectory_has_the_clip_policy_of_the_sampler(clip):
+    start = x_T(0, 3)
+    every = SamplerSpec("adams_bashforth", None, order=3, S=200, clip="x0_and_eps", **clip)
+    *_, last = every.trajectory(mixture, SCHEDULE, start)
+    fine = fine_trajectory(mixture, SCHEDULE, start, SamplerSpec(clip="x0_and_eps", **clip), (50, 100), "eps")
+    assert torch.equal(fine.end, last.x)
+    assert rms(fine.end - fine_trajectory(mixture, SCHEDULE, start, SamplerSpec(), (50, 100), "eps").end) > 0.01
+
+
+def test_an_offset_of_the_spacing_does_not_count():
+    plain, offset = SamplerSpec(S=4), SamplerSpec(S=4, spacing="leading", steps_offset=1)
+    candidates, start = (20, 50, 100, 150), x_T(0, 2)
+    taus = [search_tau(mixture, SCHEDULE, start, spec, candidates, "eps")[0] for spec in (plain, offset)]
+    assert taus[0] == taus[1]
 
 
 def test_more_steps_than_candidates_are_refused():

@@ -26,7 +26,7 @@ from ddim.evaluation.encoding import EncodeSpec, decode_with, write_encoded
 from ddim.figures.panels import load_panel
 from ddim.figures.paper_figures import FigureSpec, PictureSpec, write_figures
 from ddim.inference.compute import ComputeSpec
-from ddim.inference.encoded_files import load_encoded
+from ddim.inference.encoded_files import EncodedImages, in_precision_of, load_encoded
 from ddim.inference.sample_files import SampleSpec, write_samples
 from ddim.io import read_safetensors, write_safetensors
 
@@ -207,6 +207,28 @@ def test_figures_interpolate_between_encoded_images(
         write_figures(dataclasses.replace(figures, indices=(1, 7), name="g", output_dir=str(tmp_path / "g")))
     with pytest.raises(UserError, match="pairs of images, not 5"):
         write_figures(dataclasses.replace(figures, indices=None, output_dir=str(tmp_path / "h")))
+
+
+def test_figures_say_that_bdia_needs_two_states(
+    spec: EncodeSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = dataclasses.replace(spec, inversion="bdia")
+    write_encoded(spec)
+    sampler = SamplerSpec("bdia", None, S=5)
+    figures = FigureSpec(PictureSpec("interpolation"), spec.checkpoint, "f", str(tmp_path), CPU, sampler)
+    write_figures(dataclasses.replace(figures, x_T=str(spec.path), indices=(1, 4), points=3))
+    assert "figures start from x_T alone, and BDIA needs two states" in caplog.text
+
+
+@pytest.mark.parametrize("encoded_in", [False, True])
+def test_images_are_decoded_in_the_precision_of_encoding(encoded_in: bool) -> None:
+    """Unless another is given: a GPU would take bfloat16 by itself, in which BDIA is not exact."""
+    encoded = EncodedImages(torch.zeros(1, 1, 8, 8), None, {"bf16": encoded_in})
+    automatic = ComputeSpec("cpu", bf16=None, tf32=None, winograd=None)
+    chosen = in_precision_of(encoded, automatic)
+    assert chosen == dataclasses.replace(automatic, bf16=encoded_in, tf32=False)
+    given = ComputeSpec("cpu", bf16=True, tf32=True)
+    assert in_precision_of(encoded, given) == given
 
 
 def test_decode_with_is_the_sampler_in_words(spec: EncodeSpec) -> None:

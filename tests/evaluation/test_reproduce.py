@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from ddim.checkpoints import load_model
+from ddim.checkpoints.shipped import SHIPPED
 from ddim.data.datasets import DataSpec
 from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.image_sets import evaluate as evaluate_images
 from ddim.evaluation.metrics import MetricSpec
-from ddim.evaluation.reproduce import MOST_DIGITS, ReproduceSpec, agreeing_digits, reproduce
+from ddim.evaluation.reproduce import MOST_DIGITS, ReproduceSpec, agreeing_digits, find_weights, reproduce
 from ddim.image_io import save_png
 from ddim.results.records import RECORDS
 
@@ -73,6 +75,13 @@ def test_a_record_of_images_comes_out_again(tmp_path: Path, monkeypatch: pytest.
     assert done.agreement() == {"fd_digits_classifier_5": MOST_DIGITS}
 
 
+def test_weights_of_a_shipped_model_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = {"weights_hash": load_model("digits").weights_hash, "weights": "ema", "step": 2000}
+    record = {"model": model, "config": {"checkpoint": "digits"}}
+    assert find_weights(ReproduceSpec(key="0" * 16, output_dir="outputs"), record) == SHIPPED["digits"]
+
+
 def test_what_was_chosen_is_chosen_again(recorded: dict[str, Any]) -> None:
     recorded["config"]["compute"] |= dict.fromkeys(("bf16", "winograd", "compile")) | {"channels_last": False}
     recorded["compute"] |= {"settings": "float32+channels_last", "batch_size": 7}
@@ -110,7 +119,7 @@ def other_weights(record: dict[str, Any]) -> None:
         (without("config"), "has no configuration"),
         (
             other_weights,
-            r"no file under outputs, docs/results has the ema weights 000000000000 .*they were outputs/gone",
+            r"no file under outputs, docs/results and no model that ships has the ema weights 0{12} .*they were output",
         ),
         (lambda record: record.update(key="0" * 16), "has the record"),
     ],

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddim import SamplerSpec, initial_noise, linear_schedule
-from ddim.checkpoints import LoadedModel
+from ddim import GuidanceSpec, SamplerSpec, initial_noise, linear_schedule
+from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.prediction import PREDICTIONS, x0_from_eps
 from ddim.errors import UserError
 from ddim.evaluation.job import sampler_settings
 from ddim.evaluation.variance import EstimateVarianceSpec, estimate, write_variance
 from ddim.inference.compute import ComputeSpec
+from ddim.inference.conditioning import conditioned
 from ddim.inference.generate import check_sampler, generate
 from ddim.results.records import record_key
 
@@ -127,6 +128,14 @@ def test_a_file_of_other_weights_is_refused(spec: EstimateVarianceSpec, model: L
     write_variance(dataclasses.replace(spec, weights="online"))
     with pytest.raises(UserError, match=rf"not with {model.weights_hash[:8]} \(ema\); run scripts/estimate_variance"):
         check_sampler(model, analytic(spec.path))
+
+
+def test_variances_without_labels_are_not_for_labels(spec: EstimateVarianceSpec, conditional_checkpoint: Path) -> None:
+    write_variance(dataclasses.replace(spec, checkpoint=str(conditional_checkpoint)))
+    conditional = load_model(conditional_checkpoint)
+    check_sampler(conditioned(conditional, None, GuidanceSpec()), analytic(spec.path))
+    with pytest.raises(UserError, match="estimated without labels; leave label out, or take sampler=ddpm"):
+        check_sampler(conditioned(conditional, 3, GuidanceSpec()), analytic(spec.path))
 
 
 @pytest.mark.parametrize(

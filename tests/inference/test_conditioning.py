@@ -14,7 +14,7 @@ from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import class_grid, grid
 from ddim.inference.compute import ComputeSpec
-from ddim.inference.conditioning import arrange, condition_settings, conditioned, one_label
+from ddim.inference.conditioning import arrange, condition_settings, conditioned, one_label, unlabelled
 from ddim.inference.generate import check_sampler, generate, network_evaluations
 from ddim.inference.sample_files import SampleSpec, write_samples
 
@@ -98,6 +98,9 @@ def test_without_dropped_labels_there_is_no_guidance(animals: LoadedModel) -> No
     for label, guidance in ((None, NONE), ("cat", GuidanceSpec(1.0)), ("cat", GuidanceSpec(-1.0))):
         with pytest.raises(UserError, match="no image without its label"):
             conditioned(trained, label, guidance)
+    with pytest.raises(UserError, match=r"the likelihood is computed without labels, .* no image"):
+        unlabelled(trained, "the likelihood")
+    unlabelled(animals, "the likelihood")
 
 
 @pytest.mark.parametrize("w", [0.0, -1.0])

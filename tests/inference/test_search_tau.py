@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+import ddim
 from ddim.checkpoints import LoadedModel
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.inference.compute import ComputeSpec
+from ddim.inference.generate import check_exact, check_sampler
 from ddim.inference.search_tau import SearchTauSpec, write_tau
 from ddim.inference.trajectories import SamplingContext, sample_from
 
@@ -40,7 +42,7 @@ def test_the_file_states_times_errors_and_their_origin(spec: SearchTauSpec, mode
     sampler = SamplerSpec("dpm_solver_pp", None, S=None, spacing=str(spec.path))
     assert sampler.tau(50) == tuple(found["tau"])
     # The error again, by the functions that figures sample with, on the images that the search has not seen.
-    exact = SamplerSpec("adams_bashforth", None, 3).at_times(range(1, 51))
+    exact = SamplerSpec("adams_bashforth", None, order=3, S=3).at_times(range(1, 51))
     context, unseen = SamplingContext(model, spec.seed, spec.compute), range(1_000_003, 1_000_006)
     x_T = initial_noise(unseen, model.spec.image_shape, spec.seed)
     ends = [sample_from(context, chosen, x_T, unseen, lambda count: None) for chosen in (sampler, exact)]
@@ -64,7 +66,8 @@ def test_the_same_search_writes_the_same_file(spec: SearchTauSpec) -> None:
         ({"seed": -1}, "seed=-1"),
         ({"sampler": SamplerSpec(eta=1.0, S=3)}, "needs a deterministic sampler"),
         ({"sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))}, "the search chooses the times"),
-        ({"candidates": 1}, r"candidates=1 must be at least sampler.S=2"),
+        ({"candidates": 1}, r"candidates=1 must lie in 2 \.\. 200"),
+        ({"candidates": 1000}, r"candidates=1000 must lie in 2 \.\. 200"),
         ({"name": "../searched"}, "must be a file name without a folder"),
     ],
 )
@@ -89,6 +92,15 @@ def test_bad_input_is_refused_before_the_search(
     with pytest.raises(UserError, match=message):
         write_tau(dataclasses.replace(spec, candidates=60, **changes))
     assert not spec.path.exists()
+
+
+def test_zero_terminal_snr_has_no_exact_trajectory(model: LoadedModel) -> None:
+    zero = dataclasses.replace(model.spec, schedule=ddim.zero_terminal_snr(model.spec.schedule), prediction="v")
+    check_sampler(dataclasses.replace(model, spec=zero), SamplerSpec(S=2))
+    with pytest.raises(UserError, match="exact trajectories cannot start at alpha_bar=0"):
+        check_exact(dataclasses.replace(model, spec=zero), SamplerSpec(S=2))
+    exact = SamplerSpec("adams_bashforth", None, S=50, order=3, clip="x0")
+    assert check_exact(model, SamplerSpec(S=2, clip="x0")) == exact
 
 
 def test_an_earlier_file_is_replaced_on_demand_only(spec: SearchTauSpec) -> None:

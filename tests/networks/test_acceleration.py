@@ -149,9 +149,24 @@ def test_winograd_needs_a_cpu_and_graphs_need_cuda(compile_calls):
         accelerate(torch.nn.Linear(2, 2), CUDA, winograd=True)
     with pytest.raises(UserError, match="graphs=true is for CUDA devices, and the device is cpu"):
         accelerate(torch.nn.Linear(2, 2), CPU, graphs=True)
-    for option in ("compile", "graphs"):
-        accelerate(torch.nn.Linear(2, 2), CUDA, **{option: True})
-    assert [options["mode"] for options in compile_calls] == [None, "reduce-overhead"]
+
+
+def test_a_graph_does_not_overwrite_its_last_output(monkeypatch, compile_calls):
+    """It replays into one buffer; samplers with a memory use the outputs of earlier calls."""
+    network, buffer = torch.nn.Linear(2, 2), torch.zeros(1, 2)
+
+    def compile(forward, **options):
+        assert options == {"mode": "reduce-overhead", "dynamic": False}
+        return lambda x: buffer.copy_(forward(x))
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with torch.no_grad():
+        expected = [network(torch.full((1, 2), value)) for value in (1.0, 2.0)]
+        accelerate(network, CUDA, graphs=True)
+        outputs = [network(torch.full((1, 2), value)) for value in (1.0, 2.0)]
+    assert all(map(torch.equal, outputs, expected))
+    accelerate(torch.nn.Linear(2, 2), CUDA, compile=True)
+    assert compile_calls == [{"dynamic": False}]
 
 
 FAULTS = """

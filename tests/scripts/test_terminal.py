@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 TRAIN = Path(__file__).parents[2] / "scripts" / "train.py"
-SMALL = ("experiment=digits", "network.ch=16", "network.num_groups=4", "trainer.batch_size=16", "grid.every=0")
+SMALL = (
+    "experiment=digits",
+    "network.ch=16",
+    "network.num_groups=4",
+    "trainer.batch_size=16",
+    "grid.every=0",
+    "eval.every=0",
+)
 
 pytestmark = pytest.mark.integration
 
