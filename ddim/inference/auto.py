@@ -1,4 +1,4 @@
-"""The fastest settings whose effect on results is below seed noise: what `compute=auto` and `trainer=auto` take.
+"""What `compute=auto` and `trainer=auto` take: the fastest settings whose effect is expected to be below seed noise.
 
 `choose_settings` is a pure function of the device, the work and the settings that are given; docs/performance.md has
 the measurements that it rests on.
