@@ -195,7 +195,7 @@ class Sweep:
 
         A single process on a CPU needs it for sampling; and nothing may use a GPU while it captures CUDA graphs.
         """
-        gains = job.overlaps or (processes.world_size > 1 and job.compute.device == "cpu")
+        gains = job.shares_gpu or (processes.world_size > 1 and job.compute.device == "cpu")
         if not (self.here and gains and hasattr(module, "evaluate_in_steps")):
             return None
         self.pool = self.pool or ThreadPoolExecutor(1)

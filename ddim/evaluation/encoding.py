@@ -133,6 +133,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         "inversion": spec.how.settings(),
         "nfe": evaluations,
         "bf16": compute.bf16,
+        "tf32": compute.uses_tf32,
         "fingerprint": processes.run_on_main(images.fingerprint),  # every image is read: a wrong one is named here
     }
     shards = Shards(Path(spec.output_dir) / UNFINISHED / record_key(metadata), range(len(images)))

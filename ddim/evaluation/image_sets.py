@@ -165,13 +165,13 @@ class MetricsSpec:
         """
         assert self.images is not None
         with _own_keys(self.images):
-            splits = split_folders(Path(self.images)) if Path(self.images).is_dir() else []
-            if splits:
+            data = self._data(self.images)  # which refuses folders that may be splits or classes
+            if data.name == "folder" and (splits := split_folders(Path(self.images))):
                 raise UserError(
                     f"images={self.images} holds {' and '.join(splits)}; give one of them, such as "
                     f"images={Path(self.images) / splits[0]}."
                 )
-            return session.samples(self._data(self.images))
+            return session.samples(data)
 
     def _data(self, path: str) -> DataSpec:
         """Return what is at a path as a data set.

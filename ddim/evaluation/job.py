@@ -142,13 +142,14 @@ class Job:
         return Shards(self.output_dir / UNFINISHED / self.key, self.indices)
 
     @property
-    def overlaps(self) -> bool:
-        """Whether a GPU samples while another thread of this process extracts features.
+    def shares_gpu(self) -> bool:
+        """Whether a GPU samples while another thread of this process uses it; not where it captures CUDA graphs."""
+        return torch.device(self.compute.device).type == "cuda" and not self.compute.graphs
 
-        Not where it captures CUDA graphs, nor where it samples in TF32: that is a setting of the whole process.
-        """
-        cuda = torch.device(self.compute.device).type == "cuda"
-        return cuda and not self.compute.graphs and not self.compute.uses_tf32
+    @property
+    def overlaps(self) -> bool:
+        """Whether features are extracted meanwhile; not of samples in TF32, a setting of the whole process."""
+        return self.shares_gpu and not self.compute.uses_tf32
 
     def find_record(self) -> Record | None:
         """Return its record if there is one."""

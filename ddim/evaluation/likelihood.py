@@ -132,7 +132,8 @@ class LikelihoodSpec(JobSpec):
             UserError: bad input.
         """
         compute = self.compute
-        if self.method == "ode":  # fewer and fewer images are unfinished: it would be compiled for each number of them
+        if self.method == "ode" and self.tolerance is not None:
+            # Fewer and fewer images are unfinished, and it would be compiled for each number of them.
             compute = dataclasses.replace(compute, compile=bool(compute.compile), graphs=bool(compute.graphs))
         model, compute = session.model(self.checkpoint, self.weights, compute)
         # The adaptive rule has times of its own; S = 1 exists for every T.

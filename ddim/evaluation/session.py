@@ -112,11 +112,13 @@ class Session:
     def _reference_stats(self, data: DataSpec, metric: MetricSpec, device: str, folder: str) -> FeatureSet:
         images, extractor = self.images(data, metric.reference_split), self.extractor(metric, device)
         described = self.metric_description(metric, device)
-        cache_key = {
+        cache_key: dict[str, Any] = {
             "images": self.fingerprint(data, metric.reference_split),
             "extractor": {key: described[key] for key in FEATURE_KEYS if key in described}
             | {"layers": extractor.layers},
         }
+        if extractor.device.type == "cuda":  # those of earlier code were in TF32
+            cache_key["tf32"] = False
         return measure_reference(
             images, cache_key, extractor, Path(folder), self.processes, with_features=metric.needs_features
         )

@@ -1,7 +1,7 @@
 """What `compute=auto` and `trainer=auto` take: the fastest settings whose effect is expected to be below seed noise.
 
 `choose_settings` is a pure function of the device, the work and the settings that are given; docs/performance.md has
-the measurements that it rests on.
+the measurements that it rests on, as far as records of them were kept.
 """
 
 import json
@@ -138,8 +138,14 @@ def _for_gpu(hardware: Hardware, work: Work, given: Mapping[str, bool]) -> Choic
         reason += ", and triton or a C compiler is missing to compile it"
     compiled = given.get("compile", long and hardware.compiler)
     graphs = compiled and small and not work.training
-    bf16 = hardware.bf16 and not given.get("winograd")  # which is refused: it is for CPUs
-    settings = {"bf16": bf16, "tf32": hardware.bf16, "channels_last": True, "compile": compiled, "graphs": graphs}
+    bf16 = given.get("bf16", hardware.bf16 and not given.get("winograd"))  # which is refused: it is for CPUs
+    settings = {
+        "bf16": bf16,
+        "tf32": hardware.bf16 and not bf16,
+        "channels_last": True,
+        "compile": compiled,
+        "graphs": graphs,
+    }
     return Choice(settings, at_once if small else 0, reason)
 
 

@@ -98,7 +98,8 @@ def in_precision_of(encoded: EncodedImages, compute: ComputeSpec) -> ComputeSpec
     """
     encoded_in = bool(encoded.metadata.get("bf16")) and not compute.winograd
     bf16 = encoded_in if compute.bf16 is None else compute.bf16
-    return dataclasses.replace(compute, bf16=bf16, tf32=bool(compute.tf32))
+    tf32 = bool(encoded.metadata.get("tf32")) if compute.tf32 is None else compute.tf32
+    return dataclasses.replace(compute, bf16=bf16, tf32=tf32)
 
 
 def check_images(x_T: Tensor, path: str | None, indices: Sequence[int]) -> None:

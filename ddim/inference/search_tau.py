@@ -51,8 +51,8 @@ class SearchTauSpec:
         overwrite: replace the file of an earlier search.
 
     Raises:
-        ValueError: n below 1, image numbers or a seed out of range, a stochastic sampler, S out of range, or a
-            name that is none.
+        ValueError: n below 1, image numbers or a seed out of range, a stochastic sampler, S or candidates out of
+            range, or a name that is none.
     """
 
     checkpoint: FilePath
@@ -77,6 +77,10 @@ class SearchTauSpec:
             raise ValueError("the search needs a deterministic sampler, such as sampler=ddim with sampler.eta=0.")
         if self.sampler.S is None or self.sampler.has_file:
             raise ValueError("the search chooses the times: give sampler.S and leave sampler.spacing and times out.")
+        if self.sampler.S > MOST_CANDIDATES:
+            raise ValueError(
+                f"sampler.S={self.sampler.S} is more than {MOST_CANDIDATES}, the most that a search takes."
+            )
         if not self.sampler.S <= self.candidates <= MOST_CANDIDATES:
             raise ValueError(
                 f"candidates={self.candidates} must lie in {self.sampler.S} .. {MOST_CANDIDATES}: sampler.S at least, "

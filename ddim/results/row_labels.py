@@ -7,8 +7,6 @@ from typing import Any
 from ddim.results.protocol import SHORT, differing_keys, setting_text, shared_protocol, weights_label
 from ddim.results.records import Record, record_key
 
-IN_LABEL = ("tau", "order")  # settings of samplers that tell no rows apart: τ stands with S, and labels have the order
-
 
 def distinct_labels(records: Sequence[Record]) -> list[Record]:
     """Return completed records whose label names one sampler, among those of the same protocol.
@@ -29,22 +27,37 @@ def distinct_labels(records: Sequence[Record]) -> list[Record]:
 
 
 def _with_differences(records: Sequence[Record]) -> list[Record]:
-    samplers: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        samplers.setdefault(_row(record), []).append(_settings(record))
+    rows: dict[str, list[dict[str, Any]]] = {}
+    named = [(record, _row(record), _settings(record)) for record in records]
+    for _, row, settings in named:
+        rows.setdefault(row, []).append(settings)
+    texts = {row: _texts(samplers) for row, samplers in rows.items()}
     labelled = []
-    for record in records:
-        own = _settings(record)
-        given = {key: own.get(key) for key in differing_keys(samplers[_row(record)])}
-        listed = ", ".join(f"{key}={setting_text(value)[:SHORT]}" for key, value in given.items() if value is not None)
-        labelled.append(record | {"label": f"{record['label']} ({listed})"} if listed else record)
+    for record, row, settings in named:
+        text = texts[row][record_key(settings)]
+        labelled.append(record | {"label": f"{record['label']} ({text})"} if text else record)
     return labelled
 
 
+def _texts(samplers: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return key of the settings of a sampler -> what to add to their label; "" for samplers that are all the same."""
+    keys = differing_keys(samplers)
+    orders = {settings.get("order") for settings in samplers} - {None}
+    if len(orders) == 1:  # the default of the rule, or given
+        keys = [key for key in keys if key != "order"]
+    texts = {}
+    for settings in samplers:
+        given = [(key, settings[key]) for key in keys if settings.get(key) is not None]
+        texts[record_key(settings)] = ", ".join(f"{key}={setting_text(value)[:SHORT]}" for key, value in given)
+    if keys and len(set(texts.values())) < len({record_key({k: s.get(k) for k in keys}) for s in samplers}):
+        return {key: ", ".join(filter(None, (text, key[:6]))) for key, text in texts.items()}
+    return texts
+
+
 def _settings(record: Record) -> dict[str, Any]:
-    """Return the settings of a record's sampler on one level, without those in IN_LABEL."""
+    """Return the settings of a record's sampler on one level, without its times, which stand with S."""
     sampler = record["sampler"] | (record["sampler"].get("kwargs") or {})
-    return {key: value for key, value in sampler.items() if key not in (*IN_LABEL, "kwargs")}
+    return {key: value for key, value in sampler.items() if key not in ("tau", "kwargs")}
 
 
 def _row(record: Record) -> str:

@@ -229,6 +229,8 @@ def test_images_are_decoded_in_the_precision_of_encoding(encoded_in: bool) -> No
     assert chosen == dataclasses.replace(automatic, bf16=encoded_in, tf32=False)
     given = ComputeSpec("cpu", bf16=True, tf32=True)
     assert in_precision_of(encoded, given) == given
+    in_tf32 = dataclasses.replace(encoded, metadata={"bf16": False, "tf32": True})
+    assert in_precision_of(in_tf32, automatic).tf32
 
 
 def test_decode_with_is_the_sampler_in_words(spec: EncodeSpec) -> None:

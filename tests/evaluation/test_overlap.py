@@ -114,4 +114,6 @@ def test_only_gpus_without_graphs_and_tf32_overlap(
     spec: EvaluateSpec, settings: dict[str, Any], expected: bool
 ) -> None:
     compute = dataclasses.replace(spec.compute, **settings)
-    assert dataclasses.replace(spec.prepare(Session()), compute=compute).overlaps == expected
+    prepared = dataclasses.replace(spec.prepare(Session()), compute=compute)
+    assert prepared.overlaps == expected
+    assert prepared.shares_gpu == (compute.device == "cuda" and not compute.graphs)  # for metrics, in float64

@@ -38,9 +38,9 @@ def chosen(hardware: Hardware, work: Work, seconds: Seconds | None = None, **giv
 
 def test_a_gpu_compiles_for_long_work_only() -> None:
     bare = dataclasses.replace(H100, compiler=False)
-    assert chosen(H100, LONG) == ("bf16+tf32+channels_last+compile", 0)
-    assert chosen(H100, SHORT) == ("bf16+tf32+channels_last", 0)
-    assert chosen(bare, LONG) == ("bf16+tf32+channels_last", 0)
+    assert chosen(H100, LONG) == ("bf16+channels_last+compile", 0)
+    assert chosen(H100, SHORT) == ("bf16+channels_last", 0)
+    assert chosen(bare, LONG) == ("bf16+channels_last", 0)
     assert "too short to compile for" in choose_settings(H100, SHORT).reason
     assert "triton or a C compiler is missing" in choose_settings(bare, LONG).reason
 
@@ -53,13 +53,13 @@ def test_the_precision_of_a_record_does_not_depend_on_the_work(hardware: Hardwar
 
 def test_graphs_are_for_small_batches_that_are_sampled_for_long() -> None:
     small = Work(CIFAR10, 10_000_000, 16)
-    assert chosen(H100, small) == ("bf16+tf32+channels_last+compile+graphs", 16)
-    assert chosen(H100, dataclasses.replace(small, evaluations=16)) == ("bf16+tf32+channels_last", 16)
-    assert chosen(H100, dataclasses.replace(small, training=True))[0] == "bf16+tf32+channels_last+compile"
+    assert chosen(H100, small) == ("bf16+channels_last+compile+graphs", 16)
+    assert chosen(H100, dataclasses.replace(small, evaluations=16)) == ("bf16+channels_last", 16)
+    assert chosen(H100, dataclasses.replace(small, training=True))[0] == "bf16+channels_last+compile"
     assert chosen(V100, small)[0] == "float32+channels_last+compile+graphs"
     assert chosen(H100, small, bf16=False)[0] == "tf32+channels_last+compile+graphs"
     tiny = Work(16_000_000, 50_000_000, 50_000)  # a GPU waits for the host even with the most images
-    assert chosen(H100, tiny) == ("bf16+tf32+channels_last", auto.GPU_MOST)  # 500 s of launches
+    assert chosen(H100, tiny) == ("bf16+channels_last", auto.GPU_MOST)  # 500 s of launches
 
 
 def test_a_cpu_uses_cpp_loops_where_there_is_a_compiler() -> None:

@@ -67,6 +67,7 @@ def test_the_same_search_writes_the_same_file(spec: SearchTauSpec) -> None:
         ({"sampler": SamplerSpec(eta=1.0, S=3)}, "needs a deterministic sampler"),
         ({"sampler": SamplerSpec(S=None, spacing="explicit", times=(1, 9))}, "the search chooses the times"),
         ({"candidates": 1}, r"candidates=1 must lie in 2 \.\. 200"),
+        ({"sampler": SamplerSpec(S=300)}, r"sampler.S=300 is more than 200"),
         ({"candidates": 1000}, r"candidates=1000 must lie in 2 \.\. 200"),
         ({"name": "../searched"}, "must be a file name without a folder"),
     ],

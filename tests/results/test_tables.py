@@ -148,6 +148,12 @@ def test_samplers_of_one_label_have_a_row_each() -> None:
     random.Random(0).shuffle(records)
     [table] = build_tables(records)
     assert values(table) == shown
+    longer = [made(float(i), path=f"/data/stats/very/long/{i}.json") for i in range(2)]
+    [table] = build_tables(longer)
+    assert sorted(values(table).values()) == [[0.0], [1.0]]
+    orders = [record("my 2M", 10, float(order or 2), sampler__order=order) for order in (None, 2, 3)]
+    assert sorted(values(build_tables(orders)[0]).values()) == [[2.0], [2.0], [3.0]]
+    assert values(build_tables(orders[:2])[0]) == {"my 2M": [2.0]}  # the default, given
     one, other = (record("η=0.0", 10, value, "mine", sampler__tau=[1, *tau]) for value, tau in ((1.0, [5]), (2.0, [6])))
     [table] = build_tables([one, other])
     assert sorted(values(table).values()) == [[1.0], [2.0]]

@@ -36,7 +36,7 @@ def settings(trainer):
 
 
 def test_a_gpu_trains_in_bfloat16_and_compiles_for_long_runs(chosen):
-    fast = {"precision": "bf16-mixed", "tf32": True, "channels_last": True}
+    fast = {"precision": "bf16-mixed", "channels_last": True}
     assert settings(chosen(GPU, 10)) == fast
     assert settings(chosen(GPU, 1_000_000)) == fast | {"compile": True}
     assert settings(chosen(GPU, 1_000_000, precision="32-true", compile=False)) == {"tf32": True, "channels_last": True}
