@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, type check and test; about twelve minutes on two cores. Other arguments go to pytest: bash scripts/test.sh -k sampling
+# Lint, type check and test; about sixteen minutes on two cores. Other arguments go to pytest: bash scripts/test.sh -k sampling
 #   bash scripts/test.sh --quick     lint and unit tests, in 90 s
 set -euo pipefail
 source "$(dirname "$0")/_environment.sh"

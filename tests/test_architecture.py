@@ -308,6 +308,10 @@ BESIDE_THE_METHOD = {
 }
 
 
+def test_scripts_use_no_private_module_of_hydra() -> None:
+    assert [path.name for path in SCRIPTS if "hydra._internal" in path.read_text()] == []
+
+
 def test_the_method_stays_small() -> None:
     """A core that is read in an hour; other views of the method stand beside it."""
     files = (ROOT / "ddim" / "diffusion").glob("*.py")
