@@ -28,7 +28,7 @@ from ddim.errors import UserError
 from ddim.inference.auto import SETTINGS
 from ddim.inference.compute import ComputeSpec, prepare_model
 from ddim.inference.generate import generate
-from ddim.networks import UNetSpec, accelerate, build_network
+from ddim.networks import UNetSpec, accelerate, build_network, float32_products
 from ddim.networks.cpu.norm_silu import fuse_norms
 from ddim.networks.cpu.winograd import use_winograd
 from ddim.training.dry_run import Stopwatch
@@ -140,7 +140,8 @@ class Ours(Baseline):
             stopwatch = Stopwatch(1, clock)
             callbacks = [EMA(EMASpec(EMA_RATE)), stopwatch]
             lightning = build_trainer(spec, Path(spec.output_dir), callbacks, [], max_steps=steps)
-            lightning.fit(module, ImageDataModule(images, batch, spec.seed, steps, flip=True))
+            with float32_products(bool(spec.trainer.tf32)):  # as train.py
+                lightning.fit(module, ImageDataModule(images, batch, spec.seed, steps, flip=True))
             return stopwatch.seconds_per_step
 
         return run

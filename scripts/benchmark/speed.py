@@ -151,8 +151,10 @@ class Benchmark:
             return self.write("missing", peer=name, reason="give --official PATH of a checkout of ermongroup/ddim")
         try:
             network = code.network().eval()
-        except ImportError as error:
-            return self.write("missing", peer=name, reason=f"not installed ({error})")
+        except Exception as error:  # another package, perhaps beside versions that it does not know
+            if name == "ours" or isinstance(error, UserError):
+                raise
+            return self.write("missing", peer=name, reason=f"cannot be used here ({error})")
         apart = output_difference(name, code, network) if code.same_network else None
         print(f"{name}: difference of its output to ours on the same weights: {apart}", flush=True)
         size = {"parameters": sum(p.numel() for p in network.parameters()), "flops": flops(network, code.image_shape)}

@@ -1,6 +1,7 @@
 """Timing for the benchmarks: settings, interleaved rounds, operations, the machine."""
 
 import math
+import os
 import platform
 import re
 import time
@@ -123,7 +124,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     path = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", path.read_text(encoding="utf-8")) if path.exists() else None
     return {
-        "run": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "run": f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {os.getpid()}",  # several may start in one second
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processor": model[1] if model else platform.processor(),
         "threads": torch.get_num_threads(),

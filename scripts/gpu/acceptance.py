@@ -41,16 +41,19 @@ CPU_COMPUTE = "device=cpu batch_size=16 bf16=false channels_last=false compile=f
 CPU_TRAINER = "accelerator=cpu devices=1 precision=32-true channels_last=false compile=false winograd=false"
 # A run of minutes: a large batch and rate, a short warm-up, averages over a ninth of the run, 500 and 100 steps.
 RECIPE = (
-    "trainer.max_steps=1000000 trainer.batch_size=256 trainer.log_every=50 trainer.checkpoint_every=5000 "
+    "trainer.max_steps=1000000 trainer.batch_size=256 trainer.log_every=50 trainer.checkpoint_every=1000 "
     "trainer.keep_last=1 optim.lr=0.0006 optim.warmup=200 ema.decay=[0.9999,0.998,0.99] ema.warmup=true"
 )
 TINY_RECIPE = (
     "trainer.max_steps=10 trainer.batch_size=8 trainer.log_every=5 "
     "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1"
 )
-SWEEP = "n=5000 metric.batch_size=500 sampler=ddim,ddim_eta05,ddpm,sigma_hat_clamped"
-TINY_SWEEP = "n=20 sampler=ddim,sigma_hat_clamped"
-REST = 170  # seconds of the training part for what follows the training
+SWEEP, TINY_SWEEP = "n=2000 metric.batch_size=500", "n=20"
+# The steps first: all samplers of the smallest S, then of the next, so that there is a table when the time is up.
+ENTRIES = "sampler.S=10,20,50 sampler=ddim,ddim_eta05,ddpm,sigma_hat_clamped"
+TINY_ENTRIES = "sampler.S=2,3 sampler=ddim,sigma_hat_clamped"
+REST = 240  # seconds of the training part for what follows the training
+REPORT = 40  # seconds of these for a report, where the sweep is late
 # What a record says about the machine.
 MACHINE = """
 import json, sys, torch
@@ -117,6 +120,7 @@ class Acceptance:
         paths = [str(ROOT), str(self.work / "site"), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "compiled")  # shared by all stages
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each process, and six compile side by side
         environment["DDIM_GPU"] = "cpu" if self.tiny else "cuda"
         if self.tiny:
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -132,7 +136,13 @@ class Acceptance:
         """Run Python as no stage, for what it prints."""
         command = [sys.executable, *words]
         return subprocess.run(
-            command, cwd=ROOT, env=self.stages.environment, capture_output=True, text=True, encoding="utf-8"
+            command,
+            cwd=ROOT,
+            env=self.stages.environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=120,  # of one that hangs
         )
 
     def start(self) -> None:
@@ -159,11 +169,12 @@ class Acceptance:
         self.work.mkdir(parents=True, exist_ok=True)
         if not site.exists():
             pip = "-m pip install --quiet --no-index --no-deps --no-compile --target"
-            if not self.python("install", 90, pip, site, *wheels):
-                shutil.rmtree(site, ignore_errors=True)  # for another try
+            if self.python("install", 90, pip, partial_folder(site), *wheels):
+                partial_folder(site).rename(site)
         if (kit / "images.zip").exists() and not images.exists():
             with zipfile.ZipFile(kit / "images.zip") as archive:
-                archive.extractall(images)
+                archive.extractall(partial_folder(images))
+            partial_folder(images).rename(images)
         self.images = self.images or (images if images.exists() else None)
         self.official = self.official or (kit / "official" if (kit / "official").exists() else None)
         if not (ROOT / ".git").exists():  # the checkout came without; records ask git for the commit
@@ -179,7 +190,10 @@ class Acceptance:
         spread = ["-n", "4"] if importlib.util.find_spec("xdist") and not self.tiny else []
         pytest = "-m pytest -q -p no:cacheprovider -W default"  # other versions' warnings are no failures here
         junit = self.out / "gpu_tests.xml"
-        gpu_tests = ["-m", "gpu", "tests", f"--junitxml={junit}", "-o", "junit_family=xunit1", *spread]
+        tests = sorted((ROOT / "tests").rglob("test_*.py"))
+        with_gpu = [path for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
+        gpu_tests: list[str | Path] = ["-v", "--continue-on-collection-errors", "-m", "gpu", *with_gpu, *spread]
+        gpu_tests += [f"--junitxml={junit}", "-o", "junit_family=xunit1"]
         files = ["tests/diffusion/test_schedule.py"] if self.tiny else ["tests/diffusion", "tests/networks"]
         if self.tiny:
             gpu_tests += ["-k", "not compile"]  # takes minutes on a CPU
@@ -218,18 +232,20 @@ class Acceptance:
     def compile(self, name: str, part: str, limit: float) -> None:
         """Compile what the benchmark is going to time; torch keeps it."""
         if name != "official" or self.official:
-            words = [*self.benchmark((name,), limit, self.work / "compiled.jsonl"), "--settings", COMPILED]
-            self.python(f"compile-{name}-{part}", limit, "scripts/benchmark/speed.py", *words, "--parts", part)
+            stage = f"compile-{name}-{part}"
+            words = [*self.benchmark((name,), limit, self.work / f"{stage}.jsonl"), "--settings", COMPILED]
+            self.python(stage, limit, "scripts/benchmark/speed.py", *words, "--parts", part)
 
     def speed(self) -> None:
         """Time sampling and training beside the others, and say the tables."""
-        seconds = self.stages.left - 10
+        seconds = self.stages.left - 40  # its clock begins when it has been imported
         if "training" in self.options.parts:
             seconds /= 2
+        parts = ["--parts", "sampling"] if seconds < 240 and not self.tiny else []
         out = self.out / "speed.jsonl"
         benchmark = "scripts/benchmark/speed.py"
         # The limit is for one that hangs: the benchmark ends by itself.
-        self.python("speed", seconds + 60, benchmark, *self.benchmark(BASELINES, seconds, out))
+        self.python("speed", seconds + 60, benchmark, *self.benchmark(BASELINES, seconds, out), *parts)
         if out.exists():
             table = self.capture(benchmark, "--table", str(out))
             self.stages.say(table.stdout.rstrip())
@@ -247,14 +263,11 @@ class Acceptance:
         self.python("train", limit, "scripts/train.py", *train, endless=True)
         last = run / "checkpoints" / "last.ckpt"
         if not last.exists():
+            self.stages.failed.append("train: no checkpoint")
             return
         sweep = ["-m", f"checkpoint={last}", *data, f"metric={metric}", *(TINY_SWEEP if tiny else SWEEP).split()]
         sweep += [*self.compute, "sampler.spacing=quadratic", "name=gpu", f"output_dir={run}/table"]
         sweep.append(f"reference_dir={self.work}/reference")
-        S = ["2", "3"] if tiny else ["10", "20", "50", "100"]
-        if not self.python("evaluate", REST - 60, "scripts/evaluate.py", *sweep, f"sampler.S={','.join(S)}"):
-            # Nothing is computed again: a report of the records that are there.
-            self.python("report", 30, "scripts/evaluate.py", *sweep, f"sampler.S={S[0]}")
         pictures = [f"checkpoint={last}", *self.compute, "compute.compile=false", "overwrite=true"]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
@@ -266,7 +279,12 @@ class Acceptance:
         self.stages.together(partial(self.python, "figures", 50, "scripts/figures.py", *figures), *grids)
         precision = [last, "--extractor", metric, "--n", "8" if tiny else "1500", "--steps", "2" if tiny else "20"]
         out = ["--out", self.out / "precision.jsonl"]
-        self.python("precision", self.stages.left - 5, "scripts/benchmark/precision.py", *precision, *out)
+        self.python("precision", 60, "scripts/benchmark/precision.py", *precision, *out)
+        entries = (TINY_ENTRIES if tiny else ENTRIES).split()
+        if not self.python("evaluate", self.stages.left - REPORT, "scripts/evaluate.py", *sweep, *entries):
+            # The first entry is there, so nothing is computed; the report is of all records that are.
+            first = [word.partition(",")[0] for word in entries]
+            self.python("report", REPORT, "scripts/evaluate.py", *sweep, *first)
 
     def read_checks(self, junit: Path) -> None:
         """Take each test on the GPU and what it measured into the record; say the numbers."""
@@ -284,9 +302,23 @@ class Acceptance:
         if self.options.kit:
             with tarfile.open(self.out / "results.tar.gz", "w:gz") as archive:
                 for path in filter(Path.exists, (self.work / "digits", self.work / "cifar10")):
-                    archive.add(path, path.name, filter=lambda entry: None if entry.name.endswith(".ckpt") else entry)
+                    archive.add(path, path.name, filter=lambda entry: None if is_large(entry.name) else entry)
+            run = self.work / "cifar10"  # as files too: an archive that is too large stays there
+            for path in (run / "table" / "table.md", run / "table" / "records.jsonl", *run.glob("*/grid.png")):
+                if path.exists():
+                    shutil.copy(path, self.out / f"cifar10_{path.parent.name}_{path.name}")
         failed, seconds = ", ".join(self.stages.failed), time.monotonic() - self.started
         self.stages.say(f"{f'not ok: {failed}' if failed else 'every stage ok'}, {seconds:.0f} s: {self.out}")
+
+
+def is_large(name: str) -> bool:
+    """Return whether a file is left on the machine: weights, tensors, and features of an unfinished evaluation."""
+    return name.endswith((".ckpt", ".safetensors")) or "/unfinished/" in name
+
+
+def partial_folder(folder: Path) -> Path:
+    """Return where a folder is made before it gets its name, so that a half of one is never taken for it."""
+    return folder.with_name(f"{folder.name}.partial")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORTEST = 5.0  # seconds; a stage that has less is left out
-GRACE = 20.0  # seconds that a stage whose time is up has to save its work
+GRACE = 20.0  # seconds that a stage whose time is up has to end
+SAVING = 60.0  # seconds that an endless one has to save its work
 STOPPED = 75  # exit status of a command that was told to stop, and saved
 
 
@@ -59,15 +60,18 @@ class Stages:
     def run(self, name: str, limit: float, *command: str | Path, endless: bool = False) -> bool:
         """Run a command for at most `limit` seconds, and at most those that are left; return whether it went well.
 
-        When its time is up it gets SIGTERM, and after `GRACE` seconds it is killed with all that it started. Of one
-        that is endless it is expected that it then saves its work and exits with `STOPPED`.
+        When its time is up it gets SIGTERM (pytest SIGINT, at which it reports what it has run), and after `GRACE`
+        seconds it is killed with all that it started. Of one that is endless it is expected that it then saves its
+        work within `SAVING` seconds, and exits with `STOPPED`.
         """
         limit, start = min(limit, self.left), time.monotonic()
         if limit < SHORTEST:
             return self._end(name, "left out", 0.0, "no time left", "")
         with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
             try:
-                late, status = self._wait([str(word) for word in command], limit, log.fileno())
+                late, status = self._wait([str(word) for word in command], limit, log.fileno(), endless)
+            except OSError as error:  # there is no such program
+                return self._end(name, "FAILED", time.monotonic() - start, str(error), "")
             except BaseException:  # Ctrl-C
                 self._end(name, "stopped", time.monotonic() - start, "", "")
                 raise
@@ -91,7 +95,7 @@ class Stages:
                     _kill(group)
                 raise
 
-    def _wait(self, command: list[str], limit: float, log: int) -> tuple[bool, int]:
+    def _wait(self, command: list[str], limit: float, log: int, endless: bool) -> tuple[bool, int]:
         """Return whether the time was up, and the exit status."""
         process = subprocess.Popen(
             command,
@@ -106,9 +110,10 @@ class Stages:
         try:
             return False, process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.terminate()  # not what it started: it ends that itself
+            # Not to what it started: it ends that itself.
+            process.send_signal(signal.SIGINT if "pytest" in command else signal.SIGTERM)
             try:
-                return True, process.wait(GRACE)
+                return True, process.wait(SAVING if endless else GRACE)
             except subprocess.TimeoutExpired:
                 return True, -signal.SIGKILL
         finally:

@@ -53,6 +53,7 @@ def test_a_stage_ends_ok_failed_late_or_left_out(stages, tmp_path):
     assert not python("slow", 0.5, "import time; time.sleep(60)")
     assert python("endless", 2, SAVES, endless=True)  # told to stop, a training saves and exits with 75
     assert not python("unfinished", 2, SAVES)
+    assert not stages.run("absent", 30, "no_such_program")
     stages.end = 0.0
     assert not python("more", 30, "print('never')")
     assert {r["stage"]: r["verdict"] for r in records(tmp_path)} == {
@@ -61,9 +62,10 @@ def test_a_stage_ends_ok_failed_late_or_left_out(stages, tmp_path):
         "slow": "late",
         "endless": "ok, stopped",
         "unfinished": "late",
+        "absent": "FAILED",
         "more": "left out",
     }
-    assert stages.failed == ["bad", "slow", "unfinished", "more"]
+    assert stages.failed == ["bad", "slow", "unfinished", "absent", "more"]
     summary, log = ((tmp_path / name).read_text() for name in ("summary.txt", "log.txt"))
     assert "last words" in summary
     assert "first" not in summary
@@ -129,7 +131,11 @@ def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
     assert len(specs) == 9
     assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")
     assert specs["evaluate"].compute.bf16 is not rehearsal
-    assert specs["evaluate"].n == (20 if rehearsal else 5000)
+    assert specs["evaluate"].n == (20 if rehearsal else 2000)
+    words = {name: words for name, _, words in commands}
+    first = [word.partition(",")[0] for word in words["evaluate"][-2:]]
+    assert words["report"] == [*words["evaluate"][:-2], *first]
+    assert first[0].startswith("sampler.S=")  # before the samplers: Hydra varies the last fastest
     compiled = [name for name, *_ in commands if name.startswith("compile-")]
     assert len(compiled) == (0 if rehearsal else 6)  # three code bases, sampling and training
 
