@@ -22,7 +22,7 @@ def test_every_record_file_is_in_a_document():
 
 
 def test_the_ledger_names_every_record_and_picture():
-    named = set(re.findall(r"`(\w+\.(?:jsonl|png))`", (RESULTS / "README.md").read_text()))
+    named = set(re.findall(r"`(\w+\.(?:jsonl|png|txt))`", (RESULTS / "README.md").read_text()))
     pictures = (ROOT / "docs" / "images").glob("*.png")
     assert named == {path.name for path in [*RESULTS.glob("*.*"), *pictures]} - {"README.md"}
 
