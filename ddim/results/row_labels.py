@@ -14,15 +14,15 @@ def distinct_labels(records: Sequence[Record]) -> list[Record]:
     Labels leave out what is rarely set, such as some `kwargs`, and of files they have the name at most. Where samplers
     of one label differ, it is followed by the settings in which they do, or by a hash of the times.
     """
-    labelled = _with_differences(records)
+    labelled = [(_entry(record), record) for record in _with_differences(records)]
     taus: dict[str, set[tuple[float, ...]]] = {}
-    for record in labelled:
-        taus.setdefault(_entry(record), set()).add(tuple(record["sampler"]["tau"]))
+    for entry, record in labelled:
+        taus.setdefault(entry, set()).add(tuple(record["sampler"]["tau"]))
     return [
         record | {"label": f"{record['label']} (τ {record_key({'tau': record['sampler']['tau']})[:6]})"}
-        if len(taus[_entry(record)]) > 1
+        if len(taus[entry]) > 1
         else record
-        for record in labelled
+        for entry, record in labelled
     ]
 
 
