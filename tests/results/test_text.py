@@ -88,6 +88,23 @@ def test_json_reads_back() -> None:
     assert back["protocol"]["reference"]["name"] == hostile["reference"]["name"]
 
 
+def test_rows_of_other_times_are_named_beside_them() -> None:
+    made = [
+        record(label, S, 1.0, "mine", sampler__tau=tau)
+        for label, S, tau in (
+            ("A", 2, [1, 500]),
+            ("B", 2, [1, 700.25]),
+            ("C", 2, [1, 500]),
+            ("A", 1, [9]),
+            ("B", 1, [9]),
+        )
+    ]
+    tables = build_tables(made)
+    [content] = json.loads(text.as_json(tables))
+    assert content["tau"] == {"mine": {"1": [9], "2 (A, C)": [1, 500], "2 (B)": [1, 700.25]}}
+    assert "- τ: mine: S=1: 9; S=2 (A, C): 1, 500; S=2 (B): 1, 700.2\n" in text.markdown(tables)
+
+
 def test_markdown_has_title_comparison_and_protocol() -> None:
     tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     shown = text.markdown(tables)
