@@ -10,6 +10,7 @@ from ddim.results.schema import IMAGES
 DEFAULTS = {"kind": "fidelity", "first": 0, "paper": None, "seed": None, "bf16": False, "pixels": None}
 SHARED = ("kind", "paper", "model", "n", "seed", "bf16", "pixels", "reference", "metric")
 FULL = "full"  # the spacing of the chain 1..T
+ADAPTIVE = "adaptive"  # the spacing where the error of a step decides the next
 NO_MODEL = {"model": None, "sampler": {"last_time": 0, "tau": []}, "spacing": FULL}  # of a record of images
 LABELS = {"raw": "online"}  # how records name weights -> how tables do
 SHORT = 12  # hexadecimal digits of a shortened hash

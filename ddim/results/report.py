@@ -7,6 +7,7 @@ differs between two runs of the same evaluation, such as seconds.
 """
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from ddim.results.html import render_page
 from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.protocol import FULL, completed, is_distance, shared_protocol
+from ddim.results.protocol import ADAPTIVE, FULL, completed, is_distance, shared_protocol
 from ddim.results.records import Record, record_key
 from ddim.results.row_labels import distinct_labels, join_checkpoints
 from ddim.results.runs import Run, find_runs
@@ -33,6 +34,7 @@ def build_tables(records: Sequence[Record]) -> list[Table]:
     An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images
     one is chosen by a hash, so that neither their order nor their values matter. Samplers of the same label are told
     apart by what else is set. Several checkpoints share a table, whose rows name their runs.
+    Samplers of one label and NFE that differ in S, as under guidance at some times only, have a row for each S.
     """
     tables = []
     labelled = distinct_labels([completed(record) for record in records])
@@ -194,7 +196,7 @@ def _by_protocol(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[R
 
 def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[Table]:
     """Return a table for each metric of the records in `rows`, pairs of row label and record."""
-    rows = sorted(rows, key=lambda pair: _tie_break(pair[1]))
+    rows = _in_columns(sorted(rows, key=lambda pair: _tie_break(pair[1])))
     tables = []
     for metric in sorted({metric for _, r in rows for metric in r["metrics"]}):
         sets: dict[tuple[str, int], dict[tuple[int, int], Record]] = {}  # of images, by row and NFE
@@ -206,6 +208,22 @@ def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[T
         seeds = sorted({seed for by_set in sets.values() for seed, _ in by_set} - {-1})
         tables.append(Table(metric, shared | {"seed": seeds if len(seeds) > 1 else next(iter(seeds), None)}, entries))
     return tables
+
+
+def _in_columns(rows: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
+    """Return rows of which each label has one S in a column, else S is added to it.
+
+    The evaluations of an adaptive rule differ from seed to seed: the column is that of their median.
+    """
+    counts: dict[str, list[int]] = {}
+    for row, record in rows:
+        counts.setdefault(row, []).append(record["nfe"])
+    medians = {row: statistics.median_low(counts[row]) for row, r in rows if r["spacing"] == ADAPTIVE}
+    rows = [(row, r | dict.fromkeys(("S", "nfe"), medians[row]) if row in medians else r) for row, r in rows]
+    steps: dict[tuple[str, int], set[int]] = {}
+    for row, record in rows:
+        steps.setdefault((row, record["nfe"]), set()).add(record["S"])
+    return [(row if len(steps[row, r["nfe"]]) == 1 else f"{row}, S={r['S']}", r) for row, r in rows]
 
 
 def _tie_break(record: Record) -> str:

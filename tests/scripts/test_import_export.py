@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
 from made_records import record
+from PIL import Image
 from small import NETWORK, SPEC, weights
 
 from ddim.checkpoints import load_model
