@@ -100,8 +100,8 @@ def write_report(
 
     Returns:
         The paths: table.md, table.csv, table.json, table.tex, a table_body_METRIC.tex of each table, timing.csv, the
-        plots, each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv;
-        those of `_training_plots`.
+        plots, each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds;
+        classes.csv; those of `_training_plots`.
     """
     named = join_checkpoints(complete := distinct_labels([completed(record) for record in records]))
     tables = [*build_tables(records), *sigma_hat_variants(records)]

@@ -1,6 +1,7 @@
 """The files that `write_samples` writes show the images that `generate` makes."""
 
 import dataclasses
+import json
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ddim.checkpoints.model import LoadedModel
 from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.schedule import cosine_schedule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import grid
@@ -241,6 +243,27 @@ def test_single_files_of_other_settings_are_refused(
         write_samples(dataclasses.replace(spec, n=4, **changes))
     assert computed == []
     write_samples(dataclasses.replace(spec, compute=ComputeSpec("cpu", batch_size=1), n=1))  # decides nothing
+
+
+def test_single_files_of_another_schedule_are_refused(spec: SampleSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same weights."""
+    spec = dataclasses.replace(spec, format="png", n=1)
+    write_samples(spec)
+    load = sample_files.load_model
+
+    def other(*arguments: Any) -> LoadedModel:
+        model = load(*arguments)
+        return dataclasses.replace(model, spec=dataclasses.replace(model.spec, schedule=cosine_schedule(50)))
+
+    monkeypatch.setattr(sample_files, "load_model", other)
+    with pytest.raises(UserError, match=r"exists already \(description_hash=\w+, not \w+\)"):
+        write_samples(spec)
+
+
+def test_single_files_state_where_they_are_in_tf32(spec: SampleSpec, model: LoadedModel) -> None:
+    of_cuda = [dataclasses.replace(spec, compute=ComputeSpec("cuda", tf32=tf32)) for tf32 in (False, True)]
+    plain, tf32 = (sample_files._made_from(model, made, None) for made in of_cuda)
+    assert json.loads(tf32) == {"tf32": True, **json.loads(plain)}  # files of earlier code do not have it
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nno chunks", b"text"])
