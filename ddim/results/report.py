@@ -121,10 +121,7 @@ def write_report(
     texts |= {"classes.csv": text.class_csv(named)} if any(r.get("per_class") for r in named) else {}
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
-    table_plots = [
-        None if table.column == IMAGES else plots.save_plot(table, folder / f"plot_{name}.png", *drawing)
-        for name, table in zip(names, tables, strict=True)  # those of images have a single column
-    ]
+    table_plots = _table_plots(tables, names, folder, *drawing)
     time_plots = [
         plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png", *drawing)
         for i, timing in enumerate(timings)
@@ -137,6 +134,16 @@ def write_report(
     written = [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
     _remove_others(folder, {table.metric for table in tables}, written)
     return written
+
+
+def _table_plots(
+    tables: Sequence[Table], names: Sequence[str], folder: Path, figure: PlotSpec, paper: bool
+) -> list[Path | None]:
+    """Draw tables; return the path of each, None for those of images, which have a single column."""
+    return [
+        None if table.column == IMAGES else plots.save_plot(table, folder / f"plot_{name}.png", figure, paper)
+        for name, table in zip(names, tables, strict=True)
+    ]
 
 
 def _training_plots(

@@ -112,23 +112,6 @@ def test_a_label_is_encoded_with_and_decoded_with(
         write_encoded(dataclasses.replace(spec, label="all", name="other"))
 
 
-def test_images_of_another_encoding_are_refused(spec: EncodeSpec, conditional_checkpoint: Path) -> None:
-    """Not taken for those that are there already."""
-    spec = dataclasses.replace(spec, checkpoint=str(conditional_checkpoint), label=3)
-    write_encoded(spec)
-    decoding = dataclasses.replace(sampling(spec, label=3), compute=ComputeSpec("cpu", bf16=False))
-    write_samples(decoding)
-    for changes in (
-        {"label": 4},
-        {"guidance": GuidanceSpec(0.5)},
-        {"sampler": SamplerSpec(S=5, clip="x0")},
-        {"compute": ComputeSpec("cpu", bf16=True)},
-    ):
-        write_encoded(dataclasses.replace(spec, overwrite=True, **changes))
-        with pytest.raises(UserError, match=r"exists already \(x_T=\w+, not \w+\)"):
-            write_samples(decoding)
-
-
 @pytest.mark.parametrize("inversion", ["paper", "diffusers", "fixed_point", "bdia"])
 def test_decoding_the_file_is_the_round_trip(
     spec: EncodeSpec, inversion: str, model: LoadedModel, pixels: torch.Tensor, caplog: pytest.LogCaptureFixture

@@ -24,6 +24,7 @@ from ddim.image_io import grid
 from ddim.inference import generate as generate_module
 from ddim.inference import sample_files
 from ddim.inference.compute import ComputeSpec
+from ddim.inference.encoded_files import EncodedImages
 from ddim.inference.generate import generate
 from ddim.inference.sample_files import SampleSpec, write_samples
 
@@ -264,6 +265,26 @@ def test_single_files_state_where_they_are_in_tf32(spec: SampleSpec, model: Load
     of_cuda = [dataclasses.replace(spec, compute=ComputeSpec("cuda", tf32=tf32)) for tf32 in (False, True)]
     plain, tf32 = (sample_files._made_from(model, made, None) for made in of_cuda)
     assert json.loads(tf32) == {"tf32": True, **json.loads(plain)}  # files of earlier code do not have it
+
+
+def test_decoded_files_state_what_decided_their_encoding(spec: SampleSpec, model: LoadedModel) -> None:
+    encoding: dict[str, Any] = {
+        "fingerprint": "f",
+        "inversion": {"method": "paper"},
+        "tau": [1, 20],
+        "sampler": {"clip": "none"},
+        "condition": {"label": 3, "w": 0.0},
+        "bf16": False,
+        "tf32": False,
+    }
+
+    def stated(**changes: Any) -> str:
+        return sample_files._made_from(model, spec, EncodedImages(torch.zeros(1), None, encoding | changes))
+
+    assert len({stated(), *(stated(**{name: "other"}) for name in encoding)}) == 1 + len(encoding)
+    assert stated(files=["a.png"], revision="other") == stated()
+    del encoding["condition"]  # of an unconditional model
+    assert sample_files._differences(stated(), stated(bf16=True)).startswith(" (x_T=")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nno chunks", b"text"])
