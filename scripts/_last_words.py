@@ -25,4 +25,6 @@ def of_model(spec: Any) -> list[str]:
     words = [f"checkpoint={spec.checkpoint}", *([] if spec.weights == "ema" else [f"weights={spec.weights}"])]
     if (label := getattr(spec, "label", None)) is None:
         return words
-    return [*words, f"label={label}", *([f"guidance.w={spec.guidance.w:g}"] if spec.guidance.w else [])]
+    words += [f"label={label}", *([f"guidance.w={spec.guidance.w:g}"] if spec.guidance.w else [])]
+    interval = spec.guidance.interval
+    return words if interval is None else [*words, f"guidance.interval=[{interval[0]},{interval[1]}]"]

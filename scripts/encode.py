@@ -25,7 +25,8 @@ def main(config: dict[str, Any]) -> None:
     write_encoded(spec, processes)
     if processes.is_main:
         print(spec.path)
-        print(command_line("sample", *of_model(spec), f"x_T={spec.path}", *decode_with(spec).split(" ")))
+        words = dict.fromkeys((*of_model(spec), f"x_T={spec.path}", *decode_with(spec)))  # both have the label
+        print(command_line("sample", *words))
 
 
 if __name__ == "__main__":

@@ -58,11 +58,13 @@ def results(records: str | None, weights_hash: str) -> "Sequence[Result]":
     if not matching:
         raise UserError(f"{records} has no record of these weights; evaluate them first, or leave records out.")
     return [
-        Result(table.metric, table.protocol["reference"]["name"], f"{row} S={S}", value, table.title())
+        Result(
+            table.metric, table.protocol["reference"]["name"], f"{row} {table.column}={column}", value, table.title()
+        )
         for table in build_tables(matching)
         for row in table.rows
-        for S in table.columns
-        if (value := table.value(row, S)) is not None
+        for column in table.columns
+        if (value := table.value(row, column)) is not None
     ]
 
 

@@ -153,7 +153,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
             "data": model.spec.data,
             "source": spec.source,
             "files": [file.relative_to(spec.source).as_posix() for file in images.files],
-            "decode_with": decode_with(spec),
+            "decode_with": " ".join(decode_with(spec)),
             **provenance(),
         }
         with processes.barrier(), explain_write_errors(spec.path):
@@ -165,8 +165,8 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
                 shards.delete()
 
 
-def decode_with(spec: EncodeSpec) -> str:
-    """Return the sampler that encoding inverts, as the scripts take it."""
+def decode_with(spec: EncodeSpec) -> list[str]:
+    """Return the sampler that encoding inverts, with label and guidance, as words of a command."""
     values = dataclasses.asdict(spec.sampler)
     given = {name: value for name, value in values.items() if name == "S" or value != getattr(SamplerSpec(), name)}
     texts = (v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for v in given.values())
@@ -175,7 +175,7 @@ def decode_with(spec: EncodeSpec) -> str:
         words += [f"label={spec.label}", f"guidance.w={spec.guidance.w:g}"]
     if spec.guidance.interval is not None:
         words.append(f"guidance.interval=[{','.join(map(str, spec.guidance.interval))}]")
-    return " ".join(["sampler=bdia" if spec.inversion == "bdia" else "sampler=ddim", *words])
+    return ["sampler=bdia" if spec.inversion == "bdia" else "sampler=ddim", *words]
 
 
 def inversion_evaluations(model: LoadedModel, how: Inversion, sampler: SamplerSpec) -> tuple[int, int]:

@@ -42,6 +42,7 @@ from ddim.inference.conditioning import unlabelled
 from ddim.inference.generate import check_numbers, check_sampler, progress
 from ddim.io import Tensors
 from ddim.random import check_seed
+from ddim.results.protocol import ADAPTIVE
 from ddim.results.records import Record
 from ddim.results.table import rounded
 
@@ -167,7 +168,7 @@ class LikelihoodSpec(JobSpec):
         position = table_position(model, sampler, tau) | {"nfe": steps}
         if self.tolerance is not None:
             settings["sampler"] = {"rule": "dormand_prince", "last_time": self.sampler.last_time, "tau": list(times)}
-            position |= {"label": f"Dormand-Prince {self.tolerance:g}", "spacing": "adaptive"}
+            position |= {"label": f"Dormand-Prince {self.tolerance:g}", "spacing": ADAPTIVE}
         return Job(
             title=self.title,
             output_dir=Path(self.output_dir),

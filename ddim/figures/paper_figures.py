@@ -31,6 +31,7 @@ from ddim.results.plot_spec import check_width
 from ddim.results.records import provenance
 
 log = logging.getLogger(__name__)
+SAMPLES = ("ddim", "sigma_hat")  # the rules that the figure of this name shows
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class PictureSpec:
     """Which figure, and its picture.
 
     Attributes:
-        name: a key of FIGURES, or all; nearest is among all where there are `data`.
+        name: a key of FIGURES, or all; nearest is among all where there are `data`, samples where the sampler is DDIM.
         width: inches on paper, with labels of 8 points.
         format: of the picture; a trajectory is a GIF in any case.
 
@@ -149,8 +150,7 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     Raises:
         UserError: bad input, or files that would be overwritten; raised before anything is sampled.
     """
-    every = [name for name in FIGURES if name != "nearest" or spec.data is not None]
-    names = every if spec.figure.name == "all" else [spec.figure.name]
+    names = _every(spec) if spec.figure.name == "all" else [spec.figure.name]
     files = {name: targets(name, Path(spec.output_dir), spec.figure.format) for name in names}
     compute = dataclasses.replace(spec.compute, device=processes.local_device(spec.compute.device))
     with processes.barrier():
@@ -181,6 +181,15 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
     return [path for paths in files.values() for path in paths]
 
 
+def _every(spec: FigureSpec) -> list[str]:
+    """Return the figures that can be made of what is given."""
+    left_out = {"nearest"} if spec.data is None else set()
+    if spec.sampler.rule not in SAMPLES:
+        log.warning("samples is left out: it shows DDIM by η, and the sampler is %s.", spec.sampler.rule)
+        left_out.add("samples")
+    return [name for name in FIGURES if name not in left_out]
+
+
 def _load_x_T(spec: FigureSpec, path: str, model: LoadedModel) -> EncodedImages:
     encoded = load_encoded(path, model)
     tau = check_sampler(model, spec.sampler)
@@ -209,6 +218,10 @@ def _images(spec: FigureSpec, context: SamplingContext, default: int) -> tuple[i
 
 
 def _samples(spec: FigureSpec, context: SamplingContext) -> Plan:
+    if spec.sampler.rule not in SAMPLES:
+        raise UserError(
+            f"samples shows DDIM by η, and σ̂, not {spec.sampler.rule}; take sampler=ddim, or figure=consistency."
+        )
     S = numbers_of_steps(spec, context, (10, 100))
     rows = [dataclasses.replace(spec.sampler, rule="ddim", eta=eta, S=S[0]) for eta in spec.etas]
     if spec.sigma_hat:
@@ -269,8 +282,10 @@ def _weights(spec: FigureSpec) -> list[float]:
 
 def numbers_of_steps(spec: FigureSpec, context: SamplingContext, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the given S, or else the default ones up to the model's T, or T if there are none."""
-    if spec.sampler.spacing not in (*SPACINGS, "scheduler"):
-        raise UserError("samples and consistency vary S; give a named sampler.spacing, which takes any S.")
+    if spec.sampler.nfe is not None or spec.sampler.spacing not in (*SPACINGS, "scheduler"):
+        raise UserError(
+            "samples and consistency vary S; give a named sampler.spacing, which takes any S, and no sampler.nfe."
+        )
     T = context.model.spec.schedule.T
     S = spec.S or tuple(count for count in default if count <= T) or (T,)
     for count in S:

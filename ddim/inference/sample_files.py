@@ -40,6 +40,7 @@ from ddim.signals import StopSignals
 
 log = logging.getLogger(__name__)
 TEXT = "ddim"  # the entry of a PNG that states how its image was made
+ENCODING = ("fingerprint", "inversion", "tau", "sampler", "condition", "bf16", "tf32")  # what decides an encoded x_T
 SMALLEST_FILE = 512  # bytes on a disk, with its entry
 MOST_PIXELS = 178_956_970  # of a picture; Pillow refuses to open larger ones
 MOST_PIXELS_OF_FRAMES = 1 << 30
@@ -219,10 +220,11 @@ def _made_from(model: LoadedModel, spec: SampleSpec, encoded: EncodedImages | No
         "weights_hash": model.weights_hash[:16],
         "description_hash": record_key(description),
         "bf16": spec.compute.bf16,
+        **({"tf32": True} if spec.compute.uses_tf32 else {}),  # files of earlier code do not state it
         **condition_settings(model),
     }
     if encoded is not None:
-        settings["x_T"] = record_key({key: encoded.metadata[key] for key in ("fingerprint", "inversion", "tau")})
+        settings["x_T"] = record_key({key: encoded.metadata.get(key) for key in ENCODING})
     return json.dumps(settings, sort_keys=True)
 
 

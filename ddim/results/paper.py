@@ -58,13 +58,16 @@ class PaperTable:
         return None if row is None else self.values[row].get(S)
 
 
-def comparison(name: str | None, metric: str, n: int | None, reference: str) -> tuple[PaperTable | None, str]:
+def comparison(
+    name: str | None, metric: str, n: int | None, reference: str, last_time: int = 0
+) -> tuple[PaperTable | None, str]:
     """Return the paper's table to compare with, and one line about it; None and the reason if there is none.
 
     Args:
         name: a key of PAPER_TABLES, or None for no comparison; then the line is empty.
         metric, n, reference: of our numbers. Statistics from an .npz file do not state the set they were computed
             from, so they are assumed to be those of `PaperTable.reference`.
+        last_time: of our samples; the paper's end at alpha_bar[0] = 1.
     """
     if name is None:
         return None, ""
@@ -77,6 +80,8 @@ def comparison(name: str | None, metric: str, n: int | None, reference: str) -> 
         return None, f"{no} {n} images are not {paper.n}"
     if reference != paper.reference and not reference.endswith(".npz"):
         return None, f"{no} the reference set {reference} is not {paper.reference}"
+    if last_time:
+        return None, f"{no} it ends at alpha_bar[{last_time}], the paper at alpha_bar[0] = 1"
     return paper, f"paper: {paper.source}; its τ: {paper.spacing}; {paper.note}"
 
 

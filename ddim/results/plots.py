@@ -37,7 +37,7 @@ class Timing:
     Attributes:
         device: its name, for example NVIDIA H200.
         compute: number of processes and images per batch.
-        model: weights, and number format of the network.
+        model: weights, and how the network was run: number format, and settings such as compile.
         images: numbers of images that were timed.
         points: (row label, NFE, hours for 50,000 images on one device).
         column: NFE, or S where both are the same.
@@ -82,14 +82,15 @@ def fit_power(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def timings(records: Sequence[Record]) -> list[Timing]:
-    """Return the sampling times of completed records for each device and model with at least two values of S.
+    """Return the sampling times of completed records for each device, model and way to run it, with at least two S.
 
     Records without a device are left out.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
-            shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"])
+            compute = record["compute"]
+            shared = (compute["device"], record["model"]["weights_hash"], record["bf16"], compute.get("settings"))
             groups.setdefault(json.dumps(shared), []).append(record)
     candidates = (_timing(groups[key]) for key in sorted(groups))
     return [timing for timing in candidates if len({S for _, S, _ in timing.points}) > 1]
@@ -98,11 +99,12 @@ def timings(records: Sequence[Record]) -> list[Timing]:
 def _timing(records: list[Record]) -> Timing:
     model = records[0]["model"]
     processes = sorted({r["compute"].get("processes", 1) for r in records} - {None})
+    precision = "bfloat16" if records[0]["bf16"] else "float32"  # of records that do not state how the network was run
     batches = sorted({r["compute"].get("batch_size") for r in records} - {None})
     return Timing(
         device=records[0]["compute"]["device"],
         compute=f"processes: {_and(processes)}; images per batch: {_and(batches) or 'not known'}",
-        model=f"weights {model['weights_hash'][:8]}, {'bfloat16' if records[0]['bf16'] else 'float32'}",
+        model=f"weights {model['weights_hash'][:8]}, {records[0]['compute'].get('settings') or precision}",
         images=tuple(sorted({r["n"] for r in records})),
         points=tuple(
             sorted((r["label"], r["nfe"], r["seconds_sampling"] / r["n"] * PAPER_IMAGES / 3600) for r in records)

@@ -10,6 +10,7 @@ from ddim.results.schema import IMAGES
 DEFAULTS = {"kind": "fidelity", "first": 0, "paper": None, "seed": None, "bf16": False, "pixels": None}
 SHARED = ("kind", "paper", "model", "n", "seed", "bf16", "pixels", "reference", "metric")
 FULL = "full"  # the spacing of the chain 1..T
+ADAPTIVE = "adaptive"  # the spacing where the error of a step decides the next
 NO_MODEL = {"model": None, "sampler": {"last_time": 0, "tau": []}, "spacing": FULL}  # of a record of images
 LABELS = {"raw": "online"}  # how records name weights -> how tables do
 SHORT = 12  # hexadecimal digits of a shortened hash
@@ -116,7 +117,7 @@ def _sampling(p: dict[str, Any], rows: dict[str, list[Record]], full: bool) -> l
         ("weights", _weights(model, records, full)),
         ("settings", _settings(model)),
         ("schedule", "; ".join(dict.fromkeys(map(_schedule, models)))),
-        ("τ", f"{p['spacing']}: {_times(records, p['spacing'], full)}"),
+        ("τ", f"{p['spacing']}: {_times(rows, p['spacing'], full)}"),
         ("clip of x̂0", _clip(rows)),
         ("end", f"alpha_bar[{p['last_time']}]" + ("" if p["last_time"] else " = 1")),
         ("pixels", p["pixels"] or ""),
@@ -131,12 +132,21 @@ def is_distance(metric: str) -> bool:
     return not metric.startswith(("is_", "precision_", "recall_", "accuracy_"))
 
 
-def times_of(records: Iterable[Record]) -> dict[str, dict[str, list[int]]]:
-    """Return spacing -> S -> the list τ."""
-    lists = {(r["spacing"], r["S"]): r["sampler"]["tau"] for r in records}
-    times: dict[str, dict[str, list[int]]] = {}
+def times_of(rows: Mapping[str, Sequence[Record]]) -> dict[str, dict[str, list[float]]]:
+    """Return spacing -> S -> the list τ; where rows have several, each S is followed by the rows in brackets.
+
+    Args:
+        rows: row label -> its records.
+    """
+    lists: dict[tuple[str, int], dict[tuple[float, ...], list[str]]] = {}
+    for row, records in rows.items():
+        for r in records:
+            lists.setdefault((r["spacing"], r["S"]), {}).setdefault(tuple(r["sampler"]["tau"]), []).append(row)
+    times: dict[str, dict[str, list[float]]] = {}
     for spacing, S in sorted(lists, key=lambda key: (key[0] == FULL, key)):
-        times.setdefault(spacing, {})[str(S)] = lists[spacing, S]
+        for tau, members in lists[spacing, S].items():
+            of = f" ({', '.join(dict.fromkeys(members))})" if len(lists[spacing, S]) > 1 else ""
+            times.setdefault(spacing, {})[f"{S}{of}"] = list(tau)
     return times
 
 
@@ -191,12 +201,12 @@ def _settings(model: dict[str, Any]) -> str:
     )
 
 
-def _times(records: list[Record], own: str, full: bool) -> str:
+def _times(rows: dict[str, list[Record]], own: str, full: bool) -> str:
     texts = []
-    for spacing, lists in times_of(records).items():
+    for spacing, lists in times_of(rows).items():
         named = "" if spacing == own else f"{spacing} "
         for S, tau in lists.items():
-            shown = _shortened([str(t) for t in tau], full)
+            shown = _shortened([str(t) if full else setting_text(t) for t in tau], full)
             if tau == list(range(1, len(tau) + 1)):
                 shown = [f"each from 1 to {len(tau)}"]
             texts.append(f"{named}S={S}: {', '.join(shown)}")

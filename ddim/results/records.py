@@ -28,7 +28,7 @@ class RecordFile:
 
     Args:
         path: of the .jsonl file. The first record creates it and its folder.
-        check: is called with each record that is read, and raises ValueError if it is none.
+        check: is called with each record that is read or added, and raises ValueError if it is none.
     """
 
     def __init__(self, path: Path, check: Callable[[Record], None] | None = None) -> None:
@@ -69,7 +69,14 @@ class RecordFile:
             return self._parse(file.readline(), "that is looked up")
 
     def append(self, record: Record) -> None:
-        """Add a record; it is on the disk when this returns."""
+        """Add a record; it is on the disk when this returns.
+
+        Raises:
+            ValueError: it is none, as `check` says: in the file it would end every later read.
+        """
+        line = json.dumps(record, sort_keys=True).encode() + b"\n"
+        if self.check is not None:
+            self.check(json.loads(line))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         check_regular_file(self.path, "file of records")
         with FileLock(self.path.with_name(f".{self.path.name}.lock")), self.path.open("a+b") as file:
@@ -77,7 +84,7 @@ class RecordFile:
                 with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     complete = content.rfind(b"\n") + 1
                 file.truncate(complete)  # drops a last line that a kill cut short
-            file.write(json.dumps(record, sort_keys=True).encode() + b"\n")
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 

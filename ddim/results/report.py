@@ -7,7 +7,9 @@ differs between two runs of the same evaluation, such as seconds.
 """
 
 import json
-from collections.abc import Sequence
+import re
+import statistics
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from ddim.results.html import render_page
 from ddim.results.interval import Interval, paired_difference
 from ddim.results.paper import SIGMA_HAT
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.protocol import FULL, completed, is_distance, shared_protocol
+from ddim.results.protocol import ADAPTIVE, FULL, completed, is_distance, shared_protocol
 from ddim.results.records import Record, record_key
 from ddim.results.row_labels import distinct_labels, join_checkpoints
 from ddim.results.runs import Run, find_runs
@@ -33,6 +35,7 @@ def build_tables(records: Sequence[Record]) -> list[Table]:
     An entry holds the records of all its seeds and disjoint ranges of images. Of several records for the same images
     one is chosen by a hash, so that neither their order nor their values matter. Samplers of the same label are told
     apart by what else is set. Several checkpoints share a table, whose rows name their runs.
+    Samplers of one label and NFE that differ in S, as under guidance at some times only, have a row for each S.
     """
     tables = []
     labelled = distinct_labels([completed(record) for record in records])
@@ -96,46 +99,55 @@ def write_report(
         figure: size and format of the plots.
 
     Returns:
-        The paths: table.md, table.csv, table.json, table.tex, a table_body.tex for each table, timing.csv, the plots,
-        each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds; classes.csv;
-        those of `_training_plots`.
+        The paths: table.md, table.csv, table.json, table.tex, a table_body_METRIC.tex of each table, timing.csv, the
+        plots, each as PNG and PDF unless one format is asked for, report.html; terms.csv and a plot of bounds;
+        classes.csv; those of `_training_plots`.
     """
     named = join_checkpoints(complete := distinct_labels([completed(record) for record in records]))
     tables = [*build_tables(records), *sigma_hat_variants(records)]
     if shown.interval:
         show_intervals(tables, folder)
+    names = _names(tables)
     timings, runs, bounds = plots.timings(complete), find_runs(records), _bounds(named)
     texts = {
         "table.md": text.markdown(tables, impossible),
         "table.csv": text.as_csv(tables),
         "table.json": text.as_json(tables),
         "table.tex": text.latex(tables),
-        **{f"{_numbered('table_body', i)}.tex": text.latex_body(table) for i, table in enumerate(tables)},
+        **{f"table_body_{name}.tex": text.latex_body(table) for name, table in zip(names, tables, strict=True)},
         "timing.csv": text.timing_csv(named),
     }
     texts |= {"terms.csv": text.terms_csv(bounds)} if bounds else {}
     texts |= {"classes.csv": text.class_csv(named)} if any(r.get("per_class") for r in named) else {}
     paths = [_write(folder / name, content) for name, content in texts.items()]
     drawing = figure, style == "paper"
-    plotted = [table.column != IMAGES for table in tables]  # others have a single column
-    table_plots = [
-        plots.save_plot(table, folder / f"{_numbered(f'plot_{table.metric}', i)}.png", *drawing) if plotted[i] else None
-        for i, table in enumerate(tables)
-    ]
+    table_plots = _table_plots(tables, names, folder, *drawing)
     time_plots = [
         plots.save_time_plot(timing, folder / f"{_numbered('plot_time', i)}.png", *drawing)
         for i, timing in enumerate(timings)
     ]
-    of_training = _training_plots(tables, runs, folder, *drawing)
+    of_training = _training_plots(tables, names, runs, folder, *drawing)
     terms = [plots.save_terms_plot(bounds, folder / "plot_terms.png", *drawing)] if bounds else []
     with_plots = list(zip(tables, table_plots, strict=True)), list(zip(timings, time_plots, strict=True))
     page = render_page(*with_plots, named, folder, command, failures, impossible, runs, [*of_training.items()], terms)
     drawings = [path for path in (*table_plots, *time_plots, *of_training, *terms) if path is not None]
-    return [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
+    written = [*paths, *_formats(drawings, figure.format), _write(folder / "report.html", page)]
+    _remove_others(folder, {table.metric for table in tables}, written)
+    return written
+
+
+def _table_plots(
+    tables: Sequence[Table], names: Sequence[str], folder: Path, figure: PlotSpec, paper: bool
+) -> list[Path | None]:
+    """Draw tables; return the path of each, None for those of images, which have a single column."""
+    return [
+        None if table.column == IMAGES else plots.save_plot(table, folder / f"plot_{name}.png", figure, paper)
+        for name, table in zip(names, tables, strict=True)
+    ]
 
 
 def _training_plots(
-    tables: Sequence[Table], runs: Sequence[Run], folder: Path, figure: PlotSpec, paper: bool
+    tables: Sequence[Table], names: Sequence[str], runs: Sequence[Run], folder: Path, figure: PlotSpec, paper: bool
 ) -> dict[Path, str]:
     """Draw runs, and metrics of checkpoints against step or EMA length; return path of a plot -> what it shows."""
     drawn = [run for run in runs if run.curves]
@@ -143,9 +155,9 @@ def _training_plots(
     if drawn:
         path = training_plots.save_training_plot(drawn, folder / "plot_training.png", figure)
         shown[path] = "losses and metrics of the training against the optimiser step"
-    for i, table in enumerate(tables):
+    for name, table in zip(names, tables, strict=True):
         if (curves := training_plots.checkpoint_curves(table)) is not None:
-            path = folder / f"{_numbered(f'plot_checkpoints_{table.metric}', i)}.png"
+            path = folder / f"plot_checkpoints_{name}.png"
             training_plots.save_checkpoints_plot(table, curves, path, figure, paper)
             shown[path] = f"{table.metric} against the {curves.x}"
     return shown
@@ -194,7 +206,7 @@ def _by_protocol(records: Sequence[Record]) -> list[tuple[dict[str, Any], list[R
 
 def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[Table]:
     """Return a table for each metric of the records in `rows`, pairs of row label and record."""
-    rows = sorted(rows, key=lambda pair: _tie_break(pair[1]))
+    rows = _in_columns(sorted(rows, key=lambda pair: _tie_break(pair[1])))
     tables = []
     for metric in sorted({metric for _, r in rows for metric in r["metrics"]}):
         sets: dict[tuple[str, int], dict[tuple[int, int], Record]] = {}  # of images, by row and NFE
@@ -208,8 +220,39 @@ def _by_metric(shared: dict[str, Any], rows: list[tuple[str, Record]]) -> list[T
     return tables
 
 
+def _in_columns(rows: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
+    """Return rows of which each label has one S in a column, else S is added to it.
+
+    The evaluations of an adaptive rule differ from seed to seed: the column is that of their median.
+    """
+    counts: dict[str, list[int]] = {}
+    for row, record in rows:
+        counts.setdefault(row, []).append(record["nfe"])
+    medians = {row: statistics.median_low(counts[row]) for row, r in rows if r["spacing"] == ADAPTIVE}
+    rows = [(row, r | dict.fromkeys(("S", "nfe"), medians[row]) if row in medians else r) for row, r in rows]
+    steps: dict[tuple[str, int], set[int]] = {}
+    for row, record in rows:
+        steps.setdefault((row, record["nfe"]), set()).add(record["S"])
+    return [(row if len(steps[row, r["nfe"]]) == 1 else f"{row}, S={r['S']}", r) for row, r in rows]
+
+
 def _tie_break(record: Record) -> str:
     return record_key({key: record.get(key) for key in ("key", "metrics", "revision")})
+
+
+def _names(tables: Sequence[Table]) -> list[str]:
+    """Return the metric of each table, with a number from its second table on."""
+    metrics = [table.metric for table in tables]
+    return [_numbered(metric, metrics[:i].count(metric)) for i, metric in enumerate(metrics)]
+
+
+def _remove_others(folder: Path, metrics: Collection[str], written: Collection[Path]) -> None:
+    """Remove plots and bodies of tables that an earlier report had more of, which would pass for today's."""
+    named = "|".join(map(re.escape, metrics))
+    ours = re.compile(rf"(plot_time|table_body|(plot|plot_checkpoints|table_body)_({named}))(_\d+)?\.(png|pdf|tex)")
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name) and path not in written:
+            path.unlink()
 
 
 def _numbered(name: str, number: int) -> str:

@@ -62,7 +62,7 @@ def _run(checkpoint: str, models: tuple[str, ...]) -> Run:
 def read_training(folder: Path) -> tuple[dict[str, Curve], tuple[int, ...]]:
     """Return curves and stops of the run in a folder, see `Run`.
 
-    The curves are its losses, and the metrics of evaluations that it made while training.
+    The curves are its losses, and the metrics of evaluations that it made while training, by what these differ in.
 
     Raises:
         UserError, ValueError, OSError: a file is damaged, or cannot be read.
@@ -76,11 +76,14 @@ def read_training(folder: Path) -> tuple[dict[str, Curve], tuple[int, ...]]:
             if len(logged) > 1 and logged[-1][name] == logged[-2][name]:
                 del logged[-1]  # Lightning logs the last values again where a run stops
             values.setdefault(name, {}).update((step_of(row), float(row[name])) for row in logged)
-    for record in evaluation_records(folder / RECORDS).read():
+    of_steps = [r for r in evaluation_records(folder / RECORDS).read() if r["model"]["step"] is not None]
+    samplers = [(r["label"], f"S={r['S']}", f"tau {r['spacing']}") for r in of_steps]
+    differing = [i for i in range(3) if len({sampler[i] for sampler in samplers}) > 1]
+    for record, sampler in zip(of_steps, samplers, strict=True):
+        step, names = record["model"]["step"], (weights_label(record["model"]), *(sampler[i] for i in differing))
         for metric, value in record["metrics"].items():
-            if record["model"]["step"] is not None:
-                curve = f"{metric}, {weights_label(record['model'])}"
-                values.setdefault(curve, {})[record["model"]["step"]] = value
+            if values.get("val/loss", {}).get(step) != value:  # the record's val_loss is what was logged
+                values.setdefault(", ".join((metric, *names)), {})[step] = value
     curves = {name: tuple(sorted(points.items())) for name, points in values.items() if points}
     return curves, tuple(ends[:-1])
 

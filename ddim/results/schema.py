@@ -34,7 +34,7 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     "terms": (list,),
     "bf16": (bool,),
 }
-ITEMS: dict[str, Types] = {"metrics": NUMBER, "versions": (str, NoneType), "sampler.tau": INTEGER, "terms": NUMBER}
+ITEMS: dict[str, Types] = {"metrics": NUMBER, "versions": (str, NoneType), "sampler.tau": NUMBER, "terms": NUMBER}
 OF_IMAGES = (  # required where no model is sampled
     *("key", "label", "n", "images.fingerprint", "metrics", "metric"),
     *("reference.name", "reference.images", "reference.fingerprint"),

@@ -86,7 +86,16 @@ class Table:
 
     def __post_init__(self) -> None:
         p = self.protocol
-        self.paper, self.note = comparison(p["paper"], self.metric, p["n"], p["reference"]["name"])
+        names = p["paper"], self.metric, p["n"], p["reference"]["name"]
+        self.paper, self.note = comparison(*names, p["last_time"])
+        if self.paper is not None and self._labelled:
+            self.note += "; samples with labels are not compared"
+
+    @cached_property
+    def _labelled(self) -> set[str]:
+        """Rows of samples that were made with labels, which the paper's were not."""
+        records = ((row, r) for (row, _), members in self.entries.items() for r in members)
+        return {row for row, r in records if r.get("condition", {}).get("label") is not None}
 
     @cached_property
     def rows(self) -> list[str]:
@@ -138,7 +147,7 @@ class Table:
 
     def paper_value(self, row: str, nfe: int) -> float | None:
         """Return the paper's value for an entry, None where there is none to compare with."""
-        return None if self.paper is None else self.paper.number(row, nfe)
+        return None if self.paper is None or row in self._labelled else self.paper.number(row, nfe)
 
     def difference(self, row: str, nfe: int) -> float | None:
         """Return our value minus the paper's, None where one of them is missing."""
@@ -192,8 +201,8 @@ class Table:
             if paper is not None:
                 group += [self._difference_line(row)] if shared else [paper, self._difference_line(row)]
             groups.append(group)
-        last = papers[self.rows[-1]]
-        return [*groups, [last._replace(row="")]] if shared and last is not None else groups
+        paper = next((line for line in papers.values() if line is not None), None)
+        return [*groups, [paper._replace(row="")]] if shared and paper is not None else groups
 
     def lines(self) -> list[Line]:
         """Return the lines below the header."""

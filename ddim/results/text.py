@@ -111,7 +111,7 @@ def _content(table: Table) -> dict[str, Any]:
         "title": table.title(),
         "heading": table.heading,
         "protocol": table.protocol,
-        "tau": times_of(all_records),
+        "tau": times_of(records),
         "clip": {row: sorted({r["sampler"].get("clip", "") for r in records[row]}) for row in table.rows},
         "first": sorted({r["first"] for r in all_records}),
         "revisions": sorted({r["revision"] for r in all_records if "revision" in r}),

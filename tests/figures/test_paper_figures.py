@@ -18,7 +18,7 @@ from ddim.data.datasets import DataSpec, load_images
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.evaluation.metrics import MetricSpec
-from ddim.figures import panels
+from ddim.figures import panels, paper_figures
 from ddim.figures.layout import animate, draw
 from ddim.figures.panels import load_panel, summarize_nearest
 from ddim.figures.paper_figures import FIGURES, FigureSpec, PictureSpec, numbers_of_steps, targets, write_figures
@@ -203,6 +203,13 @@ def test_files_are_overwritten_only_on_request(spec: FigureSpec, name: Any, requ
             r"vary S; give a named sampler.spacing",
         ),
         ({"figure": PictureSpec("samples"), "sampler": SamplerSpec(S=None, spacing="ddim25")}, "which takes any S"),
+        ({"figure": PictureSpec("samples"), "sampler": SamplerSpec(S=None, nfe=5)}, "vary S; .* and no sampler.nfe"),
+        ({"figure": PictureSpec("all"), "sampler": SamplerSpec(S=None, nfe=5)}, "vary S; .* and no sampler.nfe"),
+        ({"figure": PictureSpec("samples"), "sampler": SamplerSpec("heun", None)}, "DDIM by η, and σ̂, not heun; take"),
+        (
+            {"figure": PictureSpec("samples"), "sampler": SamplerSpec("unipc", None, order=2)},
+            "DDIM by η, and σ̂, not unipc; take sampler=ddim",
+        ),
         ({"figure": PictureSpec("nearest"), "sampler": SamplerSpec(S=51)}, r"S=51 .*T=50"),
         ({"figure": PictureSpec("nearest"), "data": None}, "nearest needs the training images; give data=..."),
         ({"figure": PictureSpec("nearest"), "k": 1797}, "k=1797 must be less than the number of training images"),
@@ -215,6 +222,15 @@ def test_errors_are_reported_before_sampling(spec: FigureSpec, changes: dict[str
     with pytest.raises(UserError, match=message):
         write_figures(dataclasses.replace(spec, **changes))
     assert not Path(spec.output_dir).exists()
+
+
+def test_all_figures_of_a_solver_leave_samples_out(spec: FigureSpec, caplog: pytest.LogCaptureFixture) -> None:
+    for sampler in (SamplerSpec(S=5), SamplerSpec("sigma_hat", None, S=5)):
+        assert paper_figures._every(dataclasses.replace(spec, sampler=sampler)) == [*FIGURES]
+    assert not caplog.messages
+    names = paper_figures._every(dataclasses.replace(spec, sampler=SamplerSpec("heun", None), data=None))
+    assert names == [name for name in FIGURES if name not in ("samples", "nearest")]
+    assert caplog.messages == ["samples is left out: it shows DDIM by η, and the sampler is heun."]
 
 
 @pytest.mark.usefixtures("no_sampling")

@@ -22,7 +22,9 @@ from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.diffusers_scheduler import check_scheduler, scheduler_tau, scheduler_trajectory
 from ddim.inference.generate import check_sampler, generate, network_evaluations
+from ddim.results.records import RECORDS
 from ddim.results.report import write_report
+from ddim.results.schema import evaluation_records
 
 # The warning is of diffusers with NumPy 2.
 pytestmark = [pytest.mark.integration, pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")]
@@ -178,12 +180,18 @@ def test_settings_state_the_scheduler_and_the_version() -> None:
 
 
 def test_a_scheduler_has_its_row_with_its_evaluations(spec: EvaluateSpec, tmp_path: Path) -> None:
-    sampler = scheduler("HeunDiscreteScheduler", 3, timestep_spacing="leading")
-    record, _ = evaluate(dataclasses.replace(spec, sampler=sampler, n=4))
-    assert record["sampler"] == {**sampler.settings(), "tau": [1, 1, 17, 17, 33]}
-    assert (record["S"], record["nfe"], record["network_evaluations"]) == (3, 5, 20)
-    write_report([record], tmp_path / "report")
-    assert "| HeunDiscreteScheduler (timestep_spacing=leading) |" in (tmp_path / "report" / "table.md").read_text()
+    for sampler, tau in (
+        (scheduler("HeunDiscreteScheduler", 3, timestep_spacing="leading"), [1, 1, 17, 17, 33]),
+        (scheduler("EulerDiscreteScheduler", 3, timestep_spacing="linspace"), [1, 25.5, 50]),
+    ):
+        record, _ = evaluate(dataclasses.replace(spec, sampler=sampler, n=4))
+        assert record["sampler"] == {**sampler.settings(), "tau": tau}
+        assert (record["S"], record["nfe"], record["network_evaluations"]) == (3, len(tau), 4 * len(tau))
+    records = evaluation_records(Path(spec.output_dir) / RECORDS).read()
+    write_report(records, tmp_path / "report")
+    written = (tmp_path / "report" / "table.md").read_text()
+    assert "| HeunDiscreteScheduler (timestep_spacing=leading) |" in written
+    assert "τ: scheduler: S=3 (EulerDiscreteScheduler (timestep_spacing=linspace)): 1, 25.5, 50; S=3 (Heun" in written
 
 
 class OwnNoise(diffusers.DDIMScheduler):

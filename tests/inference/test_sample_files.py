@@ -1,6 +1,7 @@
 """The files that `write_samples` writes show the images that `generate` makes."""
 
 import dataclasses
+import json
 import os
 import signal
 import time
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from ddim.checkpoints.model import LoadedModel
 from ddim.diffusion.noise import initial_noise
+from ddim.diffusion.schedule import cosine_schedule
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import grid
 from ddim.inference import generate as generate_module
 from ddim.inference import sample_files
 from ddim.inference.compute import ComputeSpec
+from ddim.inference.encoded_files import EncodedImages
 from ddim.inference.generate import generate
 from ddim.inference.sample_files import SampleSpec, write_samples
 
@@ -241,6 +244,47 @@ def test_single_files_of_other_settings_are_refused(
         write_samples(dataclasses.replace(spec, n=4, **changes))
     assert computed == []
     write_samples(dataclasses.replace(spec, compute=ComputeSpec("cpu", batch_size=1), n=1))  # decides nothing
+
+
+def test_single_files_of_another_schedule_are_refused(spec: SampleSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same weights."""
+    spec = dataclasses.replace(spec, format="png", n=1)
+    write_samples(spec)
+    load = sample_files.load_model
+
+    def other(*arguments: Any) -> LoadedModel:
+        model = load(*arguments)
+        return dataclasses.replace(model, spec=dataclasses.replace(model.spec, schedule=cosine_schedule(50)))
+
+    monkeypatch.setattr(sample_files, "load_model", other)
+    with pytest.raises(UserError, match=r"exists already \(description_hash=\w+, not \w+\)"):
+        write_samples(spec)
+
+
+def test_single_files_state_where_they_are_in_tf32(spec: SampleSpec, model: LoadedModel) -> None:
+    of_cuda = [dataclasses.replace(spec, compute=ComputeSpec("cuda", tf32=tf32)) for tf32 in (False, True)]
+    plain, tf32 = (sample_files._made_from(model, made, None) for made in of_cuda)
+    assert json.loads(tf32) == {"tf32": True, **json.loads(plain)}  # files of earlier code do not have it
+
+
+def test_decoded_files_state_what_decided_their_encoding(spec: SampleSpec, model: LoadedModel) -> None:
+    encoding: dict[str, Any] = {
+        "fingerprint": "f",
+        "inversion": {"method": "paper"},
+        "tau": [1, 20],
+        "sampler": {"clip": "none"},
+        "condition": {"label": 3, "w": 0.0},
+        "bf16": False,
+        "tf32": False,
+    }
+
+    def stated(**changes: Any) -> str:
+        return sample_files._made_from(model, spec, EncodedImages(torch.zeros(1), None, encoding | changes))
+
+    assert len({stated(), *(stated(**{name: "other"}) for name in encoding)}) == 1 + len(encoding)
+    assert stated(files=["a.png"], revision="other") == stated()
+    del encoding["condition"]  # of an unconditional model
+    assert sample_files._differences(stated(), stated(bf16=True)).startswith(" (x_T=")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nno chunks", b"text"])

@@ -143,6 +143,7 @@ def test_the_mean_over_ranges_is_compared() -> None:
         ({"metrics": {"kid_50k": 0.1}}, "kid_50k is not fid_50k"),
         ({"n": 10_000}, "10000 images are not 50000"),
         ({"reference__name": "cifar10-test"}, "the reference set cifar10-test is not cifar10-train"),
+        ({"sampler__last_time": 1}, "it ends at alpha_bar[1], the paper at alpha_bar[0] = 1"),
         ({"paper": "table9"}, "it has no table table9"),
         ({"paper": "table2_reconstruction"}, "fid_50k is not reconstruction_mse_10k"),
     ],
@@ -153,6 +154,22 @@ def test_different_protocols_are_not_compared(changes: dict, reason: str) -> Non
     assert table.note == f"not compared with the paper: {reason}"
     assert (table.paper, table.paper_value("η=0.0", 10), table.difference("η=0.0", 10)) == (None, None, None)
     assert [line.kind for line in table.lines()] == ["ours"]
+
+
+def test_samples_with_labels_are_not_compared() -> None:
+    changes = {"paper": "table1_cifar10"}
+    made = [record("η=0.0, no label", 10, 13.0, condition={"label": None, "w": 0.0}, **changes)]
+    [plain] = build_tables(made)
+    made += [record(f"{row}, w=2", 10, 12.0, condition={"label": "all", "w": 2}, **changes) for row in ("η=0.0", "σ̂")]
+    [table] = build_tables(made)
+    assert [line.name for line in table.lines() if line.kind == "paper"] == ["η=0.0, no label, paper"]
+    assert table.note == f"{plain.note}; samples with labels are not compared"
+    [of_sigma_hat] = build_tables([made[2], record("σ̂", 10, 300.0, **changes)])
+    assert [(line.name, line.texts) for line in of_sigma_hat.lines()[1:3]] == [
+        ("σ̂, difference", ["-67.43 (-18.4 %)"]),
+        ("σ̂, w=2", ["12.00"]),
+    ]
+    assert of_sigma_hat.lines()[-1].texts == ["367.43"]
 
 
 def test_no_comparison_unless_asked_for() -> None:

@@ -163,11 +163,18 @@ def test_hours_are_scaled_to_fifty_thousand_images() -> None:
     assert [hours for _, _, hours in unscaled.points] == pytest.approx([1.0, 2.0])
     assert "scaled" not in unscaled.caption() + plots.plot_time(unscaled).axes[0].get_ylabel()
     assert "NVIDIA H200; processes: 2; images per batch: 250; weights 01234567, float32" in unscaled.caption()
+    [fast] = plots.timings([timed(S, 1.0, compute=H200 | {"settings": "tf32+compile"}) for S in (10, 20)])
+    assert "weights 01234567, tf32+compile)" in fast.caption()
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"compute": {"device": "another"}}, {"bf16": True}, {"model__weights_hash": "other"}],
+    [
+        {"compute": {"device": "another"}},
+        {"compute": H200 | {"settings": "bf16+compile"}},
+        {"bf16": True},
+        {"model__weights_hash": "other"},
+    ],
     ids=str,
 )
 def test_devices_and_models_are_not_mixed(change: dict[str, Any]) -> None:

@@ -51,6 +51,18 @@ def test_unfinished_last_line_is_overwritten(tmp_path: Path, cut: str) -> None:
     assert file.path.read_text() == '{"key": "a"}\n{"key": "c"}\n'
 
 
+def test_what_could_not_be_read_back_is_not_added(tmp_path: Path) -> None:
+    def check(record: dict[str, Any]) -> None:
+        if record["tau"] != [1, 2]:
+            raise ValueError("it has another tau")
+
+    file = RecordFile(tmp_path / "records.jsonl", check)
+    file.append({"tau": (1, 2)})  # as it is read: a list
+    with pytest.raises(ValueError, match="another tau"):
+        file.append({"tau": [1, 3]})
+    assert file.read() == [{"tau": [1, 2]}]
+
+
 NO_RECORDS = [b'{"key": "b"', b"\xff\xfe", b"5", b"[]", b"null", bytes(20), b"[" * 100_000, b"{" * 100_000]
 
 

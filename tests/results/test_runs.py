@@ -43,6 +43,27 @@ def test_curves_go_on_where_a_run_was_resumed(trained: Path) -> None:
     assert run.curves == {LOSS: losses, "val/loss": doubled, f"{FID}, ema": ((20, 7.0),)}
 
 
+def test_evaluations_by_other_samplers_are_curves_of_their_own(trained: Path) -> None:
+    """A run that was resumed with another eval.sampler; its val_loss is among the logged ones already."""
+    made = [
+        record("η=0.0", S, 0.0, spacing, model__step=step, metrics={FID: value, "val_loss": loss})
+        for S, spacing, step, value, loss in (
+            (10, "quad", 20, 7.0, 0.5),
+            (20, "quad", 20, 5.0, 0.5),
+            (20, "quad", 30, 4.0, 0.4),
+            (20, "linear", 30, 3.0, 0.7),
+        )
+    ]
+    (trained / RECORDS).write_text("".join(json.dumps(r) + "\n" for r in made))
+    [run] = find_runs([evaluated(trained)])
+    assert {name: curve for name, curve in run.curves.items() if "/" not in name} == {
+        f"{FID}, ema, S=10, tau quad": ((20, 7.0),),
+        f"{FID}, ema, S=20, tau quad": ((20, 5.0), (30, 4.0)),
+        f"{FID}, ema, S=20, tau linear": ((30, 3.0),),
+        "val_loss, ema, S=20, tau linear": ((30, 0.7),),  # not the 0.4 that was logged
+    }
+
+
 @pytest.mark.parametrize("damage", ["epoch,step,train/loss\n0,x,1\n", "a\0b\n", ""])
 def test_a_damaged_or_missing_file_leaves_no_curve(trained: Path, damage: str) -> None:
     (trained / RECORDS).unlink()

@@ -44,7 +44,8 @@ def test_records_of_today_and_of_earlier_versions_pass(tmp_path: Path) -> None:
         key: value for key, value in COMPLETE.items() if key not in ("kind", "first", "paper", "grid", "compute", "n")
     }
     published = COMPLETE | {"reference": COMPLETE["reference"] | {"images": None}}
-    records = [COMPLETE, older, published]
+    between = changed("sampler.tau", [1, 500.5])  # as of a scheduler of diffusers
+    records = [COMPLETE, older, published, between]
     assert evaluation_records(write(tmp_path, *records)).read() == records
 
 

@@ -62,6 +62,31 @@ def test_the_best_of_a_column_is_marked_by_nfe_only() -> None:
     assert text.latex([steps]).count(r"\textbf{") == 0
 
 
+def test_samplers_of_one_nfe_that_differ_in_S_have_a_row_each() -> None:
+    """As with guidance.interval, where S decides how many times are guided."""
+    made = [by_nfe("η=0.0, w=2", S, nfe, value) for S, nfe, value in ((5, 9, 3.0), (10, 17, 2.0), (11, 17, 1.0))]
+    [table] = build_tables(made)
+    assert {key: table.value(*key) for key in table.entries} == {
+        ("η=0.0, w=2", 9): 3.0,
+        ("η=0.0, w=2, S=10", 17): 2.0,
+        ("η=0.0, w=2, S=11", 17): 1.0,
+    }
+
+
+def test_seeds_of_an_adaptive_rule_share_a_column() -> None:
+    """How many evaluations it takes depends on the noise."""
+    label = "Dormand-Prince 0.001"
+    made = [
+        by_nfe(label, nfe, nfe, float(seed), spacing="adaptive", seed=seed)
+        for seed, nfe in ((0, 91), (1, 103), (2, 97))
+    ]
+    made.append(by_nfe("Dormand-Prince 0.1", 49, 49, 9.0, spacing="adaptive"))
+    [table] = build_tables(made)
+    assert (table.column, table.columns, table.values(label, 97)) == ("S", [49, 97], [0.0, 1.0, 2.0])
+    assert "mean ± sample standard deviation over 3 sets of images" in table.title()
+    assert sorted(t.columns for t in build_tables([m | {"spacing": "quad"} for m in made])) == [[49, 91, 97, 103]]
+
+
 def test_files_state_both_steps_and_evaluations() -> None:
     tables = build_tables(SOLVERS)
     rows = list(csv.DictReader(io.StringIO(text.as_csv(tables))))

@@ -88,6 +88,23 @@ def test_json_reads_back() -> None:
     assert back["protocol"]["reference"]["name"] == hostile["reference"]["name"]
 
 
+def test_rows_of_other_times_are_named_beside_them() -> None:
+    made = [
+        record(label, S, 1.0, "mine", sampler__tau=tau)
+        for label, S, tau in (
+            ("A", 2, [1, 500]),
+            ("B", 2, [1, 700.25]),
+            ("C", 2, [1, 500]),
+            ("A", 1, [9]),
+            ("B", 1, [9]),
+        )
+    ]
+    tables = build_tables(made)
+    [content] = json.loads(text.as_json(tables))
+    assert content["tau"] == {"mine": {"1": [9], "2 (A, C)": [1, 500], "2 (B)": [1, 700.25]}}
+    assert "- τ: mine: S=1: 9; S=2 (A, C): 1, 500; S=2 (B): 1, 700.2\n" in text.markdown(tables)
+
+
 def test_markdown_has_title_comparison_and_protocol() -> None:
     tables = [*build_tables(COMPARED), *sigma_hat_variants(COMPARED)]
     shown = text.markdown(tables)
@@ -285,10 +302,30 @@ def test_report_without_records(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "table.md").read_text() == "There are no records.\n"
 
 
+def test_a_report_leaves_no_plots_of_earlier_tables(tmp_path: Path) -> None:
+    """And a table keeps its name where another metric joins."""
+    made = record("η=0.0", 10, 1.0)
+    write_report([made], tmp_path)
+    own = {"plot_mine.png", "plot_fid_50k_old.pdf", "table_body.txt"}
+    for name in (
+        *own,
+        "plot_fid_50k_7.pdf",
+        "plot_time_3.png",
+        "table_body_fid_50k_1.tex",
+    ):  # the others of earlier reports
+        (tmp_path / name).write_text("")
+    before = (tmp_path / "table_body_fid_50k.tex").read_text()
+    metrics = {"a_50k": 2.0, FID: 1.0}
+    paths = write_report([made | {"metrics": metrics}], tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == own | {path.name for path in paths}
+    assert {"table_body_a_50k.tex", "table_body_fid_50k.tex", "plot_a_50k.png"} <= {path.name for path in paths}
+    assert (tmp_path / "table_body_fid_50k.tex").read_text() == before
+
+
 def test_paths_are_the_files_written(tmp_path: Path) -> None:
     records = [*RECORDS, record("η=0.0", 10, 5.5, "linear")]
     paths = write_report(records, tmp_path)
     plots = [f"plot_fid_50k{number}.{kind}" for number in ("", "_1") for kind in ("png", "pdf")]
-    bodies = ["table_body.tex", "table_body_1.tex"]
+    bodies = ["table_body_fid_50k.tex", "table_body_fid_50k_1.tex"]
     assert [path.name for path in paths] == [*TABLES, *bodies, "timing.csv", *plots, "report.html"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in paths)

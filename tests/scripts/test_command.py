@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import ddim
 
@@ -56,6 +58,24 @@ def test_reports_state_the_command_that_was_typed(run: Run, monkeypatch: pytest.
     assert command() == "python scripts/evaluate.py -m 'name=two words'"
     monkeypatch.setenv("DDIM_COMMAND", "evaluate")
     assert command() == "ddim evaluate -m 'name=two words'"
+
+
+def test_the_command_that_encode_prints_decodes(run: Run, conditional_checkpoint: Path, tmp_path: Path) -> None:
+    """With each word once, and paths that have spaces as one word."""
+    (tmp_path / "mine").mkdir()
+    Image.new("L", (8, 8), 99).save(tmp_path / "mine" / "a.png")
+    (tmp_path / "my times.json").write_text('{"T": 50, "tau": [1, 20, 40]}')
+    chosen = ["label=3", "guidance.w=2", "guidance.interval=[1,30]", "sampler.spacing=my times.json", "sampler.S=null"]
+    common = [f"checkpoint={conditional_checkpoint}", "compute.device=cpu"]
+    done = run("encode", *common, "source=mine", "output_dir=out", *chosen)
+    assert done.code == 0, done.err
+    _, script, *words = shlex.split(done.out.splitlines()[-1].removeprefix("next: "))
+    keys = [word.partition("=")[0] for word in words]
+    assert (script, len(set(keys))) == ("scripts/sample.py", len(keys))
+    assert {*chosen[:4], "sampler.S=3"} <= {*words}
+    done = run("sample", *words, "compute.device=cpu", "output_dir=decoded")
+    assert (done.code, "less exactly" in done.err) == (0, False)
+    assert f"checkpoint={conditional_checkpoint} label=3 guidance.w=2 'guidance.interval=[1,30]'" in done.out
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from made_records import record
 from PIL import Image
 from small import NETWORK, SPEC, weights
 
@@ -105,6 +106,15 @@ def test_a_foreign_file_becomes_a_model_card_with_results(run: Run, flat: Path, 
     assert names(tmp_path) - before == {"again.safetensors"}
     assert run("sample", "checkpoint=again.safetensors", "output_dir=two", *sample).code == 0
     assert (tmp_path / "one" / "grid.png").read_bytes() == (tmp_path / "two" / "grid.png").read_bytes()
+
+
+def test_a_model_card_names_what_the_columns_are(run: Run, tmp_path: Path) -> None:
+    made = [record("η=0.0", 5, 9.0), record("Heun", 3, 8.0, nfe=5)]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    from export_checkpoint import results  # type: ignore[import-not-found]
+
+    stated = results("records.jsonl", made[0]["model"]["weights_hash"])
+    assert [result.sampler for result in stated] == ["η=0.0 NFE=5", "Heun NFE=5"]
 
 
 @pytest.mark.parametrize("label", ["ema", "online"])
