@@ -14,7 +14,7 @@ import numpy as np
 from ddim.io import atomic_write
 from ddim.results.escape import printable
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.protocol import is_distance
+from ddim.results.protocol import is_distance, precision
 from ddim.results.records import Record, record_key
 from ddim.results.table import Table, row_order
 
@@ -89,7 +89,7 @@ def timings(records: Sequence[Record]) -> list[Timing]:
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
-            shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"])
+            shared = (record["compute"]["device"], record["model"]["weights_hash"], record["bf16"], precision(record))
             groups.setdefault(json.dumps(shared), []).append(record)
     candidates = (_timing(groups[key]) for key in sorted(groups))
     return [timing for timing in candidates if len({S for _, S, _ in timing.points}) > 1]
@@ -102,7 +102,7 @@ def _timing(records: list[Record]) -> Timing:
     return Timing(
         device=records[0]["compute"]["device"],
         compute=f"processes: {_and(processes)}; images per batch: {_and(batches) or 'not known'}",
-        model=f"weights {model['weights_hash'][:8]}, {'bfloat16' if records[0]['bf16'] else 'float32'}",
+        model=f"weights {model['weights_hash'][:8]}, {precision(records[0])}",
         images=tuple(sorted({r["n"] for r in records})),
         points=tuple(
             sorted((r["label"], r["nfe"], r["seconds_sampling"] / r["n"] * PAPER_IMAGES / 3600) for r in records)

@@ -167,7 +167,7 @@ def test_hours_are_scaled_to_fifty_thousand_images() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"compute": {"device": "another"}}, {"bf16": True}, {"model__weights_hash": "other"}],
+    [{"compute": {"device": "another"}}, {"bf16": True}, {"tf32": True}, {"model__weights_hash": "other"}],
     ids=str,
 )
 def test_devices_and_models_are_not_mixed(change: dict[str, Any]) -> None:
