@@ -142,7 +142,7 @@ def with_batch_size(model: LoadedModel, compute: C, most: int = 1024, processes:
 
     Args:
         model: on its device (`prepare_model`).
-        processes: the first one searches for all of them.
+        processes: the first one searches for all of them; by default each process searches for itself.
     """
     if compute.batch_size:
         return compute
