@@ -83,8 +83,8 @@ def test_the_output_on_the_gpu_is_that_of_the_cpu(gpu, mode, record_property):
     x, t = gaussian32(16, 3, 16, 16), torch.arange(0, 1000, 63)
     reference = network(x, t)
     accelerate(network.to(gpu), torch.device(gpu), **dict.fromkeys(words - {"float32", "tf32", "bf16"}, True))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "tf32" in words
-    with torch.inference_mode(), torch.autocast(gpu, torch.bfloat16, enabled="bf16" in words):
+    bf16 = torch.autocast(gpu, torch.bfloat16, enabled="bf16" in words)
+    with torch.inference_mode(), float32_products("tf32" in words), bf16:
         network(x.flip(0).to(gpu), t.to(gpu))
         output = network(x.to(gpu), t.to(gpu)).float().cpu()  # of a graph: replayed
     error = float((output - reference).norm() / reference.norm())
