@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +292,7 @@ def test_slurm_tasks_connect_at_the_first_machine(monkeypatch: pytest.MonkeyPatc
     assert join_process_group() == Processes(9, 16, 1)
     assert (group["backend"], group["rank"], group["world_size"]) == ("gloo", 9, 16)
     assert group["init_method"].startswith("tcp://gpu07:")
+    assert group["timeout"] >= timedelta(days=1)  # others wait while one measures statistics; gloo's own is 30 minutes
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(UserError, match="--ntasks-per-node"):
         join_process_group()

@@ -9,6 +9,7 @@ from layouts import lightning, refusal, save
 
 from ddim import DDIM, initial_noise, linear_schedule, quadratic_tau, sample
 from ddim.checkpoints import ModelSpec, StoredModel, load_model, read_model, save_model, weights_hash
+from ddim.checkpoints.model import weight_sets
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
 from ddim.networks import UNet, UNetSpec
@@ -160,6 +161,13 @@ def test_a_file_without_ema_weights(write, two, callbacks):
     with pytest.raises(UserError, match=r"holds no EMA weights .*; choose weights=online"):
         load_model(path)
     assert load_model(path, "online").weights_hash == weights_hash(two[0].state_dict())
+
+
+def test_average_weights_have_the_buffers_of_the_network():
+    weight, buffer, average = torch.ones(2), torch.full((2,), 3.0), torch.zeros(2)
+    state = {"network.w": weight, "network.b": buffer, "alpha_bar": torch.ones(5)}
+    sets = weight_sets({"state_dict": state, "callbacks": {"EMA": {"shadow": {"w": average}}}})
+    assert sets == {"online": {"w": weight, "b": buffer}, "ema": {"w": average, "b": buffer}}
 
 
 def test_unknown_weights_are_refused(write, two):

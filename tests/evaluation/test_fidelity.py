@@ -329,9 +329,10 @@ def test_labels_distinguish_rows() -> None:
     assert title(SamplerSpec(S=None, spacing="explicit", times=(1, 2))) == "η=0.0 2 times explicit"
 
 
-def test_grid_shows_the_first_images(spec: EvaluateSpec, model: LoadedModel) -> None:
-    record, _ = evaluate(dataclasses.replace(spec, grid=4))
-    expected = grid(generate(model, spec.sampler, range(4), 0, spec.compute))
+@pytest.mark.parametrize("first", [0, 20])
+def test_grid_shows_the_first_images(spec: EvaluateSpec, model: LoadedModel, first: int) -> None:
+    record, _ = evaluate(dataclasses.replace(spec, first=first, grid=4))
+    expected = grid(generate(model, spec.sampler, range(first, first + 4), 0, spec.compute))
     with Image.open(Path(spec.output_dir) / record["grid"]) as picture:
         difference = np.array(picture).astype(int) - expected[0].numpy()
     assert np.abs(difference).max() <= 1

@@ -32,6 +32,7 @@ CHOSEN = {"rule": "ddim", "eta": 0.0, "clip": "x0", "last_time": 0, "tau": [1, 2
         ({"threshold_ratio": 0.9}, {"threshold_ratio": 0.9}),
         ({"threshold_ratio": 0.9, "threshold_max": 1.5}, {"threshold_ratio": 0.9, "threshold_max": 1.5}),
         ({"corrector_steps": 1}, {"corrector_steps": 1, "corrector_snr": 0.16}),
+        ({"rule": "deis", "eta": None, "order": 2}, {"rule": "deis", "eta": None, "order": 2}),
     ],
 )
 def test_later_fields_enter_the_key_where_they_are_set(fields: dict[str, Any], added: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ddim.evaluation.metrics import (
     MetricSpec,
     check_sizes,
     compute_metrics,
+    describe,
     metric_name,
 )
 
@@ -289,3 +290,11 @@ def test_each_extractor_has_its_configuration(name: str) -> None:
     values = group_values("metric", name)
     assert build(MetricSpec, values, "metric").extractor == name
     assert set(values) == set(MetricSpec.__dataclass_fields__)
+
+
+def test_the_subsets_of_the_kernel_distance_are_described() -> None:
+    one, *others = (
+        MetricSpec("pixels", ("kd",), **changes) for changes in ({}, {"kid_subsets": 6}, {"kid_subset_size": 7})
+    )
+    extractor = one.build_extractor("cpu")
+    assert all(describe(other, extractor) != describe(one, extractor) for other in others)

@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from two_processes import run_in_processes
 
 import ddim
 from ddim.checkpoints import LoadedModel
+from ddim.data.datasets import DataSpec
 from ddim.diffusion.rules import DDIM
 from ddim.diffusion.solvers import AdamsBashforth
 from ddim.diffusion.spec import SamplerSpec
-from ddim.distributed import SINGLE_PROCESS
+from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.evaluation import trajectory_error
+from ddim.evaluation import reconstruction, trajectory_error
 from ddim.evaluation.session import Session
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec, compare_shards, evaluate, exact_samples
 from ddim.inference.compute import ComputeSpec
+from ddim.results.records import Record
 from ddim.results.report import build_tables
 
 pytestmark = pytest.mark.integration
@@ -153,3 +156,30 @@ def test_a_sampler_that_does_not_fit_is_refused_before_work(spec: TrajectoryErro
     with pytest.raises(UserError, match="sampler: nfe=4 is not possible with rule=heun"):
         evaluate(dataclasses.replace(spec, sampler=SamplerSpec("heun", None, S=None, nfe=4)))
     assert not Path(spec.output_dir).exists()
+
+
+def errors_in_a_process(
+    processes: Processes, spec: TrajectoryErrorSpec, encoded: reconstruction.ReconstructSpec
+) -> list[Record]:
+    session = Session(processes)
+    return [evaluate(spec, session)[0], reconstruction.evaluate(encoded, session)[0]]
+
+
+def test_errors_do_not_depend_on_processes(spec: TrajectoryErrorSpec, tmp_path: Path) -> None:
+    """Those of the reconstruction neither."""
+    encoded = reconstruction.ReconstructSpec(
+        checkpoint=spec.checkpoint,
+        name="encoded",
+        output_dir=str(tmp_path / "encoded"),
+        data=DataSpec("digits", (8, 8), 1, flip=False),
+        sampler=spec.sampler,
+        compute=dataclasses.replace(spec.compute, batch_size=3),  # of ten images: four batches for two processes
+        n=10,
+        grid=0,
+    )
+    spec = dataclasses.replace(spec, compute=encoded.compute)
+    first, second = run_in_processes(errors_in_a_process, spec, encoded, to=tmp_path / "results")
+    assert first == second
+    elsewhere = [dataclasses.replace(one, output_dir=str(tmp_path / "one")) for one in (spec, encoded)]
+    for record, one in zip(first, errors_in_a_process(SINGLE_PROCESS, *elsewhere), strict=True):
+        assert record["metrics"] == pytest.approx(one["metrics"], rel=1e-5)

@@ -41,6 +41,12 @@ def test_grids_show_the_average_at_their_steps(run, tmp_path, accumulate, predic
     assert not torch.equal(tiles(files[1]), sampled(checkpoint, "online", prediction))
 
 
+def test_a_grid_larger_than_a_batch_has_noise_by_image(run, tmp_path):
+    last = run(grid=GRID | {"every": 1}, trainer={"max_steps": 1, "batch_size": 2}, ema=None)
+    shown = tiles(tmp_path / "run" / "samples" / "step_00000001.png").int()
+    assert (shown - sampled(last, "online").int()).abs().max() <= 1
+
+
 def test_without_ema_the_grid_shows_the_online_weights(run, tmp_path):
     last = run(grid=GRID, trainer={"max_steps": 2}, ema=None, optim={"lr": 0.01})
     assert torch.equal(tiles(tmp_path / "run" / "samples" / "step_00000002.png"), sampled(last, "online"))

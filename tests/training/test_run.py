@@ -57,6 +57,7 @@ OTHER_SETTINGS = [
     ({"ema": {"decay": 0.5}}, "ema.decay: "),
     ({"ema": None}, "ema.decay: "),
     ({"network": {"dropout": 0.5}}, "network.dropout: 0.0 and 0.5"),
+    ({"data": {"flip": False}}, "data.flip: True and False"),
 ]
 
 
