@@ -14,6 +14,7 @@ from ddim.errors import UserError
 from ddim.evaluation.fidelity import EvaluateSpec
 from ddim.evaluation.metrics import MetricSpec
 from ddim.inference.compute import ComputeSpec, prepare_model
+from ddim.networks import float32_products
 from ddim.networks.compiler import find_compiler
 
 
@@ -38,13 +39,8 @@ def gpu():
     device = os.environ.get("DDIM_GPU", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = False
-    yield device
-    for backend, value in zip(backends, before, strict=True):
-        backend.allow_tf32 = value
+    with float32_products(tf32=False):
+        yield device
 
 
 @pytest.fixture(params=[1, 2, 5])

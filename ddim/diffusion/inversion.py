@@ -156,13 +156,20 @@ class Inversion:
             raise ValueError("inversion=bdia couples two steps; take S=2 or more.")
 
     def check_levels(self, schedule: NoiseSchedule, tau: Sequence[int], prediction: str) -> None:
-        """Refuse times at which what the network predicts gives no x̂0 or ε̂.
+        """Refuse times at which what the network predicts gives no x̂0 or ε̂, and steps to ᾱ = 0 that are not undone.
+
+        At ᾱ = 0 any x_s solves for the fixed point (there ε̂ is x_s itself), and BDIA has no step back.
 
         Raises:
             ValueError: there is such a time.
         """
         check_levels(self.encoder(), schedule, (0, *tau), prediction)
         check_levels(self.decoder(), schedule, (*reversed(tau), 0), prediction)
+        if schedule[tau[-1]] == 0 and self.method in ("fixed_point", "bdia"):
+            raise ValueError(
+                f"inversion={self.method} cannot encode to alpha_bar=0 (zero terminal SNR); take paper or diffusers, "
+                "or a spacing that stops below T, such as leading."
+            )
 
     def encode(
         self,

@@ -12,10 +12,10 @@ from torch import Tensor
 from ddim.diffusion import multinomial
 from ddim.diffusion.analytic import AnalyticVariance
 from ddim.diffusion.learned_variance import LearnedVariance
-from ddim.diffusion.prediction import Clip, check_level
+from ddim.diffusion.prediction import Clip
 from ddim.diffusion.registry import DIFFUSERS, RULES, check_arguments, find_rule
 from ddim.diffusion.rules import Rule
-from ddim.diffusion.sampling import Model, Noise, State, count_evaluations, trajectory
+from ddim.diffusion.sampling import Model, Noise, State, check_levels, count_evaluations, rows, trajectory
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.diffusion.score import Corrector
 from ddim.diffusion.tau_file import SUFFIX, TauFile, read_tau
@@ -163,7 +163,8 @@ class SamplerSpec:
             categories: K where pixels are one of K categories; None where they are numbers.
 
         Raises:
-            ValueError: it does not; see `tau`, `rows` and `check_level`. Or the rule needs a learned variance.
+            ValueError: it does not; see `tau`, `rows` and `check_level`. The rule needs a learned variance, or clips x̂0
+                alone and combines several predictions, with which x̂0 and ε̂ have to make up x_t.
         """
         if (self.rule == "multinomial") != (categories is not None):
             pixels = "numbers" if categories is None else f"one of {categories} categories"
@@ -180,9 +181,10 @@ class SamplerSpec:
             raise ValueError(
                 f"clip={self.clip} is for numbers; pixels that are one of {categories} categories take clip=none."
             )
-        for t in self.tau(schedule.T):
-            check_level(prediction, schedule[t])
-        self.evaluations(schedule)  # refuses steps that the rule cannot take
+        check_levels(self.build_rule(), schedule, self.descending_times(schedule.T), prediction)
+        steps = rows(self.build_rule(), schedule, self.descending_times(schedule.T))  # refuses those it cannot take
+        if self.clip == "x0" and any(row.step.past or row.correction for row in steps):
+            raise ValueError(f"rule={self.rule} takes x̂0 and ε̂ that agree; set clip=none or clip=x0_and_eps.")
 
     @property
     def has_file(self) -> bool:
@@ -284,8 +286,7 @@ class SamplerSpec:
 
     def evaluations(self, schedule: NoiseSchedule) -> int:
         """Return how often a sample evaluates the network (NFE)."""
-        times = self.descending_times(schedule.T)
-        return count_evaluations(self.build_rule(), schedule, times, self.corrector_steps)
+        return count_evaluations(self.build_rule(), schedule, self.descending_times(schedule.T), self.corrector_steps)
 
     def descending_times(self, T: int) -> tuple[int, ...]:
         """Return the times of a trajectory, from tau's last to `last_time`."""

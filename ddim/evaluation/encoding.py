@@ -144,7 +144,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         return {X_T: x_T.cpu(), **({SECOND: second.cpu()} if spec.inversion == "bdia" else {})}
 
     with shards.lock(processes):
-        compute = with_batch_size(model, compute, len(images))
+        compute = with_batch_size(model, compute, len(images), processes)
         batches = shards.missing(compute.batch_size, processes)
         with progress(sum(map(len, batches)) * evaluations, "encoding") as bar, shards.writer(processes) as write:
             for batch, tensors in map_batches(batches, encode):

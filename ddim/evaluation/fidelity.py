@@ -119,7 +119,7 @@ class EvaluateSpec(JobSpec):
             "n": self.n,
             "first": self.first,
             "seed": self.seed,
-            "bf16": compute.bf16,
+            **compute.precision,
             "pixels": "uint8, rounded half up",
             "reference": self._check_reference(session, model, compute.state_device),
             "metric": session.metric_description(self.metric, compute.state_device),

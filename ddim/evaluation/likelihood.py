@@ -155,7 +155,7 @@ class LikelihoodSpec(JobSpec):
             "sampler": sampler_settings(self.sampler, times),
             "n": n,
             "seed": self.seed,
-            "bf16": compute.bf16,
+            **compute.precision,
             "pixels": "dequantised uniformly" if ode else "256 grey levels",
             "reference": {
                 "name": images.name,

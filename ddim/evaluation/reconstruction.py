@@ -125,7 +125,7 @@ class ReconstructSpec(JobSpec):
             "model": model_settings(model),
             "sampler": sampler_settings(self.sampler, tau),
             "n": n,
-            "bf16": compute.bf16,
+            **compute.precision,
             "pixels": "float32, neither rounded nor clamped",
             "reference": {"name": images.name, "images": len(images), "fingerprint": fingerprint},
             "metric": {"name": "reconstruction", "scale": "mean squared error of a value in [0, 1]"},

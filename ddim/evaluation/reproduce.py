@@ -221,7 +221,7 @@ def _chosen(record: Record, compute: Mapping[str, Any]) -> dict[str, bool | int]
     chosen: dict[str, bool | int] = {}
     if "settings" in recorded:
         used = recorded["settings"].split("+")
-        chosen = {name: name in used for name in names if same or name == "bf16"}
+        chosen = {name: name in used for name in names if same or name in ("bf16", "tf32")}
     if same and compute.get("batch_size") == 0 and recorded.get("batch_size"):
         chosen["batch_size"] = recorded["batch_size"]
     return chosen

@@ -53,7 +53,8 @@ class Session:
         def load() -> tuple[LoadedModel, ComputeSpec]:
             model, count = load_model(checkpoint, weights), self.processes.world_size
             work = max(evaluations, self.planned) // count
-            return model, with_batch_size(model, prepare_model(model, compute, work, images, count == 1))
+            compute_here = prepare_model(model, compute, work, images, count == 1)
+            return model, with_batch_size(model, compute_here)  # each process, since loading can fail in one of them
 
         return self._load("model", (checkpoint, _modified(checkpoint), weights, compute), load)
 

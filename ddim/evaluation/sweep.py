@@ -44,7 +44,9 @@ def job_id(spec: JobSpec) -> str:
     """
     values = dataclasses.asdict(spec)
     if "compute" in values:
-        values["compute"] = bool(values["compute"]["bf16"])  # None, which leaves it open, is that of before auto
+        # None, which leaves it open, is that of before auto.
+        bf16, tf32 = values["compute"]["bf16"], values["compute"]["tf32"]
+        values["compute"] = "tf32" if tf32 and not bf16 else bool(bf16)
     # The names of before these options.
     if not values.get("data", {}).get("convert", True):
         del values["data"]["convert"]

@@ -89,7 +89,7 @@ class TrajectoryErrorSpec(JobSpec):
         settings = described | {
             "kind": "trajectory",
             "sampler": sampler_settings(self.sampler, tau),
-            "bf16": compute.bf16,
+            **compute.precision,
             "pixels": "float32, neither rounded nor clamped",
             "reference": {
                 "name": f"{row_label(exact)} over all {T:,} times",
@@ -124,11 +124,11 @@ def evaluate(spec: TrajectoryErrorSpec, session: Session | None = None) -> tuple
 
 
 def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Tensor:
-    """Return x_0 of the exact trajectories, (n, C, H, W); computed in float32, and kept in the folder exact/HASH."""
+    """Return x_0 of the exact trajectories, (n, C, H, W), in float32 without TF32; they are kept in exact/HASH."""
     shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
     assert job.model is not None
     T = job.model.spec.schedule.T
-    sampler, compute = exact_sampler(spec.sampler, T), dataclasses.replace(job.compute, bf16=False)
+    sampler, compute = exact_sampler(spec.sampler, T), dataclasses.replace(job.compute, bf16=False, tf32=False)
     with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
         batches = shards.missing(compute.batch_size, processes)
         with progress(sum(map(len, batches)) * T, "exact trajectory") as bar, shards.writer(processes) as write:

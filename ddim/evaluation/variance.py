@@ -122,7 +122,7 @@ def _provenance(spec: EstimateVarianceSpec, model: LoadedModel, compute: Compute
         "step": model.step,
         "n": spec.n,
         "seed": spec.seed,
-        "bf16": compute.bf16,
+        **compute.precision,
         "revision": code_revision(),
     }
 

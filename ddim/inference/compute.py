@@ -77,6 +77,11 @@ class ComputeSpec:
         return bool(self.tf32 and not self.bf16)
 
     @property
+    def precision(self) -> dict[str, bool | None]:
+        """What a record states about the precision of the network: TF32 only where it is used, so that keys stay."""
+        return {"bf16": self.bf16} | ({"tf32": True} if self.uses_tf32 else {})
+
+    @property
     def compiles(self) -> bool:
         """Whether the network is compiled, for one batch size."""
         return bool(self.compile or self.graphs)
@@ -137,7 +142,7 @@ def with_batch_size(model: LoadedModel, compute: C, most: int = 1024, processes:
 
     Args:
         model: on its device (`prepare_model`).
-        processes: the first one searches for all of them.
+        processes: the first one searches for all of them; by default each process searches for itself.
     """
     if compute.batch_size:
         return compute

@@ -72,7 +72,7 @@ def load_encoded(path: str, model: LoadedModel) -> EncodedImages:
     try:
         metadata = {key: json.loads(value) for key, value in as_json.items() if key != "format"}
         encoded = EncodedImages(tensors[X_T], tensors.get(SECOND), metadata)
-        weights_hash, _, _ = (metadata[key] for key in ("weights_hash", "tau", "decode_with"))
+        weights_hash, *_ = (metadata[key] for key in ("weights_hash", "tau", "decode_with", "sampler"))
         encoded.decoder()
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"x_T={path} holds no encoded images; give a file that scripts/encode.py wrote.") from error
@@ -124,9 +124,17 @@ def say_what_differs(
     """
     rule = None if sampler.scheduler is not None else sampler.build_rule()
     condition = condition_settings(model).get("condition")
+    inverted, settings = encoded.metadata["sampler"], sampler.settings()
+
+    def agrees(*names: str) -> bool:
+        return all(inverted.get(name) == settings.get(name) for name in names)
+
     same = {
         "times": list(tau) == encoded.metadata["tau"],
         "rule": rule == encoded.decoder(),
+        "last time": agrees("last_time"),
+        "clip policy": agrees("clip", "clip_range", "threshold_ratio", "threshold_max"),
+        "number of corrector steps": agrees("corrector_steps"),
         "label and guidance": condition == encoded.metadata.get("condition"),
     }
     if differs := " and ".join(name for name, is_same in same.items() if not is_same):

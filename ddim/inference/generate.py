@@ -11,7 +11,6 @@ from ddim.checkpoints import LoadedModel, ModelSpec
 from ddim.config import config_context
 from ddim.data.images import to_uint8
 from ddim.diffusion.analytic import AnalyticVariance
-from ddim.diffusion.inversion import BDIA
 from ddim.diffusion.sampling import Model as Network
 from ddim.diffusion.sampling import State
 from ddim.diffusion.spec import SamplerSpec
@@ -46,8 +45,6 @@ def check_sampler(model: LoadedModel, sampler: SamplerSpec) -> tuple[float, ...]
                 "in its place, and nfe=null."
             )
         rule = sampler.build_rule()
-        if isinstance(rule, BDIA) and sampler.clip == "x0":
-            raise UserError("sampler: rule=bdia takes x̂0 and ε̂ that agree; set clip=none or clip=x0_and_eps.")
         if isinstance(rule, AnalyticVariance) and model.condition is not None and model.condition.label is not None:
             raise UserError(
                 "sampler: the variances of sampler=analytic are estimated without labels; leave label out, or take "
@@ -68,15 +65,15 @@ def check_exact(model: LoadedModel, sampler: SamplerSpec) -> SamplerSpec:
     Raises:
         UserError: it does not fit the model, as one whose ᾱ at T is 0.
     """
-    T = model.spec.schedule.T
-    if model.spec.schedule[T] == 0:
+    spec, T = model.spec, model.spec.schedule.T
+    if spec.schedule[T] == 0:
         raise UserError(
             "exact trajectories cannot start at alpha_bar=0 (zero terminal SNR), and this needs them; compare samples "
             "of such a checkpoint with scripts/evaluate.py."
         )
     exact = exact_sampler(sampler, T)
-    # From T on: what can fail, without the cost of T steps.
-    check_sampler(model, dataclasses.replace(exact, S=exact.order))
+    with config_context("sampler"):  # in one step, of DDIM: what can fail, without the cost of T steps
+        dataclasses.replace(exact, order=1, S=1).check(spec.schedule, spec.prediction, spec.variance)
     return exact
 
 

@@ -219,8 +219,7 @@ def _made_from(model: LoadedModel, spec: SampleSpec, encoded: EncodedImages | No
         "tau_hash": record_key({"tau": list(tau)}),
         "weights_hash": model.weights_hash[:16],
         "description_hash": record_key(description),
-        "bf16": spec.compute.bf16,
-        **({"tf32": True} if spec.compute.uses_tf32 else {}),  # files of earlier code do not state it
+        **spec.compute.precision,
         **condition_settings(model),
     }
     if encoded is not None:

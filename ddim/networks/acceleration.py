@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,14 +85,30 @@ def has_cpp_loops() -> bool:
 
 @contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """Let GPUs compute float32 products and convolutions in TF32 inside the block, or not; torch's default is both."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    """Let GPUs compute float32 products and convolutions in TF32 inside the block, or not; torch's default is both.
+
+    torch has older settings and newer ones (`fp32_precision`, from 2.9 on), and refuses to read an older one where the
+    two disagree: both are set.
+    """
+    backends: Any = torch.backends
+    cudnn, parts = backends.cudnn, []
+    if hasattr(cudnn, "conv"):
+        parts = [cudnn.conv, cudnn.rnn, backends.cuda.matmul, backends.mkldnn.matmul]
+        newer = conv, _, matmul, on_cpu = [part.fp32_precision for part in parts]
+        older = ("medium" if on_cpu == "bf16" else "high" if matmul == "tf32" else "highest"), conv == "tf32"
+    else:
+        newer, older = [], (torch.get_float32_matmul_precision(), cudnn.allow_tf32)
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        cudnn.allow_tf32 = tf32
+        for part in parts[:2]:  # without this, false would leave them to torch.backends.fp32_precision
+            part.fp32_precision = "tf32" if tf32 else "ieee"
         yield
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+        torch.set_float32_matmul_precision(older[0])
+        cudnn.allow_tf32 = older[1]
+        for part, precision in zip(parts, newer, strict=True):
+            part.fp32_precision = precision
 
 
 def keep_freed_memory() -> bool:

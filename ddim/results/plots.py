@@ -14,7 +14,7 @@ import numpy as np
 from ddim.io import atomic_write
 from ddim.results.escape import printable
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.protocol import is_distance
+from ddim.results.protocol import is_distance, precision
 from ddim.results.records import Record, record_key
 from ddim.results.table import Table, row_order
 
@@ -90,7 +90,7 @@ def timings(records: Sequence[Record]) -> list[Timing]:
     for record in records:
         if record["kind"] == "fidelity" and record.get("compute") and (record.get("seconds_sampling") or 0) > 0:
             compute = record["compute"]
-            shared = (compute["device"], record["model"]["weights_hash"], record["bf16"], compute.get("settings"))
+            shared = (compute["device"], record["model"]["weights_hash"], precision(record), compute.get("settings"))
             groups.setdefault(json.dumps(shared), []).append(record)
     candidates = (_timing(groups[key]) for key in sorted(groups))
     return [timing for timing in candidates if len({S for _, S, _ in timing.points}) > 1]
@@ -99,12 +99,12 @@ def timings(records: Sequence[Record]) -> list[Timing]:
 def _timing(records: list[Record]) -> Timing:
     model = records[0]["model"]
     processes = sorted({r["compute"].get("processes", 1) for r in records} - {None})
-    precision = "bfloat16" if records[0]["bf16"] else "float32"  # of records that do not state how the network was run
     batches = sorted({r["compute"].get("batch_size") for r in records} - {None})
     return Timing(
         device=records[0]["compute"]["device"],
         compute=f"processes: {_and(processes)}; images per batch: {_and(batches) or 'not known'}",
-        model=f"weights {model['weights_hash'][:8]}, {records[0]['compute'].get('settings') or precision}",
+        # Earlier records do not state how the network was run.
+        model=f"weights {model['weights_hash'][:8]}, {records[0]['compute'].get('settings') or precision(records[0])}",
         images=tuple(sorted({r["n"] for r in records})),
         points=tuple(
             sorted((r["label"], r["nfe"], r["seconds_sampling"] / r["n"] * PAPER_IMAGES / 3600) for r in records)

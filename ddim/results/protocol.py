@@ -29,10 +29,15 @@ def shared_protocol(record: Record) -> dict[str, Any]:
     Ranges of n images that start at a multiple of n (after the same offset) are the same or disjoint, so the entries
     of one table can be averaged over them.
     """
-    shared = {key: record[key] for key in SHARED}
+    shared = {key: record[key] for key in SHARED} | ({"tf32": True} if record.get("tf32") else {})
     if record["kind"] == "trajectory":  # what samples are compared with has the seed's x_T; its name says the rest
         shared["reference"] = record["reference"] | {"fingerprint": None}
     return shared | {"last_time": record["sampler"]["last_time"], "offset": record["first"] % record["n"]}
+
+
+def precision(record: Mapping[str, Any]) -> str:
+    """Return in what a network was run: bfloat16, TF32 or float32."""
+    return "bfloat16" if record["bf16"] else "TF32" if record.get("tf32") else "float32"
 
 
 def differing_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -80,7 +85,7 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         f"tau {p['spacing']}",
         _seeds(p["seed"]),
         f"from image {p['offset']:,} on" if p["offset"] else "",
-        "bfloat16" if p["bf16"] else "",
+        precision(p).replace("float32", ""),
         f"ends at alpha_bar[{p['last_time']}]" if p["last_time"] else "",
         f"mean ± sample standard deviation over {max(ranges)} {sets}{fewer}" if max(ranges) > 1 else "",
     )
@@ -121,7 +126,7 @@ def _sampling(p: dict[str, Any], rows: dict[str, list[Record]], full: bool) -> l
         ("clip of x̂0", _clip(rows)),
         ("end", f"alpha_bar[{p['last_time']}]" + ("" if p["last_time"] else " = 1")),
         ("pixels", p["pixels"] or ""),
-        ("network in", "bfloat16" if p["bf16"] else "float32"),
+        ("network in", precision(p)),
         ("computed with", distinct((r.get("compute") or {}).get("settings") for r in records)),
         ("seed", _seeds(p["seed"], full).removeprefix("seed ")),
     ]
@@ -165,8 +170,8 @@ def _extractor(metric: dict[str, Any], full: bool) -> str:
     layer, resize = (_named(name, metric.get(key)) for name, key in (("layer", "feature_layer"), ("resize", "resize")))
     weights = _named("weights", _hash(metric.get("weights_hash"), full))
     traces = (_named(name, metric.get(name)) for name in ("probe", "probes", "tolerance"))  # of a likelihood
-    precision = "in bfloat16" if metric.get("bf16") else ""
-    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights, precision, *traces)
+    bfloat16 = "in bfloat16" if metric.get("bf16") else ""
+    return _join(metric.get("extractor", metric.get("name")), layer, resize, weights, bfloat16, *traces)
 
 
 def _weights(model: dict[str, Any], records: list[Record], full: bool) -> str:

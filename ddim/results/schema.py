@@ -30,6 +30,7 @@ OPTIONAL: dict[str, Types] = {  # that earlier versions did not write, or that a
     **dict.fromkeys(("seconds_sampling", "seconds_metrics"), (*NUMBER, NoneType)),
     **dict.fromkeys(("config", "versions", "recipe", "intervals"), (dict,)),
     **dict.fromkeys(("condition", "per_class"), (dict,)),
+    "tf32": (bool,),
     "compute": (dict, NoneType),
     "terms": (list,),
     "bf16": (bool,),

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ddim import DDIM, NoiseSchedule, initial_noise, linear_schedule, linear_tau, step
+from ddim import DDIM, NoiseSchedule, initial_noise, linear_schedule, linear_tau, step, zero_terminal_snr
 from ddim.diffusion.inversion import BDIA, INVERSIONS, FixedPoint, Inversion
 from ddim.diffusion.prediction import PREDICTIONS, x0_and_eps
 from ddim.diffusion.sampling import last_state, trajectory
@@ -168,3 +168,21 @@ def test_steps_that_cannot_be_inverted_are_refused():
         with pytest.raises(ValueError, match="gives no ε at t=0"):
             Inversion(method).check_levels(SCHEDULE, (500, 1000), "x0")
     Inversion("fixed_point").check_levels(SCHEDULE, (500, 1000), "x0")
+
+
+def test_inversions_that_fail_at_alpha_bar_zero_are_refused():
+    """The fixed point is any x there; the other two come back."""
+    schedule, tau = zero_terminal_snr(SCHEDULE), (250, 500, 750, 1000)
+    for method in ("fixed_point", "bdia"):
+        with pytest.raises(
+            ValueError, match=rf"inversion={method} cannot encode to alpha_bar=0 .*take paper or diffus"
+        ):
+            Inversion(method).check_levels(schedule, tau, "v")
+        Inversion(method).check_levels(schedule, tau[:-1], "v")
+        Inversion(method).check_levels(SCHEDULE, tau, "v")
+    for method in ("paper", "diffusers"):
+        Inversion(method).check_levels(schedule, tau, "v")
+    *_, before, last = Inversion("fixed_point").encode(
+        lambda x, t: torch.sin(x), schedule, images(), tau, prediction="v"
+    )
+    assert torch.equal(last.x, before.x)

@@ -22,6 +22,7 @@ from ddim import (
 from ddim.diffusion.registry import RULES
 
 SCHEDULE = linear_schedule(1000)
+PLAIN = [name for name in RULES if name not in ("analytic", "learned_variance", "multinomial")]
 SHAPE = (3, 4, 4)
 
 
@@ -77,13 +78,28 @@ def test_encoding_to_alpha_bar_zero_asks_no_network_there():
     assert asked == [1, 1, 500]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name for name in RULES if name not in ("ddim", "sigma_hat", "analytic", "learned_variance", "multinomial")],
-)
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("ddim", "sigma_hat")])
 def test_other_rules_refuse_the_step_from_alpha_bar_zero(name):
     """Their variables are infinite there; from the time before T on they work."""
     schedule = zero_terminal_snr(SCHEDULE)
     with pytest.raises(ValueError, match=r"no step from alpha_bar=0 .*take ddim"):
         SamplerSpec(rule=name, eta=None, S=8).check(schedule, "v")
     SamplerSpec(rule=name, eta=None, S=8, spacing="leading").check(schedule, "v")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in RULES if name not in ("analytic", "learned_variance", "multinomial")]
+)
+def test_rules_that_combine_predictions_refuse_clip_x0(name):
+    """They rebuild x_t from x̂0 and ε̂, which have to agree; with one prediction a step, x̂0 is clipped alone."""
+    eta = 0.0 if name == "ddim" else None
+    for clip in ("none", "x0_and_eps"):
+        SamplerSpec(name, eta, S=5, clip=clip).check(SCHEDULE, "eps")
+    clipped = SamplerSpec(name, eta, S=5, clip="x0")
+    if name in ("ddim", "sigma_hat", "probability_flow"):
+        clipped.check(SCHEDULE, "eps")
+        return
+    with pytest.raises(ValueError, match=f"rule={name} takes x̂0 and ε̂ that agree; set clip=none or clip=x0_and_eps"):
+        clipped.check(SCHEDULE, "eps")
+    if name not in ("heun", "bdia", "unipc"):  # of order 1 they are ddim or ddpm
+        SamplerSpec(name, eta, S=5, clip="x0", order=1).check(SCHEDULE, "eps")

@@ -266,6 +266,22 @@ def test_trajectories_equal_those_of_diffusers(name, spacing, S):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+@pytest.mark.parametrize(("name", "rule"), [("DPMSolverMultistep", DPMSolverPP()), ("UniPCMultistep", UniPC())])
+def test_thresholding_of_diffusers_is_x0_and_eps(name, rule):
+    """With clip=x0, which is refused, the state that a step starts from would not be x_t."""
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = getattr(diffusers, f"{name}Scheduler")(beta_end=0.02, timestep_spacing="trailing", thresholding=True)
+    x_T = initial_noise(range(2), SHAPE, seed=0).double()
+    expected, times, last = run_diffusers(scheduler, 20, x_T, network)
+    x0, both = (
+        last_state(trajectory(network, SCHEDULE, x_T, (*times, last), rule, clip=clip)) for clip in ("x0", "x0_and_eps")
+    )
+    assert torch.allclose(both, expected, atol=1e-5)
+    assert (x0 - expected).abs().max() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
 @pytest.mark.parametrize("S", [5, 10, 50, 300])
 def test_heun_equals_that_of_diffusers(S):
     diffusers = pytest.importorskip("diffusers")

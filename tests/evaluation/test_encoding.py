@@ -167,7 +167,14 @@ def test_two_processes_encode_what_one_does(spec: EncodeSpec, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("changes", "differs"),
-    [({"S": 4}, "times"), ({"eta": 1.0}, "rule"), ({"rule": "bdia", "eta": None, "S": 3}, "times and rule")],
+    [
+        ({"S": 4}, "times"),
+        ({"eta": 1.0}, "rule"),
+        ({"rule": "bdia", "eta": None, "S": 3}, "times and rule"),
+        ({"last_time": 1}, "last time"),
+        ({"clip": "x0"}, "clip policy"),
+        ({"corrector_steps": 1}, "number of corrector steps"),
+    ],
 )
 def test_another_sampler_is_said(
     spec: EncodeSpec, changes: dict[str, Any], differs: str, caplog: pytest.LogCaptureFixture
@@ -176,6 +183,15 @@ def test_another_sampler_is_said(
     write_samples(sampling(spec, sampler=dataclasses.replace(spec.sampler, **changes)))
     [said] = caplog.messages
     assert f"was encoded for sampler=ddim sampler.S=5, whose {differs} this sampler does not have" in said
+
+
+def test_a_corrector_decodes_bdia_without_its_second_state(spec: EncodeSpec, caplog: pytest.LogCaptureFixture) -> None:
+    """With it, the first step and the corrector after it would be left out, and their evaluations counted."""
+    spec = dataclasses.replace(spec, inversion="bdia")
+    write_encoded(spec)
+    write_samples(sampling(spec, sampler=SamplerSpec("bdia", None, S=5, corrector_steps=1)))
+    assert len(read(Path(spec.output_dir, "decoded"))) == len(NAMES)
+    assert "whose number of corrector steps this sampler does not have" in caplog.text
 
 
 def test_first_and_n_choose_among_the_images(spec: EncodeSpec, pixels: torch.Tensor) -> None:
@@ -280,12 +296,15 @@ def test_files_that_are_not_for_the_model_are_refused(spec: EncodeSpec, tmp_path
     other = tmp_path / "other.safetensors"
     tensors, metadata = read_safetensors(spec.path)
     write_safetensors(other, {"x": tensors["x_T"]}, {})
+    bare = tmp_path / "bare.safetensors"
+    write_safetensors(bare, tensors, {name: text for name, text in metadata.items() if name != "sampler"})
     wide, wrong = tmp_path / "wide.safetensors", tmp_path / "text.txt"
     write_safetensors(wide, {"x_T": torch.zeros(2, 1, 9, 8)}, metadata)
     wrong.write_text("text")
     for path, changes, message in (
         (spec.path, {"weights": "online"}, r"was encoded with the weights \w+, not with \w+ \(online\)"),
         (other, {}, "holds no encoded images"),
+        (bare, {}, "holds no encoded images"),
         (wrong, {}, "holds no encoded images"),
         (wide, {}, re.escape("of the shape (2, 1, 9, 8), not float32")),
         (tmp_path / "nowhere", {}, "there is no file x_T="),

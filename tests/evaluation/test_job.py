@@ -8,8 +8,12 @@ import torch
 from ddim import SamplerSpec
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
-from ddim.evaluation.job import run_name, sampler_settings
+from ddim.evaluation.job import JobSpec, run_name, sampler_settings
+from ddim.evaluation.likelihood import LikelihoodSpec
+from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
+from ddim.evaluation.sweep import job_id
+from ddim.evaluation.trajectory_error import TrajectoryErrorSpec
 from ddim.inference import auto, compute
 from ddim.inference.auto import SETTINGS, Choice, Hardware, Work, choose_settings
 from ddim.inference.compute import ComputeSpec
@@ -128,6 +132,20 @@ def test_bfloat16_is_in_the_key_where_it_was_chosen(spec: EvaluateSpec, monkeypa
     bf16 = spec.prepare(Session())
     assert bf16.key != exact.key
     assert bf16.key == dataclasses.replace(spec, compute=ComputeSpec("cpu", bf16=True)).prepare(Session()).key
+
+
+@pytest.mark.parametrize("kind", [EvaluateSpec, ReconstructSpec, LikelihoodSpec, TrajectoryErrorSpec])
+def test_tf32_is_in_the_key_where_it_is_used(spec: EvaluateSpec, kind: type[JobSpec]) -> None:
+    """A table mixes it with nothing else, and the manifest tells such jobs apart; bfloat16 leaves it without effect."""
+    fields = {f.name for f in dataclasses.fields(kind)}
+    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name in fields}
+    job = kind(**values | {"sampler": SamplerSpec()})
+    precisions: list[dict[str, Any]] = [{}, {"tf32": True}, {"bf16": True}, {"bf16": True, "tf32": True}]
+    specs = [dataclasses.replace(job, compute=ComputeSpec("cpu", **given)) for given in precisions]
+    exact, tf32, bf16, both = (one.prepare(Session()) for one in specs)
+    assert tf32.settings == exact.settings | {"tf32": True}
+    assert both.settings == bf16.settings == exact.settings | {"bf16": True}
+    assert len({*map(job_id, specs)}) == 3
 
 
 def test_all_jobs_of_a_command_are_computed_alike(spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,9 @@ from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.image_sets import MetricsSpec
 from ddim.evaluation.image_sets import evaluate as evaluate_images
 from ddim.evaluation.metrics import MetricSpec
-from ddim.evaluation.reproduce import MOST_DIGITS, ReproduceSpec, agreeing_digits, find_weights, reproduce
+from ddim.evaluation.reproduce import MOST_DIGITS, ReproduceSpec, _chosen, agreeing_digits, find_weights, reproduce
 from ddim.image_io import save_png
+from ddim.inference.auto import SETTINGS
 from ddim.results.records import RECORDS
 
 pytestmark = pytest.mark.integration
@@ -90,6 +91,12 @@ def test_what_was_chosen_is_chosen_again(recorded: dict[str, Any]) -> None:
     assert done.now["config"]["compute"]["winograd"] is False
     assert done.now["compute"]["batch_size"] == 7
     assert (done.now["compute"]["settings"], done.now["key"]) == ("float32", recorded["key"])
+
+
+def test_another_device_keeps_the_precision() -> None:
+    config = {"device": "cuda", **dict.fromkeys(SETTINGS), "batch_size": 0}
+    record = {"config": {"compute": config}, "compute": {"settings": "tf32+channels_last+compile", "batch_size": 7}}
+    assert _chosen(record, config | {"device": "cpu"}) == {"bf16": False, "tf32": True}
 
 
 def test_what_differs_is_named(recorded: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from ddim.diffusion.solvers import AdamsBashforth
 from ddim.diffusion.spec import SamplerSpec
 from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
-from ddim.evaluation import reconstruction
+from ddim.evaluation import reconstruction, trajectory_error
 from ddim.evaluation.session import Session
 from ddim.evaluation.trajectory_error import TrajectoryErrorSpec, compare_shards, evaluate, exact_samples
 from ddim.inference.compute import ComputeSpec
@@ -95,6 +95,23 @@ def test_the_exact_trajectory_is_computed_a_single_time(spec: TrajectoryErrorSpe
         evaluate(dataclasses.replace(spec, sampler=sampler, compute=ComputeSpec("cpu", batch_size=3)), session)
     now = Path(spec.output_dir, "exact").rglob("*.safetensors")
     assert {path: path.stat().st_mtime_ns for path in now} == files
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_exact_trajectories_are_in_float32(
+    spec: TrajectoryErrorSpec, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the samples are in: every precision is compared with the same files."""
+    seen = []
+    sample = trajectory_error.sample_batches
+
+    def note(*arguments: Any) -> Any:
+        seen.append(arguments[4].precision)
+        return sample(*arguments)
+
+    monkeypatch.setattr(trajectory_error, "sample_batches", note)
+    evaluate(dataclasses.replace(spec, n=1, compute=dataclasses.replace(spec.compute, **{precision: True})))
+    assert seen == [{"bf16": False}, {"bf16": False} | {precision: True}]
 
 
 def test_what_decides_the_exact_trajectory_names_it(spec: TrajectoryErrorSpec) -> None:

@@ -11,7 +11,7 @@ from small import weights
 from tensors import gaussian32
 
 from ddim.errors import UserError
-from ddim.networks import UNetSpec, accelerate, build_network
+from ddim.networks import UNetSpec, accelerate, build_network, float32_products
 from ddim.networks.acceleration import CACHE
 from ddim.networks.cpu import native
 
@@ -83,8 +83,8 @@ def test_the_output_on_the_gpu_is_that_of_the_cpu(gpu, mode, record_property):
     x, t = gaussian32(16, 3, 16, 16), torch.arange(0, 1000, 63)
     reference = network(x, t)
     accelerate(network.to(gpu), torch.device(gpu), **dict.fromkeys(words - {"float32", "tf32", "bf16"}, True))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = "tf32" in words
-    with torch.inference_mode(), torch.autocast(gpu, torch.bfloat16, enabled="bf16" in words):
+    bf16 = torch.autocast(gpu, torch.bfloat16, enabled="bf16" in words)
+    with torch.inference_mode(), float32_products("tf32" in words), bf16:
         network(x.flip(0).to(gpu), t.to(gpu))
         output = network(x.to(gpu), t.to(gpu)).float().cpu()  # of a graph: replayed
     error = float((output - reference).norm() / reference.norm())
@@ -201,3 +201,53 @@ def test_only_acceleration_depends_on_the_cpp_loops():
     room = Path(native.__file__).parent
     sources = set(room.parents[1].rglob("*.py")) - set(room.glob("*.py"))
     assert [path.name for path in sources if "networks.cpu" in path.read_text()] == ["acceleration.py"]
+
+
+def tf32_settings() -> list[object]:
+    """The older settings, then the newer ones of products and convolutions; "refused" where torch refuses to read one.
+
+    Older versions of torch have the older ones alone, and the newer ones follow from them.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    reads = [torch.get_float32_matmul_precision, lambda: matmul.allow_tf32, lambda: cudnn.allow_tf32]
+    if NEWER:
+        reads += [lambda: matmul.fp32_precision, lambda: cudnn.conv.fp32_precision, lambda: cudnn.rnn.fp32_precision]
+    values: list[object] = []
+    for read in reads:
+        try:
+            values.append(read())
+        except RuntimeError:
+            values.append("refused")
+    return values
+
+
+NEWER = hasattr(torch.backends.cudnn, "conv")
+SETTERS = {
+    "nothing": lambda: None,
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "everything": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+    "products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "convolutions": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+@pytest.mark.parametrize("name", SETTERS if NEWER else ("nothing", "high", "medium"))
+def test_tf32_is_as_asked_for_whatever_was_set_before(name: str) -> None:
+    expected = {
+        False: ["highest", False, False] + ["ieee"] * 3 * NEWER,
+        True: ["high", True, True] + ["tf32"] * 3 * NEWER,
+    }
+    with float32_products(tf32=False):  # which undoes what is set here
+        SETTERS[name]()
+        before = tf32_settings()
+        for tf32 in (False, True):
+            with float32_products(tf32):
+                assert tf32_settings() == expected[tf32]
+                with float32_products(not tf32):
+                    assert tf32_settings() == expected[not tf32]
+                assert tf32_settings() == expected[tf32]
+        after = tf32_settings()
+        assert all(old in (new, "refused") for old, new in zip(before, after, strict=True))
+        if NEWER:
+            torch.backends.fp32_precision = "none"

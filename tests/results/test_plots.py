@@ -173,6 +173,7 @@ def test_hours_are_scaled_to_fifty_thousand_images() -> None:
         {"compute": {"device": "another"}},
         {"compute": H200 | {"settings": "bf16+compile"}},
         {"bf16": True},
+        {"tf32": True},
         {"model__weights_hash": "other"},
     ],
     ids=str,

@@ -73,6 +73,7 @@ def test_missing_fields_of_older_records_have_defaults(defaults: dict[str, Any])
         {"first": 1},
         {"n": 1000},
         {"bf16": True},
+        {"tf32": True},
         {"pixels": "float"},
         {"model__weights": "online"},
         {"model__weights_hash": "other"},

@@ -154,7 +154,9 @@ def test_exact_is_what_the_specs_are_without_settings() -> None:
     assert build(TrainerSpec, group_values("trainer", "exact"), "") == TrainerSpec()
 
 
-@pytest.mark.parametrize("main", ["encode", "reconstruct", "solver_error", "likelihood", "search_tau"])
+@pytest.mark.parametrize(
+    "main", [*("encode", "reconstruct", "solver_error"), *("likelihood", "search_tau", "estimate_variance")]
+)
 def test_what_measures_small_errors_is_in_float32(main: str) -> None:
     compute = spec_of(main).compute
     assert compute == dataclasses.replace(DEFAULTS["compute"][1], bf16=False, tf32=False)
