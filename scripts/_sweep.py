@@ -239,17 +239,14 @@ class Sweep:
         from ddim.results.report import write_report
 
         spec, grids = self.specs[logger.folder], (logger.folder / "grids",) * (logger.folder / "grids").is_dir()
-        if records := current_session().records(str(logger.folder)).read():
-            with FileLock(logger.folder / ".report.lock"):
-                paths = write_report(
-                    records,
-                    logger.folder,
-                    command=command,
-                    failures=failures,
-                    impossible=impossible,
-                    shown=spec.table,
-                    **({"style": spec.style, "figure": spec.figure} if hasattr(spec, "figure") else {}),
-                )
+        if not logger.folder.is_dir():
+            return
+        with FileLock(logger.folder / ".report.lock"):  # held while reading too: the last report has all records
+            records = current_session().records(str(logger.folder)).read()
+            shown = {"style": spec.style, "figure": spec.figure} if hasattr(spec, "figure") else {}
+            shown |= {"shown": spec.table, "failures": failures, "impossible": impossible}
+            paths = write_report(records, logger.folder, command=command, **shown) if records else []
+        if paths:
             print(f"\n{paths[0].read_text(encoding='utf-8')}")
             for path in (*paths, *grids):
                 print(path)
