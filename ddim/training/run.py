@@ -143,7 +143,7 @@ def choose_trainer(spec: TrainSpec, model: ModelSpec) -> tuple[TrainSpec, str | 
     images = t.batch_size // t.accumulate
     work = (3 * t.max_steps * t.batch_size, images)
     with torch.random.fork_rng(devices=[]):
-        network = build_network(model.network, model.network_spec)
+        network = build_network(model.network, model.network_spec).eval()  # it is given one image
     choice = choose_for(model, network, _device(t), *work, given, training=True, alone=alone)
     chosen: dict[str, Any] = {name: choice.settings[name] for name in ("tf32", "channels_last", "compile", "winograd")}
     precision: Any = "bf16-mixed" if choice.settings["bf16"] else "32-true"
