@@ -41,6 +41,7 @@ from ddim.training.resume import (
     SameStep,
     check_images,
     check_state,
+    explain_memory_errors,
     explain_restore_errors,
     find_checkpoint,
     fingerprint,
@@ -111,6 +112,7 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
         explain_disk_errors(spec.folder),
         finish_wandb(spec.logger),
         explain_restore_errors(trainer, checkpoint),
+        explain_memory_errors(trainer, spec.trainer.batch_size),
     ):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
