@@ -1,5 +1,6 @@
 """The named data sets, read from small files in the layout of the real ones."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -268,6 +269,8 @@ def test_lsun_is_resized_also_in_worker_processes(lsun_root):
     assert torch.equal(torch.stack([images[0], images[1]]), expected)
     assert len(images) == 2
     assert images.name == "lsun-bedroom-train"
+    of_metadata = b"lsun-bedroom-train|2|(3, 32, 32)|shorter side bilinear, centre crop, RGB"
+    assert images.fingerprint() == hashlib.sha256(of_metadata).hexdigest()  # of the reference sets of earlier records
     # worker processes read it too, while this one has it open
     for context in ("fork", "spawn"):
         loader = DataLoader(images, batch_size=None, sampler=[1, 0], num_workers=1, multiprocessing_context=context)
