@@ -270,3 +270,8 @@ def test_a_network_of_a_plugin_is_built_as_it_is(tmp_path, monkeypatch):
     save_model(StoredModel(spec, {"layer.bias": torch.ones(1)}, "ema", 7), path)
     with pytest.raises(UserError, match=r"the weights in .* do not fit the network it describes: Missing key"):
         load_model(path)
+    monkeypatch.delitem(NETWORKS, "plugin")
+    with pytest.raises(
+        UserError, match=r"'plugin' is none of this package, so it is one of a plugin; add plugins=\[MOD"
+    ):
+        load_model(path)
