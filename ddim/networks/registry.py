@@ -24,11 +24,12 @@ def build_network(name: str, spec: Any) -> nn.Module:
 
 
 def without_memory(name: str) -> torch.device:
-    """Return the device for a network that is only looked at: "meta", but the CPU for one of a plugin.
+    """Return the device for a network that is only looked at: "meta", but torch's default for one of a plugin.
 
     The constructor of a plugin may read values of tensors or make them with another library, which fails on "meta".
     """
-    return torch.device("meta" if NETWORKS[name][1].__module__.startswith("ddim.") else "cpu")
+    is_own = NETWORKS[name][1].__module__.startswith("ddim.")
+    return torch.device("meta") if is_own else torch.get_default_device()
 
 
 NETWORKS: dict[str, tuple[type, type[nn.Module]]] = {

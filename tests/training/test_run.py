@@ -14,8 +14,6 @@ from ddim.checkpoints.checksum import write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
 from ddim.errors import UserError
-from ddim.networks import UNet
-from ddim.training.dry_run import dry_run
 from ddim.training.module import DiffusionModule
 from ddim.training.run import lock_folder
 from ddim.training.spec import TrainSpec
@@ -47,29 +45,6 @@ def last(finished_run, tmp_path):
     path.hardlink_to(path.with_name("step_00000002.ckpt"))  # as training does
     shutil.copy(path, tmp_path / "copy.ckpt")
     return path
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("accumulate", "message"),
-    [
-        (1, "a training step does not fit into memory; set trainer.accumulate=2 (now 1), which"),
-        (3, "a training step does not fit into memory; set trainer.accumulate=6 (now 3), which"),
-        (9, "a training step does not fit into memory; set trainer.accumulate=18 (now 9), which"),
-        (18, "not even one image at a time fits into memory; take a smaller network"),
-    ],
-)
-def test_a_step_that_does_not_fit_says_what_to_set(run, config, monkeypatch, accumulate, message):
-    def forward(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-
-    monkeypatch.setattr(UNet, "forward", forward)
-    changes = {"trainer": {"batch_size": 18, "accumulate": accumulate}}
-    spec = build(TrainSpec, config(**changes), "")
-    for train in (lambda: run(**changes), lambda: dry_run(spec)):
-        with pytest.raises(UserError) as caught:
-            train()
-        assert str(caught.value).startswith(message)
 
 
 RESUMED = {"checkpoint": "last"}
