@@ -23,7 +23,7 @@ from ddim.config import choose
 from ddim.diffusion.guidance import Condition
 from ddim.errors import UserError
 from ddim.io import Tensors, explain_read_errors, is_safetensors, read_safetensors, read_torch, write_safetensors
-from ddim.networks import build_network, zero_based
+from ddim.networks import build_network, without_memory, zero_based
 
 # Entries of a training checkpoint.
 HAS_CHECKSUM = "sealed"  # in the description: true if the file was written with a checksum
@@ -111,9 +111,10 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
             description.
     """
     stored = read_model(path, weights)
-    with explain_read_errors(path), torch.device("meta"):  # without memory: a description may claim any size
+    device = without_memory(stored.spec.network)  # a description may claim any size
+    with explain_read_errors(path), device:
         network = build_network(stored.spec.network, stored.spec.network_spec)
-        state = {name: value.to("meta") for name, value in stored.state.items()}
+        state = {name: value.to(device) for name, value in stored.state.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -114,10 +114,12 @@ class ModelSpec:
             network = dict(values["network"])
             name = network.pop("name")
             plugins = convert(values.get("plugins", ()), tuple[str, ...], "plugins")
-            if plugins and name not in NETWORKS:
+            if name not in NETWORKS:
+                trained = "and the checkpoint was trained with plugins" if plugins else "so it is one of a plugin"
+                names = ",".join(map(printable, plugins)) or "MODULE"
                 raise UserError(
-                    f"the network {name!r} is none of this package, and the checkpoint was trained with plugins; add "
-                    f"plugins=[{','.join(map(printable, plugins))}] to the command, or import them before you load it."
+                    f"the network {name!r} is none of this package, {trained}; add plugins=[{names}] to the command, "
+                    "or import the plugin before you load it."
                 )
             schedule = NoiseSchedule(values["schedule"]["alpha_bar"], values["schedule"]["name"])
             network_spec = build(choose("network", name, NETWORKS)[0], network, "network")

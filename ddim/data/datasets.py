@@ -43,7 +43,7 @@ class DataSpec:
             an attribute (celeba), such as Smiling; None for no labels.
 
     Raises:
-        ValueError: a value out of range, or an option that this data set does not have.
+        ValueError: a value out of range, or an option that this data set does not have; a plugin's can have any.
     """
 
     name: str
@@ -63,6 +63,8 @@ class DataSpec:
             raise ValueError(f"size={list(self.size)} must be two positive numbers of pixels, height and width.")
         if self.channels not in (1, 3):
             raise ValueError(f"channels={self.channels} must be 1 (grey) or 3 (RGB).")
+        if self.name not in _OWN:
+            return
         if self.category is not None and self.name != "lsun":
             raise ValueError(f"category={self.category} is an option of lsun alone; leave it out for {self.name}.")
         for option in ("resize", "convert"):
@@ -79,22 +81,27 @@ def load_images(spec: DataSpec, split: Split = "train") -> Images:
     """Read the data set `spec.name`.
 
     Raises:
-        UserError: unknown name or split, a size or number of channels that the data set does not have, or files that
-            are missing or damaged.
+        UserError: unknown name or split, a size or number of channels that the data set does not have, files that are
+            missing or damaged, or no labels where the spec asks for some.
     """
     if split not in get_args(Split):
         raise UserError(f"split={split!r} is not known; allowed: {', '.join(get_args(Split))}.")
-    return choose("data set", spec.name, DATASETS)(spec, split)
+    images = choose("data set", spec.name, DATASETS)(spec, split)
+    if spec.labels is not None:
+        _check_labels(spec, images)
+    return images
 
 
 def class_names(spec: DataSpec) -> tuple[str, ...]:
-    """Return the names of the labels 0, 1, ... of a data set, without reading its images; () without labels.
+    """Return the names of the labels 0, 1, ... of a data set, () without labels; only a plugin's images are read.
 
     Raises:
-        UserError: of class folders: there are fewer than two, or they cannot be read.
+        UserError: of class folders: there are fewer than two, or they cannot be read; see `load_images` for a plugin.
     """
     if spec.labels is None:
         return ()
+    if spec.name not in _OWN:
+        return load_images(spec).classes
     if spec.name == "celeba":
         return (f"not {spec.labels}", spec.labels)
     if spec.name == "folder":
@@ -193,6 +200,17 @@ def _labels(spec: DataSpec, labels: Any) -> tuple[Tensor | None, tuple[str, ...]
     return (None, ()) if spec.labels is None else (torch.as_tensor(labels).long(), class_names(spec))
 
 
+def _check_labels(spec: DataSpec, images: Images) -> None:
+    """Refuse images that do not have the labels that a spec asks for; a plugin's may not."""
+    labels, K = images.labels, len(images.classes)
+    holds = labels is not None and labels.dtype == torch.int64 and labels.shape == (len(images),)
+    if labels is None or not holds or not 0 <= int(labels.min()) <= int(labels.max()) < K:
+        raise UserError(
+            f"data set {spec.name} gives no labels for data.labels={spec.labels}; its images need `labels`, int64 (N,) "
+            "in 0..K-1, and K names in `classes`."
+        )
+
+
 def _root(spec: DataSpec) -> Path:
     """Return the root with ~ expanded.
 
@@ -271,3 +289,4 @@ DATASETS: dict[str, Callable[[DataSpec, Split], Images]] = {
     "folder": folder,
     "npz": npz,
 }
+_OWN = frozenset(DATASETS)  # what a plugin adds decides itself which options it has

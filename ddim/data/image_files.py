@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,39 +164,59 @@ class FileImages(LazyImages):
 
     def _hash_pixels(self) -> str:
         digest = hashlib.sha256()
-        hidden = None if len(self) > _SHOW_PROGRESS_ABOVE else True
-        with ThreadPoolExecutor() as pool, tqdm(desc=self.name, total=len(self), unit="image", disable=hidden) as bar:
-            for first in range(0, len(self), _DECODED_AT_ONCE):
-                for image in pool.map(self.__getitem__, range(first, min(first + _DECODED_AT_ONCE, len(self)))):
-                    digest.update(image.contiguous().numpy().data)
-                    bar.update()
+        for image in self._decode_all():
+            digest.update(image.contiguous().numpy().data)
         return digest.hexdigest()
 
     def load(self) -> MemoryImages:
         """Decode every file into memory, in threads, with a progress bar on a terminal when there are many.
 
         Raises:
-            UserError: `read` refused a file, or some cannot be decoded; the message gives their number and five names.
+            UserError: some files cannot be decoded, or `read` refused them; the message gives their number and the
+                first five.
         """
-        pixels = np.empty((len(self), *self.shape), dtype=np.uint8)
-        damaged: dict[Path, DamagedImage] = {}
+        pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        for index, image in enumerate(self._decode_all()):
+            pixels[index] = image
+        return MemoryImages(self.name, pixels, self.labels, self.classes)
 
-        def decode(index: int) -> None:
+    def _decode_all(self) -> Iterator[Tensor]:
+        """Yield all images, in order.
+
+        Raises:
+            UserError: see `load`; as many as are decoded at once end the search for more.
+        """
+        errors: dict[Path, UserError] = {}
+
+        def decode(index: int) -> Tensor | None:
             try:
-                pixels[index] = self._decode(self.files[index])
-            except DamagedImage as error:
-                damaged[self.files[index]] = error
+                return self[index]
+            except UserError as error:
+                errors[self.files[index]] = error
+                return None
 
-        with ThreadPoolExecutor() as pool:
-            hidden = None if len(self) > _SHOW_PROGRESS_ABOVE else True  # None: hidden unless stderr is a terminal
-            for _ in tqdm(pool.map(decode, range(len(self))), self.name, len(self), unit="image", disable=hidden):
-                pass
-        if len(damaged) == 1:
-            raise next(iter(damaged.values()))
-        if damaged:
-            first = ", ".join(printable(file) for file in sorted(damaged)[:5])
-            raise UserError(
-                f"{len(damaged)} of {len(self)} image files cannot be read: {first}"
-                f"{', ...' * (len(damaged) > 5)}; replace or remove them."
-            )
-        return MemoryImages(self.name, torch.from_numpy(pixels), self.labels, self.classes)
+        hidden = None if len(self) > _SHOW_PROGRESS_ABOVE else True  # None: hidden unless stderr is a terminal
+        with ThreadPoolExecutor() as pool, tqdm(desc=self.name, total=len(self), unit="image", disable=hidden) as bar:
+            for first in range(0, len(self), _DECODED_AT_ONCE):
+                for image in pool.map(decode, range(first, min(first + _DECODED_AT_ONCE, len(self)))):
+                    if image is not None:
+                        yield image
+                    bar.update()
+                if len(errors) >= _DECODED_AT_ONCE:
+                    break
+        if errors:
+            raise _summary(errors, len(self))
+
+
+def _summary(errors: Mapping[Path, UserError], count: int) -> UserError:
+    """Return one error for those of some of `count` files."""
+    files = sorted(errors)
+    if len(files) == 1:
+        return errors[files[0]]
+    at_least = "at least " * (len(files) >= _DECODED_AT_ONCE)  # where decoding has ended
+    number, more = f"{at_least}{len(files)} of {count} image files", len(files) > 5
+    if all(isinstance(error, DamagedImage) for error in errors.values()):
+        names = ", ".join(map(printable, files[:5]))
+        return UserError(f"{number} cannot be read: {names}{', ...' * more}; replace or remove them.")
+    reasons = "; ".join(str(errors[file]).rstrip(".") for file in files[:5])
+    return UserError(f"{number} cannot be used: {reasons}{'; and others' * more}.")

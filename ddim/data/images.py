@@ -114,5 +114,8 @@ class LazyImages(Images):
     transform: str
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of name, number, shape and transform: the pixels themselves are too many to read."""
-        return hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}".encode()).hexdigest()
+        """Return the SHA-256 of the pixels, as for the same images in memory: all of them are read for it."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(self[index].contiguous().numpy().data)
+        return digest.hexdigest()

@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
 
-import torch
-
 from ddim.evaluation.job import Job, JobSpec
 from ddim.evaluation.session import Session
 from ddim.evaluation.sweep import Timings, for_each_job, forecast, remaining
 from ddim.inference.auto import flops
-from ddim.networks import build_network
+from ddim.networks import build_network, without_memory
 
 RATE = 40e12  # operations per second of one GPU, as in the README's hours
 
@@ -50,11 +48,11 @@ def dry_run(specs: Sequence[JobSpec], session: Session) -> list[str]:
 def _cost(spec: JobSpec, job: Job) -> Cost:
     assert job.model is not None  # only images that exist already have none, and they have no dry run
     n, shape = len(job.indices), job.model.spec.image_shape
-    with torch.device("meta"):  # without the loops of compute.winograd, which the counter does not see
-        network = build_network(job.model.spec.network, job.model.spec.network_spec)
+    with without_memory(job.model.spec.network):  # nor the loops of compute.winograd, which the counter does not see
+        network = build_network(job.model.spec.network, job.model.spec.network_spec).eval()
     features = 0 if job.extractor is None else 4 * n * job.extractor.dimension(shape)  # float32
     images = n * math.prod(shape) if getattr(spec, "save_images", False) else 0
-    return Cost(n * job.steps * flops(network, shape), features, images)
+    return Cost(n * job.steps * flops(network, shape, job.model.spec.num_classes), features, images)
 
 
 def _size(count: int) -> str:

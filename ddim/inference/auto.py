@@ -184,22 +184,28 @@ def choose_for(
         alone: whether this is the only process; several do not time, since they could come to different choices.
     """
     hardware = this_hardware(device)
-    work = Work(rough_flops(network, model.image_shape), evaluations, images, training)
+    work = Work(rough_flops(network, model.image_shape, model.num_classes), evaluations, images, training)
     seconds = timing(hardware, model, work) if alone and needs_timing(hardware, work, given) else None
     choice = choose_settings(hardware, work, given, seconds)
     log.info("chosen: %s on %s", words(choice.settings), choice.reason)
     return choice
 
 
-def flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
-    """Return the floating-point operations of an evaluation of one image: two per multiply-add."""
+def flops(network: nn.Module, image_shape: tuple[int, ...], num_classes: int | None = None) -> int:
+    """Return the floating-point operations of an evaluation of one image: two per multiply-add.
+
+    Args:
+        network: in eval mode, since some layers take no single image in training.
+        image_shape: (C, H, W).
+        num_classes: of a conditional network, which takes labels too.
+    """
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(*_zeros(network, image_shape))
+        network(*_inputs(network, 1, image_shape, num_classes))
     return counter.get_total_flops()
 
 
 @torch.no_grad()
-def rough_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
+def rough_flops(network: nn.Module, image_shape: tuple[int, ...], num_classes: int | None = None) -> int:
     """Return `flops` without the products of attention, a few percent: what counts all takes seconds to import."""
     count = 0
 
@@ -208,18 +214,17 @@ def rough_flops(network: nn.Module, image_shape: tuple[int, ...]) -> int:
         count += 2 * output.numel() * module.weight[0].numel()
 
     handles = [m.register_forward_hook(add) for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    network(*_zeros(network, image_shape))
+    network(*_inputs(network, 1, image_shape, num_classes))
     for handle in handles:
         handle.remove()
     return count
 
 
-def _zeros(network: nn.Module, image_shape: tuple[int, ...]) -> list[Tensor]:
-    """Return an input of one image: x, t, and a label for a conditional network."""
+def _inputs(network: nn.Module, count: int, image_shape: tuple[int, ...], num_classes: int | None) -> list[Tensor]:
+    """Return zeros as the inputs for `count` images: x, t, and labels for a conditional network."""
     device = next(network.parameters()).device
-    conditional = getattr(getattr(network, "spec", None), "classes", None) is not None
-    indices = torch.zeros(1, dtype=torch.int64, device=device)
-    return [torch.zeros(1, *image_shape, device=device), indices, *[indices] * conditional]
+    indices = torch.zeros(count, dtype=torch.int64, device=device)
+    return [torch.zeros(count, *image_shape, device=device), indices, *[indices] * (num_classes is not None)]
 
 
 def this_hardware(device: torch.device) -> Hardware:
@@ -278,13 +283,13 @@ def timing(hardware: Hardware, model: ModelSpec, work: Work) -> Seconds:
 def _time_network(model: ModelSpec, count: int, training: bool, winograd: bool = False, bf16: bool = False) -> float:
     """Return the seconds for one image of the second of two evaluations on the CPU, of `count` images at once."""
     network = build_network(model.network, model.network_spec).train(training).requires_grad_(training)
-    x, t = torch.zeros(count, *model.image_shape), torch.ones(count, dtype=torch.int64)
-    accelerate(network, x.device, channels_last=True, winograd=winograd)
+    inputs = _inputs(network, count, model.image_shape, model.num_classes)
+    accelerate(network, inputs[0].device, channels_last=True, winograd=winograd)
     start = 0.0
     for _ in range(2):
         start = time.perf_counter()
-        with torch.set_grad_enabled(training), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            output = network(x, t)
+        with torch.set_grad_enabled(training), torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=bf16):
+            output = network(*inputs)
         if training:
             output.float().square().mean().backward()
     return (time.perf_counter() - start) / count / (3 if training else 1)

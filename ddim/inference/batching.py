@@ -39,7 +39,7 @@ def map_batches(batches: Sequence[range], compute: Callable[[range], T]) -> Iter
         try:
             result = compute(batch)
         except Exception as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 raise UserError("not even one image at a time fits into memory; use a device with more.") from error
@@ -79,7 +79,8 @@ def _warn_of_idle_processes(batches: int, processes: int, images: int) -> None:
     log.warning("only %d of %d processes have a batch to compute%s.", batches, processes, advice)
 
 
-def _out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that the memory of a device or of the machine does not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)

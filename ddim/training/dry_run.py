@@ -15,6 +15,7 @@ from ddim.signals import StopSignals
 from ddim.training.ema import EMA
 from ddim.training.module import step_ended
 from ddim.training.posthoc_ema import PostHocEMA
+from ddim.training.resume import explain_memory_errors
 from ddim.training.run import build_callbacks, build_trainer, choose_trainer, prepare
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import Validation
@@ -37,7 +38,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
     used: list[Callback] = [*averages, stopwatch, *measured]
     trainer = build_trainer(spec, spec.folder, used, loggers=[], max_steps=stopwatch.first + steps)
     data.max_steps = max(data.max_steps, trainer.max_steps)  # of a run that is shorter
-    with float32_products(bool(spec.trainer.tf32)):
+    with float32_products(bool(spec.trainer.tf32)), explain_memory_errors(trainer, spec.trainer.batch_size):
         trainer.fit(module, data)
 
     t, seconds = spec.trainer, stopwatch.seconds_per_step

@@ -20,6 +20,7 @@ from ddim.checkpoints.spec import KEY
 from ddim.data.images import Images
 from ddim.distributed import is_restarted
 from ddim.errors import UserError
+from ddim.inference.batching import is_out_of_memory
 from ddim.io import explain_read_errors
 from ddim.training.checkpoints import newest_intact
 from ddim.training.lightning_workarounds import is_restoring
@@ -174,6 +175,25 @@ def explain_restore_errors(trainer: Trainer, path: Path | None) -> Iterator[None
             raise
         with explain_read_errors(path):
             raise error
+
+
+@contextmanager
+def explain_memory_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
+    """Turn what is raised in the block when a step of `batch_size` images does not fit into memory into a UserError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        parts, most = trainer.accumulate_grad_batches, batch_size // trainer.world_size
+        if parts == most:
+            reason = "not even one image at a time fits into memory; take a smaller network, or a device with more."
+            raise UserError(reason) from error
+        more = next(n for n in range(min(2 * parts, most), most + 1) if most % n == 0)
+        raise UserError(
+            f"a training step does not fit into memory; set trainer.accumulate={more} (now {parts}), which computes "
+            "it in so many parts with the same result."
+        ) from error
 
 
 def _check_shapes(what: str, values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -41,6 +41,7 @@ from ddim.training.resume import (
     SameStep,
     check_images,
     check_state,
+    explain_memory_errors,
     explain_restore_errors,
     find_checkpoint,
     fingerprint,
@@ -111,6 +112,7 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
         explain_disk_errors(spec.folder),
         finish_wandb(spec.logger),
         explain_restore_errors(trainer, checkpoint),
+        explain_memory_errors(trainer, spec.trainer.batch_size),
     ):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     last, steps = spec.checkpoint_dir / LAST, spec.trainer.max_steps
@@ -143,7 +145,7 @@ def choose_trainer(spec: TrainSpec, model: ModelSpec) -> tuple[TrainSpec, str | 
     images = t.batch_size // t.accumulate
     work = (3 * t.max_steps * t.batch_size, images)
     with torch.random.fork_rng(devices=[]):
-        network = build_network(model.network, model.network_spec)
+        network = build_network(model.network, model.network_spec).eval()  # it is given one image
     choice = choose_for(model, network, _device(t), *work, given, training=True, alone=alone)
     chosen: dict[str, Any] = {name: choice.settings[name] for name in ("tf32", "channels_last", "compile", "winograd")}
     precision: Any = "bf16-mixed" if choice.settings["bf16"] else "32-true"

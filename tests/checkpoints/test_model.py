@@ -3,16 +3,18 @@
 import dataclasses
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from layouts import lightning, refusal, save
+from torch import nn
 
 from ddim import DDIM, initial_noise, linear_schedule, quadratic_tau, sample
 from ddim.checkpoints import ModelSpec, StoredModel, load_model, read_model, save_model, weights_hash
 from ddim.checkpoints.model import weight_sets
 from ddim.diffusion.schedule import NoiseSchedule
 from ddim.errors import UserError
-from ddim.networks import UNet, UNetSpec
+from ddim.networks import NETWORKS, UNet, UNetSpec
 
 NETWORK = UNetSpec((8, 8), 1, ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dropout=0.5, num_groups=4)
 NETWORK = replace(NETWORK, init="torch")
@@ -237,3 +239,39 @@ def test_the_hash_depends_only_on_names_and_values(same):
 )
 def test_the_hash_differs_for_other_weights(other):
     assert weights_hash(other) != weights_hash(VALUES)
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginSpec:
+    image_size: tuple[int, int] = (8, 8)
+    channels: int = 1
+
+
+class Plugin(nn.Module):
+    """A network that cannot be built without memory: it reads a tensor, and has a buffer of numpy's."""
+
+    def __init__(self, spec):
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 3, padding=1)
+        self.rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]
+        self.register_buffer("frequencies", torch.from_numpy(np.arange(4.0)))
+
+    def forward(self, x, t):
+        return self.layer(x)
+
+
+def test_a_network_of_a_plugin_is_built_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "plugin", (PluginSpec, Plugin))
+    network, path = Plugin(PluginSpec()), tmp_path / "model.safetensors"
+    spec = ModelSpec("plugin", PluginSpec(), linear_schedule(20))
+    save_model(StoredModel(spec, network.state_dict(), "ema", 7), path)
+    x, t = torch.ones(2, 1, 8, 8), torch.ones(2, dtype=torch.int64)
+    assert torch.equal(load_model(path)(x, t), network(x, t))
+    save_model(StoredModel(spec, {"layer.bias": torch.ones(1)}, "ema", 7), path)
+    with pytest.raises(UserError, match=r"the weights in .* do not fit the network it describes: Missing key"):
+        load_model(path)
+    monkeypatch.delitem(NETWORKS, "plugin")
+    with pytest.raises(
+        UserError, match=r"'plugin' is none of this package, so it is one of a plugin; add plugins=\[MOD"
+    ):
+        load_model(path)

@@ -1,5 +1,6 @@
 """The named data sets, read from small files in the layout of the real ones."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -18,7 +19,7 @@ from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 from torchvision.transforms.functional import crop, resize
 
 from ddim.config import build
-from ddim.data import DATASETS, DataSpec, load_images
+from ddim.data import DATASETS, DataSpec, MemoryImages, load_images
 from ddim.data.datasets import class_names
 from ddim.errors import UserError
 
@@ -79,6 +80,24 @@ def test_digits_are_not_mirrored():
 def test_wrong_settings_are_refused(values, message):
     with pytest.raises(UserError, match=message):
         load_images(spec(**values))
+
+
+def test_a_data_set_of_a_plugin_decides_on_its_options(monkeypatch):
+    pixels, labels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.tensor([1, 0])
+    options = {"size": [8, 8], "channels": 1, "category": "x", "resize": True, "convert": True, "in_memory": False}
+    asked = spec(name="plugin", labels="moods", **options)
+    monkeypatch.setitem(
+        DATASETS, "plugin", lambda given, split: MemoryImages("p", pixels, labels, (given.labels, split))
+    )
+    assert class_names(asked) == load_images(asked).classes == ("moods", "train")
+    assert class_names(spec(name="plugin", **options)) == ()
+    for wrong in (None, labels.int(), labels[:1], labels + 1, labels - 1):
+        monkeypatch.setitem(DATASETS, "plugin", lambda *_, y=wrong: MemoryImages("p", pixels, y, ("a", "b")))
+        with pytest.raises(
+            UserError, match=r"^data set plugin gives no labels for data\.labels=moods; its images need"
+        ):
+            load_images(asked)
+        assert load_images(spec(name="plugin", **options)).labels is wrong
 
 
 def test_digits_have_17_grey_levels_and_one_split():
@@ -268,6 +287,8 @@ def test_lsun_is_resized_also_in_worker_processes(lsun_root):
     assert torch.equal(torch.stack([images[0], images[1]]), expected)
     assert len(images) == 2
     assert images.name == "lsun-bedroom-train"
+    of_metadata = b"lsun-bedroom-train|2|(3, 32, 32)|shorter side bilinear, centre crop, RGB"
+    assert images.fingerprint() == hashlib.sha256(of_metadata).hexdigest()  # of the reference sets of earlier records
     # worker processes read it too, while this one has it open
     for context in ("fork", "spawn"):
         loader = DataLoader(images, batch_size=None, sampler=[1, 0], num_workers=1, multiprocessing_context=context)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import struct
 import zlib
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-from ddim.data import LazyImages
+from ddim.data import LazyImages, image_files
 from ddim.data.datamodule import _Reader, _unchanged
 from ddim.data.image_files import resize_and_center_crop, to_array
 from ddim.errors import UserError
@@ -201,6 +202,29 @@ def test_damaged_files_are_counted_and_five_are_named(tmp_path):
     assert message.startswith("7 of 8 image files cannot be read: ")
     assert all(f"{i}.png" in message for i in range(5))
     assert "5.png" not in message
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_refused_files_are_counted_and_five_give_reasons(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr(image_files, "_DECODED_AT_ONCE", 8)
+    write(tmp_path / "good.png")
+    (tmp_path / "0.png").write_bytes(b"")
+    noise((4, 6)).convert("L").save(tmp_path / "1.png")
+    for name in "23456":
+        noise((5, 5)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, in_memory=in_memory).fingerprint()
+    message = str(caught.value)
+    assert message.startswith("7 of 8 image files cannot be used: the image file ")
+    assert re.search(
+        r"0\.png cannot be read \(.*\); replace it; \S*1\.png is grey, but .*; \S*2\.png is 5 x 5 pixels", message
+    )
+    assert message.endswith("; and others.")
+    assert ("4.png" in message, "5.png" in message) == (True, False)
+    for name in "abcdefghijkl":  # so many that the rest is not looked at
+        noise((5, 5)).save(tmp_path / f"{name}.png")
+    with pytest.raises(UserError, match=r"^at least 8 of 20 image files cannot be used"):
+        load(tmp_path, in_memory=in_memory).fingerprint()
 
 
 def png(height, width):

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddim import SamplerSpec
-from ddim.checkpoints import LoadedModel, load_model
+from ddim import SamplerSpec, linear_schedule
+from ddim.checkpoints import LoadedModel, ModelSpec, load_model
 from ddim.inference import auto
 from ddim.inference import compute as compute_module
 from ddim.inference.auto import SETTINGS, Choice, Hardware, Seconds, Work, choose_for, choose_settings, words
 from ddim.inference.compute import ComputeSpec, autocast, prepare_model, with_batch_size
 from ddim.inference.generate import generate
-from ddim.networks import UNet, UNetSpec
+from ddim.networks import NETWORKS, UNet, UNetSpec, build_network
 
 H100 = Hardware("cuda", "H100", bf16=True, compiler=True)
 V100 = Hardware("cuda", "V100", compiler=True)
@@ -116,6 +116,41 @@ def test_the_rough_count_lacks_the_products_of_attention() -> None:
     attention = 2 * 2 * (5 * 32 * 256**2 + 64 * 4**2)  # five blocks at 16 x 16, one in the middle at 2 x 2
     assert auto.flops(network, (3, 16, 16)) - auto.rough_flops(network, (3, 16, 16)) == attention
     assert not any(module._forward_hooks for module in network.modules())
+
+
+@dataclasses.dataclass(frozen=True)
+class PluginSpec:
+    """Of a network as docs/plugins.md describes it."""
+
+    image_size: tuple[int, int] = (4, 4)
+    channels: int = 1
+    classes: int | None = 3
+
+
+class Plugin(nn.Module):
+    """It takes labels, does not keep its spec, and in training needs several images."""
+
+    def __init__(self, spec: PluginSpec) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert t.shape == y.shape == x.shape[:1]
+        return self.layers(x).view_as(x)
+
+
+def test_networks_with_labels_are_counted_and_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(auto, "this_hardware", lambda device: dataclasses.replace(AVX512_BF16, cpp_loops=False))
+    monkeypatch.setitem(NETWORKS, "plugin", (PluginSpec, Plugin))
+    unet = UNetSpec((4, 4), 1, ch=8, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), num_groups=4, classes=3)
+    for name, spec in (("plugin", PluginSpec()), ("unet", unet)):
+        model = ModelSpec(name, spec, linear_schedule(10))
+        network = build_network(name, spec).eval()
+        assert auto.flops(network, (1, 4, 4), 3) >= auto.rough_flops(network, (1, 4, 4), 3) >= 2 * 16 * 16
+        for training in (False, True):
+            choose_for(model, network, torch.device("cpu"), 10**15, 8, {}, training)
+    assert len(list((tmp_path / "ddim").iterdir())) == 4
 
 
 def test_an_unknown_device_is_left_as_it_is() -> None:

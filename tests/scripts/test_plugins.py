@@ -29,7 +29,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 
 
-PLUGIN, NETWORK = blocks("python")
+PLUGIN, NETWORK, LIBRARY = blocks("python")
 TRAIN, EVALUATE = blocks("bash")[0].strip().splitlines()
 SMALL = ("trainer.max_steps=2", "trainer.log_every=1", "trainer.accelerator=cpu", "grid.every=0")
 
@@ -101,6 +101,23 @@ def test_a_network_of_a_plugin_trains_and_samples(run: Run, tmp_path: Path) -> N
     for path in ("out/model.safetensors", checkpoint.partition("=")[2]):
         with pytest.raises(UserError, match=r"network 'mlp' is none of this package.*add plugins=\[my_network\] to"):
             load_model(path)
+
+
+def test_a_plugin_trains_and_is_evaluated_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    names: dict[str, Any] = {}
+    exec(
+        LIBRARY.replace('"max_steps": 500', '"max_steps": 2, "log_every": 1, "accelerator": "cpu"').replace(
+            "1000", "8"
+        ),
+        names,
+    )
+    assert load_model(names["trained"].checkpoint).spec.plugins == ("my_network",)
+    [record] = map(json.loads, (tmp_path / "runs" / "table" / "records.jsonl").read_text().splitlines())
+    assert record["metrics"] == names["record"]["metrics"]
+    assert list(record["metrics"]) == ["fd_pixels_8"]
+    assert "my_network" in record["versions"]
 
 
 @pytest.mark.parametrize(

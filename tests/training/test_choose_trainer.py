@@ -42,6 +42,16 @@ def test_a_gpu_trains_in_bfloat16_and_compiles_for_long_runs(chosen):
     assert settings(chosen(GPU, 1_000_000, precision="32-true", compile=False)) == {"tf32": True, "channels_last": True}
 
 
+def test_operations_of_an_image_are_counted_in_eval_mode(chosen, monkeypatch):
+    modes = []
+    count = auto.rough_flops
+    monkeypatch.setattr(
+        auto, "rough_flops", lambda network, *args: modes.append(network.training) or count(network, *args)
+    )
+    chosen(CPU, 10)
+    assert modes == [False]
+
+
 def test_a_cpu_trains_in_float32(chosen):
     assert settings(chosen(CPU, 1_000_000)) == {}
     loops = dataclasses.replace(CPU, cpp_loops=True)

@@ -1,4 +1,4 @@
-"""Steps without a finite gradient are skipped and counted; a training that only skips ends."""
+"""Steps without a finite gradient are skipped and counted; a training that only skips, or does not fit, ends."""
 
 import logging
 
@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from ddim.checkpoints.model import read_checkpoint
+from ddim.config import build
 from ddim.errors import UserError
+from ddim.networks import UNet
+from ddim.training.dry_run import dry_run
+from ddim.training.spec import TrainSpec
 
 pytestmark = pytest.mark.integration
 
@@ -70,3 +74,25 @@ def test_gradient_norm_is_logged_before_clipping(run, logged):
     loose, tight = (logged(f"clip {clip}", "train/gradient_norm") for clip in (None, 1e-3))
     assert loose[0] == tight[0] > 1e-3
     assert len(loose) == 6
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "message"),
+    [
+        (1, "a training step does not fit into memory; set trainer.accumulate=2 (now 1), which"),
+        (3, "a training step does not fit into memory; set trainer.accumulate=6 (now 3), which"),
+        (9, "a training step does not fit into memory; set trainer.accumulate=18 (now 9), which"),
+        (18, "not even one image at a time fits into memory; take a smaller network"),
+    ],
+)
+def test_a_step_that_does_not_fit_says_what_to_set(run, config, monkeypatch, accumulate, message):
+    def forward(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(UNet, "forward", forward)
+    changes = {"trainer": {"batch_size": 18, "accumulate": accumulate}}
+    spec = build(TrainSpec, config(**changes), "")
+    for train in (lambda: run(**changes), lambda: dry_run(spec)):
+        with pytest.raises(UserError) as caught:
+            train()
+        assert str(caught.value).startswith(message)

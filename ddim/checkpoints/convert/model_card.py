@@ -7,6 +7,8 @@ import yaml
 
 from ddim.checkpoints.model import UNLABELLED, StoredModel, weights_hash
 
+FOLDER = "folder"  # images of the user's own, which are no data set of the hub
+
 
 @dataclass(frozen=True)
 class Result:
@@ -40,7 +42,8 @@ def model_card(
     labels = {"ema": "EMA,", "online": "online (no EMA),", UNLABELLED: "EMA or online is not known,"}
     label = labels.get(model.weights, f"EMA ({model.weights}),")
     source = f", imported from `{model.origin['file']}`" if "file" in model.origin else ""
-    data = f" trained on {spec.data}" if spec.data else ""
+    on = "a folder of images" if spec.data == FOLDER else spec.data
+    data = f" trained on {on}" if on else ""
     parameters = sum(value.numel() for value in model.state.values())
     noise = f"noise schedule {spec.schedule.name} with T={spec.schedule.T}"
     return f"""\
@@ -106,7 +109,7 @@ def _front_matter(name: str, model: StoredModel, results: Sequence[Result], lice
     values["tags"] = ["ddim", "ddpm", "diffusers", task]
     if license:
         values["license"] = license
-    if model.spec.data:
+    if model.spec.data not in ("", FOLDER):
         values["datasets"] = [model.spec.data]
     if results:
         entries = [

@@ -69,6 +69,14 @@ def test_the_card_omits_what_is_not_known(model_file, tmp_path):
     assert "| metric |" not in text
 
 
+def test_the_card_names_no_data_set_for_a_folder_of_images(model_file, tmp_path):
+    spec = ModelSpec("unet", NETWORK, cosine_schedule(20), data="folder")
+    export_checkpoint(ExportSpec(model_file(spec=spec), str(tmp_path / "out")))
+    front, text = card_of(tmp_path / "out")
+    assert front == FRONT
+    assert "DDPM's U-Net trained on a folder of images: 1x8x8 images" in text
+
+
 def test_the_front_matter_has_the_results_in_hub_format(model_file, tmp_path):
     out = tmp_path / 'the "best": 1'
     export_checkpoint(ExportSpec(model_file(), str(out), license="cc-by-nc-4.0"), lambda of: RESULTS)
