@@ -243,9 +243,9 @@ class Sweep:
             return
         with FileLock(logger.folder / ".report.lock"):  # held while reading too: the last report has all records
             records = current_session().records(str(logger.folder)).read()
-            shown = {"style": spec.style, "figure": spec.figure} if hasattr(spec, "figure") else {}
-            shown |= {"shown": spec.table, "failures": failures, "impossible": impossible}
-            paths = write_report(records, logger.folder, command=command, **shown) if records else []
+            options = {"style": spec.style, "figure": spec.figure} if hasattr(spec, "figure") else {}
+            options |= {"shown": spec.table, "failures": failures, "impossible": impossible}
+            paths = write_report(records, logger.folder, command=command, **options) if records else []
         if paths:
             print(f"\n{paths[0].read_text(encoding='utf-8')}")
             for path in (*paths, *grids):

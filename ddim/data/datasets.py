@@ -203,8 +203,8 @@ def _labels(spec: DataSpec, labels: Any) -> tuple[Tensor | None, tuple[str, ...]
 def _check_labels(spec: DataSpec, images: Images) -> None:
     """Refuse images that do not have the labels that a spec asks for; a plugin's may not."""
     labels, K = images.labels, len(images.classes)
-    holds = labels is not None and labels.dtype == torch.int64 and labels.shape == (len(images),)
-    if labels is None or not holds or not 0 <= int(labels.min()) <= int(labels.max()) < K:
+    one_each = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == (len(images),) != (0,)
+    if labels is None or not one_each or not 0 <= int(labels.min()) <= int(labels.max()) < K:
         raise UserError(
             f"data set {spec.name} gives no labels for data.labels={spec.labels}; its images need `labels`, int64 (N,) "
             "in 0..K-1, and K names in `classes`."

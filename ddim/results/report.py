@@ -249,9 +249,10 @@ def _names(tables: Sequence[Table]) -> list[str]:
 def _remove_others(folder: Path, metrics: Collection[str], written: Collection[Path]) -> None:
     """Remove plots and bodies of tables that an earlier report had more of, which would pass for today's."""
     named = "|".join(map(re.escape, metrics))
-    ours = re.compile(rf"(plot_time|table_body|(plot|plot_checkpoints|table_body)_({named}))(_\d+)?\.(png|pdf|tex)")
+    plot, body = rf"(plot_time|(plot|plot_checkpoints)_({named}))", rf"table_body(_({named}))?"
+    ours = re.compile(rf"{plot}(_\d+)?\.(png|pdf)|{body}(_\d+)?\.tex")
     for path in folder.iterdir():
-        if ours.fullmatch(path.name) and path not in written:
+        if ours.fullmatch(path.name) and path.is_file() and path not in written:
             path.unlink()
 
 

@@ -191,8 +191,8 @@ def explain_memory_errors(trainer: Trainer, batch_size: int) -> Iterator[None]:
             raise UserError(reason) from error
         more = next(n for n in range(min(2 * parts, most), most + 1) if most % n == 0)
         raise UserError(
-            f"a training step does not fit into memory; set trainer.accumulate={more} (now {parts}), which computes "
-            "it in so many parts with the same result."
+            f"the training does not fit into memory; if it is the step, trainer.accumulate={more} (now {parts}) "
+            "computes it in so many parts with the same result up to rounding."
         ) from error
 
 

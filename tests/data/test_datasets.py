@@ -91,7 +91,7 @@ def test_a_data_set_of_a_plugin_decides_on_its_options(monkeypatch):
     )
     assert class_names(asked) == load_images(asked).classes == ("moods", "train")
     assert class_names(spec(name="plugin", **options)) == ()
-    for wrong in (None, labels.int(), labels[:1], labels + 1, labels - 1):
+    for wrong in (None, [1, 0], labels.int(), labels[:1], labels + 1, labels - 1):
         monkeypatch.setitem(DATASETS, "plugin", lambda *_, y=wrong: MemoryImages("p", pixels, y, ("a", "b")))
         with pytest.raises(
             UserError, match=r"^data set plugin gives no labels for data\.labels=moods; its images need"

@@ -306,7 +306,7 @@ def test_a_report_leaves_no_plots_of_earlier_tables(tmp_path: Path) -> None:
     """And a table keeps its name where another metric joins."""
     made = record("η=0.0", 10, 1.0)
     write_report([made], tmp_path)
-    own = {"plot_mine.png", "plot_fid_50k_old.pdf", "table_body.txt"}
+    own = {"plot_mine.png", "plot_fid_50k_old.pdf", "table_body.txt", "plot_fid_50k.tex", "table_body_fid_50k.pdf"}
     for name in (
         *own,
         "plot_fid_50k_7.pdf",

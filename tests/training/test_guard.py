@@ -79,9 +79,9 @@ def test_gradient_norm_is_logged_before_clipping(run, logged):
 @pytest.mark.parametrize(
     ("accumulate", "message"),
     [
-        (1, "a training step does not fit into memory; set trainer.accumulate=2 (now 1), which"),
-        (3, "a training step does not fit into memory; set trainer.accumulate=6 (now 3), which"),
-        (9, "a training step does not fit into memory; set trainer.accumulate=18 (now 9), which"),
+        (1, "the training does not fit into memory; if it is the step, trainer.accumulate=2 (now 1) computes"),
+        (3, "the training does not fit into memory; if it is the step, trainer.accumulate=6 (now 3) computes"),
+        (9, "the training does not fit into memory; if it is the step, trainer.accumulate=18 (now 9) computes"),
         (18, "not even one image at a time fits into memory; take a smaller network"),
     ],
 )
