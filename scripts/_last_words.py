@@ -20,9 +20,14 @@ def same_command(*words: str) -> str:
     return command_line(Path(sys.argv[0]).stem, *kept, *words)
 
 
+def of_checkpoint(spec: Any) -> list[str]:
+    """Return the words for the checkpoint of a specification, and for its weights."""
+    return [f"checkpoint={spec.checkpoint}", *([] if spec.weights == "ema" else [f"weights={spec.weights}"])]
+
+
 def of_model(spec: Any) -> list[str]:
     """Return the words for the model of a specification, and for the label that it asks for."""
-    words = [f"checkpoint={spec.checkpoint}", *([] if spec.weights == "ema" else [f"weights={spec.weights}"])]
+    words = of_checkpoint(spec)
     if (label := getattr(spec, "label", None)) is None:
         return words
     words += [f"label={label}", *([f"guidance.w={spec.guidance.w:g}"] if spec.guidance.w else [])]

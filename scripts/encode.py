@@ -10,7 +10,7 @@ The file is for x_T=FILE of scripts/sample.py, which decodes it, and of scripts/
 from typing import Any
 
 from _cli import entry, pick_device
-from _last_words import command_line, of_model
+from _last_words import command_line, of_checkpoint
 
 
 def main(config: dict[str, Any]) -> None:
@@ -25,8 +25,7 @@ def main(config: dict[str, Any]) -> None:
     write_encoded(spec, processes)
     if processes.is_main:
         print(spec.path)
-        words = dict.fromkeys((*of_model(spec), f"x_T={spec.path}", *decode_with(spec)))  # both have the label
-        print(command_line("sample", *words))
+        print(command_line("sample", *of_checkpoint(spec), f"x_T={spec.path}", *decode_with(spec)))
 
 
 if __name__ == "__main__":

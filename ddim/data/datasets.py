@@ -202,9 +202,14 @@ def _labels(spec: DataSpec, labels: Any) -> tuple[Tensor | None, tuple[str, ...]
 
 def _check_labels(spec: DataSpec, images: Images) -> None:
     """Refuse images that do not have the labels that a spec asks for; a plugin's may not."""
-    labels, K = images.labels, len(images.classes)
-    one_each = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == (len(images),) != (0,)
-    if labels is None or not one_each or not 0 <= int(labels.min()) <= int(labels.max()) < K:
+    labels, N, K = images.labels, len(images), len(images.classes)
+    holds = (
+        isinstance(labels, Tensor)
+        and labels.dtype == torch.int64
+        and labels.shape == (N,) != (0,)
+        and all(0 <= y < K for y in labels.unique().tolist())
+    )
+    if not holds:
         raise UserError(
             f"data set {spec.name} gives no labels for data.labels={spec.labels}; its images need `labels`, int64 (N,) "
             "in 0..K-1, and K names in `classes`."

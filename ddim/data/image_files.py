@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ddim.data.images import LazyImages, MemoryImages
+from ddim.data.images import LazyImages, MemoryImages, hash_pixels
 from ddim.errors import UserError
 from ddim.io import atomic_write, check_regular_file, explain_content, printable
 
@@ -151,7 +151,7 @@ class FileImages(LazyImages):
         if len(before) == 64:
             return before
         settled = time.time_ns() - newest > _CLOCK_TICK  # else a later change might leave the times as they are
-        fingerprint = self._hash_pixels()
+        fingerprint = hash_pixels(self._decode_all())
         try:
             if settled:
                 with atomic_write(kept) as partial:
@@ -161,12 +161,6 @@ class FileImages(LazyImages):
                 "the fingerprint of %s cannot be kept (%s); it is computed again at the next start", self.name, error
             )
         return fingerprint
-
-    def _hash_pixels(self) -> str:
-        digest = hashlib.sha256()
-        for image in self._decode_all():
-            digest.update(image.contiguous().numpy().data)
-        return digest.hexdigest()
 
     def load(self) -> MemoryImages:
         """Decode every file into memory, in threads, with a progress bar on a terminal when there are many.

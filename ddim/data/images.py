@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -115,7 +116,12 @@ class LazyImages(Images):
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the pixels, as for the same images in memory: all of them are read for it."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(self[index].contiguous().numpy().data)
-        return digest.hexdigest()
+        return hash_pixels(self[index] for index in range(len(self)))
+
+
+def hash_pixels(images: Iterable[Tensor]) -> str:
+    """Return the SHA-256 of images, one after the other, each channel by channel and row by row."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.contiguous().numpy().data)
+    return digest.hexdigest()

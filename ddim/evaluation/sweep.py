@@ -43,10 +43,9 @@ def job_id(spec: JobSpec) -> str:
     A job that continues with another batch size, or on another device, keeps its name.
     """
     values = dataclasses.asdict(spec)
-    if "compute" in values:
-        # None, which leaves it open, is that of before auto.
-        bf16, tf32 = values["compute"]["bf16"], values["compute"]["tf32"]
-        values["compute"] = "tf32" if tf32 and not bf16 else bool(bf16)
+    if (compute := getattr(spec, "compute", None)) is not None:
+        # bf16=None, which leaves it open, is that of before auto.
+        values["compute"] = "tf32" if compute.uses_tf32 else bool(compute.bf16)
     # The names of before these options.
     if not values.get("data", {}).get("convert", True):
         del values["data"]["convert"]

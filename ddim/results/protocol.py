@@ -85,7 +85,7 @@ def title(metric: str, p: dict[str, Any], ranges: set[int]) -> str:
         f"tau {p['spacing']}",
         _seeds(p["seed"]),
         f"from image {p['offset']:,} on" if p["offset"] else "",
-        precision(p).replace("float32", ""),
+        "" if precision(p) == "float32" else precision(p),
         f"ends at alpha_bar[{p['last_time']}]" if p["last_time"] else "",
         f"mean ± sample standard deviation over {max(ranges)} {sets}{fewer}" if max(ranges) > 1 else "",
     )

@@ -43,7 +43,7 @@ def test_unchanged_files_are_decoded_once_for_the_fingerprint(fingerprint, tmp_p
     monkeypatch.setattr(image_files, "_CLOCK_TICK", -1)
     write(tmp_path / "images" / "0.png")
     expected = fingerprint()
-    monkeypatch.setattr(image_files.FileImages, "_hash_pixels", lambda *args: pytest.fail("decoded"))
+    monkeypatch.setattr(image_files, "hash_pixels", lambda *args: pytest.fail("decoded"))
     assert fingerprint() == expected
     (kept,) = (tmp_path / "cache" / "ddim" / "fingerprints").iterdir()
     assert kept.read_text() == expected
