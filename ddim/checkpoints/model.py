@@ -253,6 +253,8 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
 
 def _read_model_file(path: Path, weights: str) -> StoredModel:
     state, metadata = read_safetensors(path)
+    half = (torch.float16, torch.bfloat16)  # of half the size; their numbers are float32's too
+    state = {name: value.float() if value.dtype in half else value for name, value in state.items()}
     stored = decode_metadata(metadata, state, path)
     is_asked = stored.weights in (weights, UNLABELLED) or (weights == "ema" and stored.weights.startswith(POSTHOC))
     if not is_asked:

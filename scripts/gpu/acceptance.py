@@ -4,19 +4,19 @@
     python scripts/gpu/acceptance.py --parts training         # minutes of CIFAR-10, then a table over S and η
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
-checks: side by side the tests marked gpu, the unit tests of the method and the networks, and the commands on the
-digits; meanwhile all that `speed` compiles is compiled, and kept. speed: scripts/benchmark/speed.py next to the
-official code and diffusers. training: the CIFAR-10 network for as long as there is time, then a sweep over S and η,
-figures and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt,
+checks: side by side the tests marked gpu and the commands on the digits; meanwhile all that the other parts compile is
+compiled, and kept. speed: scripts/benchmark/speed.py next to the official code and diffusers. training: the CIFAR-10
+network for as long as there is time, as a model file in float16; of this a sweep over S and η, figures, solvers, the
+averages and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt,
 speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a network:
 scripts/gpu/pack.py. Python's standard library is enough to start this.
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,28 +32,41 @@ from stages import ROOT, Stages
 
 PARTS = ("checks", "speed", "training")
 BASELINES = ("ours", "official", "diffusers")
-UNIT = "not gpu and not integration and not slow and not network"
 COMPILED = "bf16+channels_last+compile"
 # Stated in full: what is checked must not depend on the defaults.
 COMPUTE = "device=cuda batch_size=500 bf16=true channels_last=true compile=true graphs=false"
 TRAINER = "accelerator=gpu devices=1 precision=bf16-mixed channels_last=true compile=true"
 CPU_COMPUTE = "device=cpu batch_size=16 bf16=false channels_last=false compile=false graphs=false winograd=false"
 CPU_TRAINER = "accelerator=cpu devices=1 precision=32-true channels_last=false compile=false winograd=false"
-# A run of minutes: a large batch and rate, a short warm-up, averages over a ninth of the run, 500 and 100 steps.
+# A run of minutes: a large batch and rate, a short warm-up, averages over a ninth of the run, 2,000, 500 and 100 steps.
 RECIPE = (
-    "trainer.max_steps=1000000 trainer.batch_size=256 trainer.log_every=50 trainer.checkpoint_every=1000 "
-    "trainer.keep_last=1 optim.lr=0.0006 optim.warmup=200 ema.decay=[0.9999,0.998,0.99] ema.warmup=true"
+    "trainer.max_steps=1000000 trainer.batch_size=256 trainer.log_every=100 trainer.checkpoint_every=1000 "
+    "trainer.keep_last=1 optim.lr=0.0006 optim.warmup=500 ema.decay=[0.9999,0.9995,0.998,0.99] ema.warmup=true"
 )
 TINY_RECIPE = (
-    "trainer.max_steps=10 trainer.batch_size=8 trainer.log_every=5 "
+    "trainer.max_steps=10 trainer.batch_size=8 trainer.log_every=5 ema.decay=[0.9999,0.9995] ema.warmup=true "
     "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1"
 )
-SWEEP, TINY_SWEEP = "n=2000 metric.batch_size=500", "n=20"
-# The steps first: all samplers of the smallest S, then of the next, so that there is a table when the time is up.
-ENTRIES = "sampler.S=10,20,50 sampler=ddim,ddim_eta05,ddpm,sigma_hat_clamped"
-TINY_ENTRIES = "sampler.S=2,3 sampler=ddim,sigma_hat_clamped"
-REST = 240  # seconds of the training part for what follows the training
-REPORT = 40  # seconds of these for a report, where the sweep is late
+SWEEP, TINY_SWEEP = "n=5000 metric.batch_size=500 metric.metrics=[fd,kd,prc]", "n=20"
+# Sweeps in the order of their worth; of each the steps first: all samplers of the smallest S, then of the next, so that
+# there is a table when the time is up.
+ROWS = "sampler=ddim,ddim_eta02,ddim_eta05,ddpm,sigma_hat_clamped"
+SOLVERS = "sampler=ddim,dpm_solver_pp,unipc,deis,heun"
+SWEEPS = {
+    "table": f"sampler.S=5,10,20,50 {ROWS}",
+    "solvers": f"sampler.S=null sampler.nfe=5,10,20 {SOLVERS} metric.metrics=[fd,kd]",
+    "averages": "sampler.S=10,20,50 weights=ema_0.9995,ema_0.998,ema_0.99,online metric.metrics=[fd,kd]",
+    "clipped": f"sampler.S=10,20 sampler.clip=x0_and_eps {SOLVERS} metric.metrics=[fd,kd]",
+    "many_steps": f"sampler.S=100 {ROWS}",
+}
+TINY_SWEEPS = {
+    "table": "sampler.S=2,3 sampler=ddim,sigma_hat_clamped",
+    "solvers": "sampler.S=null sampler.nfe=4 sampler=ddim,heun",
+    "averages": "sampler.S=2 weights=ema_0.9995,online",
+}
+LATER = 260  # seconds of the training part for what follows the training
+REPORT = 15  # seconds of these for a report of each sweep, where it is late
+PART = 15 << 20  # bytes of a file that leaves a lent machine
 # What a record says about the machine.
 MACHINE = """
 import json, sys, torch
@@ -86,6 +99,7 @@ def parse() -> argparse.Namespace:
     add("--parts", nargs="+", default=["checks", "speed"], choices=PARTS, metavar="NAME", help=", ".join(PARTS))
     add("--official", type=Path, metavar="PATH", help="checkout of ermongroup/ddim; without it, its rows are missing")
     add("--images", type=Path, metavar="FOLDER", help="of training: 32x32 images; else CIFAR-10 is downloaded")
+    add("--train", nargs="+", default=[], metavar="KEY=VALUE", help="of training: for train.py, such as network.ch=64")
     add("--minutes", type=float, default=20.0, help="for everything; stages whose time is up are stopped")
     add("--out", type=Path, default=Path("outputs/gpu", time.strftime("%Y-%m-%d_%H-%M-%S")), help="a new folder")
     add("--kit", type=Path, metavar="FOLDER", help="made by scripts/gpu/pack.py, for a machine without a network")
@@ -117,7 +131,7 @@ class Acceptance:
             self.work = Path.home() / ".cache" / "ddim_gpu"
         self.images, self.official = options.images, options.official
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-        paths = [str(ROOT), str(self.work / "site"), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "compiled")  # shared by all stages
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each process, and six compile side by side
@@ -165,12 +179,14 @@ class Acceptance:
 
     def unpack(self, kit: Path) -> None:
         """Install the kit's packages and unpack its images, unless an earlier call did; name its commit."""
-        site, images, wheels = self.work / "site", self.work / "images", sorted(kit.glob("wheels/*.whl"))
+        images, wheels = self.work / "images", sorted(kit.glob("wheels/*.whl"))
+        site = self.work / "site" / hashlib.sha256(" ".join(path.name for path in wheels).encode()).hexdigest()[:8]
         self.work.mkdir(parents=True, exist_ok=True)
         if not site.exists():
             pip = "-m pip install --quiet --no-index --no-deps --no-compile --target"
             if self.python("install", 90, pip, partial_folder(site), *wheels):
                 partial_folder(site).rename(site)
+        self.stages.environment["PYTHONPATH"] += os.pathsep + str(site)
         if (kit / "images.zip").exists() and not images.exists():
             with zipfile.ZipFile(kit / "images.zip") as archive:
                 archive.extractall(partial_folder(images))
@@ -182,7 +198,9 @@ class Acceptance:
             # Files of another user are refused otherwise.
             git |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
             self.stages.environment |= git
-            self.stages.run("git", 30, "git", "read-tree", "HEAD")
+            # A file that was left behind, such as a model that ships, is no change.
+            absent = "git ls-files --deleted -z | git update-index -z --skip-worktree --stdin"
+            self.stages.run("git", 30, "sh", "-c", f"git read-tree HEAD && {absent}")
 
     def checks(self) -> None:
         """Run what checks, side by side: a check needs a fraction of the GPU, and compiling needs cores."""
@@ -194,14 +212,14 @@ class Acceptance:
         with_gpu = [path for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
         gpu_tests: list[str | Path] = ["-v", "--continue-on-collection-errors", "-m", "gpu", *with_gpu, *spread]
         gpu_tests += [f"--junitxml={junit}", "-o", "junit_family=xunit1"]
-        files = ["tests/diffusion/test_schedule.py"] if self.tiny else ["tests/diffusion", "tests/networks"]
         if self.tiny:
             gpu_tests += ["-k", "not compile"]  # takes minutes on a CPU
         calls: list[Callable[[], object]] = [
             partial(self.python, "gpu-tests", limit, pytest, *gpu_tests),
-            partial(self.python, "unit-tests", limit, pytest, "-m", UNIT, *files, *spread),
             partial(self.commands, limit),
         ]
+        if self.images and not self.tiny:
+            calls.append(partial(self.rehearse_training, limit))
         if "speed" in self.options.parts and not self.tiny:
             parts = ("sampling", "training")
             calls += [partial(self.compile, name, part, limit) for name in BASELINES for part in parts]
@@ -241,7 +259,7 @@ class Acceptance:
         seconds = self.stages.left - 40  # its clock begins when it has been imported
         if "training" in self.options.parts:
             seconds /= 2
-        parts = ["--parts", "sampling"] if seconds < 240 and not self.tiny else []
+        parts = ["--parts", "sampling"] if seconds < 60 and not self.tiny else []
         out = self.out / "speed.jsonl"
         benchmark = "scripts/benchmark/speed.py"
         # The limit is for one that hangs: the benchmark ends by itself.
@@ -250,41 +268,86 @@ class Acceptance:
             table = self.capture(benchmark, "--table", str(out))
             self.stages.say(table.stdout.rstrip())
 
-    def training(self) -> None:
-        """Train, then measure samples by S and η, draw figures, and compare precisions."""
-        run, tiny, digits = self.work / "cifar10", self.tiny, self.tiny and not self.images
-        experiment, metric = ("digits", "digits_classifier") if digits else ("cifar10", "efficientnet")
-        data = [f"data={experiment}"]
+    def train(self, name: str, limit: float, run: Path, *words: str, endless: bool = False) -> bool:
+        """Train on the images."""
+        experiment, data = self.data()
+        train = [f"experiment={experiment}", *data, *self.trainer, *(TINY_RECIPE if self.tiny else RECIPE).split()]
+        train += ["grid.every=0", "eval.every=0", "name=gpu", f"output_dir={run}", *self.options.train, *words]
+        return self.python(name, limit, "scripts/train.py", *train, endless=endless)
+
+    def data(self) -> tuple[str, list[str]]:
+        """Return the experiment that is trained, and the words that name its data."""
         if self.images:
-            data = ["data=folder", f"data.root={self.images.resolve()}", "data.size=[32,32]"]
-        train = [f"experiment={experiment}", *data, *self.trainer, *(TINY_RECIPE if tiny else RECIPE).split()]
-        train += ["grid.every=0", "eval.every=0", "name=gpu", f"output_dir={run}", "checkpoint=last"]
-        limit = self.stages.left - (0 if tiny else REST)
-        self.python("train", limit, "scripts/train.py", *train, endless=True)
+            return "cifar10", ["data=folder", f"data.root={self.images.resolve()}", "data.size=[32,32]"]
+        return ("digits", ["data=digits"]) if self.tiny else ("cifar10", ["data=cifar10"])
+
+    def rehearse_training(self, limit: float) -> None:
+        """Compile what the training part runs, and see that it does."""
+        run, end = self.work / "rehearsal", time.monotonic() + limit
+        if self.train("rehearse-train", limit, run, "trainer.max_steps=40", "trainer.log_every=10"):
+            grid = [f"checkpoint={run}/checkpoints/last.ckpt", "n=500", "sampler.S=2", f"output_dir={run}/samples"]
+            self.python("rehearse-sample", end - time.monotonic(), "scripts/sample.py", *grid, *self.compute)
+
+    def training(self) -> None:
+        """Train, then measure samples by S and η, draw figures, and measure what else there is time for."""
+        run, tiny = self.work / "cifar10", self.tiny
+        limit = self.stages.left - (0 if tiny else LATER)
+        self.train("train", limit, run, "checkpoint=last", endless=True)
         last = run / "checkpoints" / "last.ckpt"
         if not last.exists():
             self.stages.failed.append("train: no checkpoint")
             return
-        sweep = ["-m", f"checkpoint={last}", *data, f"metric={metric}", *(TINY_SWEEP if tiny else SWEEP).split()]
-        sweep += [*self.compute, "sampler.spacing=quadratic", "name=gpu", f"output_dir={run}/table"]
-        sweep.append(f"reference_dir={self.work}/reference")
-        pictures = [f"checkpoint={last}", *self.compute, "compute.compile=false", "overwrite=true"]
+        export = [f"checkpoint={last}", f"output_dir={run}/model", "layout=safetensors", "dtype=float16"]
+        self.python("export", 60, "scripts/export_checkpoint.py", *export, "overwrite=true")
+        model = run / "model" / "model.safetensors"
+        self.split(model)
+        pictures = [f"checkpoint={model}", *self.compute, "compute.compile=false", "overwrite=true"]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
-        grid = ["n=4", "sampler.S=3"] if tiny else ["n=64", "sampler.S=50", "sampler.spacing=quadratic"]
-        grids = [
-            partial(self.python, f"grid-{weights}", 50, "scripts/sample.py", *pictures, *grid, f"weights={weights}", to)
-            for weights, to in (("ema", f"output_dir={run}/ema"), ("online", f"output_dir={run}/online"))
+        grid = [*pictures, *(["n=4", "sampler.S=3"] if tiny else ["n=256", "sampler.S=100"]), f"output_dir={run}/grid"]
+        sweeps = TINY_SWEEPS if tiny else SWEEPS
+        first, *later = sweeps
+        self.sweep(first, model, sweeps[first])
+        self.stages.together(
+            partial(self.python, "figures", 50, "scripts/figures.py", *figures),
+            partial(self.python, "grid", 50, "scripts/sample.py", *grid, "sampler.spacing=quadratic"),
+        )
+        for name in later:
+            self.sweep(name, last if name == "averages" else model, sweeps[name])
+        precision = [
+            model,
+            "--extractor",
+            self.metric,
+            "--n",
+            "8" if tiny else "1500",
+            "--steps",
+            "2" if tiny else "20",
         ]
-        self.stages.together(partial(self.python, "figures", 50, "scripts/figures.py", *figures), *grids)
-        precision = [last, "--extractor", metric, "--n", "8" if tiny else "1500", "--steps", "2" if tiny else "20"]
         out = ["--out", self.out / "precision.jsonl"]
         self.python("precision", 60, "scripts/benchmark/precision.py", *precision, *out)
-        entries = (TINY_ENTRIES if tiny else ENTRIES).split()
-        if not self.python("evaluate", self.stages.left - REPORT, "scripts/evaluate.py", *sweep, *entries):
+
+    @property
+    def metric(self) -> str:
+        """The features that are compared."""
+        return "digits_classifier" if self.tiny and not self.images else "efficientnet"
+
+    def sweep(self, name: str, checkpoint: Path, entries: str) -> None:
+        """Measure samples; where that takes too long, report what there is."""
+        table = self.work / "cifar10" / name
+        words = ["-m", f"checkpoint={checkpoint}", *self.data()[1], f"metric={self.metric}", *self.compute]
+        words += [*(TINY_SWEEP if self.tiny else SWEEP).split(), "sampler.spacing=quadratic", "name=gpu"]
+        words += [f"output_dir={table}", f"reference_dir={self.work}/reference"]
+        if not self.python(f"sweep-{name}", self.stages.left - REPORT, "scripts/evaluate.py", *words, *entries.split()):
             # The first entry is there, so nothing is computed; the report is of all records that are.
-            first = [word.partition(",")[0] for word in entries]
-            self.python("report", REPORT, "scripts/evaluate.py", *sweep, *first)
+            only = [word if "[" in word else word.partition(",")[0] for word in entries.split()]
+            self.python(f"report-{name}", REPORT, "scripts/evaluate.py", *words, *only)
+
+    def split(self, model: Path) -> None:
+        """Put the model file into the results, in parts that may leave a lent machine: `cat` joins them."""
+        if model.exists():
+            data = model.read_bytes()
+            for i in range(0, len(data), PART):
+                (self.out / f"model.safetensors.{i // PART}").write_bytes(data[i : i + PART])
 
     def read_checks(self, junit: Path) -> None:
         """Take each test on the GPU and what it measured into the record; say the numbers."""
@@ -303,10 +366,6 @@ class Acceptance:
             with tarfile.open(self.out / "results.tar.gz", "w:gz") as archive:
                 for path in filter(Path.exists, (self.work / "digits", self.work / "cifar10")):
                     archive.add(path, path.name, filter=lambda entry: None if is_large(entry.name) else entry)
-            run = self.work / "cifar10"  # as files too: an archive that is too large stays there
-            for path in (run / "table" / "table.md", run / "table" / "records.jsonl", *run.glob("*/grid.png")):
-                if path.exists():
-                    shutil.copy(path, self.out / f"cifar10_{path.parent.name}_{path.name}")
         failed, seconds = ", ".join(self.stages.failed), time.monotonic() - self.started
         self.stages.say(f"{f'not ok: {failed}' if failed else 'every stage ok'}, {seconds:.0f} s: {self.out}")
 

@@ -50,7 +50,7 @@ def main() -> None:
         parser.error(f"--out {out} holds something else than such a kit; name a new folder.")
     shutil.rmtree(out, ignore_errors=True)
     pack_wheels(options.packages, out / "wheels")
-    run("git", "clone", "--quiet", "--bare", "--depth", "1", f"file://{ROOT}", str(out / "git"))
+    pack_commit(out / "git")
     if options.official:
         for name in ("models", "functions"):
             shutil.copytree(options.official / name, out / "official" / name)
@@ -69,12 +69,24 @@ def main() -> None:
         print("warning: not all changes are committed, and records will say so.", file=sys.stderr)
 
 
-def run(*command: str) -> str:
-    """Return what a command prints; exit with its error if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+def run(*command: str, given: str | None = None) -> str:
+    """Return what a command prints, of what it reads if anything; exit with its error if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", input=given)
     if done.returncode:
         sys.exit(f"error: {' '.join(command)}: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}")
     return done.stdout
+
+
+def pack_commit(folder: Path) -> None:
+    """Write the commit and the names of its files, without what they hold: the checkout travels too."""
+    run("git", "init", "--quiet", "--bare", str(folder))
+    names = run(
+        "git", "-C", str(ROOT), "rev-list", "--objects", "--no-object-names", "--filter=blob:none", "-1", "HEAD"
+    )
+    run("git", "-C", str(ROOT), "pack-objects", "--quiet", str(folder / "objects" / "pack" / "pack"), given=names)
+    commit = run("git", "-C", str(ROOT), "rev-parse", "HEAD")
+    (folder / "HEAD").write_text(commit)
+    (folder / "shallow").write_text(commit)
 
 
 def pack_wheels(packages: list[str], folder: Path) -> None:

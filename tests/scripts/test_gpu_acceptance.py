@@ -103,12 +103,12 @@ def acceptance(tmp_path, monkeypatch):
 
     def acceptance(rehearsal):
         options = Namespace(parts=["checks", "speed", "training"], official=tmp_path, images=tmp_path, minutes=20.0)
-        options.out, options.kit, options.rehearsal = tmp_path / "out", None, rehearsal
+        options.out, options.kit, options.rehearsal, options.train = tmp_path / "out", None, rehearsal, ["optim.lr=0.1"]
         run, commands = Acceptance(options), []
 
         def collect(name, limit, script, *words, endless=False):
             commands.append((name, script, [str(word) for word in words]))
-            return name != "evaluate"  # so that its report is made
+            return not name.startswith("sweep-")  # so that their reports are made
 
         monkeypatch.setattr(run, "python", collect)
         (run.work / "cifar10" / "checkpoints").mkdir(parents=True)
@@ -126,15 +126,16 @@ def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
     specs = {}
     for name, script, words in commands:
         if Path(script).stem in ("train", "evaluate", "sample", "figures"):
-            words = [word.partition(",")[0] if word.startswith("sampler") else word for word in words if word != "-m"]
+            words = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]
             specs[name] = spec_of(Path(script).stem, *words)
-    assert len(specs) == 9
+    assert len(specs) == (12 if rehearsal else 18)
+    assert specs["train"].optim.lr == 0.1
     assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")
-    assert specs["evaluate"].compute.bf16 is not rehearsal
-    assert specs["evaluate"].n == (20 if rehearsal else 2000)
+    assert specs["sweep-table"].compute.bf16 is not rehearsal
+    assert specs["sweep-table"].n == (20 if rehearsal else 5000)
     words = {name: words for name, _, words in commands}
-    first = [word.partition(",")[0] for word in words["evaluate"][-2:]]
-    assert words["report"] == [*words["evaluate"][:-2], *first]
+    first = [word.partition(",")[0] for word in words["sweep-table"][-2:]]
+    assert words["report-table"] == [*words["sweep-table"][:-2], *first]
     assert first[0].startswith("sampler.S=")  # before the samplers: Hydra varies the last fastest
     compiled = [name for name, *_ in commands if name.startswith("compile-")]
     assert len(compiled) == (0 if rehearsal else 6)  # three code bases, sampling and training

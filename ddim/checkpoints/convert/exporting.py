@@ -48,6 +48,7 @@ class ExportSpec:
         layout: diffusers, safetensors or flat.
         weights: ema, online, or ema_RATE for an additional EMA.
         records: path of a records file; the records of these weights go into the model card. For diffusers only.
+        dtype: float32, or float16, which halves the file and rounds the weights. For safetensors only.
         license: of the weights, for the model card, for example mit or cc-by-nc-4.0; null: not stated.
         push: a model repository of the Hugging Face hub, USER/NAME, that gets the files too.
         private: the repository is to be private.
@@ -62,6 +63,7 @@ class ExportSpec:
     layout: Literal["diffusers", "safetensors", "flat"] = "diffusers"
     weights: str = "ema"
     records: FilePath | None = None
+    dtype: Literal["float32", "float16"] = "float32"
     license: str | None = None
     push: str | None = None
     private: bool = False
@@ -74,6 +76,8 @@ class ExportSpec:
             raise ValueError("private=true is for a repository of the hub; add push=USER/NAME, or leave it out.")
         if self.layout != "diffusers" and (self.records or self.license):
             raise ValueError(f"layout={self.layout} has no model card, so it takes neither records nor license.")
+        if self.layout != "safetensors" and self.dtype != "float32":
+            raise ValueError(f"layout={self.layout} holds float32 only; dtype={self.dtype} is for layout=safetensors.")
 
 
 def export_checkpoint(
@@ -111,13 +115,25 @@ def export_checkpoint(
         if spec.layout == "diffusers":
             write_diffusers(model, folder, results(weights_hash(model.state)), spec.license, spec.push)
         elif spec.layout == "safetensors":
-            save_model(model, paths[0])
+            save_model(model if spec.dtype == "float32" else rounded(model), paths[0])
         else:
             with atomic_write(paths[0]) as partial, partial.open("wb") as file:
                 torch.save({name: value.contiguous() for name, value in model.state.items()}, file)
     if spec.layout == "diffusers" and model.spec.num_classes is not None:
         return paths, [_NO_LABELS]
     return paths, _lost_in_flat(model) if spec.layout == "flat" else []
+
+
+def rounded(model: StoredModel) -> StoredModel:
+    """Return a model with its weights in float16, and the rounding in its origin.
+
+    Raises:
+        UserError: a weight is above float16's largest number, 65,504.
+    """
+    state = {name: value.half() for name, value in model.state.items()}
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        raise UserError("dtype=float16 cannot hold these weights, some of which are above 65,504; take dtype=float32.")
+    return replace(model, state=state, origin={**model.origin, "rounded": "to float16"})
 
 
 def check_network(model: StoredModel, layout: str) -> None:
