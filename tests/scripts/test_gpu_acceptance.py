@@ -128,7 +128,7 @@ def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
         if Path(script).stem in ("train", "evaluate", "sample", "figures"):
             words = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]
             specs[name] = spec_of(Path(script).stem, *words)
-    assert len(specs) == (12 if rehearsal else 18)
+    assert len(specs) == (14 if rehearsal else 20)
     assert specs["train"].optim.lr == 0.1
     assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")
     assert specs["sweep-table"].compute.bf16 is not rehearsal
