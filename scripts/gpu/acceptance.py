@@ -320,7 +320,7 @@ class Acceptance:
         )
         size = ["--n", "8", "--steps", "2"] if tiny else ["--n", "1500", "--steps", "20"]
         precision = [model, "--extractor", self.metric, *size]
-        out = ["--out", self.out / "precision.jsonl"]
+        out = ["--out", run / "precision.jsonl"]
         self.python("precision", 60, "scripts/benchmark/precision.py", *precision, *out)
 
     @property
@@ -339,12 +339,12 @@ class Acceptance:
             only = [word if "[" in word else word.partition(",")[0] for word in entries.split()]
             self.python(f"report-{name}", REPORT, "scripts/evaluate.py", *words, *only)
 
-    def split(self, model: Path) -> None:
-        """Put the model file into the results, in parts that may leave a lent machine: `cat` joins them."""
-        if model.exists():
-            data = model.read_bytes()
+    def split(self, path: Path) -> None:
+        """Put a file into the results, in parts that may leave a lent machine: `cat` joins them."""
+        if path.exists():
+            data = path.read_bytes()
             for i in range(0, len(data), PART):
-                (self.out / f"model.safetensors.{i // PART}").write_bytes(data[i : i + PART])
+                (self.out / f"{path.name}.{i // PART}").write_bytes(data[i : i + PART])
 
     def read_checks(self, junit: Path) -> None:
         """Take each test on the GPU and what it measured into the record; say the numbers."""
@@ -360,9 +360,11 @@ class Acceptance:
     def finish(self) -> None:
         """Say what was not ok and where everything is; pack what is to leave a lent machine."""
         if self.options.kit:
-            with tarfile.open(self.out / "results.tar.gz", "w:gz") as archive:
+            packed = self.work / "results.tar.gz"
+            with tarfile.open(packed, "w:gz") as archive:
                 for path in filter(Path.exists, (self.work / "digits", self.work / "cifar10")):
                     archive.add(path, path.name, filter=lambda entry: None if is_large(entry.name) else entry)
+            self.split(packed)
         failed, seconds = ", ".join(self.stages.failed), time.monotonic() - self.started
         self.stages.say(f"{f'not ok: {failed}' if failed else 'every stage ok'}, {seconds:.0f} s: {self.out}")
 
