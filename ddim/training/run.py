@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.profilers import AdvancedProfiler, SimpleProfiler
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -297,4 +297,12 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler}
+# Of kernels: ten steps, after ten that compile; a table of operations, those first that take the device longest.
+KERNELS = partial(
+    PyTorchProfiler,
+    schedule=torch.profiler.schedule(wait=9, warmup=1, active=10, repeat=1),
+    row_limit=60,
+    export_to_chrome=False,
+    record_module_names=False,
+)
+PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "kernels": KERNELS}

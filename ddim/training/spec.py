@@ -46,8 +46,8 @@ class TrainerSpec:
         keep_best: how many of the best by `eval` are kept, the best also as best.ckpt; 0 for none.
         max_skipped: steps in a row that may be skipped because their gradient is not finite.
         overfit: train on the first `batch_size` images only, which a working training learns by heart.
-        profiler: Lightning's simple (by hook) or advanced (by function) profiler, which writes into the folder of the
-            run; null for none.
+        profiler: Lightning's simple (by hook) or advanced (by function) profiler, or torch's of ten steps (kernels: by
+            operation on the device), which writes into the folder of the run; null for none.
 
     Raises:
         ValueError: a number that must be positive is not, or is larger than addresses of random numbers; fewer images
@@ -74,7 +74,7 @@ class TrainerSpec:
     keep_best: int = 1
     max_skipped: int = 100
     overfit: bool = False
-    profiler: Literal["simple", "advanced"] | None = None
+    profiler: Literal["simple", "advanced", "kernels"] | None = None
 
     def __post_init__(self) -> None:
         for name in (

@@ -4,12 +4,13 @@
     python scripts/gpu/acceptance.py --parts training         # minutes of CIFAR-10, then a table over S and η
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
-checks: side by side the tests marked gpu and the commands on the digits; meanwhile all that the other parts compile is
-compiled, and kept. speed: scripts/benchmark/speed.py next to the official code and diffusers. training: the CIFAR-10
-network for as long as there is time, as a model file in float16; of this a sweep over S and η, figures, solvers, the
-averages and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt,
-speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a network:
-scripts/gpu/pack.py. Python's standard library is enough to start this.
+checks: the tests marked gpu, the commands on the digits, then the tests that compile. speed:
+scripts/benchmark/speed.py next to the official code and diffusers. training: the CIFAR-10 network for as long as there
+is time, as a model file in float16; of this a sweep over S and η, figures, where the time of a step goes, solvers, the
+averages and precision. One after the other: on 16 cores, eight that compile at once end none of it in two minutes. All
+goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt, speed.jsonl, and what the commands
+wrote. Exit status 1: a stage was not ok. For a machine without a network: scripts/gpu/pack.py. Python's standard
+library is enough to start this.
 """
 
 import argparse
@@ -23,8 +24,6 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,7 +31,6 @@ from stages import ROOT, Stages
 
 PARTS = ("checks", "speed", "training")
 BASELINES = ("ours", "official", "diffusers")
-COMPILED = "bf16+channels_last+compile"
 # Stated in full: what is checked must not depend on the defaults.
 COMPUTE = "device=cuda batch_size=500 bf16=true channels_last=true compile=true graphs=false"
 TRAINER = "accelerator=gpu devices=1 precision=bf16-mixed channels_last=true compile=true"
@@ -47,28 +45,25 @@ TINY_RECIPE = (
     "trainer.max_steps=10 trainer.batch_size=8 trainer.log_every=5 ema.decay=[0.9999,0.9995] ema.warmup=true "
     "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1"
 )
-SWEEP, TINY_SWEEP = "n=5000 metric.batch_size=500 metric.metrics=[fd,kd]", "n=20"
+SWEEP, TINY_SWEEP = "n=5000 metric.batch_size=500 metric.metrics=[fd]", "n=20"
 # Sweeps, the most important first. The steps before the samplers: all samplers of the smallest S, then of the next, so
-# that there is a table when the time is up. Precision and recall take a minute of the CPU for each entry.
+# that there are columns when the time is up. Other weights would be compiled again; precision and recall take a minute.
 ROWS = "sampler=ddim,ddim_eta02,ddim_eta05,ddpm,sigma_hat_clamped"
 SWEEPS = {
     "table": f"sampler.S=5,10,20,50 {ROWS}",
     "solvers": "sampler.S=null sampler.nfe=5,10,20 sampler=ddim,dpm_solver_pp,unipc,deis,ipndm",
-    "averages": "sampler.S=20 sampler=ddim,ddpm weights=ema_0.9995,ema_0.998,ema_0.99,online",
-}
-LATER_SWEEPS = {
-    "many_steps": "sampler.S=100 sampler=ddpm,ddim,sigma_hat_clamped,ddim_eta05,ddim_eta02",
+    "averages": "sampler.S=20 sampler=ddim,ddpm weights=ema_0.9995,ema_0.998,ema_0.99,online compute.compile=false",
     "clipped": "sampler.S=10,20 sampler.clip=x0_and_eps sampler=ddim,ddpm,dpm_solver_pp,unipc",
+    "many_steps": "sampler.S=100 sampler=ddpm,ddim,sigma_hat_clamped,ddim_eta05,ddim_eta02",
     "precision_recall": "sampler.S=10,50 sampler=ddim,ddpm metric.metrics=[prc]",
 }
 TINY_SWEEPS = {
     "table": "sampler.S=2,3 sampler=ddim,sigma_hat_clamped",
     "solvers": "sampler.S=null sampler.nfe=4 sampler=ddim,unipc",
     "averages": "sampler.S=2 weights=ema_0.9995,online",
+    "precision_recall": "sampler.S=2 sampler=ddim,ddpm metric.metrics=[prc]",
 }
-TINY_LATER_SWEEPS = {"precision_recall": "sampler.S=2 sampler=ddim,ddpm metric.metrics=[prc]"}
-LATER = 230  # seconds of the training part for what follows the training
-REPORT = 15  # seconds of these for a report of each sweep, where it is late
+LATER = 200  # seconds of the training part for what follows the training
 PART = 15 << 20  # bytes of a file that leaves a lent machine
 # What a record says about the machine.
 MACHINE = """
@@ -196,7 +191,9 @@ class Acceptance:
             partial_folder(images).rename(images)
         self.images = self.images or (images if images.exists() else None)
         self.official = self.official or (kit / "official" if (kit / "official").exists() else None)
-        if not (ROOT / ".git").exists():  # the checkout came without; records ask git for the commit
+        if (
+            kit / "git"
+        ).exists():  # records ask git for the commit; the checkout may have come without, or with an old one
             git = {"GIT_DIR": str(kit / "git"), "GIT_WORK_TREE": str(ROOT)}
             # Files of another user are refused otherwise.
             git |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
@@ -206,27 +203,22 @@ class Acceptance:
             self.stages.run("git", 30, "sh", "-c", f"git read-tree HEAD && {absent}")
 
     def checks(self) -> None:
-        """Run what checks, side by side: a check needs a fraction of the GPU, and compiling needs cores."""
-        limit = self.stages.left * (0.45 if len(self.options.parts) > 1 else 1)
+        """Run what checks; the tests that compile last, since each takes half a minute or more."""
+        end = time.monotonic() + self.stages.left * (0.5 if len(self.options.parts) > 1 else 1)
+        self.tests("gpu-tests", end - time.monotonic(), "not compile")
+        self.commands(end - time.monotonic())
+        if not self.tiny:
+            self.tests("compile-tests", end - time.monotonic(), "compile")
+
+    def tests(self, name: str, limit: float, which: str) -> None:
+        """Run tests marked gpu; take what they measured into the record."""
         spread = ["-n", "4"] if importlib.util.find_spec("xdist") and not self.tiny else []
         pytest = "-m pytest -q -p no:cacheprovider -W default"  # other versions' warnings are no failures here
-        junit = self.out / "gpu_tests.xml"
-        tests = sorted((ROOT / "tests").rglob("test_*.py"))
-        with_gpu = [path for path in tests if "mark.gpu" in path.read_text(encoding="utf-8")]
-        gpu_tests: list[str | Path] = ["-v", "--continue-on-collection-errors", "-m", "gpu", *with_gpu, *spread]
-        gpu_tests += [f"--junitxml={junit}", "-o", "junit_family=xunit1"]
-        if self.tiny:
-            gpu_tests += ["-k", "not compile"]  # takes minutes on a CPU
-        calls: list[Callable[[], object]] = [
-            partial(self.python, "gpu-tests", limit, pytest, *gpu_tests),
-            partial(self.commands, limit),
-        ]
-        if self.images and not self.tiny:
-            calls.append(partial(self.rehearse_training, limit))
-        if "speed" in self.options.parts and not self.tiny:
-            parts = ("sampling", "training")
-            calls += [partial(self.compile, name, part, limit) for name in BASELINES for part in parts]
-        self.stages.together(*calls)
+        junit = self.out / f"{name}.xml"
+        files = sorted((ROOT / "tests").rglob("test_*.py"))
+        files = [path for path in files if "mark.gpu" in path.read_text(encoding="utf-8")]
+        words: list[str | Path] = ["-v", "--continue-on-collection-errors", "-m", "gpu", "-k", which, *files, *spread]
+        self.python(name, limit, pytest, *words, f"--junitxml={junit}", "-o", "junit_family=xunit1")
         if junit.exists():
             self.read_checks(junit)
 
@@ -235,38 +227,26 @@ class Acceptance:
         run, end = self.work / "digits", time.monotonic() + limit
         checkpoint = f"checkpoint={run}/checkpoints/last.ckpt"
         steps, n = ("10", "20") if self.tiny else ("500", "500")
-        train = ["experiment=digits", *self.trainer, f"trainer.max_steps={steps}", "eval.every=0", f"output_dir={run}"]
-        if self.python("train-digits", limit, "scripts/train.py", *train, "checkpoint=last"):
+        eager, compute = "trainer.compile=false", [*self.compute, "compute.compile=false"]
+        train = ["experiment=digits", *self.trainer, eager, f"trainer.max_steps={steps}", "eval.every=0"]
+        if self.python("train-digits", limit, "scripts/train.py", *train, f"output_dir={run}", "checkpoint=last"):
             sweep = ["-m", "experiment=table_digits", checkpoint, f"n={n}", "sampler.S=5,10", f"output_dir={run}/table"]
             sweep.append(f"reference_dir={self.work}/reference")
-            self.python("evaluate-digits", end - time.monotonic(), "scripts/evaluate.py", *sweep, *self.compute)
-            grid = [checkpoint, "n=16", f"output_dir={run}/samples", "overwrite=true", *self.compute]
+            self.python("evaluate-digits", end - time.monotonic(), "scripts/evaluate.py", *sweep, *compute)
+            grid = [checkpoint, "n=16", f"output_dir={run}/samples", "overwrite=true", *compute]
             self.python("sample-digits", end - time.monotonic(), "scripts/sample.py", *grid)
-
-    def benchmark(self, baselines: tuple[str, ...], seconds: float, out: Path) -> list[str]:
-        """Return the words of a call of the benchmark."""
-        words = ["--baselines", *baselines, "--minutes", f"{seconds / 60:.3f}", "--out", str(out)]
-        words += ["--official", str(self.official.resolve())] if self.official else []
-        tiny = "--network tiny --settings default --batch 4 --train-batch 4 --steps 2 --rounds 1"
-        return words + (tiny if self.tiny else "--batch 500 --train-batch 128").split()
-
-    def compile(self, name: str, part: str, limit: float) -> None:
-        """Compile what the benchmark is going to time; torch keeps it."""
-        if name != "official" or self.official:
-            stage = f"compile-{name}-{part}"
-            words = [*self.benchmark((name,), limit, self.work / f"{stage}.jsonl"), "--settings", COMPILED]
-            self.python(stage, limit, "scripts/benchmark/speed.py", *words, "--parts", part)
 
     def speed(self) -> None:
         """Time sampling and training beside the others, and say the tables."""
         seconds = self.stages.left - 40  # its clock begins when it has been imported
         if "training" in self.options.parts:
             seconds /= 2
-        parts = ["--parts", "sampling"] if seconds < 60 and not self.tiny else []
-        out = self.out / "speed.jsonl"
-        benchmark = "scripts/benchmark/speed.py"
-        # The limit is for one that hangs: the benchmark ends by itself.
-        self.python("speed", seconds + 60, benchmark, *self.benchmark(BASELINES, seconds, out), *parts)
+        benchmark, out = "scripts/benchmark/speed.py", self.out / "speed.jsonl"
+        words = ["--baselines", *BASELINES, "--minutes", f"{seconds / 60:.3f}", "--out", str(out)]
+        words += ["--official", str(self.official.resolve())] if self.official else []
+        tiny = "--network tiny --settings default --batch 4 --train-batch 4 --steps 2 --rounds 1"
+        words += (tiny if self.tiny else "--batch 500 --train-batch 128").split()
+        self.python("speed", seconds + 60, benchmark, *words)  # it ends by itself, unless it hangs
         if out.exists():
             table = self.capture(benchmark, "--table", str(out))
             self.stages.say(table.stdout.rstrip())
@@ -283,13 +263,6 @@ class Acceptance:
         if self.images:
             return "cifar10", ["data=folder", f"data.root={self.images.resolve()}", "data.size=[32,32]"]
         return ("digits", ["data=digits"]) if self.tiny else ("cifar10", ["data=cifar10"])
-
-    def rehearse_training(self, limit: float) -> None:
-        """Compile what the training part runs, and see that it does."""
-        run, end = self.work / "rehearsal", time.monotonic() + limit
-        if self.train("rehearse-train", limit, run, "trainer.max_steps=40", "trainer.log_every=10"):
-            grid = [f"checkpoint={run}/checkpoints/last.ckpt", "n=500", "sampler.S=2", f"output_dir={run}/samples"]
-            self.python("rehearse-sample", end - time.monotonic(), "scripts/sample.py", *grid, *self.compute)
 
     def training(self) -> None:
         """Train, then measure samples by S and η, draw figures, and measure what else there is time for."""
@@ -308,20 +281,17 @@ class Acceptance:
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
         grid = [*pictures, *(["n=4", "sampler.S=3"] if tiny else ["n=256", "sampler.S=100"]), f"output_dir={run}/grid"]
-        # Side by side: the distances are computed by the CPU, and one process leaves the GPU idle meanwhile.
-        sweeps, later = (TINY_SWEEPS, TINY_LATER_SWEEPS) if tiny else (SWEEPS, LATER_SWEEPS)
-        self.stages.together(
-            *(partial(self.sweep, name, last if name == "averages" else model, sweeps[name]) for name in sweeps)
-        )
-        self.stages.together(
-            partial(self.python, "figures", 50, "scripts/figures.py", *figures),
-            partial(self.python, "grid", 50, "scripts/sample.py", *grid, "sampler.spacing=quadratic"),
-            *(partial(self.sweep, name, model, later[name]) for name in later),
-        )
+        first, *later = sweeps = TINY_SWEEPS if tiny else SWEEPS
+        self.sweep(first, model, sweeps[first])
+        self.python("figures", 60, "scripts/figures.py", *figures)
+        self.python("grid", 60, "scripts/sample.py", *grid, "sampler.spacing=quadratic")
+        self.train("profile", 60, run / "profile", "trainer.max_steps=40", "trainer.profiler=kernels")
+        for name in later:
+            self.sweep(name, last if name == "averages" else model, sweeps[name])
         size = ["--n", "8", "--steps", "2"] if tiny else ["--n", "1500", "--steps", "20"]
-        precision = [model, "--extractor", self.metric, *size]
         out = ["--out", run / "precision.jsonl"]
-        self.python("precision", 60, "scripts/benchmark/precision.py", *precision, *out)
+        words = [model, "--extractor", self.metric, *size, *out]
+        self.python("precision", 60, "scripts/benchmark/precision.py", *words)
 
     @property
     def metric(self) -> str:
@@ -329,15 +299,12 @@ class Acceptance:
         return "digits_classifier" if self.tiny and not self.images else "efficientnet"
 
     def sweep(self, name: str, checkpoint: Path, entries: str) -> None:
-        """Measure samples; where that takes too long, report what there is."""
+        """Measure samples; what is done when the time is up is in the records."""
         table = self.work / "cifar10" / name
         words = ["-m", f"checkpoint={checkpoint}", *self.data()[1], f"metric={self.metric}", *self.compute]
         words += [*(TINY_SWEEP if self.tiny else SWEEP).split(), "sampler.spacing=quadratic", "name=gpu"]
         words += [f"output_dir={table}", f"reference_dir={self.work}/reference"]
-        if not self.python(f"sweep-{name}", self.stages.left - REPORT, "scripts/evaluate.py", *words, *entries.split()):
-            # The first entry is there, so nothing is computed; the report is of all records that are.
-            only = [word if "[" in word else word.partition(",")[0] for word in entries.split()]
-            self.python(f"report-{name}", REPORT, "scripts/evaluate.py", *words, *only)
+        self.python(f"sweep-{name}", self.stages.left, "scripts/evaluate.py", *words, *entries.split())
 
     def split(self, path: Path) -> None:
         """Put a file into the results, in parts that may leave a lent machine: `cat` joins them."""

@@ -85,8 +85,8 @@ def pack_commit(folder: Path) -> None:
     )
     run("git", "-C", str(ROOT), "pack-objects", "--quiet", str(folder / "objects" / "pack" / "pack"), given=names)
     commit = run("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    (folder / "HEAD").write_text(commit)
-    (folder / "shallow").write_text(commit)
+    (folder / "HEAD").write_text(commit, encoding="utf-8")
+    (folder / "shallow").write_text(commit, encoding="utf-8")
 
 
 def pack_wheels(packages: list[str], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Stages of a long run: commands under time limits, one after the other or side by side, with a summary and a record.
+"""Stages of a long run: commands under time limits, one after the other, with a summary and a record.
 
 Standard library only: a machine may have nothing else yet.
 """
@@ -8,10 +8,7 @@ import os
 import signal
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +35,6 @@ class Stages:
         self.out, self.end, self.environment = out, time.monotonic() + seconds, environment
         self.common: dict[str, Any] = {}  # in every line of the record
         self.failed: list[str] = []
-        self._running: set[int] = set()
-        self._lock = threading.Lock()
 
     @property
     def left(self) -> float:
@@ -82,19 +77,6 @@ class Stages:
         verdict = "ok" if status == 0 else stopped
         return self._end(name, verdict, time.monotonic() - start, lines[-1] if lines else "", text)
 
-    def together(self, *calls: Callable[[], Any]) -> None:
-        """Run stages side by side."""
-        with ThreadPoolExecutor(len(calls)) as pool:
-            futures = [pool.submit(call) for call in calls]
-            try:
-                for future in futures:
-                    future.result()
-            except BaseException:  # Ctrl-C comes to this thread only
-                self.end = time.monotonic()
-                for group in list(self._running):
-                    _kill(group)
-                raise
-
     def _wait(self, command: list[str], limit: float, log: int, endless: bool) -> tuple[bool, int]:
         """Return whether the time was up, and the exit status."""
         process = subprocess.Popen(
@@ -106,7 +88,6 @@ class Stages:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self._running.add(process.pid)
         try:
             return False, process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -119,16 +100,14 @@ class Stages:
         finally:
             _kill(process.pid)
             process.wait()
-            self._running.discard(process.pid)
 
     def _end(self, name: str, verdict: str, seconds: float, last: str, text: str) -> bool:
-        with self._lock:
-            with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(f"==> {name}: {verdict}, {seconds:.0f} s <==\n{text}\n")
-            self.say(f"{name:<26} {verdict:<12} {seconds:4.0f} s  {last[:150]}".rstrip())
-            self.record(what="stage", stage=name, verdict=verdict, seconds=round(seconds, 1))
-            good = verdict.startswith("ok")
-            self.failed += [] if good else [name]
+        with (self.out / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"==> {name}: {verdict}, {seconds:.0f} s <==\n{text}\n")
+        self.say(f"{name:<26} {verdict:<12} {seconds:4.0f} s  {last[:150]}".rstrip())
+        self.record(what="stage", stage=name, verdict=verdict, seconds=round(seconds, 1))
+        good = verdict.startswith("ok")
+        self.failed += [] if good else [name]
         return good
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 import time
 import zipfile
@@ -90,12 +92,6 @@ def test_what_a_stage_started_ends_with_it(stages, tmp_path):
     assert not is_alive(child)
 
 
-def test_side_by_side_stages_are_all_waited_for(stages):
-    done = []
-    stages.together(*(lambda i=i: done.append(i) for i in range(5)))
-    assert sorted(done) == [0, 1, 2, 3, 4]
-
-
 @pytest.fixture
 def acceptance(tmp_path, monkeypatch):
     """acceptance(rehearsal): a run whose commands are collected, not run; (name, script, words) of each."""
@@ -108,7 +104,7 @@ def acceptance(tmp_path, monkeypatch):
 
         def collect(name, limit, script, *words, endless=False):
             commands.append((name, script, [str(word) for word in words]))
-            return not name.startswith("sweep-")  # so that their reports are made
+            return True
 
         monkeypatch.setattr(run, "python", collect)
         (run.work / "cifar10" / "checkpoints").mkdir(parents=True)
@@ -128,17 +124,14 @@ def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
         if Path(script).stem in ("train", "evaluate", "sample", "figures"):
             words = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]
             specs[name] = spec_of(Path(script).stem, *words)
-    assert len(specs) == (14 if rehearsal else 20)
+    assert len(specs) == (11 if rehearsal else 13)
     assert specs["train"].optim.lr == 0.1
     assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")
     assert specs["sweep-table"].compute.bf16 is not rehearsal
     assert specs["sweep-table"].n == (20 if rehearsal else 5000)
     words = {name: words for name, _, words in commands}
-    first = [word.partition(",")[0] for word in words["sweep-table"][-2:]]
-    assert words["report-table"] == [*words["sweep-table"][:-2], *first]
-    assert first[0].startswith("sampler.S=")  # before the samplers: Hydra varies the last fastest
-    compiled = [name for name, *_ in commands if name.startswith("compile-")]
-    assert len(compiled) == (0 if rehearsal else 6)  # three code bases, sampling and training
+    assert words["sweep-table"][-2].startswith("sampler.S=")  # before the samplers: Hydra varies the last fastest
+    assert specs["profile"].trainer.profiler == "kernels"
 
 
 def test_measured_numbers_of_tests_are_in_the_record(tmp_path):
@@ -175,6 +168,44 @@ def test_packed_images_are_evenly_spaced_and_exact(tmp_path):
         for i, name in enumerate(names):
             with archive.open(name) as file, Image.open(file) as image:
                 assert np.array_equal(np.asarray(image), pixels[2 * i])
+
+
+@pytest.mark.integration
+def test_a_packed_commit_names_itself_and_what_changed(tmp_path, monkeypatch):
+    import pack
+
+    def git(*words, folder=tmp_path / "home", **options):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        done = subprocess.run(["git", *identity, "-C", str(folder), *words], capture_output=True, text=True, **options)
+        assert not done.returncode, done.stderr
+        return done.stdout
+
+    home, there, kit = tmp_path / "home", tmp_path / "there", tmp_path / "kit"
+    home.mkdir()
+    git("init", "--quiet")
+    for name in ("code.py", "model.bin"):
+        (home / name).write_text(name * 1000)
+        git("add", name)
+        git("commit", "--quiet", "-m", name)
+    monkeypatch.setattr(pack, "ROOT", home)
+    pack.pack_commit(kit / "git")
+    there.mkdir()
+    shutil.copy(home / "code.py", there)  # the other file is left behind
+    from acceptance import Acceptance
+    from stages import Stages
+
+    monkeypatch.setattr("acceptance.ROOT", there)
+    monkeypatch.setattr("stages.ROOT", there)
+    run = object.__new__(Acceptance)
+    run.stages, run.work, run.images, run.official = Stages(tmp_path, 60, dict(os.environ)), tmp_path, None, None
+    monkeypatch.setattr(run, "python", lambda *words: False)
+    run.stages.environment["PYTHONPATH"] = ""
+    run.unpack(kit)
+    environment = {"env": run.stages.environment, "folder": there}
+    assert git("rev-parse", "HEAD", **environment) == git("rev-parse", "HEAD")
+    assert git("status", "--porcelain", "--untracked-files=no", **environment) == ""
+    (there / "code.py").write_text("another")
+    assert git("status", "--porcelain", "--untracked-files=no", **environment) == " M code.py\n"
 
 
 @pytest.mark.parametrize(

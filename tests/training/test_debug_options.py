@@ -25,8 +25,10 @@ def test_newer_options_are_part_of_the_recipe_only_if_on(config, group, option):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("profiler", "content"), [("simple", "run_training_batch"), ("advanced", "training_step")])
+@pytest.mark.parametrize(
+    ("profiler", "content"), [("simple", "run_training_batch"), ("advanced", "training_step"), ("kernels", "conv")]
+)
 def test_profilers_write_into_the_folder_of_the_run(run, profiler, content):
-    folder = run(trainer={"profiler": profiler, "max_steps": 2}).parents[1]
+    folder = run(trainer={"profiler": profiler, "max_steps": 22}).parents[1]
     [report] = folder.glob("fit-profile*.txt")
     assert content in report.read_text()

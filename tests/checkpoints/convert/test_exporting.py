@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from ddim.checkpoints import read_model, weights_hash
 from ddim.checkpoints.convert.exporting import FILES as LAYOUT_FILES
-from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
+from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint, rounded
 from ddim.checkpoints.convert.model_zoo import PRESETS
 from ddim.diffusion.schedule import cosine_schedule, from_betas, linear_schedule
 from ddim.errors import UserError
@@ -175,6 +175,28 @@ def test_a_model_file_is_exported_as_it_is(model_file, tmp_path):
     assert same(back.state, gaussian_weights(NETWORK))
     assert (back.weights, back.step, back.origin) == ("ema", 790_000, origin)
     assert back.spec.to_dict() | {"schedule": None} == PLAIN.to_dict() | {"schedule": None}
+
+
+def test_float16_halves_the_file_and_rounds_the_weights(model_file, tmp_path):
+    source = model_file(origin={"file": "diffusion.ckpt"})
+    (whole,), _ = export_checkpoint(ExportSpec(source, str(tmp_path / "whole"), "safetensors"))
+    (half,), _ = export_checkpoint(ExportSpec(source, str(tmp_path / "half"), "safetensors", dtype="float16"))
+    assert half.stat().st_size < 0.6 * whole.stat().st_size
+    back = read_model(half)
+    assert back.origin == {"file": "diffusion.ckpt", "rounded": "to float16"}
+    assert same(back.state, {name: value.half().float() for name, value in gaussian_weights(NETWORK).items()})
+    assert {value.dtype for value in back.state.values()} == {torch.float32}
+    (again,), _ = export_checkpoint(ExportSpec(str(half), str(tmp_path / "again"), "safetensors"))
+    assert same(read_model(again).state, back.state)  # in float32, and nothing more is lost
+
+
+def test_float16_is_refused_where_it_cannot_hold(model_file, tmp_path):
+    with pytest.raises(ValueError, match=r"layout=flat holds float32 only; dtype=float16 is for layout=safetensors"):
+        ExportSpec("a", "b", layout="flat", dtype="float16")
+    model = read_model(model_file())
+    next(iter(model.state.values())).view(-1)[0] = 70_000.0
+    with pytest.raises(UserError, match=r"some of which are above 65,504; take dtype=float32"):
+        rounded(model)
 
 
 @pytest.mark.integration
