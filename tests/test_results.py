@@ -68,9 +68,9 @@ def test_cifar10_shows_what_its_page_says():
         distances = [value for S in fd.columns if (value := fd.value(row, S)) is not None]
         assert distances == sorted(distances, reverse=True)
     for table in (fd, kd):
-        for S in (5, 10, 20):
+        for S in (5, 10):
             assert table.value(sigma_hat, S) == max(table.value(row, S) for row in table.rows)
-        assert table.value(eta_0, 5) < table.value(eta_1, 5)
+            assert table.value(eta_0, S) < table.value(eta_1, S)
         assert table.value(eta_1, 20) < table.value(eta_0, 20)
 
 

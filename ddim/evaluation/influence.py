@@ -108,7 +108,7 @@ def kernel_influence(generated: FeatureSet, reference: FeatureSet, spec: MetricS
 
 
 def _cubed(kernel: np.ndarray) -> np.ndarray:
-    return kernel * kernel * kernel  # numpy's ** 3 is a power function on one core
+    return kernel * kernel * kernel  # numpy's ** 3 calls pow for each element
 
 
 def inception_score_influence(logits: Tensor) -> Tensor:

@@ -297,12 +297,22 @@ def lock_folder(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-# Of kernels: ten steps, after ten that compile; a table of operations, those first that take the device longest.
-KERNELS = partial(
-    PyTorchProfiler,
-    schedule=torch.profiler.schedule(wait=9, warmup=1, active=10, repeat=1),
-    row_limit=60,
-    export_to_chrome=False,
-    record_module_names=False,
-)
-PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "kernels": KERNELS}
+class KernelProfiler(PyTorchProfiler):
+    """Torch's profiler of ten steps, after ten that compile: a table of operations and their time on the device."""
+
+    def __init__(self, dirpath: Path, filename: str) -> None:
+        super().__init__(
+            dirpath,
+            filename,
+            schedule=torch.profiler.schedule(wait=9, warmup=1, active=10, repeat=1),
+            row_limit=60,
+            export_to_chrome=False,
+            record_module_names=False,
+        )
+
+    def _cache_functions_events(self) -> None:
+        if self.profiler is not None and getattr(self.profiler, "profiler", None) is not None:  # else too few steps
+            super()._cache_functions_events()
+
+
+PROFILERS: dict[str, Any] = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "kernels": KernelProfiler}

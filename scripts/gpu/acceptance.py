@@ -6,11 +6,12 @@
 
 checks: the tests marked gpu, the commands on the digits, then the tests that compile. speed:
 scripts/benchmark/speed.py next to the official code and diffusers. training: the CIFAR-10 network for as long as there
-is time, as a model file in float16; of this a sweep over S and η, figures, where the time of a step goes, solvers, the
-averages and precision. One after the other: on 16 cores, eight that compile at once end none of it in two minutes. All
-goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt, speed.jsonl, and what the commands
-wrote. Exit status 1: a stage was not ok. For a machine without a network: scripts/gpu/pack.py. Python's standard
-library is enough to start this.
+is time, as a model file in float16; where the time of a step goes; of the model a sweep over S and η, figures, solvers,
+the averages and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt,
+speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a network:
+scripts/gpu/pack.py. Python's standard library is enough to start this.
+
+One after the other: of eight processes that compile at once on 16 cores, none finishes in two minutes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,43 +29,11 @@ import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
 
+import plan
 from stages import ROOT, Stages
 
 PARTS = ("checks", "speed", "training")
 BASELINES = ("ours", "official", "diffusers")
-# Stated in full: what is checked must not depend on the defaults.
-COMPUTE = "device=cuda batch_size=500 bf16=true channels_last=true compile=true graphs=false"
-TRAINER = "accelerator=gpu devices=1 precision=bf16-mixed channels_last=true compile=true"
-CPU_COMPUTE = "device=cpu batch_size=16 bf16=false channels_last=false compile=false graphs=false winograd=false"
-CPU_TRAINER = "accelerator=cpu devices=1 precision=32-true channels_last=false compile=false winograd=false"
-# A run of minutes: a large batch and rate, a short warm-up, averages over a ninth of the run, 2,000, 500 and 100 steps.
-RECIPE = (
-    "trainer.max_steps=1000000 trainer.batch_size=256 trainer.log_every=100 trainer.checkpoint_every=4000 "
-    "trainer.keep_last=1 optim.lr=0.0006 optim.warmup=500 ema.decay=[0.9999,0.9995,0.998,0.99] ema.warmup=true"
-)
-TINY_RECIPE = (
-    "trainer.max_steps=10 trainer.batch_size=8 trainer.log_every=5 ema.decay=[0.9999,0.9995] ema.warmup=true "
-    "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1"
-)
-SWEEP, TINY_SWEEP = "n=5000 metric.batch_size=500 metric.metrics=[fd]", "n=20"
-# Sweeps, the most important first. The steps before the samplers: all samplers of the smallest S, then of the next, so
-# that there are columns when the time is up. Other weights would be compiled again; precision and recall take a minute.
-ROWS = "sampler=ddim,ddim_eta02,ddim_eta05,ddpm,sigma_hat_clamped"
-SWEEPS = {
-    "table": f"sampler.S=5,10,20,50 {ROWS}",
-    "solvers": "sampler.S=null sampler.nfe=5,10,20 sampler=ddim,dpm_solver_pp,unipc,deis,ipndm",
-    "averages": "sampler.S=20 sampler=ddim,ddpm weights=ema_0.9995,ema_0.998,ema_0.99,online compute.compile=false",
-    "clipped": "sampler.S=10,20 sampler.clip=x0_and_eps sampler=ddim,ddpm,dpm_solver_pp,unipc",
-    "many_steps": "sampler.S=100 sampler=ddpm,ddim,sigma_hat_clamped,ddim_eta05,ddim_eta02",
-    "precision_recall": "sampler.S=10,50 sampler=ddim,ddpm metric.metrics=[prc]",
-}
-TINY_SWEEPS = {
-    "table": "sampler.S=2,3 sampler=ddim,sigma_hat_clamped",
-    "solvers": "sampler.S=null sampler.nfe=4 sampler=ddim,unipc",
-    "averages": "sampler.S=2 weights=ema_0.9995,online",
-    "precision_recall": "sampler.S=2 sampler=ddim,ddpm metric.metrics=[prc]",
-}
-LATER = 200  # seconds of the training part for what follows the training
 PART = 15 << 20  # bytes of a file that leaves a lent machine
 # What a record says about the machine.
 MACHINE = """
@@ -132,13 +102,12 @@ class Acceptance:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(self.work / "compiled")  # shared by all stages
-        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "4"  # of each process, and six compile side by side
         environment["DDIM_GPU"] = "cpu" if self.tiny else "cuda"
         if self.tiny:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.stages = Stages(self.out, 60 * options.minutes, environment)
-        self.compute = [f"compute.{word}" for word in (CPU_COMPUTE if self.tiny else COMPUTE).split()]
-        self.trainer = [f"trainer.{word}" for word in (CPU_TRAINER if self.tiny else TRAINER).split()]
+        self.compute = [f"compute.{word}" for word in (plan.CPU_COMPUTE if self.tiny else plan.COMPUTE).split()]
+        self.trainer = [f"trainer.{word}" for word in (plan.CPU_TRAINER if self.tiny else plan.TRAINER).split()]
 
     def python(self, name: str, limit: float, script: str, *words: str | Path, endless: bool = False) -> bool:
         """Run a script of the repository, or a module, as a stage."""
@@ -191,9 +160,8 @@ class Acceptance:
             partial_folder(images).rename(images)
         self.images = self.images or (images if images.exists() else None)
         self.official = self.official or (kit / "official" if (kit / "official").exists() else None)
-        if (
-            kit / "git"
-        ).exists():  # records ask git for the commit; the checkout may have come without, or with an old one
+        # Records ask git for the commit, and the checkout may have come without, or with an older one.
+        if (kit / "git").exists():
             git = {"GIT_DIR": str(kit / "git"), "GIT_WORK_TREE": str(ROOT)}
             # Files of another user are refused otherwise.
             git |= {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "safe.directory", "GIT_CONFIG_VALUE_0": "*"}
@@ -205,10 +173,10 @@ class Acceptance:
     def checks(self) -> None:
         """Run what checks; the tests that compile last, since each takes half a minute or more."""
         end = time.monotonic() + self.stages.left * (0.5 if len(self.options.parts) > 1 else 1)
-        self.tests("gpu-tests", end - time.monotonic(), "not compile")
+        self.tests("gpu-tests", end - time.monotonic(), f"not ({plan.COMPILES})")
         self.commands(end - time.monotonic())
         if not self.tiny:
-            self.tests("compile-tests", end - time.monotonic(), "compile")
+            self.tests("compile-tests", end - time.monotonic(), plan.COMPILES)
 
     def tests(self, name: str, limit: float, which: str) -> None:
         """Run tests marked gpu; take what they measured into the record."""
@@ -241,11 +209,15 @@ class Acceptance:
         seconds = self.stages.left - 40  # its clock begins when it has been imported
         if "training" in self.options.parts:
             seconds /= 2
+        if seconds < 30 and not self.tiny:
+            self.stages.say("speed: no time left")
+            return self.stages.failed.append("speed")
         benchmark, out = "scripts/benchmark/speed.py", self.out / "speed.jsonl"
         words = ["--baselines", *BASELINES, "--minutes", f"{seconds / 60:.3f}", "--out", str(out)]
         words += ["--official", str(self.official.resolve())] if self.official else []
         tiny = "--network tiny --settings default --batch 4 --train-batch 4 --steps 2 --rounds 1"
         words += (tiny if self.tiny else "--batch 500 --train-batch 128").split()
+        words += ["--parts", "training"] if seconds < 240 and not self.tiny else []  # an H100's sampling is measured
         self.python("speed", seconds + 60, benchmark, *words)  # it ends by itself, unless it hangs
         if out.exists():
             table = self.capture(benchmark, "--table", str(out))
@@ -254,7 +226,8 @@ class Acceptance:
     def train(self, name: str, limit: float, run: Path, *words: str, endless: bool = False) -> bool:
         """Train on the images."""
         experiment, data = self.data()
-        train = [f"experiment={experiment}", *data, *self.trainer, *(TINY_RECIPE if self.tiny else RECIPE).split()]
+        recipe = plan.TINY_RECIPE if self.tiny else plan.RECIPE
+        train = [f"experiment={experiment}", *data, *self.trainer, *recipe.split()]
         train += ["grid.every=0", "eval.every=0", "name=gpu", f"output_dir={run}", *self.options.train, *words]
         return self.python(name, limit, "scripts/train.py", *train, endless=endless)
 
@@ -267,27 +240,30 @@ class Acceptance:
     def training(self) -> None:
         """Train, then measure samples by S and η, draw figures, and measure what else there is time for."""
         run, tiny = self.work / "cifar10", self.tiny
-        limit = self.stages.left - (0 if tiny else LATER)
+        limit = self.stages.left - (0 if tiny else plan.LATER)
         self.train("train", limit, run, "checkpoint=last", endless=True)
         last = run / "checkpoints" / "last.ckpt"
         if not last.exists():
             self.stages.failed.append("train: no checkpoint")
             return
         export = [f"checkpoint={last}", f"output_dir={run}/model", "layout=safetensors", "dtype=float16"]
-        self.python("export", 60, "scripts/export_checkpoint.py", *export, "overwrite=true")
+        if not self.python("export", 60, "scripts/export_checkpoint.py", *export, "overwrite=true"):
+            return
         model = run / "model" / "model.safetensors"
-        self.split(model)
+        if self.options.kit:
+            self.split(model)
+        shutil.rmtree(run / "profile", ignore_errors=True)  # of an earlier call
+        self.train("profile", 120, run / "profile", "trainer.max_steps=40", "trainer.profiler=kernels")
         pictures = [f"checkpoint={model}", *self.compute, "compute.compile=false", "overwrite=true"]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
         grid = [*pictures, *(["n=4", "sampler.S=3"] if tiny else ["n=256", "sampler.S=100"]), f"output_dir={run}/grid"]
-        first, *later = sweeps = TINY_SWEEPS if tiny else SWEEPS
-        self.sweep(first, model, sweeps[first])
+        first, *later = sweeps = plan.TINY_SWEEPS if tiny else plan.SWEEPS
+        self.sweep(first, model, sweeps[first], self.stages.left - (0 if tiny else plan.FIGURES))
         self.python("figures", 60, "scripts/figures.py", *figures)
         self.python("grid", 60, "scripts/sample.py", *grid, "sampler.spacing=quadratic")
-        self.train("profile", 60, run / "profile", "trainer.max_steps=40", "trainer.profiler=kernels")
         for name in later:
-            self.sweep(name, last if name == "averages" else model, sweeps[name])
+            self.sweep(name, last if name == "averages" else model, sweeps[name], self.stages.left)
         size = ["--n", "8", "--steps", "2"] if tiny else ["--n", "1500", "--steps", "20"]
         out = ["--out", run / "precision.jsonl"]
         words = [model, "--extractor", self.metric, *size, *out]
@@ -298,13 +274,13 @@ class Acceptance:
         """The features that are compared."""
         return "digits_classifier" if self.tiny and not self.images else "efficientnet"
 
-    def sweep(self, name: str, checkpoint: Path, entries: str) -> None:
+    def sweep(self, name: str, checkpoint: Path, entries: str, limit: float) -> None:
         """Measure samples; what is done when the time is up is in the records."""
         table = self.work / "cifar10" / name
         words = ["-m", f"checkpoint={checkpoint}", *self.data()[1], f"metric={self.metric}", *self.compute]
-        words += [*(TINY_SWEEP if self.tiny else SWEEP).split(), "sampler.spacing=quadratic", "name=gpu"]
+        words += [*(plan.TINY_SWEEP if self.tiny else plan.SWEEP).split(), "sampler.spacing=quadratic", "name=gpu"]
         words += [f"output_dir={table}", f"reference_dir={self.work}/reference"]
-        self.python(f"sweep-{name}", self.stages.left, "scripts/evaluate.py", *words, *entries.split())
+        self.python(f"sweep-{name}", limit, "scripts/evaluate.py", *words, *entries.split())
 
     def split(self, path: Path) -> None:
         """Put a file into the results, in parts that may leave a lent machine: `cat` joins them."""

@@ -1,5 +1,6 @@
 """scripts/gpu: stages under limits, commands that exist, and what a machine without a network is given."""
 
+import itertools
 import json
 import os
 import shutil
@@ -116,14 +117,21 @@ def acceptance(tmp_path, monkeypatch):
     return acceptance
 
 
+def listed(word):
+    key, _, values = word.partition("=")
+    return [f"{key}={value}" for value in values.split(",")]
+
+
 @pytest.mark.parametrize("rehearsal", [False, True])
 def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
     commands = acceptance(rehearsal)
     specs = {}
     for name, script, words in commands:
         if Path(script).stem in ("train", "evaluate", "sample", "figures"):
-            words = [word if "[" in word else word.partition(",")[0] for word in words if word != "-m"]
-            specs[name] = spec_of(Path(script).stem, *words)
+            words = [word for word in words if word != "-m"]
+            choices = [[word] if "[" in word else listed(word) for word in words]
+            for entry in itertools.product(*choices):  # every one of a sweep
+                specs[name] = spec_of(Path(script).stem, *entry)
     assert len(specs) == (11 if rehearsal else 13)
     assert specs["train"].optim.lr == 0.1
     assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")

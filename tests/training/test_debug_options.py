@@ -26,9 +26,15 @@ def test_newer_options_are_part_of_the_recipe_only_if_on(config, group, option):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("profiler", "content"), [("simple", "run_training_batch"), ("advanced", "training_step"), ("kernels", "conv")]
+    ("profiler", "steps", "content"),
+    [
+        ("simple", 2, "run_training_batch"),
+        ("advanced", 2, "training_step"),
+        ("kernels", 22, "conv"),
+        ("kernels", 2, ""),
+    ],
 )
-def test_profilers_write_into_the_folder_of_the_run(run, profiler, content):
-    folder = run(trainer={"profiler": profiler, "max_steps": 22}).parents[1]
+def test_profilers_write_into_the_folder_of_the_run(run, profiler, steps, content):
+    folder = run(trainer={"profiler": profiler, "max_steps": steps}).parents[1]
     [report] = folder.glob("fit-profile*.txt")
     assert content in report.read_text()
