@@ -311,7 +311,7 @@ class KernelProfiler(PyTorchProfiler):
         )
 
     def _cache_functions_events(self) -> None:
-        if self.profiler is not None and getattr(self.profiler, "profiler", None) is not None:  # else too few steps
+        if getattr(self.profiler, "profiler", None) is not None:  # else there were too few steps
             super()._cache_functions_events()
 
 
