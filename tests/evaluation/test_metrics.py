@@ -19,6 +19,7 @@ from ddim.evaluation.metrics import (
     describe,
     metric_name,
 )
+from ddim.results.protocol import is_distance
 
 OFFLINE = [name for name in EXTRACTORS if name != "inception"]
 DIGITS = MetricSpec("digits_classifier")
@@ -148,6 +149,21 @@ def test_a_mean_far_above_the_spread_is_no_matter(mean: float) -> None:
     assert far["kd_digits_classifier_200"] == expected
     x, y = mean, mean + shift  # without the spread, which adds little
     assert expected == pytest.approx((x * x + 1) ** 3 + (y * y + 1) ** 3 - 2 * (x * y + 1) ** 3, rel=0.3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_metric_calls_a_copy_of_the_reference_better(metric: str) -> None:
+    """Than images of another kind, in each of its numbers, and with the same numbers each time."""
+    spec = MetricSpec("digits_classifier", (metric,), kid_subset_size=50, kid_subsets=3)
+    a, b = normal(100, 8, 0), 3 + 0.5 * normal(100, 8, 1)
+    reference, other = of(a, logits=5 * a), of(b, logits=b)
+    copy, again, far = (METRICS[metric](side, reference, spec) for side in (reference, reference, other))
+    assert copy == again
+    assert [*copy] == [*far] == (["precision", "recall"] if metric == "prc" else [metric])
+    for name in copy:
+        assert math.isfinite(copy[name])
+        sign = 1 if is_distance(metric_name(name, "digits_classifier", 100)) else -1
+        assert sign * copy[name] < sign * far[name]
 
 
 def test_precision_and_recall_of_equal_and_of_disjoint_sets() -> None:
