@@ -16,10 +16,9 @@ from ddim.evaluation.features import EXTRACTORS
 from ddim.evaluation.job import Job
 from ddim.evaluation.metrics import (
     INCEPTION_SCORE_SPLITS,
-    PRC_BATCH_SIZE,
-    PRC_NEIGHBORHOOD,
     RNG_SEED,
     MetricSpec,
+    is_near,
     kernel_subsets,
     metric_name,
 )
@@ -58,8 +57,7 @@ def compute_influences(
     if "is" in spec.metrics:
         influences["is"] = inception_score_influence(generated.features[str(EXTRACTORS[spec.extractor].logits_layer)])
     if "prc" in spec.metrics:
-        layer = EXTRACTORS[spec.extractor].feature_layer
-        influences["precision"] = precision_influence(generated.features[layer], reference.features[layer])
+        influences["precision"] = precision_influence(generated, reference, spec)
     if "accuracy" in spec.metrics:
         influences["accuracy"] = accuracy_influence(generated, spec)
     if "intra_fd" in spec.metrics:
@@ -124,13 +122,9 @@ def inception_score_influence(logits: Tensor) -> Tensor:
     return influence
 
 
-def precision_influence(generated: Tensor, reference: Tensor) -> Tensor:
+def precision_influence(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> Tensor:
     """Return the influences on the precision, (n,): whether the image counts, minus the precision."""
-    y = reference.double()
-    blocks = y.split(PRC_BATCH_SIZE)
-    radii = torch.cat([torch.cdist(block, y).kthvalue(PRC_NEIGHBORHOOD + 1).values for block in blocks])
-    inside = [(torch.cdist(x, y) <= radii).any(1) for x in generated.double().split(PRC_BATCH_SIZE)]
-    return torch.from_numpy(mean_influence(torch.cat(inside).double()))
+    return _centred(is_near(generated, reference, EXTRACTORS[spec.extractor].feature_layer).double())
 
 
 def accuracy_influence(generated: FeatureSet, spec: MetricSpec) -> Tensor:

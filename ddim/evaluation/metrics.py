@@ -2,7 +2,8 @@
 
 Every metric is computed from the same features (`ddim.evaluation.features`), in float64, and the numbers equal those
 of torch-fidelity's command line up to the rounding of its float32. Mean and covariance are computed by `feature_stats`,
-since several processes may each have a share of the features. A number is called FID or KID only if the features are
+since several processes may each have a share of the features, and neighbours here, since those of the reference are the
+same in every evaluation. A number is called FID or KID only if the features are
 Inception's: `metric_name`.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.random import RandomState
+from torch import Tensor
 
 from ddim.config import FilePath, choose
 from ddim.errors import UserError
@@ -265,20 +267,36 @@ def inception_score(generated: FeatureSet, reference: FeatureSet, spec: MetricSp
 
 def precision_recall(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec) -> dict[str, float]:
     """Return k-nearest-neighbour precision and recall, k = 3 (Kynkäänniemi et al., 2019)."""
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
     layer = EXTRACTORS[spec.extractor].feature_layer
-    # float64: distances come from squared norms, which cancel where the mean is large against the spread. In blocks:
-    # the complete 50k x 50k matrix of distances would be 20 GB.
-    result = prc_features_to_metric(
-        generated.features[layer].double(),
-        reference.features[layer].double(),
-        prc_neighborhood=PRC_NEIGHBORHOOD,
-        prc_batch_size=PRC_BATCH_SIZE,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return {"precision": result[KEY_METRIC_PRECISION], "recall": result[KEY_METRIC_RECALL]}
+    sides = {"precision": (generated, reference), "recall": (reference, generated)}
+    return {name: float(is_near(x, images, layer).float().mean()) for name, (x, images) in sides.items()}
+
+
+def is_near(x: FeatureSet, images: FeatureSet, layer: str) -> Tensor:
+    """Return which of x are as near to one of the images as its k-th nearest other image, bool (N,)."""
+    y, radii = images.features[layer].double(), neighbour_distances(images, layer)
+    blocks = x.features[layer].double().split(PRC_BATCH_SIZE)
+    return torch.cat([(_distances(block, y) <= radii).any(1) for block in blocks])
+
+
+def neighbour_distances(images: FeatureSet, layer: str) -> Tensor:
+    """Return the distance of each image to its k-th nearest other, float64 (N,).
+
+    They are kept with the set: those of a reference of 50,000 images cost most of an evaluation.
+    """
+    if layer not in images.neighbours:
+        x = images.features[layer].double()
+        nearest = [_distances(block, x).kthvalue(PRC_NEIGHBORHOOD + 1).values for block in x.split(PRC_BATCH_SIZE)]
+        images.neighbours[layer] = torch.cat(nearest)
+    return images.neighbours[layer]
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Return all distances of x to y, float64: they come from squared norms, which cancel where the mean is large."""
+    from torch_fidelity.metric_prc import calc_cdist_part
+
+    distances: Tensor = calc_cdist_part(x, y, PRC_BATCH_SIZE)
+    return distances
 
 
 def class_accuracy(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, label: int) -> float:

@@ -9,8 +9,10 @@ from composed import group_values
 
 from ddim.config import build
 from ddim.errors import UserError
+from ddim.evaluation import metrics
 from ddim.evaluation.feature_stats import FeatureSet, feature_set
 from ddim.evaluation.features import EXTRACTORS
+from ddim.evaluation.influence import compute_influences
 from ddim.evaluation.metrics import (
     METRICS,
     MetricSpec,
@@ -181,6 +183,26 @@ def test_generating_one_mode_of_two_is_precise_and_recalls_half() -> None:
     both = torch.cat([mode, mode + 1000])
     one = compute_metrics(of(mode), of(both), spec, 50)
     assert one == {"precision_digits_classifier_50": 1, "recall_digits_classifier_50": 0.5}
+
+
+def test_neighbours_of_the_reference_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        asked.append((len(x), len(y)))
+        return torch.cdist(x, y)
+
+    monkeypatch.setattr(metrics, "_distances", distances)
+    spec, reference = MetricSpec("digits_classifier", ("prc",)), of(normal(90, 8, 0))
+    for seed in (1, 2):
+        generated = of(normal(40, 8, seed))
+        measured = compute_metrics(generated, reference, spec, 40)
+        influence = compute_influences(generated, reference, spec, [], torch.device("cpu"))
+        inside = influence["precision_digits_classifier_40"] > 0
+        assert measured["precision_digits_classifier_40"] == pytest.approx(inside.mean())
+        assert 0 < inside.mean() < 1
+    assert asked.count((90, 90)) == 1
+    assert asked.count((40, 40)) == 2
 
 
 def test_kernel_distance_is_the_unbiased_cubic_mmd() -> None:
