@@ -26,7 +26,7 @@ INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "intra_fd": "intra_fid"}
 RNG_SEED = 2020  # of the subsets of KID and of the shuffle of the Inception score
 INCEPTION_SCORE_SPLITS = 10
 PRC_NEIGHBORHOOD = 3
-PRC_BATCH_SIZE = 5000  # rows of a block of distances; it decides memory alone
+PRC_BLOCK = 25_000_000  # distances at once, 200 MB
 
 
 @dataclass(frozen=True)
@@ -274,9 +274,8 @@ def precision_recall(generated: FeatureSet, reference: FeatureSet, spec: MetricS
 
 def is_near(x: FeatureSet, images: FeatureSet, layer: str) -> Tensor:
     """Return which of x are as near to one of the images as its k-th nearest other image, bool (N,)."""
-    y, radii = images.features[layer].double(), neighbour_distances(images, layer)
-    blocks = x.features[layer].double().split(PRC_BATCH_SIZE)
-    return torch.cat([(_distances(block, y) <= radii).any(1) for block in blocks])
+    radii = neighbour_distances(images, layer)
+    return torch.cat([(distances <= radii).any(1) for distances in _distances(x, images, layer)])
 
 
 def neighbour_distances(images: FeatureSet, layer: str) -> Tensor:
@@ -285,18 +284,19 @@ def neighbour_distances(images: FeatureSet, layer: str) -> Tensor:
     They are kept with the set: those of a reference of 50,000 images cost most of an evaluation.
     """
     if layer not in images.neighbours:
-        x = images.features[layer].double()
-        nearest = [_distances(block, x).kthvalue(PRC_NEIGHBORHOOD + 1).values for block in x.split(PRC_BATCH_SIZE)]
-        images.neighbours[layer] = torch.cat(nearest)
+        blocks = _distances(images, images, layer)
+        images.neighbours[layer] = torch.cat([block.kthvalue(PRC_NEIGHBORHOOD + 1).values for block in blocks])
     return images.neighbours[layer]
 
 
-def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Return all distances of x to y, float64: they come from squared norms, which cancel where the mean is large."""
-    from torch_fidelity.metric_prc import calc_cdist_part
+def _distances(x: FeatureSet, y: FeatureSet, layer: str) -> Iterator[Tensor]:
+    """Yield the distances of x to y in blocks of rows, each with at most PRC_BLOCK numbers or a single row.
 
-    distances: Tensor = calc_cdist_part(x, y, PRC_BATCH_SIZE)
-    return distances
+    float64: they come from squared norms, which cancel where the mean is large against the spread.
+    """
+    features = y.features[layer].double()
+    for rows in x.features[layer].split(max(1, PRC_BLOCK // len(features))):
+        yield torch.cdist(rows.double(), features)
 
 
 def class_accuracy(generated: FeatureSet, reference: FeatureSet, spec: MetricSpec, label: int) -> float:

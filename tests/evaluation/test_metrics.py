@@ -186,14 +186,20 @@ def test_generating_one_mode_of_two_is_precise_and_recalls_half() -> None:
 
 
 def test_neighbours_of_the_reference_are_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, whose size changes nothing."""
     asked: list[tuple[int, int]] = []
+    cdist = torch.cdist
 
     def distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         asked.append((len(x), len(y)))
-        return torch.cdist(x, y)
+        return cdist(x, y)
 
-    monkeypatch.setattr(metrics, "_distances", distances)
+    monkeypatch.setattr(torch, "cdist", distances)
     spec, reference = MetricSpec("digits_classifier", ("prc",)), of(normal(90, 8, 0))
+    whole = compute_metrics(of(normal(40, 8, 2)), of(normal(90, 8, 0)), spec, 40)
+    assert asked.count((90, 90)) == 1
+    asked.clear()
+    monkeypatch.setattr(metrics, "PRC_BLOCK", 2000)
     for seed in (1, 2):
         generated = of(normal(40, 8, seed))
         measured = compute_metrics(generated, reference, spec, 40)
@@ -201,8 +207,10 @@ def test_neighbours_of_the_reference_are_looked_for_once(monkeypatch: pytest.Mon
         inside = influence["precision_digits_classifier_40"] > 0
         assert measured["precision_digits_classifier_40"] == pytest.approx(inside.mean())
         assert 0 < inside.mean() < 1
-    assert asked.count((90, 90)) == 1
-    assert asked.count((40, 40)) == 2
+    assert measured == whole
+    assert max(x * y for x, y in asked) <= 2000
+    # Of the reference and of each generated set to themselves, of both to each other, and of these once more.
+    assert sum(x * y for x, y in asked) == 90 * 90 + 2 * (40 * 40 + 3 * 40 * 90)
 
 
 def test_kernel_distance_is_the_unbiased_cubic_mmd() -> None:
