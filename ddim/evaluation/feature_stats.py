@@ -29,7 +29,8 @@ class FeatureSet:
         covariance: float64 (D, D), unbiased.
         features: of every layer; {} where the metrics need none, or only moments are known.
         labels: of the images, int64 (N,); None where they have none, or no metric needs them.
-        neighbours: of a layer, the distance of each image to one of its nearest others, (N,), once it was asked for.
+        neighbours: layer name -> distance of each image to its k-th nearest other, float64 (N,), once it was asked for
+            (`metrics.neighbour_distances`); shared with copies by `replace`, which must not change the features.
     """
 
     count: int | None
@@ -37,7 +38,7 @@ class FeatureSet:
     covariance: Tensor
     features: Features = field(default_factory=dict)
     labels: Tensor | None = None
-    neighbours: Features = field(default_factory=dict)
+    neighbours: dict[str, Tensor] = field(default_factory=dict)
 
     def of_class(self, label: int, layer: str) -> "FeatureSet":
         """Return the images of a class, in a set that has labels; mean and covariance are those of `layer`."""

@@ -1,9 +1,9 @@
-"""Fréchet and kernel distance, Inception score, precision and recall, by torch-fidelity's own functions.
+"""Fréchet and kernel distance, Inception score, precision and recall; the first three by torch-fidelity's functions.
 
 Every metric is computed from the same features (`ddim.evaluation.features`), in float64, and the numbers equal those
 of torch-fidelity's command line up to the rounding of its float32. Mean and covariance are computed by `feature_stats`,
-since several processes may each have a share of the features, and neighbours here, since those of the reference are the
-same in every evaluation. A number is called FID or KID only if the features are
+since several processes may each have a share of the features. Precision and recall are computed here, since the nearest
+neighbours within the reference are the same in every evaluation. A number is called FID or KID only if the features are
 Inception's: `metric_name`.
 """
 
@@ -26,7 +26,8 @@ INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "intra_fd": "intra_fid"}
 RNG_SEED = 2020  # of the subsets of KID and of the shuffle of the Inception score
 INCEPTION_SCORE_SPLITS = 10
 PRC_NEIGHBORHOOD = 3
-PRC_BLOCK = 25_000_000  # distances at once, 200 MB
+
+PRC_BLOCK = 50_000_000  # distances in a block of rows, 400 MB: decides memory (three blocks), and hardly time
 
 
 @dataclass(frozen=True)
@@ -273,7 +274,7 @@ def precision_recall(generated: FeatureSet, reference: FeatureSet, spec: MetricS
 
 
 def is_near(x: FeatureSet, images: FeatureSet, layer: str) -> Tensor:
-    """Return which of x are as near to one of the images as its k-th nearest other image, bool (N,)."""
+    """Return whether each of x lies within the distance of at least one image to its k-th neighbour, bool (N,)."""
     radii = neighbour_distances(images, layer)
     return torch.cat([(distances <= radii).any(1) for distances in _distances(x, images, layer)])
 
@@ -281,7 +282,7 @@ def is_near(x: FeatureSet, images: FeatureSet, layer: str) -> Tensor:
 def neighbour_distances(images: FeatureSet, layer: str) -> Tensor:
     """Return the distance of each image to its k-th nearest other, float64 (N,).
 
-    They are kept with the set: those of a reference of 50,000 images cost most of an evaluation.
+    They are kept with the set: of a reference of 50,000 images they cost most of an evaluation.
     """
     if layer not in images.neighbours:
         blocks = _distances(images, images, layer)

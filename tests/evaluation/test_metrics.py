@@ -158,8 +158,8 @@ def test_every_metric_calls_a_copy_of_the_reference_better(metric: str) -> None:
     """Than images of another kind, in each of its numbers, and with the same numbers each time."""
     spec = MetricSpec("digits_classifier", (metric,), kid_subset_size=50, kid_subsets=3)
     a, b = normal(100, 8, 0), 3 + 0.5 * normal(100, 8, 1)
-    reference, other = of(a, logits=5 * a), of(b, logits=b)
-    copy, again, far = (METRICS[metric](side, reference, spec) for side in (reference, reference, other))
+    sides = (of(a.clone(), logits=5 * a), of(a.clone(), logits=5 * a), of(b, logits=b))
+    copy, again, far = (METRICS[metric](side, of(a, logits=5 * a), spec) for side in sides)
     assert copy == again
     assert [*copy] == [*far] == (["precision", "recall"] if metric == "prc" else [metric])
     for name in copy:
