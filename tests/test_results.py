@@ -63,15 +63,52 @@ def test_the_digits_show_the_papers_pattern():
 
 def test_cifar10_shows_what_its_page_says():
     fd, kd = build_tables(RecordFile(RESULTS / "cifar10_small.jsonl").read())
-    eta_0, eta_1, sigma_hat = ("η=0.0 (clip x0)", "η=1.0 (clip x0)", "σ̂ (clip x0)")
+    eta_0, half, eta_1, sigma_hat = (f"{row} (clip x0)" for row in ("η=0.0", "η=0.5", "η=1.0", "σ̂"))
     for row in fd.rows:
         distances = [value for S in fd.columns if (value := fd.value(row, S)) is not None]
         assert distances == sorted(distances, reverse=True)
     for table in (fd, kd):
-        for S in (5, 10):
+        assert table.columns == [5, 10, 20]
+        for S in table.columns:
             assert table.value(sigma_hat, S) == max(table.value(row, S) for row in table.rows)
+            assert table.value(half, S) == min(table.value(row, S) for row in table.rows)
+        for S in (5, 10):
             assert table.value(eta_0, S) < table.value(eta_1, S)
         assert table.value(eta_1, 20) < table.value(eta_0, 20)
+
+
+def test_cifar10_solvers_beat_ddim():
+    for table in build_tables(RecordFile(RESULTS / "cifar10_small_solvers.jsonl").read()):
+        ddim, unipc, sde = (f"{row} (clip x0_and_eps)" for row in ("η=0.0", "UniPC-2 B2", "SDE-DPM-Solver++ 2M"))
+        for nfe in (5, 10, 20):
+            assert table.value(ddim, nfe) == max(table.value(row, nfe) for row in table.rows)
+        assert table.value(unipc, 5) < 1.05 * table.value(ddim, 20)
+        for nfe in (10, 20):
+            assert table.value(sde, nfe) < 0.9 * min(table.value(row, nfe) for row in table.rows if row != sde)
+
+
+def test_cifar10_gains_from_more_steps():
+    for table in build_tables(RecordFile(RESULTS / "cifar10_small_more_steps.jsonl").read()):
+        eta_0, eta_1 = ([table.value(f"η={eta} (clip x0)", S) for S in (20, 50)] for eta in ("0.0", "1.0"))
+        assert eta_0[1] < eta_0[0]
+        assert eta_1[1] < eta_1[0]
+        assert all(more < less for more, less in zip(eta_1, eta_0, strict=True))
+
+
+def test_cifar10_gains_from_training():
+    tables = build_tables(RecordFile(RESULTS / "cifar10_small_steps.jsonl").read())
+    for metric in ("fd", "kd"):
+        late, early = (table for table in tables if table.metric.startswith(metric))
+        for row in late.rows:
+            assert late.value(row, 10) < early.value(row, 10)
+        assert late.value("η=0.0 (clip x0)", 10) < late.value("η=1.0 (clip x0)", 10)
+    floor = {table.metric: table for table in build_tables(RecordFile(RESULTS / "cifar10_floor_prc.jsonl").read())}
+    assert {table.metric for table in tables} > set(floor)
+    for table in (table for table in tables if table.metric in floor):
+        (row,) = floor[table.metric].rows
+        of_test = floor[table.metric].value(row, 2000)
+        more = table.metric.startswith("precision")
+        assert all((table.value(name, 10) > of_test) == more for name in table.rows)
 
 
 def test_the_least_random_multinomial_sampler_gains_from_steps():
