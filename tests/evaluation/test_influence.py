@@ -69,7 +69,8 @@ def weighted(x: torch.Tensor, weights: torch.Tensor) -> FeatureSet:
 @pytest.mark.parametrize("n", [5, 40])  # fewer images than features, and more
 def test_frechet_influence_is_the_derivative_by_the_weight(n: int) -> None:
     x = draw(n, torch.Generator().manual_seed(3), 0.3, 1.3)
-    reference, equal, step = of(draw(100, torch.Generator().manual_seed(4))), torch.full((n,), 1 / n).double(), 1e-3
+    reference, equal = of(draw(100, torch.Generator().manual_seed(4))), torch.full((n,), 1 / n).double()
+    step = 1e-3  # not less: roots of eigenvalues that should be 0 are about 1e-8, different on each processor
     spec = MetricSpec("digits_classifier")
     influence = frechet_influence([x[:2], x[2:]], weighted(x, equal), reference)
     for i in range(5):
@@ -77,8 +78,7 @@ def test_frechet_influence_is_the_derivative_by_the_weight(n: int) -> None:
         towards[i] = 1.0
         sides = [weighted(x, (1 - h) * equal + h * towards) for h in (step, -step)]
         up, down = (METRICS["fd"](side, reference, spec)["fd"] for side in sides)
-        # In `up` and `down` the root of an eigenvalue that should be 0 is about 1e-8, different on each processor.
-        assert (up - down) / (2 * step) == pytest.approx(float(influence[i]), rel=1e-3, abs=1e-4)
+        assert (up - down) / (2 * step) == pytest.approx(float(influence[i]), rel=1e-3)
 
 
 def test_each_metric_but_recall_has_influences_with_mean_0() -> None:
