@@ -77,6 +77,32 @@ def test_cifar10_shows_what_its_page_says():
         assert table.value(eta_1, 20) < table.value(eta_0, 20)
 
 
+def test_what_is_typed_of_the_gpu_is_in_its_log():
+    log = (RESULTS / "gpu_h200.txt").read_text()
+    page, performance = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("cifar10", "performance"))
+    section = page.split("## The paper's network, for minutes")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")]
+    typed = {(row, S): value for row, *values in rows[1:] for S, value in zip(rows[0][1:], values, strict=True)}
+    logged = re.findall(r"^(\S+ \(clip x0\)) S=(\d+) quad: fd_efficientnet_5k ([\d.]+) ", log, re.MULTILINE)
+    assert typed == {(row, S): value for row, S, value in logged}
+    assert min(typed, key=lambda key: float(typed[key])) == ("η=0.5 (clip x0)", "20")
+    small = build_tables(RecordFile(RESULTS / "cifar10_small.jsonl").read())[0]
+    assert all(float(value) < small.value(row, int(S)) for (row, S), value in typed.items())
+    section = performance.split("## On an H200")[1].split("\n## ")[0]
+    passed = re.findall(r"^passed  (\S+)", log, re.MULTILINE)
+    assert f"{len(passed)} of the tests marked `gpu` ran, and passed" in section
+    assert "failure" not in log
+    for number in re.findall(r"\d\.\de-\d", section):
+        assert f"{float(number):.2g}" in re.findall(r"[\d.]+(?:e-\d+)?", log)
+    first, last = (re.search(rf"^(\S+) step {step} of 1000000", log, re.MULTILINE) for step in (100, 2900))
+    assert first
+    assert last
+    (h0, m0, s0), (h1, m1, s1) = (map(int, match[1].split(":")) for match in (first, last))
+    seconds = 3600 * (h1 - h0) + 60 * (m1 - m0) + s1 - s0
+    assert seconds == pytest.approx(201, abs=1)
+    assert f"{2800 / seconds:.1f} steps/s, {round(2800 * 256 / seconds, -1):,.0f} images/s" in section
+
+
 def test_cifar10_solvers_beat_ddim():
     for table in build_tables(RecordFile(RESULTS / "cifar10_small_solvers.jsonl").read()):
         ddim, unipc, sde = (f"{row} (clip x0_and_eps)" for row in ("η=0.0", "UniPC-2 B2", "SDE-DPM-Solver++ 2M"))

@@ -131,7 +131,10 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
 def trainer_settings(trainer: TrainerSpec) -> dict[str, bool]:
     """Return a trainer's settings that are not None, by their names in `ddim.inference.auto.SETTINGS`."""
     values = {name: getattr(trainer, name) for name in ("tf32", "channels_last", "compile", "winograd")}
-    values |= {"bf16": None if trainer.precision is None else trainer.precision == "bf16-mixed", "graphs": False}
+    values |= {
+        "bf16": None if trainer.precision is None else trainer.precision == "bf16-mixed",
+        "graphs": trainer.graphs,
+    }
     return {name: values[name] for name in SETTINGS if values[name] is not None}
 
 
@@ -140,7 +143,8 @@ def choose_trainer(spec: TrainSpec, model: ModelSpec) -> tuple[TrainSpec, str | 
     t, given = spec.trainer, trainer_settings(spec.trainer)
     if len(given) == len(SETTINGS):
         return spec, None
-    del given["graphs"]  # never in a training, so not worth a word
+    if not t.graphs:
+        del given["graphs"]  # never chosen for a training, so not worth a word
     alone = str(t.devices) == "1" and t.num_nodes == 1
     images = t.batch_size // t.accumulate
     work = (3 * t.max_steps * t.batch_size, images)
@@ -203,7 +207,7 @@ def build_module(spec: TrainSpec, model: ModelSpec) -> DiffusionModule:
         )
     module = DiffusionModule(model, spec.objective, spec.optim, spec.seed, spec.recipe())
     t = spec.trainer
-    options = {name: bool(getattr(t, name)) for name in ("channels_last", "compile", "winograd")}
+    options = {name: bool(getattr(t, name)) for name in ("channels_last", "compile", "winograd", "graphs")}
     accelerate(module.network, _device(t), **options)
     return module
 

@@ -39,6 +39,8 @@ class TrainerSpec:
         precision: 32-true or bf16-mixed; the weights stay float32.
         tf32: let GPUs multiply float32 numbers of 10 bits instead of 23.
         channels_last, compile, winograd: see `ddim.networks.accelerate`.
+        graphs: also replay the compiled network and its gradients as CUDA graphs; never chosen. On one GPU only, which
+            must not accumulate: the next replay overwrites the gradients of the last one.
         num_workers: processes that read images ahead; useful when those are not in memory.
         log_every, checkpoint_every: optimiser steps.
         keep_last: how many of the newest checkpoints are kept.
@@ -51,7 +53,8 @@ class TrainerSpec:
 
     Raises:
         ValueError: a number that must be positive is not, or is larger than addresses of random numbers; fewer images
-            than processes; no GPU, or one twice; or bf16 with winograd, which is for float32.
+            than processes; no GPU, or one twice; bf16 with winograd, which is for float32; or graphs with several
+            processes or accumulated batches.
     """
 
     max_steps: int = 800_000
@@ -66,6 +69,7 @@ class TrainerSpec:
     channels_last: bool | None = False
     compile: bool | None = False
     winograd: bool | None = False
+    graphs: bool = False
     num_workers: int = 0
     log_every: int = 100
     checkpoint_every: int = 5000
@@ -109,6 +113,12 @@ class TrainerSpec:
             raise ValueError(f"num_workers={self.num_workers} must be at most 1024; about the number of CPUs is best.")
         if self.winograd and self.precision == "bf16-mixed":
             raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
+        one = isinstance(self.devices, tuple) or str(self.devices).isdecimal()
+        if self.graphs and not (one and devices == self.num_nodes == self.accumulate == 1):
+            raise ValueError(
+                "graphs=true needs devices=1 (or the number of one GPU), num_nodes=1 and accumulate=1: the next replay "
+                "of a CUDA graph overwrites the gradients of the last one."
+            )
         for name in ("keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 keeps none for good.")

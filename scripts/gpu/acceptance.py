@@ -4,12 +4,12 @@
     python scripts/gpu/acceptance.py --parts training         # minutes of CIFAR-10, then a table over S and η
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
-checks: the tests marked gpu, the commands on the digits, then the tests that compile. speed:
-scripts/benchmark/speed.py next to the official code and diffusers. training: the CIFAR-10 network for as long as there
-is time, as a model file in float16; where the time of a step goes; of the model a sweep over S and η, figures, solvers,
-the averages and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and check), log.txt,
-speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a network:
-scripts/gpu/pack.py. Python's standard library is enough to start this.
+checks: the tests marked gpu, the commands on the digits, where the time of a training step goes (if a training is to
+follow), then the tests that compile. speed: scripts/benchmark/speed.py next to the official code and diffusers.
+training: the CIFAR-10 network for as long as there is time, as a model file in float16; of the model a sweep over S and
+η, figures, solvers, the averages and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and
+check), log.txt, speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a
+network: scripts/gpu/pack.py; it ends up to 70 s after --minutes. Python's standard library is enough to start this.
 
 One after the other: of eight processes that compile at once on 16 cores, none finishes in two minutes.
 """
@@ -35,6 +35,7 @@ from stages import ROOT, Stages
 PARTS = ("checks", "speed", "training")
 BASELINES = ("ours", "official", "diffusers")
 PART = 15 << 20  # bytes of a file that leaves a lent machine
+MODEL = 3 * PART  # bytes of a model file that leaves it: else the results might not
 # What a record says about the machine.
 MACHINE = """
 import json, sys, torch
@@ -105,7 +106,7 @@ class Acceptance:
         environment["DDIM_GPU"] = "cpu" if self.tiny else "cuda"
         if self.tiny:
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        self.stages = Stages(self.out, 60 * options.minutes, environment)
+        self.stages = Stages(self.out, 60 * options.minutes, environment, self.keep)
         self.compute = [f"compute.{word}" for word in (plan.CPU_COMPUTE if self.tiny else plan.COMPUTE).split()]
         self.trainer = [f"trainer.{word}" for word in (plan.CPU_TRAINER if self.tiny else plan.TRAINER).split()]
 
@@ -175,8 +176,19 @@ class Acceptance:
         end = time.monotonic() + self.stages.left * (0.5 if len(self.options.parts) > 1 else 1)
         self.tests("gpu-tests", end - time.monotonic(), f"not ({plan.COMPILES})")
         self.commands(end - time.monotonic())
+        if self.options.kit or "training" in self.options.parts:
+            self.profile(end - time.monotonic())
         if not self.tiny:
             self.tests("compile-tests", end - time.monotonic(), plan.COMPILES)
+
+    def profile(self, limit: float) -> None:
+        """Show where the time of a step goes, and what CUDA graphs change; what this compiles, the training finds."""
+        run = self.work / "cifar10" / "profile"
+        shutil.rmtree(run, ignore_errors=True)  # of an earlier call
+        steps, end = f"trainer.max_steps={40 if self.tiny else 200}", time.monotonic() + limit
+        self.train("profile", limit, run / "compiled", steps, "trainer.profiler=kernels")
+        if not self.tiny:  # for CUDA devices only
+            self.train("profile-graphs", end - time.monotonic(), run / "graphs", steps, "trainer.graphs=true")
 
     def tests(self, name: str, limit: float, which: str) -> None:
         """Run tests marked gpu; take what they measured into the record."""
@@ -248,10 +260,8 @@ class Acceptance:
         if not self.python("export", 60, "scripts/export_checkpoint.py", *export, "overwrite=true"):
             return
         model = run / "model" / "model.safetensors"
-        if self.options.kit:
+        if self.options.kit and model.stat().st_size <= MODEL:
             self.split(model)
-        shutil.rmtree(run / "profile", ignore_errors=True)  # of an earlier call
-        self.train("profile", 120, run / "profile", "trainer.max_steps=40", "trainer.profiler=kernels")
         pictures = [f"checkpoint={model}", *self.compute, "compute.compile=false", "overwrite=true"]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
@@ -297,14 +307,23 @@ class Acceptance:
             if outcome in ("failure", "error"):
                 self.stages.say(f"    {outcome}: {case.get('classname')}.{case.get('name')}")
 
-    def finish(self) -> None:
-        """Say what was not ok and where everything is; pack what is to leave a lent machine."""
-        if self.options.kit:
-            packed = self.work / "results.tar.gz"
+    def keep(self) -> None:
+        """Pack what is to leave a lent machine: all that the commands have written so far, but for weights."""
+        if not self.options.kit:
+            return
+        packed = self.work / "results.tar.gz"
+        try:
             with tarfile.open(packed, "w:gz") as archive:
                 for path in filter(Path.exists, (self.work / "digits", self.work / "cifar10")):
                     archive.add(path, path.name, filter=lambda entry: None if is_large(entry.name) else entry)
+        except OSError as error:  # a command has just removed or cut a file: the next time
+            print(f"not packed yet: {error}", flush=True)
+        else:
             self.split(packed)
+
+    def finish(self) -> None:
+        """Say what was not ok and where everything is."""
+        self.keep()
         failed, seconds = ", ".join(self.stages.failed), time.monotonic() - self.started
         self.stages.say(f"{f'not ok: {failed}' if failed else 'every stage ok'}, {seconds:.0f} s: {self.out}")
 

@@ -7,8 +7,8 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ SHORTEST = 5.0  # seconds; a stage that has less is left out
 GRACE = 20.0  # seconds that a stage whose time is up has to end
 SAVING = 60.0  # seconds that an endless one has to save its work
 STOPPED = 75  # exit status of a command that was told to stop, and saved
+KEEP_EVERY = 30.0  # seconds between two calls of `keep`
 
 
 class Stages:
@@ -29,10 +30,13 @@ class Stages:
         out: the folder of the results.
         seconds: for all stages together.
         environment: variables of the commands.
+        keep: called while a command runs and after it, to put elsewhere what is done; a machine can be gone any moment.
     """
 
-    def __init__(self, out: Path, seconds: float, environment: dict[str, str]) -> None:
-        self.out, self.end, self.environment = out, time.monotonic() + seconds, environment
+    def __init__(
+        self, out: Path, seconds: float, environment: dict[str, str], keep: Callable[[], None] = lambda: None
+    ) -> None:
+        self.out, self.end, self.environment, self.keep = out, time.monotonic() + seconds, environment, keep
         self.common: dict[str, Any] = {}  # in every line of the record
         self.failed: list[str] = []
 
@@ -61,21 +65,24 @@ class Stages:
         """
         limit, start = min(limit, self.left), time.monotonic()
         if limit < SHORTEST:
-            return self._end(name, "left out", 0.0, "no time left", "")
-        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+            return self._end(name, "left out", 0.0, "no time left")
+        with (self.out / "log.txt").open("ab+") as log:  # the command itself writes to it
+            log.write(f"==> {name} <==\n".encode())
+            log.flush()
+            begin = log.tell()
             try:
                 late, status = self._wait([str(word) for word in command], limit, log.fileno(), endless)
             except OSError as error:  # there is no such program
-                return self._end(name, "FAILED", time.monotonic() - start, str(error), "")
+                return self._end(name, "FAILED", time.monotonic() - start, str(error))
             except BaseException:  # Ctrl-C
-                self._end(name, "stopped", time.monotonic() - start, "", "")
+                self._end(name, "stopped", time.monotonic() - start, "")
                 raise
-            log.seek(0)
-            text = log.read()
+            log.seek(begin)
+            lines = log.read().decode(errors="replace").splitlines()
         stopped = "ok, stopped" if endless and status == STOPPED else "late" if late else f"FAILED {status}"
-        lines = [line for line in text.splitlines() if line.strip()]
         verdict = "ok" if status == 0 else stopped
-        return self._end(name, verdict, time.monotonic() - start, lines[-1] if lines else "", text)
+        last = next((line for line in reversed(lines) if line.strip()), "")
+        return self._end(name, verdict, time.monotonic() - start, last)
 
     def _wait(self, command: list[str], limit: float, log: int, endless: bool) -> tuple[bool, int]:
         """Return whether the time was up, and the exit status."""
@@ -89,7 +96,7 @@ class Stages:
             start_new_session=True,
         )
         try:
-            return False, process.wait(limit)
+            return False, self._wait_and_keep(process, limit)
         except subprocess.TimeoutExpired:
             # Not to what it started: it ends that itself.
             process.send_signal(signal.SIGINT if "pytest" in command else signal.SIGTERM)
@@ -101,13 +108,24 @@ class Stages:
             _kill(process.pid)
             process.wait()
 
-    def _end(self, name: str, verdict: str, seconds: float, last: str, text: str) -> bool:
+    def _wait_and_keep(self, process: "subprocess.Popen[bytes]", limit: float) -> int:
+        """Return the exit status; raise subprocess.TimeoutExpired if there is none after `limit` seconds."""
+        end = time.monotonic() + limit
+        while (left := end - time.monotonic()) > KEEP_EVERY:
+            try:
+                return process.wait(KEEP_EVERY)
+            except subprocess.TimeoutExpired:
+                self.keep()
+        return process.wait(max(left, 0.0))
+
+    def _end(self, name: str, verdict: str, seconds: float, last: str) -> bool:
         with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"==> {name}: {verdict}, {seconds:.0f} s <==\n{text}\n")
+            file.write(f"==> {name}: {verdict}, {seconds:.0f} s <==\n\n")
         self.say(f"{name:<26} {verdict:<12} {seconds:4.0f} s  {last[:150]}".rstrip())
         self.record(what="stage", stage=name, verdict=verdict, seconds=round(seconds, 1))
         good = verdict.startswith("ok")
         self.failed += [] if good else [name]
+        self.keep()
         return good
 
 

@@ -1,11 +1,13 @@
 """scripts/gpu: stages under limits, commands that exist, and what a machine without a network is given."""
 
+import io
 import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from argparse import Namespace
@@ -76,6 +78,18 @@ def test_a_stage_ends_ok_failed_late_or_left_out(stages, tmp_path):
     assert "never" not in log
 
 
+@pytest.mark.integration
+def test_what_a_running_stage_has_done_is_kept(stages, tmp_path, monkeypatch):
+    """The machine may be gone before the stage ends."""
+    monkeypatch.setattr("stages.KEEP_EVERY", 0.2)
+    kept = []
+    stages.keep = lambda: kept.append((tmp_path / "log.txt").read_text())
+    code = "import time; print('begun', flush=True); time.sleep(3); print('done')"
+    assert stages.run("long", 30, sys.executable, "-c", code)
+    assert any("begun" in text and "done" not in text for text in kept)
+    assert kept[-1].endswith("begun\ndone\n==> long: ok, 3 s <==\n\n")
+
+
 def is_alive(process):
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
@@ -132,7 +146,7 @@ def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
             choices = [[word] if "[" in word else listed(word) for word in words]
             for entry in itertools.product(*choices):  # every one of a sweep
                 specs[name] = spec_of(Path(script).stem, *entry)
-    assert len(specs) == (11 if rehearsal else 13)
+    assert len(specs) == (11 if rehearsal else 14)
     assert specs["train"].optim.lr == 0.1
     assert specs["train"].trainer.precision == ("32-true" if rehearsal else "bf16-mixed")
     assert specs["sweep-table"].compute.bf16 is not rehearsal
@@ -140,6 +154,29 @@ def test_every_command_of_the_run_makes_a_spec(acceptance, rehearsal):
     words = {name: words for name, _, words in commands}
     assert words["sweep-table"][-2].startswith("sampler.S=")  # before the samplers: Hydra varies the last fastest
     assert specs["profile"].trainer.profiler == "kernels"
+    assert rehearsal or specs["profile-graphs"].trainer.graphs
+
+
+def test_all_that_is_done_leaves_a_lent_machine_but_weights(tmp_path, monkeypatch):
+    from acceptance import Acceptance
+
+    run = object.__new__(Acceptance)
+    run.options, run.work, run.out = Namespace(kit=tmp_path), tmp_path / "work", tmp_path / "out"
+    table = run.work / "cifar10" / "table"
+    for folder in (run.out, table / "unfinished"):
+        folder.mkdir(parents=True)
+    for name in ("records.jsonl", "last.ckpt", "model.safetensors", "unfinished/features.npy"):
+        (table / name).write_text(name)
+    monkeypatch.setattr("acceptance.PART", 100)  # bytes
+    run.keep()
+    parts = sorted(run.out.iterdir(), key=lambda path: int(path.suffix[1:]))
+    assert [path.name for path in parts] == [f"results.tar.gz.{i}" for i in range(len(parts))]
+    assert len(parts) > 1
+    with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in parts))) as archive:
+        assert [name for name in archive.getnames() if "." in name] == ["cifar10/table/records.jsonl"]
+    monkeypatch.setattr("tarfile.TarFile.add", lambda *args, **options: (table / "gone").read_text())
+    run.keep()  # a command removes files while it runs: that ends nothing
+    assert b"".join(path.read_bytes() for path in parts)
 
 
 def test_measured_numbers_of_tests_are_in_the_record(tmp_path):

@@ -8,10 +8,12 @@ from ddim.checkpoints import load_model
 from ddim.checkpoints.model import read_checkpoint
 from ddim.checkpoints.spec import KEY
 from ddim.config import build
+from ddim.errors import UserError
 from ddim.inference import auto
 from ddim.inference.auto import Hardware
+from ddim.training import run as run_module
 from ddim.training.module import COMPUTED
-from ddim.training.run import choose_trainer
+from ddim.training.run import build_module, choose_trainer, trainer_settings
 from ddim.training.spec import TrainerSpec, TrainSpec
 
 AUTO = dict.fromkeys(("precision", "tf32", "channels_last", "compile", "winograd"))
@@ -40,6 +42,27 @@ def test_a_gpu_trains_in_bfloat16_and_compiles_for_long_runs(chosen):
     assert settings(chosen(GPU, 10)) == fast
     assert settings(chosen(GPU, 1_000_000)) == fast | {"compile": True}
     assert settings(chosen(GPU, 1_000_000, precision="32-true", compile=False)) == {"tf32": True, "channels_last": True}
+
+
+def test_graphs_are_used_where_they_are_given_and_stated(config, monkeypatch):
+    passed: list[dict[str, bool]] = []
+    monkeypatch.setattr(auto, "this_hardware", lambda device: GPU)
+    monkeypatch.setattr(run_module, "accelerate", lambda network, device, **options: passed.append(options))
+    for graphs in (False, True):
+        spec = build(TrainSpec, config(trainer=AUTO | {"max_steps": 1_000_000, "graphs": graphs}), "")
+        spec, reason = choose_trainer(spec, spec.model_spec())
+        assert trainer_settings(spec.trainer)["graphs"] is graphs
+        assert ("graphs=true as given" in reason) is graphs
+        build_module(spec, spec.model_spec())
+        assert passed[-1] == {"channels_last": True, "compile": True, "winograd": False, "graphs": graphs}
+
+
+@pytest.mark.parametrize("several", [{"devices": 2}, {"devices": "auto"}, {"devices": [0, 1]}, {"accumulate": 2}])
+def test_graphs_of_several_batches_or_processes_are_refused(config, several):
+    for one in ({"devices": 1}, {"devices": "1"}, {"devices": [3]}):
+        assert build(TrainSpec, config(trainer={"graphs": True} | one), "").trainer.graphs
+    with pytest.raises(UserError, match="graphs=true needs devices=1"):
+        build(TrainSpec, config(trainer={"graphs": True} | several), "")
 
 
 def test_operations_of_an_image_are_counted_in_eval_mode(chosen, monkeypatch):

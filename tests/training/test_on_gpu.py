@@ -42,9 +42,17 @@ def test_training_on_the_gpu_is_that_of_the_cpu(train, apart, logged, gpu, recor
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_fast_settings_train_nearly_as_float32(train, apart, logged, gpu, record_property, tmp_path):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_fast_settings_train_nearly_as_float32(train, apart, logged, gpu, graphs, record_property, tmp_path):
+    if graphs and gpu == "cpu":
+        pytest.skip("graphs are for CUDA devices")
     grid = {"grid": {"every": 10, "n": 4, "sampler": {"S": 5}}}
-    fast = {"precision": "bf16-mixed", "channels_last": True, "compile": gpu != "cpu"}  # on a CPU that takes minutes
+    fast = {
+        "precision": "bf16-mixed",
+        "channels_last": True,
+        "compile": gpu != "cpu",
+        "graphs": graphs,
+    }  # a CPU takes minutes
     error = apart(train("fast", gpu, OPTIONS | grid, **fast), train("cpu", "cpu"))
     record_property("of the way trained", error)
     assert error <= 0.5
