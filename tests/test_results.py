@@ -87,6 +87,9 @@ def test_what_is_typed_of_the_gpu_is_in_its_log():
     assert typed == {(row, S): value for row, S, value in logged}
     assert min(typed, key=lambda key: float(typed[key])) == ("η=0.5 (clip x0)", "20")
     small = build_tables(RecordFile(RESULTS / "cifar10_small.jsonl").read())[0]
+    for S in ("10", "20"):
+        rows_by_distance = sorted({row for row, _ in typed}, key=lambda row: float(typed[row, S]))
+        assert rows_by_distance == sorted(small.rows, key=lambda row: small.value(row, int(S)))
     assert all(float(value) < small.value(row, int(S)) for (row, S), value in typed.items())
     section = performance.split("## On an H200")[1].split("\n## ")[0]
     passed = re.findall(r"^passed  (\S+)", log, re.MULTILINE)
@@ -101,6 +104,13 @@ def test_what_is_typed_of_the_gpu_is_in_its_log():
     seconds = 3600 * (h1 - h0) + 60 * (m1 - m0) + s1 - s0
     assert seconds == pytest.approx(201, abs=1)
     assert f"{2800 / seconds:.1f} steps/s, {round(2800 * 256 / seconds, -1):,.0f} images/s" in section
+    times = [float(x) for x in re.findall(r"S=20 quad: .* \((\d\.\d) s sampling", log)]
+    median = statistics.median(times)
+    assert f"S = 20 in {median} s, {round(5000 * 20 / median, -2):,.0f} network evaluations/s" in section
+    on_device = float(re.search(r"Self CUDA time total: ([\d.]+)ms", log)[1])
+    assert f"computed for {on_device / 10:.0f} ms" in section
+    copies = re.search(r"aten::copy_ \| \S+ \| ([\d.]+)%", log)[1]
+    assert f"a quarter are the convolutions' gradients and {float(copies):.0f} %" in section
 
 
 def test_cifar10_solvers_beat_ddim():

@@ -133,10 +133,12 @@ def _for_gpu(hardware: Hardware, work: Work, given: Mapping[str, bool]) -> Choic
     small = at_once * work.flops <= SMALL
     expected = work.evaluations * max(work.flops / GPU_RATE, LAUNCH / at_once)
     long = expected > LONG
-    reason = f"about {expected:,.0f} s of work" + ("" if long else f", too short to compile for (below {LONG:.0f} s)")
+    reason = f"about {expected:,.0f} s of work"
+    if not (long or given.get("graphs")):
+        reason += f", too short to compile for (below {LONG:.0f} s)"
     if long and not hardware.compiler:
         reason += ", and triton or a C compiler is missing to compile it"
-    compiled = given.get("compile", long and hardware.compiler)
+    compiled = given.get("compile", given.get("graphs", False) or (long and hardware.compiler))
     graphs = compiled and small and not work.training
     bf16 = given.get("bf16", hardware.bf16 and not given.get("winograd"))  # which is refused: it is for CPUs
     settings = {

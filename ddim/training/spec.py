@@ -100,28 +100,30 @@ class TrainerSpec:
             not self.devices or min(self.devices) < 0 or len(set(self.devices)) < len(self.devices)
         ):
             raise ValueError(f"devices={list(self.devices)} must hold the numbers of different GPUs, such as [0,2].")
-        if isinstance(self.devices, tuple):
-            devices = len(self.devices)
-        else:
-            devices = int(self.devices) if str(self.devices).isdecimal() else 1  # else as many as there are
-        if devices * self.num_nodes * self.accumulate > self.batch_size:
+        devices = self._devices()  # None: as many as there are
+        processes = (devices or 1) * self.num_nodes
+        if processes * self.accumulate > self.batch_size:
             raise ValueError(
-                f"batch_size={self.batch_size} must hold an image for each of {devices * self.num_nodes} processes x "
+                f"batch_size={self.batch_size} must hold an image for each of {processes} processes x "
                 f"{self.accumulate} accumulated batches."
             )
         if self.num_workers > 1024:
             raise ValueError(f"num_workers={self.num_workers} must be at most 1024; about the number of CPUs is best.")
         if self.winograd and self.precision == "bf16-mixed":
             raise ValueError("winograd=true needs precision=32-true: Winograd's algorithm is for float32.")
-        one = isinstance(self.devices, tuple) or str(self.devices).isdecimal()
-        if self.graphs and not (one and devices == self.num_nodes == self.accumulate == 1):
+        if self.graphs and (devices, self.num_nodes, self.accumulate) != (1, 1, 1):
             raise ValueError(
-                "graphs=true needs devices=1 (or the number of one GPU), num_nodes=1 and accumulate=1: the next replay "
-                "of a CUDA graph overwrites the gradients of the last one."
+                "graphs=true needs devices=1 (or the number of one GPU), num_nodes=1 and accumulate=1: each replay of "
+                "a CUDA graph overwrites the gradients of the last one, and with several processes it was not tried."
             )
         for name in ("keep_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 keeps none for good.")
+
+    def _devices(self) -> int | None:
+        if isinstance(self.devices, tuple):
+            return len(self.devices)
+        return int(self.devices) if str(self.devices).isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,7 @@ class TrainSpec:
                 name=self.name,
                 output_dir=self.output_dir,
                 sampler=e.sampler,
-                compute=ComputeSpec("auto", t.batch_size, compile=bool(t.compile)),
+                compute=ComputeSpec("auto", t.batch_size, compile=bool(t.compile), graphs=t.graphs),
                 grid=0,
                 data=self.data,
                 metric=e.metric,

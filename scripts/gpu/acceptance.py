@@ -4,12 +4,13 @@
     python scripts/gpu/acceptance.py --parts training         # minutes of CIFAR-10, then a table over S and η
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
-checks: the tests marked gpu, the commands on the digits, where the time of a training step goes (if a training is to
-follow), then the tests that compile. speed: scripts/benchmark/speed.py next to the official code and diffusers.
-training: the CIFAR-10 network for as long as there is time, as a model file in float16; of the model a sweep over S and
-η, figures, solvers, the averages and precision. All goes into a new folder: summary.txt, record.jsonl (each stage and
-check), log.txt, speed.jsonl, and what the commands wrote. Exit status 1: a stage was not ok. For a machine without a
-network: scripts/gpu/pack.py; it ends up to 70 s after --minutes. Python's standard library is enough to start this.
+checks: the tests marked gpu, the commands on the digits (before a training part: where the time of a training step goes
+instead, and what CUDA graphs change), then the tests that compile. speed: scripts/benchmark/speed.py next to the
+official code and diffusers. training: the CIFAR-10 network for as long as there is time, as a model file in float16; of
+the model a sweep over S and η, figures, solvers, the averages and precision. All goes into a new folder: summary.txt,
+record.jsonl (each stage and check), log.txt, speed.jsonl, and what the commands wrote. Exit status 1: a stage was not
+ok. For a machine without a network: scripts/gpu/pack.py; it ends up to 30 s after --minutes. Python's standard library
+is enough to start this.
 
 One after the other: of eight processes that compile at once on 16 cores, none finishes in two minutes.
 """
@@ -172,23 +173,23 @@ class Acceptance:
             self.stages.run("git", 30, "sh", "-c", f"git read-tree HEAD && {absent}")
 
     def checks(self) -> None:
-        """Run what checks; the tests that compile last, since each takes half a minute or more."""
+        """Run what checks. What compiles comes late, since each takes half a minute or more."""
         end = time.monotonic() + self.stages.left * (0.5 if len(self.options.parts) > 1 else 1)
         self.tests("gpu-tests", end - time.monotonic(), f"not ({plan.COMPILES})")
-        self.commands(end - time.monotonic())
-        if self.options.kit or "training" in self.options.parts:
-            self.profile(end - time.monotonic())
+        if followed := bool(self.options.kit or "training" in self.options.parts):  # which has these commands too
+            self.profile("profile", min(plan.PROFILE, end - time.monotonic()), "trainer.profiler=kernels")
+        else:
+            self.commands(end - time.monotonic())
         if not self.tiny:
             self.tests("compile-tests", end - time.monotonic(), plan.COMPILES)
+            if followed:
+                self.profile("profile-graphs", end - time.monotonic(), "trainer.graphs=true")
 
-    def profile(self, limit: float) -> None:
-        """Show where the time of a step goes, and what CUDA graphs change; what this compiles, the training finds."""
-        run = self.work / "cifar10" / "profile"
+    def profile(self, name: str, limit: float, word: str) -> None:
+        """Show where the time of a training step goes; what this compiles, the training part finds."""
+        run = self.work / "cifar10" / name
         shutil.rmtree(run, ignore_errors=True)  # of an earlier call
-        steps, end = f"trainer.max_steps={40 if self.tiny else 200}", time.monotonic() + limit
-        self.train("profile", limit, run / "compiled", steps, "trainer.profiler=kernels")
-        if not self.tiny:  # for CUDA devices only
-            self.train("profile-graphs", end - time.monotonic(), run / "graphs", steps, "trainer.graphs=true")
+        self.train(name, limit, run, f"trainer.max_steps={40 if self.tiny else 200}", word)
 
     def tests(self, name: str, limit: float, which: str) -> None:
         """Run tests marked gpu; take what they measured into the record."""
@@ -260,8 +261,11 @@ class Acceptance:
         if not self.python("export", 60, "scripts/export_checkpoint.py", *export, "overwrite=true"):
             return
         model = run / "model" / "model.safetensors"
-        if self.options.kit and model.stat().st_size <= MODEL:
-            self.split(model)
+        if self.options.kit:
+            if (size := model.stat().st_size) <= MODEL:
+                self.split(model)
+            else:
+                self.stages.say(f"    the model file stays: {size >> 20} MiB, and at most {MODEL >> 20} may leave")
         pictures = [f"checkpoint={model}", *self.compute, "compute.compile=false", "overwrite=true"]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
@@ -293,8 +297,12 @@ class Acceptance:
     def split(self, path: Path) -> None:
         """Put a file into the results, in parts that may leave a lent machine: `cat` joins them."""
         data = path.read_bytes()
-        for i in range(0, len(data), PART):
-            (self.out / f"{path.name}.{i // PART}").write_bytes(data[i : i + PART])
+        parts = [self.out / f"{path.name}.{i}" for i in range(-(-len(data) // PART))]
+        for i, part in enumerate(parts):
+            (self.work / "part").write_bytes(data[i * PART : (i + 1) * PART])
+            shutil.move(self.work / "part", part)  # the part of an earlier time is there until then
+        for part in set(self.out.glob(f"{path.name}.*")) - set(parts):
+            part.unlink()
 
     def read_checks(self, junit: Path) -> None:
         """Take each test on the GPU and what it measured into the record; say the numbers."""
@@ -316,14 +324,12 @@ class Acceptance:
             with tarfile.open(packed, "w:gz") as archive:
                 for path in filter(Path.exists, (self.work / "digits", self.work / "cifar10")):
                     archive.add(path, path.name, filter=lambda entry: None if is_large(entry.name) else entry)
-        except OSError as error:  # a command has just removed or cut a file: the next time
-            print(f"not packed yet: {error}", flush=True)
-        else:
             self.split(packed)
+        except OSError as error:  # a command has just removed or cut a file, or the disk is full: the next time
+            print(f"not packed yet: {error}", flush=True)
 
     def finish(self) -> None:
         """Say what was not ok and where everything is."""
-        self.keep()
         failed, seconds = ", ".join(self.stages.failed), time.monotonic() - self.started
         self.stages.say(f"{f'not ok: {failed}' if failed else 'every stage ok'}, {seconds:.0f} s: {self.out}")
 

@@ -120,7 +120,7 @@ class Stages:
 
     def _end(self, name: str, verdict: str, seconds: float, last: str) -> bool:
         with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"==> {name}: {verdict}, {seconds:.0f} s <==\n\n")
+            file.write(f"\n==> {name}: {verdict}, {seconds:.0f} s <==\n\n")
         self.say(f"{name:<26} {verdict:<12} {seconds:4.0f} s  {last[:150]}".rstrip())
         self.record(what="stage", stage=name, verdict=verdict, seconds=round(seconds, 1))
         good = verdict.startswith("ok")

@@ -54,10 +54,13 @@ def test_graphs_are_used_where_they_are_given_and_stated(config, monkeypatch):
         assert trainer_settings(spec.trainer)["graphs"] is graphs
         assert ("graphs=true as given" in reason) is graphs
         build_module(spec, spec.model_spec())
+        assert spec.evaluation().compute.graphs is graphs  # validation uses the same network
         assert passed[-1] == {"channels_last": True, "compile": True, "winograd": False, "graphs": graphs}
 
 
-@pytest.mark.parametrize("several", [{"devices": 2}, {"devices": "auto"}, {"devices": [0, 1]}, {"accumulate": 2}])
+@pytest.mark.parametrize(
+    "several", [{"devices": 2}, {"devices": "auto"}, {"devices": [0, 1]}, {"num_nodes": 2}, {"accumulate": 2}]
+)
 def test_graphs_of_several_batches_or_processes_are_refused(config, several):
     for one in ({"devices": 1}, {"devices": "1"}, {"devices": [3]}):
         assert build(TrainSpec, config(trainer={"graphs": True} | one), "").trainer.graphs

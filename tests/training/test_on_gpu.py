@@ -61,6 +61,16 @@ def test_fast_settings_train_nearly_as_float32(train, apart, logged, gpu, graphs
     assert len(list((tmp_path / "fast" / "samples").glob("*.png"))) == 2
 
 
+def test_graphs_train_as_what_they_replay(train, apart, gpu, record_property):
+    """Dropout too: its masks follow the seed of each step, and are not those of the step that was captured."""
+    if gpu == "cpu":
+        pytest.skip("graphs are for CUDA devices")
+    options = OPTIONS | {"network": OPTIONS["network"] | {"dropout": 0.3}}
+    error = apart(train("graphs", gpu, options, graphs=True), train("compiled", gpu, options, compile=True))
+    record_property("of the way trained", error)
+    assert error <= 2e-2
+
+
 def test_a_run_on_the_gpu_resumes_where_it_stopped(train, apart, same, gpu, record_property):
     options = OPTIONS | {"network": OPTIONS["network"] | {"dropout": 0.3}}
     uninterrupted, again = (train(name, gpu, options) for name in ("uninterrupted", "again"))
