@@ -58,6 +58,8 @@ def test_graphs_are_for_small_batches_that_are_sampled_for_long() -> None:
     assert chosen(H100, dataclasses.replace(small, training=True))[0] == "bf16+channels_last+compile"
     assert chosen(V100, small)[0] == "float32+channels_last+compile+graphs"
     assert chosen(H100, small, bf16=False)[0] == "tf32+channels_last+compile+graphs"
+    assert chosen(H100, SHORT, graphs=True)[0] == "bf16+channels_last+compile+graphs"  # which compile
+    assert "too short" not in choose_settings(H100, SHORT, {"graphs": True}).reason
     tiny = Work(16_000_000, 50_000_000, 50_000)  # a GPU waits for the host even with the most images
     assert chosen(H100, tiny) == ("bf16+channels_last", auto.GPU_MOST)  # 500 s of launches
 

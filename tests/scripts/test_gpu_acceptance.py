@@ -118,6 +118,7 @@ def acceptance(tmp_path, monkeypatch):
         options = Namespace(parts=parts, official=tmp_path, images=tmp_path, minutes=20.0)
         options.out, options.kit, options.rehearsal, options.train = tmp_path / "out", None, rehearsal, ["optim.lr=0.1"]
         run, commands = Acceptance(options), []
+        assert run.stages.keep == run.keep  # called while stages run, and after each
 
         def collect(name, limit, script, *words, endless=False):
             commands.append((name, script, [str(word) for word in words]))
