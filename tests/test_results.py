@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ddim.diffusion.timesteps import reference_quad_tau
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
 from ddim.results.table import number_text
@@ -129,6 +130,22 @@ def test_cifar10_gains_from_more_steps():
         assert eta_0[1] < eta_0[0]
         assert eta_1[1] < eta_1[0]
         assert all(more < less for more, less in zip(eta_1, eta_0, strict=True))
+
+
+def test_a_thousand_steps_gain_nothing_over_a_hundred():
+    records = RecordFile(RESULTS / "cifar10_small_1000_steps.jsonl").read()
+    metric = "kd_efficientnet_100"
+    interval = {(r["config"]["sampler"]["eta"], r["S"]): r["intervals"][metric] for r in records}
+    etas = {eta for eta, _ in interval}
+    assert etas == {0.0, 1.0}
+    for eta in etas:
+        assert interval[eta, 1000][0] < interval[eta, 100][1]
+        assert interval[eta, 100][0] < interval[eta, 1000][1]
+    _, kernel = build_tables(records)
+    assert all(kernel.value("η=1.0 (clip x0)", S) < kernel.value("η=0.0 (clip x0)", S) for S in (20, 100, 1000))
+    low, high = zip(*interval.values(), strict=True)
+    assert all(0.3 < (b - a) / 2 < 0.6 for a, b in zip(low, high, strict=True))
+    assert len(set(reference_quad_tau(1000, 1000))) == 688
 
 
 def test_cifar10_gains_from_training():
