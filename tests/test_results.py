@@ -1,5 +1,7 @@
 """The numbers of the documents come from records, and the records show what the documents claim."""
 
+import itertools
+import math
 import re
 import runpy
 import statistics
@@ -110,6 +112,13 @@ def test_what_is_typed_of_the_gpu_is_in_its_log():
     assert f"S = 20 in {median} s, {round(5000 * 20 / median, -2):,.0f} network evaluations/s" in section
     on_device = float(re.search(r"Self CUDA time total: ([\d.]+)ms", log)[1])
     assert f"computed for {on_device / 10:.0f} ms" in section
+    (beside,) = RecordFile(RESULTS / "evaluation_beside_gpu.jsonl").read()
+    on_gpu, on_cpu = (
+        float(re.search(r"^\| η=1.0 .* \| (.*) \|$", log, re.MULTILINE)[1]),
+        beside["metrics"]["fd_efficientnet_2500"],
+    )
+    assert f"Fréchet distance of {on_gpu} there" in section
+    assert f"They are {on_cpu / on_gpu - 1:.1%} apart".replace("%", " %") in section
     copies = re.search(r"aten::copy_ \| \S+ \| ([\d.]+)%", log)[1]
     assert f"a quarter are the convolutions' gradients and {float(copies):.0f} %" in section
 
@@ -125,11 +134,31 @@ def test_cifar10_solvers_beat_ddim():
 
 
 def test_cifar10_gains_from_more_steps():
+    etas = [f"η={eta} (clip x0)" for eta in ("0.0", "0.2", "0.5", "1.0")]
     for table in build_tables(RecordFile(RESULTS / "cifar10_small_more_steps.jsonl").read()):
-        eta_0, eta_1 = ([table.value(f"η={eta} (clip x0)", S) for S in (20, 50)] for eta in ("0.0", "1.0"))
-        assert eta_0[1] < eta_0[0]
-        assert eta_1[1] < eta_1[0]
-        assert all(more < less for more, less in zip(eta_1, eta_0, strict=True))
+        assert table.columns == [20, 50, 100]
+        columns = {S: [table.value(row, S) for row in (*etas, "σ̂ (clip x0)")] for S in table.columns}
+        for less, more in itertools.pairwise(columns.values()):
+            assert all(a > b for a, b in zip(less, more, strict=True))
+        assert min(columns[20]) == columns[20][2]
+        if table.metric.startswith("fd_"):
+            assert all(0.005 < 1 - b / a < 0.045 for a, b in zip(columns[50][:4], columns[100], strict=False))
+        for S in (50, 100):  # more noise is better, but for that of σ̂
+            assert columns[S][:4] == sorted(columns[S][:4], reverse=True)
+            assert columns[S][4] > columns[S][0]
+
+
+def test_the_official_sigma_hat_is_as_bad():
+    (clamped,) = [r for r in RecordFile(RESULTS / "cifar10_small_clamped.jsonl").read() if r["S"] == 20]
+    row = {"rule": "sigma_hat", "clip": "x0"}
+    (plain,) = [
+        r
+        for r in RecordFile(RESULTS / "cifar10_small_more_steps.jsonl").read()
+        if r["S"] == 20 and row.items() <= r["config"]["sampler"].items()
+    ]
+    for metric, value in clamped["metrics"].items():
+        low, high = plain["intervals"][metric]
+        assert low < value < high
 
 
 def test_a_thousand_steps_gain_nothing_over_a_hundred():
@@ -143,6 +172,10 @@ def test_a_thousand_steps_gain_nothing_over_a_hundred():
         assert interval[eta, 100][0] < interval[eta, 1000][1]
     _, kernel = build_tables(records)
     assert all(kernel.value("η=1.0 (clip x0)", S) < kernel.value("η=0.0 (clip x0)", S) for S in (20, 100, 1000))
+    center = {key: (low + high) / 2 for key, (low, high) in interval.items()}
+    half = {key: (high - low) / 2 for key, (low, high) in interval.items()}
+    for S, differs in ((20, False), (100, True), (1000, True)):
+        assert (center[0.0, S] - center[1.0, S] > math.hypot(half[0.0, S], half[1.0, S])) is differs
     low, high = zip(*interval.values(), strict=True)
     assert all(0.3 < (b - a) / 2 < 0.6 for a, b in zip(low, high, strict=True))
     assert len(set(reference_quad_tau(1000, 1000))) == 688

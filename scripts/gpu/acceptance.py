@@ -4,13 +4,13 @@
     python scripts/gpu/acceptance.py --parts training         # minutes of CIFAR-10, then a table over S and η
     python scripts/gpu/acceptance.py --rehearsal --parts checks speed training       # tiny sizes, on a CPU
 
-checks: the tests marked gpu, the commands on the digits (before a training part: where the time of a training step goes
-instead, and what CUDA graphs change), then the tests that compile. speed: scripts/benchmark/speed.py next to the
-official code and diffusers. training: the CIFAR-10 network for as long as there is time, as a model file in float16; of
-the model a sweep over S and η, figures, solvers, the averages and precision. All goes into a new folder: summary.txt,
-record.jsonl (each stage and check), log.txt, speed.jsonl, and what the commands wrote. Exit status 1: a stage was not
-ok. For a machine without a network: scripts/gpu/pack.py; it ends up to 30 s after --minutes. Python's standard library
-is enough to start this.
+checks: the tests marked gpu, the commands on the digits (with --kit or before a training part: where the time of a
+training step goes), the tests that compile, then such steps in CUDA graphs. speed: scripts/benchmark/speed.py next to
+the official code and diffusers. training: the CIFAR-10 network for as long as there is time, as a model file in
+float16; of the model a sweep over S and η, figures, solvers, the averages and precision. All goes into a new folder:
+summary.txt, record.jsonl (each stage and check), log.txt, speed.jsonl, and what the commands wrote. A run ends up to 30
+s after --minutes, with exit status 1 if a stage was not ok. For a machine without a network: scripts/gpu/pack.py.
+Python's standard library is enough to start this.
 
 One after the other: of eight processes that compile at once on 16 cores, none finishes in two minutes.
 """
@@ -266,14 +266,14 @@ class Acceptance:
                 self.split(model)
             else:
                 self.stages.say(f"    the model file stays: {size >> 20} MiB, and at most {MODEL >> 20} may leave")
-        pictures = [f"checkpoint={model}", *self.compute, "compute.compile=false", "overwrite=true"]
+        pictures = [f"checkpoint={model}", *self.compute, "compute.compile=false", "overwrite=true", plan.CLIP]
         small = ["n=4", "S=[2,3]", "points=3", "columns=3", "frames=3", "sampler.S=3"] if tiny else []
         figures = [*pictures, "figure=all", f"output_dir={run}/figures", *small]
         grid = [*pictures, *(["n=4", "sampler.S=3"] if tiny else ["n=256", "sampler.S=100"]), f"output_dir={run}/grid"]
         first, *later = sweeps = plan.TINY_SWEEPS if tiny else plan.SWEEPS
         self.sweep(first, model, sweeps[first], self.stages.left - (0 if tiny else plan.FIGURES))
         self.python("figures", 60, "scripts/figures.py", *figures)
-        self.python("grid", 60, "scripts/sample.py", *grid, "sampler.spacing=quadratic")
+        self.python("grid", 60, "scripts/sample.py", *grid, "sampler.spacing=quad")
         for name in later:
             self.sweep(name, last if name == "averages" else model, sweeps[name], self.stages.left)
         size = ["--n", "8", "--steps", "2"] if tiny else ["--n", "1500", "--steps", "20"]
@@ -290,7 +290,7 @@ class Acceptance:
         """Measure samples; what is done when the time is up is in the records."""
         table = self.work / "cifar10" / name
         words = ["-m", f"checkpoint={checkpoint}", *self.data()[1], f"metric={self.metric}", *self.compute]
-        words += [*(plan.TINY_SWEEP if self.tiny else plan.SWEEP).split(), "sampler.spacing=quadratic", "name=gpu"]
+        words += [*(plan.TINY_SWEEP if self.tiny else plan.SWEEP).split(), "sampler.spacing=quad", "name=gpu"]
         words += [f"output_dir={table}", f"reference_dir={self.work}/reference"]
         self.python(f"sweep-{name}", limit, "scripts/evaluate.py", *words, *entries.split())
 
@@ -299,8 +299,8 @@ class Acceptance:
         data = path.read_bytes()
         parts = [self.out / f"{path.name}.{i}" for i in range(-(-len(data) // PART))]
         for i, part in enumerate(parts):
-            (self.work / "part").write_bytes(data[i * PART : (i + 1) * PART])
-            shutil.move(self.work / "part", part)  # the part of an earlier time is there until then
+            (self.out / ".part").write_bytes(data[i * PART : (i + 1) * PART])
+            (self.out / ".part").replace(part)  # the part of an earlier time is there until then
         for part in set(self.out.glob(f"{path.name}.*")) - set(parts):
             part.unlink()
 

@@ -1,4 +1,4 @@
-"""trainer.graphs: a training reads nothing that the replay of a CUDA graph has overwritten, shown without a GPU."""
+"""trainer.graphs: no gradient is read after the next replay of a CUDA graph has overwritten it, without a GPU."""
 
 import math
 
@@ -11,20 +11,23 @@ from ddim.training.spec import TrainerSpec
 
 
 def replayed(network):
-    """The forward of a network as a graph has it: one buffer for the output and one for each gradient, for all calls.
+    """The forward of a network as a graph has it: a buffer for outputs of a shape and one for each gradient.
 
-    A call spoils the gradients of the last one, since the memory of graphs is shared.
+    Each call spoils the gradients of the last one, since graphs share their memory.
     """
     parameters, forward, buffers = list(network.parameters()), network.forward, {}
 
     def into_buffer(key, value):
         return buffers.setdefault(key, torch.empty_like(value)).copy_(value).detach()
 
+    def spoil():
+        for key, buffer in buffers.items():
+            if key[0] == "gradient":
+                buffer.fill_(math.nan)
+
     class Replay(Function):
         @staticmethod
         def forward(ctx, x, t, *_):
-            for key, buffer in buffers.items():
-                buffer.fill_(math.nan) if key[0] == "gradient" else None
             with torch.enable_grad():
                 ctx.output = forward(x.detach(), t)
             return into_buffer(("output", x.shape), ctx.output.detach())
@@ -34,8 +37,11 @@ def replayed(network):
             gradients = grad(ctx.output, parameters, given)
             return None, None, *(into_buffer(("gradient", i), value) for i, value in enumerate(gradients))
 
-    # What samples has a graph of its own.
-    return lambda x, t: Replay.apply(x, t, *parameters) if torch.is_grad_enabled() else forward(x, t)
+    def replay(x, t):
+        spoil()
+        return Replay.apply(x, t, *parameters) if torch.is_grad_enabled() else forward(x, t)
+
+    return replay
 
 
 @pytest.fixture
@@ -48,7 +54,7 @@ def graphs(monkeypatch):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("grad_clip", [1.0, None])
-def test_no_overwritten_tensor_is_read(run, same, graphs, grad_clip):
+def test_no_overwritten_gradient_is_read(run, same, graphs, grad_clip):
     changes = {"optim": {"grad_clip": grad_clip}, "eval": {"every": 2, "n": 0}, "grid": {"every": 3, "n": 4}}
     plain = run("plain", **changes)
     assert same(run("graphs", trainer=graphs, **changes), plain)
