@@ -148,6 +148,18 @@ def test_cifar10_gains_from_more_steps():
             assert columns[S][4] > columns[S][0]
 
 
+def test_with_more_steps_eta_1_is_best_beyond_the_error():
+    metric, best = "fd_efficientnet_1k", {}
+    for r in RecordFile(RESULTS / "cifar10_small_more_steps.jsonl").read():
+        if r["config"]["sampler"]["rule"] != "sigma_hat":
+            low, high = r["intervals"][metric]
+            best[r["S"], r["config"]["sampler"]["eta"]] = r["metrics"][metric], (high - low) / 2
+    assert len(best) == 12
+    for S in (20, 50, 100):
+        (half, half_error), (one, one_error) = best[S, 0.5], best[S, 1.0]
+        assert (half - one > math.hypot(half_error, one_error)) is (S > 20)
+
+
 def test_the_official_sigma_hat_is_as_bad():
     (clamped,) = [r for r in RecordFile(RESULTS / "cifar10_small_clamped.jsonl").read() if r["S"] == 20]
     row = {"rule": "sigma_hat", "clip": "x0"}
