@@ -113,10 +113,8 @@ def test_what_is_typed_of_the_gpu_is_in_its_log():
     on_device = float(re.search(r"Self CUDA time total: ([\d.]+)ms", log)[1])
     assert f"computed for {on_device / 10:.0f} ms" in section
     (beside,) = RecordFile(RESULTS / "evaluation_beside_gpu.jsonl").read()
-    on_gpu, on_cpu = (
-        float(re.search(r"^\| η=1.0 .* \| (.*) \|$", log, re.MULTILINE)[1]),
-        beside["metrics"]["fd_efficientnet_2500"],
-    )
+    on_gpu = float(re.search(r"^\| η=1.0 .* \| (.*) \|$", log, re.MULTILINE)[1])
+    on_cpu = beside["metrics"]["fd_efficientnet_2500"]
     assert f"Fréchet distance of {on_gpu} there" in section
     assert f"They are {on_cpu / on_gpu - 1:.1%} apart".replace("%", " %") in section
     copies = re.search(r"aten::copy_ \| \S+ \| ([\d.]+)%", log)[1]
@@ -148,16 +146,28 @@ def test_cifar10_gains_from_more_steps():
             assert columns[S][4] > columns[S][0]
 
 
+def by_eta(name):
+    """Return the records of a file by η and S, without those of σ̂."""
+    records = [(r["config"]["sampler"], r) for r in RecordFile(RESULTS / f"{name}.jsonl").read()]
+    return {(sampler["eta"], r["S"]): r for sampler, r in records if sampler["rule"] != "sigma_hat"}
+
+
+def half_width(record, metric):
+    low, high = record["intervals"][metric]
+    return (high - low) / 2
+
+
+def is_below(one, other, metric):
+    """Return whether a number is below another by more than the error of their difference."""
+    difference = other["metrics"][metric] - one["metrics"][metric]
+    return difference > math.hypot(half_width(one, metric), half_width(other, metric))
+
+
 def test_with_more_steps_eta_1_is_best_beyond_the_error():
-    metric, best = "fd_efficientnet_1k", {}
-    for r in RecordFile(RESULTS / "cifar10_small_more_steps.jsonl").read():
-        if r["config"]["sampler"]["rule"] != "sigma_hat":
-            low, high = r["intervals"][metric]
-            best[r["S"], r["config"]["sampler"]["eta"]] = r["metrics"][metric], (high - low) / 2
-    assert len(best) == 12
+    records = by_eta("cifar10_small_more_steps")
+    assert len(records) == 12
     for S in (20, 50, 100):
-        (half, half_error), (one, one_error) = best[S, 0.5], best[S, 1.0]
-        assert (half - one > math.hypot(half_error, one_error)) is (S > 20)
+        assert is_below(records[1.0, S], records[0.5, S], "fd_efficientnet_1k") is (S > 20)
 
 
 def test_the_official_sigma_hat_is_as_bad():
@@ -174,22 +184,16 @@ def test_the_official_sigma_hat_is_as_bad():
 
 
 def test_a_thousand_steps_gain_nothing_over_a_hundred():
-    records = RecordFile(RESULTS / "cifar10_small_1000_steps.jsonl").read()
-    metric = "kd_efficientnet_100"
-    interval = {(r["config"]["sampler"]["eta"], r["S"]): r["intervals"][metric] for r in records}
-    etas = {eta for eta, _ in interval}
-    assert etas == {0.0, 1.0}
-    for eta in etas:
+    records, metric = by_eta("cifar10_small_1000_steps"), "kd_efficientnet_100"
+    assert records.keys() == {(eta, S) for eta in (0.0, 1.0) for S in (20, 100, 1000)}
+    interval = {key: record["intervals"][metric] for key, record in records.items()}
+    for eta in (0.0, 1.0):
         assert interval[eta, 1000][0] < interval[eta, 100][1]
         assert interval[eta, 100][0] < interval[eta, 1000][1]
-    _, kernel = build_tables(records)
-    assert all(kernel.value("η=1.0 (clip x0)", S) < kernel.value("η=0.0 (clip x0)", S) for S in (20, 100, 1000))
-    center = {key: (low + high) / 2 for key, (low, high) in interval.items()}
-    half = {key: (high - low) / 2 for key, (low, high) in interval.items()}
-    for S, differs in ((20, False), (100, True), (1000, True)):
-        assert (center[0.0, S] - center[1.0, S] > math.hypot(half[0.0, S], half[1.0, S])) is differs
-    low, high = zip(*interval.values(), strict=True)
-    assert all(0.3 < (b - a) / 2 < 0.6 for a, b in zip(low, high, strict=True))
+    for S in (20, 100, 1000):
+        assert records[1.0, S]["metrics"][metric] < records[0.0, S]["metrics"][metric]
+        assert is_below(records[1.0, S], records[0.0, S], metric) is (S > 20)
+    assert all(0.3 < half_width(record, metric) < 0.6 for record in records.values())
     assert len(set(reference_quad_tau(1000, 1000))) == 688
 
 

@@ -26,7 +26,6 @@ INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "intra_fd": "intra_fid"}
 RNG_SEED = 2020  # of the subsets of KID and of the shuffle of the Inception score
 INCEPTION_SCORE_SPLITS = 10
 PRC_NEIGHBORHOOD = 3
-
 PRC_BLOCK = 50_000_000  # distances in a block of rows, 400 MB: decides memory (three blocks), and hardly time
 
 

@@ -130,11 +130,8 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
 
 def trainer_settings(trainer: TrainerSpec) -> dict[str, bool]:
     """Return a trainer's settings that are not None, by their names in `ddim.inference.auto.SETTINGS`."""
-    values = {name: getattr(trainer, name) for name in ("tf32", "channels_last", "compile", "winograd")}
-    values |= {
-        "bf16": None if trainer.precision is None else trainer.precision == "bf16-mixed",
-        "graphs": trainer.graphs,
-    }
+    values = {name: getattr(trainer, name) for name in SETTINGS if name != "bf16"}
+    values["bf16"] = None if trainer.precision is None else trainer.precision == "bf16-mixed"
     return {name: values[name] for name in SETTINGS if values[name] is not None}
 
 

@@ -11,7 +11,7 @@ Record = dict[str, Any]
 # Of the plan, on any number of GPUs. Two evaluations of the CIFAR-10 network, as measured, for Inception's features.
 FEATURES = 2.5e10  # operations for an image
 METRICS = 15.0  # seconds of one process for the metrics of an evaluation, which runs beside the sampling of others
-LAUNCHES = 0.070  # seconds of a training step that no GPU shortens: of ch=64 on an H100 and of ch=128 on an H200
+LAUNCHES = 0.070  # seconds of a training step that no GPU shortens: measured on an H100 (ch=64) and an H200 (ch=128)
 NODE, NODES = 2e11, 4e10  # bytes/s between GPUs of a machine (up to 8) and of several (assumed)
 GPUS = (1, 8, 64)
 LOOPS = ("channels_last+convolutions", "channels_last+norms", "channels_last+winograd")  # settings with C++ loops

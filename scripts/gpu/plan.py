@@ -15,14 +15,15 @@ TINY_RECIPE = (
     "network.ch=32 network.num_groups=8 network.ch_mult=[1,2] network.num_res_blocks=1"
 )
 SWEEP, TINY_SWEEP = "n=5000 metric.batch_size=500 metric.metrics=[fd]", "n=20"
-# Sweeps, the most important first. The steps before the samplers: all samplers of the smallest S, then of the next, so
-# that there are columns when the time is up. Other weights would be compiled again; precision and recall take a minute.
 # x̂0 is clipped: a network that was trained for minutes sends trajectories out of [-1, 1].
 CLIP = "sampler.clip=x0"
+# Sweeps, the most important first. The steps before the samplers: all samplers of one S, then of the next, so that
+# there are columns when the time is up. Other weights would be compiled again; precision and recall take a minute.
 SWEEPS = {
     "table": f"{CLIP} sampler.S=10,20,50,5 sampler=ddim,ddim_eta05,ddpm,ddim_eta02,sigma_hat",
     "solvers": "sampler.clip=x0_and_eps sampler.S=null sampler.nfe=5,10,20 sampler=ddim,dpm_solver_pp,unipc,deis,ipndm",
-    "averages": f"{CLIP} sampler.S=20 sampler=ddim,ddpm weights=ema_0.998,ema_0.99,online compute.compile=false",
+    "averages": f"{CLIP} sampler.S=20 sampler=ddim,ddpm "
+    "weights=ema_0.9995,ema_0.998,ema_0.99,online compute.compile=false",
     "unclipped": "sampler.S=10,20 sampler=ddim,ddpm,dpm_solver_pp,unipc",
     "many_steps": f"{CLIP} sampler.S=100 sampler=ddpm,ddim,ddim_eta05,ddim_eta02,sigma_hat",
     "precision_recall": f"{CLIP} sampler.S=10,50 sampler=ddim,ddpm metric.metrics=[prc]",

@@ -175,21 +175,24 @@ def test_all_that_is_done_leaves_a_lent_machine_but_weights(tmp_path, monkeypatc
         folder.mkdir(parents=True)
     for name in ("records.jsonl", "last.ckpt", "model.safetensors", "unfinished/features.npy"):
         (table / name).write_text(name)
+
+    def parts():
+        return sorted(run.out.iterdir(), key=lambda path: int(path.suffix[1:]))
+
+    def joined():
+        return b"".join(path.read_bytes() for path in parts())
+
     monkeypatch.setattr("acceptance.PART", 100)  # bytes
     (run.out / "results.tar.gz.99").touch()  # of a larger archive
     run.keep()
-    parts = sorted(run.out.iterdir(), key=lambda path: int(path.suffix[1:]))
-    assert [path.name for path in parts] == [f"results.tar.gz.{i}" for i in range(len(parts))]
-    assert len(parts) > 1
-    with tarfile.open(fileobj=io.BytesIO(b"".join(path.read_bytes() for path in parts))) as archive:
+    assert [path.name for path in parts()] == [f"results.tar.gz.{i}" for i in range(len(parts()))]
+    assert len(parts()) > 1
+    with tarfile.open(fileobj=io.BytesIO(joined())) as archive:
         assert [name for name in archive.getnames() if "." in name] == ["cifar10/table/records.jsonl"]
-    before = b"".join(path.read_bytes() for path in parts)
+    before = joined()
     monkeypatch.setattr("tarfile.TarFile.add", lambda *args, **options: (table / "gone").read_text())
     run.keep()  # a command removes files while it runs: that ends nothing
-    assert (
-        b"".join(path.read_bytes() for path in sorted(run.out.iterdir(), key=lambda path: int(path.suffix[1:])))
-        == before
-    )
+    assert joined() == before
 
 
 def test_measured_numbers_of_tests_are_in_the_record(tmp_path):
