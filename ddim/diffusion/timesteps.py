@@ -51,8 +51,9 @@ def reference_uniform_tau(T: int, S: int) -> tuple[int, ...]:
 
 
 def reference_quad_tau(T: int, S: int) -> tuple[int, ...]:
-    """`--skip_type quad` of the official implementation: squares of S equal steps from 0 to sqrt(0.8 T), truncated.
+    """`--skip_type quad` of the official implementation: squares of S numbers at equal distances.
 
+    These go from 0 to sqrt(0.8 T), and their squares are truncated; our times are one more.
     Returns S times, the last near 0.8 T, with repeats at the low end from about S=50 on (96 of 100 are distinct).
     The CIFAR-10 numbers of Table 1 come out with this rule. S=1 gives time 1 alone.
     """

@@ -32,6 +32,7 @@ from ddim.inference.generate import check_sampler, generate_batches, network_eva
 from ddim.io import Tensors
 from ddim.networks import float32_products
 from ddim.random import check_image_numbers, check_seed
+from ddim.results.paper import times_warning
 from ddim.results.records import Record
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ class EvaluateSpec(JobSpec):
         model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         model = conditioned(model, self.label, self.guidance)
         tau = check_sampler(model, self.sampler)
+        if self.paper is None:
+            session.warn_once(times_warning(self.data.name, self.metric.extractor, self.sampler.spacing))
         settings = {
             "model": model_settings(model),
             "sampler": sampler_settings(self.sampler, tau),

@@ -1,6 +1,7 @@
 """What the evaluations of one command share: the model, the images, the feature extractor, the reference statistics."""
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,8 @@ from ddim.evaluation.reference_stats import file_hash, measure_reference, publis
 from ddim.inference.compute import ComputeSpec, prepare_model, with_batch_size
 from ddim.results.records import RECORDS, RecordFile
 from ddim.results.schema import evaluation_records
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # (C, H, W)
@@ -34,6 +37,7 @@ class Session:
         self.processes = processes
         self.planned = 0  # network evaluations of single images in all jobs of the command
         self._records: dict[str, RecordFile] = {}  # by folder: each remembers what it read
+        self._warnings: set[str] = set()  # that were logged
         self._loaded: dict[str, tuple[Any, Any]] = {}  # kind -> (what decides it, the object)
 
     def model(
@@ -57,6 +61,12 @@ class Session:
             return model, with_batch_size(model, compute_here)  # each process, since loading can fail in one of them
 
         return self._load("model", (checkpoint, _modified(checkpoint), weights, compute), load)
+
+    def warn_once(self, warning: str | None) -> None:
+        """Log a warning, unless it is None or was logged before; of several processes the main one does."""
+        if warning is not None and warning not in self._warnings and self.processes.is_main:
+            self._warnings.add(warning)
+            log.warning("%s", warning)
 
     def records(self, folder: str) -> RecordFile:
         """Return the records in the folder of a sweep."""

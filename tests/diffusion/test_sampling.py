@@ -266,16 +266,25 @@ def test_every_rule_reaches_the_variance_of_gaussian_data(name):
     assert float(x_0.std()) == pytest.approx(STD, rel=0.04)
 
 
-def test_sigma_hat_leaves_noise_at_few_steps():
-    """Computed independently for data of std .0316: final std .294, .158, .074 at S = 10, 20, 50, `uniform`."""
+@pytest.mark.parametrize(
+    ("tau_rule", "stds"),
+    [
+        (reference_uniform_tau, {10: 0.294, 20: 0.158, 50: 0.074, 100: 0.049}),
+        (reference_quad_tau, {10: 0.061, 20: 0.043, 50: 0.035, 100: 0.033}),
+        (linear_tau, {10: 0.0050, 20: 0.0099, 50: 0.0195, 100: 0.0265}),
+    ],
+    ids=["uniform", "quad", "linear"],
+)
+def test_times_decide_on_the_noise_that_sigma_hat_leaves(tau_rule, stds):
+    """Computed independently for data of std .0316: the last step, without noise, is short but with `linear` times."""
 
     def optimal(x, t):
         a = SCHEDULE.alpha_bar[t].reshape(-1, 1, 1, 1)
         return x * (1 - a).sqrt() / (a * 0.0316**2 + 1 - a)
 
     x_T = initial_noise(range(2000), (1, 2, 2), seed=0)
-    for S, std in [(10, 0.294), (20, 0.158), (50, 0.074)]:
-        x_0 = sample(optimal, SCHEDULE, x_T, reference_uniform_tau(1000, S), SigmaHat())
+    for S, std in stds.items():
+        x_0 = sample(optimal, SCHEDULE, x_T, tau_rule(1000, S), SigmaHat())
         assert float(x_0.std()) == pytest.approx(std, rel=0.04)
 
 

@@ -214,3 +214,17 @@ def test_images_or_a_file_to_write_are_needed(spec: MetricsSpec, changes: dict[s
 def test_loggers_of_a_training_are_refused(spec: MetricsSpec, logger: LoggerSpec) -> None:
     with pytest.raises(ValueError, match="is for training"):
         dataclasses.replace(spec, logger=logger)
+
+
+def test_jpeg_samples_are_warned_of_once(spec: MetricsSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    session = Session()
+    evaluate(spec, session)
+    assert not caplog.records
+    made = folder(tmp_path / "mixed", images(60, 3))
+    for i, suffix in enumerate((".jpg", ".JPEG")):
+        save(images(60, 3)[i], (made / f"{i:03d}").with_suffix(suffix))
+        (made / f"{i:03d}.png").unlink()
+    for _ in range(2):
+        evaluate(dataclasses.replace(spec, images=str(made)), session)
+    [record] = caplog.records
+    assert record.getMessage().startswith(f"2 of the 60 images in {made} are JPEG files")

@@ -7,6 +7,7 @@ import torch
 
 from ddim import SamplerSpec
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
+from ddim.distributed import Processes
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
 from ddim.evaluation.job import JobSpec, run_name, sampler_settings
 from ddim.evaluation.likelihood import LikelihoodSpec
@@ -162,3 +163,17 @@ def test_all_jobs_of_a_command_are_computed_alike(spec: EvaluateSpec, monkeypatc
         dataclasses.replace(spec, compute=AUTO, sampler=SamplerSpec(S=S)).prepare(session)
     dataclasses.replace(spec, compute=AUTO, n=6).prepare(Session())
     assert asked == [12_345, 6 * spec.network_evaluations // spec.n]
+
+
+def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
+    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ddim.evaluation.fidelity.times_warning", lambda *asked: f"these are {asked}")
+    for processes, warnings in ((Processes(), 1), (Processes(rank=1, world_size=2), 0)):
+        caplog.clear()
+        session = Session(processes)
+        for name in ("a", "b"):
+            dataclasses.replace(spec, name=name).prepare(session)
+        assert caplog.messages == ["these are ('digits', 'digits_classifier', 'linear')"] * warnings
+    dataclasses.replace(spec, paper="table1_cifar10").prepare(Session())  # whose experiments choose the times
+    assert not caplog.messages

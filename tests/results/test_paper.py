@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from made_records import FID, compared, record
 
-from ddim.results.paper import PAPER_TABLES, comparison
+from ddim.results.paper import PAPER_TABLES, comparison, times_warning
 from ddim.results.report import build_tables
 from ddim.results.table import Table
 
@@ -199,3 +199,11 @@ def test_reconstruction_errors_compare_with_table_2() -> None:
     [table] = build_tables([made])
     assert [line.texts for line in table.lines()] == [["0.00710"], ["0.0065"], ["+0.0006 (+9.2 %)"]]
     assert table.percent("η=0.0", 20) == pytest.approx(100 * 0.0006 / 0.0065, rel=1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["linear", "uniform", "quad", "quad_or_full", "quadratic"])
+@pytest.mark.parametrize("data", ["cifar10", "celeba"])
+@pytest.mark.parametrize("extractor", ["inception", "efficientnet"])
+def test_linear_times_are_warned_of_where_the_paper_has_quad(data: str, extractor: str, spacing: str) -> None:
+    warned = times_warning(data, extractor, spacing) is not None
+    assert warned is ((data, extractor) == ("cifar10", "inception") and spacing in ("linear", "uniform"))

@@ -126,9 +126,9 @@ ETAS = ["η=0.0", "η=0.2", "η=0.5", "η=1.0"]
     ("name", "data", "spacing", "steps", "rows"),
     [
         ("table1_cifar10", "cifar10", "quad_or_full", [10, 20, 50, 100, 1000], [*ETAS, "σ̂ (clip x0_and_eps)"]),
-        ("table3_bedroom", "lsun", "linear", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
-        ("table3_church", "lsun", "linear", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
-        ("table1_celeba", "celeba", "linear", [10, 20, 50, 100, 1000], [*ETAS, "σ̂ (clip x0_and_eps)"]),
+        ("table3_bedroom", "lsun", "uniform", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
+        ("table3_church", "lsun", "uniform", [10, 20, 50, 100], ["η=0.0", "η=1.0"]),
+        ("table1_celeba", "celeba", "uniform", [10, 20, 50, 100, 1000], [*ETAS, "σ̂ (clip x0_and_eps)"]),
         ("table_digits", "digits", "uniform", [5, 10, 20, 50], ["η=0.0", "η=0.5", "η=1.0", "σ̂"]),
     ],
 )
