@@ -137,6 +137,11 @@ def training_processes(rank: int, world_size: int, local_rank: int) -> Processes
     return Processes(rank, world_size, local_rank, group)
 
 
+def launched_processes() -> Processes:
+    """Return this process among those that torchrun or srun started, which need not be connected."""
+    return _launched_processes()[1]
+
+
 def join_process_group() -> Processes:
     """Return this process among those it was started with; the first call connects them.
 

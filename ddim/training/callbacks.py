@@ -83,7 +83,8 @@ class LossByTime(Callback):
 
     def _over_processes(self, trainer: Trainer) -> Tensor:
         """Return the sums over all processes, (2, 4 or 8); all of them must call this."""
-        return trainer.strategy.reduce(self.sums.clone(), reduce_op="sum")
+        # NCCL takes no tensor of the CPU, where a resumed run that is finished leaves them.
+        return trainer.strategy.reduce(self.sums.to(trainer.strategy.root_device, copy=True), reduce_op="sum")
 
 
 class DivergenceGuard(Callback):

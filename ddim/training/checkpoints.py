@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
@@ -22,11 +23,12 @@ from ddim.errors import UserError
 from ddim.io import atomic_write
 from ddim.signals import StopSignals
 from ddim.training.lightning_workarounds import disable_sigterm_broadcast
-from ddim.training.module import step_ended
+from ddim.training.module import COUNTS, step_ended
 
 log = logging.getLogger(__name__)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+STATE = "validation"  # in the entry COUNTS of a checkpoint
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOP_CHECK_EVERY = 10  # steps between two checks whether any of several processes received a signal
 
@@ -112,9 +114,12 @@ class Checkpoints(Checkpoint):
         self.saved = 0  # the step of the newest checkpoint
         self.best: list[tuple[float, int]] = []  # (metric, step), the best first; at least one if a step was ranked
         self.ranked = 0  # the step that was ranked last, since this process started
+        self.protocol: str | None = None  # of the validation that ranks, if there is one
+        self.loaded: dict[str, Any] = {}  # what was stored of the validation before
 
     def rank(self, metric: float, step: int) -> bool:
         """Note the metric of this step, of which less is better; return whether it is the best so far."""
+        metric = metric if math.isfinite(metric) else math.inf  # NaN has no order
         self.best = sorted({*self.best, (metric, step)})[: max(1, self.keep_best)]
         self.ranked = step
         return self.best[0] == (metric, step)
@@ -124,8 +129,29 @@ class Checkpoints(Checkpoint):
         """The steps whose checkpoints are kept as the best, the best first."""
         return [step for _, step in self.best[: self.keep_best]]
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore which steps are best, unless they were ranked by numbers of other settings."""
+        self.loaded = checkpoint.get(COUNTS, {}).get(STATE, {})
+        if self.protocol in (None, self.loaded.get("protocol")):
+            best = [(float(metric), int(step)) for metric, step in self.loaded.get("best", [])]
+            if self.keep_best and not (self.folder / BEST).exists():
+                # Of a run in another folder, whose files are not here: the best of this one is still to come.
+                best = [(metric, step) for metric, step in best if step_file(self.folder, step).exists()]
+            self.best = best
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Store what a validation stored before that this run does without, for runs to come."""
+        if self.protocol is None and self.loaded:
+            checkpoint.setdefault(COUNTS, {})[STATE] = self.loaded
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle the stop signals also in a process that Lightning started."""
+        """Handle the stop signals also in a process that Lightning started; set a best of other settings aside."""
+        best = self.folder / BEST
+        changed = self.protocol is not None and self.loaded.get("protocol", self.protocol) != self.protocol
+        if changed and trainer.is_global_zero and best.exists():
+            aside = best.with_name(f"best_before_{step_file(self.folder, trainer.global_step).name}")
+            best.rename(aside)
+            log.warning("eval has other settings than before, whose best checkpoint is now %s", aside)
         if trainer.global_step != self.ranked:  # else a validation was made up for, and is saved with the step
             self.saved = trainer.global_step
         if trainer.is_global_zero:

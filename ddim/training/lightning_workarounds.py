@@ -3,10 +3,13 @@
 tests/training/test_lightning_workarounds.py notices when a new version needs another workaround, or none.
 """
 
+import atexit
+import signal
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -27,6 +30,17 @@ def leave_signals(trainer: Trainer) -> None:
 
 def _do_nothing() -> None:
     pass
+
+
+def end_without_others(trainer: Trainer) -> None:
+    """Let this process end after an error that the others need not have, and those that Lightning started for it.
+
+    Lightning destroys NCCL's group at exit, which waits for the others, while they wait in a collective for this one;
+    and it leaves the processes that it started running, unless the error is Ctrl-C.
+    """
+    atexit.unregister(_destroy_dist_connection)
+    if (launcher := trainer.strategy.launcher) is not None:
+        launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # a handler in Python would wait for the collective
 
 
 def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:

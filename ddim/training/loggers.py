@@ -57,7 +57,7 @@ class WandbLogger(lightning.pytorch.loggers.WandbLogger):
         is_best = checkpoint_callback.best_steps[:1] == [step]
         if self.log_model == "all" or (self.log_model == "best" and is_best):
             artifact = wandb.Artifact(f"model-{self.experiment.id}", type="model", metadata={"step": step})
-            artifact.add_file(str(folder / LAST), name="model.ckpt")
+            artifact.add_file(str(folder / LAST), name="model.ckpt", skip_cache=True)  # whose copies stay for good
             self.experiment.log_artifact(artifact, aliases=["latest", f"step-{step}", *["best"] * is_best])
 
 

@@ -24,14 +24,15 @@ from ddim.checkpoints.posthoc import FOLDER
 from ddim.data.datamodule import ImageDataModule
 from ddim.data.datasets import load_images
 from ddim.data.images import MemoryImages
+from ddim.distributed import launched_processes
 from ddim.errors import Interrupted, UserError
 from ddim.inference.auto import SETTINGS, choose_for, words
 from ddim.networks import accelerate, build_network, float32_products
 from ddim.signals import StopSignals
 from ddim.training.callbacks import DivergenceGuard, LossByTime, SampleGrid
-from ddim.training.checkpoints import LAST, AtomicCheckpointIO, Checkpoints, explain_disk_errors
+from ddim.training.checkpoints import LAST, STATE, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.ema import EMA
-from ddim.training.lightning_workarounds import leave_signals
+from ddim.training.lightning_workarounds import end_without_others, leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import COUNTS, DiffusionModule
 from ddim.training.posthoc_ema import PostHocEMA
@@ -47,7 +48,7 @@ from ddim.training.resume import (
     fingerprint,
 )
 from ddim.training.spec import TrainerSpec, TrainSpec
-from ddim.training.validation import STATE, Validation
+from ddim.training.validation import Validation
 
 log = logging.getLogger(__name__)
 MAX_SIGNAL = 0.1  # of sqrt(alpha_bar[T]): 0.006 in Ho et al.'s schedule, 0.07 in latent diffusion's
@@ -107,6 +108,7 @@ def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trai
     if (launcher := trainer.strategy.launcher) is not None:  # which may start processes that train
         stop.forward = partial(launcher.kill, signal.SIGTERM)
     with (
+        end_alone(trainer),
         stop,
         float32_products(bool(spec.trainer.tf32)),
         explain_disk_errors(spec.folder),
@@ -229,13 +231,29 @@ def build_callbacks(spec: TrainSpec, model: ModelSpec, stop: StopSignals) -> lis
     ]
 
 
+@contextmanager
+def end_alone(trainer: Trainer) -> Iterator[None]:
+    """Of several processes, let one that fails say why and end; the others may wait for it in a collective.
+
+    The script of the main process reports its own error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if trainer.world_size > 1 and not isinstance(error, Interrupted):
+            if trainer.global_rank:
+                log.error("process %d of %d failed: %s", trainer.global_rank, trainer.world_size, error)
+            end_without_others(trainer)
+        raise
+
+
 def build_trainer(
     spec: TrainSpec, folder: Path, callbacks: list[Callback], loggers: list[Logger], max_steps: int | None = None
 ) -> Trainer:
     """Return the Trainer of a run; with `max_steps`, one that stops there and saves nothing.
 
     Raises:
-        UserError: there is no such accelerator, strategy or number of devices.
+        UserError: there is no such accelerator, strategy or number of devices, or other processes were launched.
     """
     t = spec.trainer
     try:
@@ -262,6 +280,12 @@ def build_trainer(
         )
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    if (count := launched_processes().world_size) not in (1, trainer.world_size):
+        raise UserError(
+            f"{count} processes were started for this training, which is one of {trainer.world_size}, and each would "
+            f"train alone; add trainer=ddp, and trainer.devices={count} or, on several nodes, the number on each with "
+            "trainer.num_nodes."
+        )
     leave_signals(trainer)
     return trainer
 

@@ -32,13 +32,13 @@ from ddim.inference.compute import ComputeSpec, evaluate_zeros
 from ddim.random import check_seed
 from ddim.results.records import record_key
 from ddim.signals import StopSignals
-from ddim.training.checkpoints import BEST, Checkpoints, step_file
+from ddim.training.checkpoints import STATE, Checkpoints, step_file
 from ddim.training.ema import EMA
 from ddim.training.heldout import Batches, heldout_images, heldout_loss, load_heldout
 from ddim.training.module import COUNTS, step_ended
 
 log = logging.getLogger(__name__)
-STATE = "validation"  # in the entry COUNTS of a checkpoint
+STOPPED = "stopped"  # what processes tell each other after an error
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class Validation(Callback):
         self.labels = spec.labels(ema is not None)
         # Numbers of other settings cannot be compared.
         self.protocol = record_key(dataclasses.asdict(spec) | {"every": None, "reference_dir": None})
+        checkpoints.protocol = self.protocol
         self.step = 0  # of the last validation
         self.processes = SINGLE_PROCESS
         self.heldout: Batches = []  # the share of this process
@@ -154,16 +155,10 @@ class Validation(Callback):
         checkpoint.setdefault(COUNTS, {})[STATE] = state
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore it, if the settings are those of before."""
+        """Restore which step was measured, if the settings are those of before."""
         state = checkpoint.get(COUNTS, {}).get(STATE, {})
         if state.get("protocol") == self.protocol:
             self.step = int(state["step"])
-            best = [(float(metric), int(step)) for metric, step in state["best"]]
-            folder = self.checkpoints.folder
-            if self.checkpoints.keep_best and not (folder / BEST).exists():
-                # Of a run in another folder, whose files are not here: the best of this one is still to come.
-                best = [(metric, step) for metric, step in best if step_file(folder, step).exists()]
-            self.checkpoints.best = best
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check everything, report the cost, and make up for a validation that was interrupted.
@@ -245,8 +240,8 @@ class Validation(Callback):
                 values |= {
                     f"val/{name}{suffix}": value for name, value in self._measure(trainer, module, label).items()
                 }
-        except (Interrupted, UserError):
-            if not any(self.processes.gather(self.checkpoints.stop.received is not None)):
+        except Exception:  # of any kind, since an error of one process is another one in the others
+            if (STOPPED, True) not in self.processes.gather((STOPPED, self.checkpoints.stop.received is not None)):
                 raise
             trainer.should_stop = True
             return

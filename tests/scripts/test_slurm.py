@@ -29,7 +29,8 @@ def submit(tmp_path):
         calls.unlink(missing_ok=True)
         for name in ("srun", "scontrol"):
             stand_in = tmp_path / name
-            stand_in.write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\nexit {status if name == "srun" else 0}\n')
+            seen = f'echo {name} "$@" >> {calls}\necho "$WANDB_FINISH_TIMEOUT" > {tmp_path}/timeout\n'
+            stand_in.write_text(f"#!/bin/sh\n{seen}exit {status if name == 'srun' else 0}\n")
             stand_in.chmod(0o755)
         path = f"{tmp_path}:{os.environ['PATH']}"
         command = ["bash", ROOT / "scripts" / "slurm" / file, *arguments]
@@ -46,6 +47,12 @@ def test_training_uses_the_nodes_of_slurm_and_resumes(submit):
     assert (status, len(calls)) == (0, 1)
     assert calls[0].startswith(f"{SRUN} python scripts/train.py trainer=ddp trainer.num_nodes=2 trainer.devices=8 ")
     assert calls[0].endswith(" checkpoint=last experiment=celeba name=a b")
+
+
+@pytest.mark.parametrize(("environment", "seconds"), [({}, "120"), ({"WANDB_FINISH_TIMEOUT": "30"}, "30")])
+def test_an_upload_of_wandb_ends_before_the_time_limit(submit, tmp_path, environment, seconds):
+    submit("train.sbatch", "experiment=celeba", **environment)
+    assert (tmp_path / "timeout").read_text().strip() == seconds
 
 
 @pytest.mark.parametrize(

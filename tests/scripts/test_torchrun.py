@@ -1,5 +1,6 @@
 """Two processes started by torchrun do what one does, stop at the same step, and are resumed by one."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,8 +30,8 @@ TWO = ["trainer.strategy=ddp", "trainer.devices=2"]
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def start(folder, *options, count=2):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+def start(folder, *options, count=2, torchrun=True):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if torchrun else []
     command = [
         sys.executable,
         *launcher,
@@ -40,9 +41,11 @@ def start(folder, *options, count=2):
         *options,
         f"output_dir={folder}",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{folder.parent}"}
     with (folder.parent / f"{folder.name}.log").open("ab") as out:
-        return subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=folder.parent)
+        return subprocess.Popen(
+            command, env=environment, stdout=out, stderr=out, cwd=folder.parent, start_new_session=True
+        )
 
 
 @pytest.fixture
@@ -103,3 +106,44 @@ def test_two_processes_stop_at_the_same_step(train_one, tmp_path):
     train_one(folder, f"trainer.max_steps={step + 5}")
     train_one(uninterrupted, f"trainer.max_steps={step + 5}")
     assert difference(folder, uninterrupted) <= 1e-6
+
+
+def is_running(group):
+    """Return whether a process of a group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+FAIL_OF_ONE = """
+import os, time
+from ddim.errors import UserError
+from ddim.training.module import DiffusionModule
+
+def step(self, batch, batch_idx):
+    if self.trainer.global_rank == {rank}:
+        time.sleep(2)
+        raise UserError("image 7 is damaged.")
+    time.sleep(600)  # as in a collective that the other process never joins
+
+DiffusionModule.training_step = step
+"""
+
+
+@pytest.mark.parametrize(("rank", "torchrun"), [(1, True), (0, False)], ids=["torchrun", "by Lightning"])
+def test_one_process_that_fails_ends_all_with_its_reason(tmp_path, rank, torchrun):
+    (tmp_path / "fail_of_one.py").write_text(FAIL_OF_ONE.replace("{rank}", str(rank)))
+    process = start(tmp_path / "run", "trainer.max_steps=20", "plugins=[fail_of_one]", torchrun=torchrun)
+    try:
+        assert process.wait(120) != 0
+        log = (tmp_path / "run.log").read_text()
+        assert (f"process {rank} of 2 failed: image 7 is damaged." if rank else "error: image 7 is damaged.") in log
+        end = time.monotonic() + 20
+        while (running := is_running(process.pid)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not running
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

@@ -39,6 +39,8 @@ def test_report_describes_the_run_and_writes_nothing(report, tmp_path):
     assert lines["disk"].startswith(f"{28 * parameters / 2**20:,.0f} MiB a checkpoint, 7 at most")
     assert lines["disk"].endswith(f"; 25 snapshots: {25 * 8 * parameters / 2**30:,.2f} GiB")
     assert 0.1 < float(lines["memory"].split()[0]) < 20
+    validating = report(trainer={"max_steps": 1000, "keep_best": 2}, eval={"every": 2, "n": 0, "heldout": 8})
+    assert "5 at most" in validating["disk"]  # the two newest, the two best, one being written
     assert not (tmp_path / "run").exists()
 
 

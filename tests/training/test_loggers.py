@@ -145,6 +145,9 @@ def test_asked_for_checkpoints_are_artifacts(wandb_at, log_model, aliases):
     (done,) = offline_runs(wandb_at)
     expected = [["best"] * (step != 3) + ["latest", f"step-{step}"] for step in aliases]
     assert done.artifacts == [(f"model-{done.run.run_id}", "model", names) for names in expected]
+    contents = [entry for r in done.records if r.HasField("artifact") for entry in r.artifact.manifest.contents]
+    assert all(entry.skip_cache for entry in contents)
+    assert len(contents) == len(aliases)
 
 
 def test_a_record_names_the_wandb_run_but_its_key_does_not(run, wandb_at, spec):

@@ -69,3 +69,16 @@ def test_checkpoint_without_counts_starts_at_zero():
     callback = LossByTime(20, every=3)
     callback.on_load_checkpoint(SimpleNamespace(is_global_zero=True), None, {})
     assert not callback.sums.any()
+
+
+def test_losses_are_added_up_on_the_device_of_the_strategy():
+    """NCCL adds up nothing else; a run that is resumed when it is finished never moves them there."""
+    reduced = []
+    strategy = SimpleNamespace(
+        root_device="meta", reduce=lambda x, reduce_op: reduced.append((x.device.type, reduce_op))
+    )
+    callback = LossByTime(20, 1)
+    checkpoint = {"ddim_counts": {"losses": torch.ones(2, 4)}}
+    callback.on_load_checkpoint(SimpleNamespace(is_global_zero=True), None, checkpoint)
+    callback.on_save_checkpoint(SimpleNamespace(strategy=strategy), None, checkpoint)
+    assert reduced == [("meta", "sum")]

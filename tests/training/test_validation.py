@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import math
 import os
 import re
 import signal
@@ -259,6 +260,17 @@ def test_other_settings_of_the_metric_start_another_ranking(run, config, options
     options["eval"]["seed"] = 1
     values = config(**options, checkpoint="last")
     assert train(build(TrainSpec, values, ""), values).metric == 2.0  # of step 4, which is measured again
+    best = {path.name: read_checkpoint(path)["global_step"] for path in tmp_path.glob("run/checkpoints/best*")}
+    assert best == {"best.ckpt": 4, "best_before_step_00000004.ckpt": 2}
+
+
+def test_a_run_without_validation_keeps_the_best(run, options, measured, tmp_path):
+    measured({2: 1.0, 4: 2.0, 6: 3.0})
+    for steps, every in ((4, 2), (5, 0), (7, 2)):
+        changes = {"eval": options["eval"] | {"every": every}, "trainer": {"max_steps": steps, "keep_last": 1}}
+        folder = run(**options | changes, checkpoint="last").parent
+        assert {path.name for path in folder.iterdir()} >= {"step_00000002.ckpt", f"step_{steps:08d}.ckpt"}
+        assert read_checkpoint(folder / "best.ckpt")["global_step"] == 2
 
 
 def test_held_out_loss_alone_needs_no_extractor(config, options, tmp_path):
@@ -326,3 +338,10 @@ def test_checkpoints_rank_by_metric_then_step(tmp_path, keep_best, kept):
     assert [checkpoints.rank(*pair) for pair in ((3.0, 1), (2.0, 2), (2.0, 3), (1.0, 4))] == [True, True, False, True]
     assert checkpoints.best_steps == kept
     assert checkpoints.best[0] == (1.0, 4)
+
+
+def test_what_is_not_finite_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, 1, 0, None, 1)
+    values = [3.0, math.nan, math.inf, math.nan, 2.0, math.nan]
+    best = [checkpoints.rank(values[i % 6] - i // 6, 5000 * i) for i in range(60)]
+    assert best == [i == 0 or i % 6 == 4 for i in range(60)]
