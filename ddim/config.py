@@ -119,7 +119,9 @@ def _convert_union(value: Any, hint: Any, where: str) -> Any:
 
 def _convert_tuple(value: Any, hint: Any, where: str) -> tuple[Any, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise UserError(f"{where}={value!r} must be a list.")
+        count = len(get_args(hint)) if Ellipsis not in get_args(hint) else 1
+        example = f", such as [{','.join([str(value)] * count)}]" if isinstance(value, int | float) else ""
+        raise UserError(f"{where}={value!r} must be a list{example}.")
     members = get_args(hint)
     if len(members) == 2 and members[1] is Ellipsis:
         members = (members[0],) * len(value)

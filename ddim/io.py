@@ -235,6 +235,8 @@ def _check_is_file(path: Path) -> None:
     if not path.is_file():
         if not path.is_dir():
             check_regular_file(path, "checkpoint")
+        if (last := path / "checkpoints" / "last.ckpt").is_file():
+            raise UserError(f"{path} is the folder of a training, not a checkpoint; its newest one is {last}.")
         raise UserError(
             f"there is no checkpoint {path}; give the path of a file that exists, such as one that scripts/train.py "
             "or scripts/import_checkpoint.py wrote."

@@ -9,7 +9,8 @@ from _start import typed
 
 
 def command_line(script: str, *words: str) -> str:
-    """Return a line with a command of a script."""
+    """Return a line with a command of a script; it imports the plugins that this command was told to import."""
+    words += tuple(word for word in sys.argv[1:] if word.startswith("plugins=") and word not in words)
     return typed(f"next: {shlex.join(['python', f'scripts/{script}.py', *words])}")
 
 

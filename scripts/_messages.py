@@ -23,6 +23,8 @@ RENAMED_KEYS = {
 RENAMED_OPTIONS = {"experiment=digits_sweep": "experiment=table_digits"}
 RENAMED_OPTIONS |= {f"{group}={old}": f"{group}=auto" for group in ("compute", "trainer") for old in ("cpu", "gpu")}
 RENAMED_OPTIONS |= {f"{group}=default": f"{group}=exact" for group in ("compute", "trainer")}
+# Names that other code bases have for a key.
+OTHER_NAMES = dict.fromkeys(("steps", "step", "num_steps", "sampling_steps", "num_inference_steps", "ddim_steps"), "S")
 # Hydra's plugins, by the extra of pyproject.toml that installs them.
 EXTRAS = {
     "hydra/sweeper/optuna": "optuna",
@@ -74,7 +76,9 @@ def explain_hydra(error: Exception, config_name: str) -> str:
             return f"{group}={option} is not installed; install it with pip install -e '.[{extra}]'."
         if new := RENAMED_OPTIONS.get(f"{group}={option}"):
             return f"{group}={option} is called {new} now."
-        return f"unknown option {group}={option}{suggest(option, error.options)}; allowed: {', '.join(error.options)}."
+        foreign = {path.stem for path in (CONFIGS / group).glob("*.yaml")} - {*own_options(group, config_name)}
+        options = [option for option in error.options if option not in foreign]
+        return f"unknown option {group}={option}{suggest(option, options)}; allowed: {', '.join(options)}."
     if isinstance(error, OverrideParseException):
         reason = message.partition(" See https")[0]
         return (
@@ -118,16 +122,27 @@ def _in_one_line(error: Exception) -> str:
     return re.sub(r" (full_key: )?object_type=\w+$", "", " ".join(str(error).split()))  # OmegaConf's last line
 
 
+def _config_folders(words: list[str]) -> list[str]:
+    """Return the folder of --config-dir in the words of a command, if there is one."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, _, folder = word.partition("=")
+        if option in ("--config-dir", "-cd"):
+            return [folder or following]
+    return []
+
+
 def _unknown_key(key: str, config_name: str) -> str:
     from ddim.config import suggest
 
     # The group options of the command line decide which keys there are.
     given = [argument.split(",")[0] for argument in sys.argv[1:] if (CONFIGS / argument.split("=")[0]).is_dir()]
+    given += [f"hydra.searchpath=[file://{Path(folder).resolve()}]" for folder in _config_folders(sys.argv[1:])]
+    hydra = key.startswith("hydra.")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            config: Any = OmegaConf.to_container(compose(config_name, given))
+            config: Any = OmegaConf.to_container(compose(config_name, given, return_hydra_config=hydra))
         except (HydraException, OmegaConfBaseException):  # the key is one of an experiment
-            config = OmegaConf.to_container(compose(config_name))
+            config = OmegaConf.to_container(compose(config_name, return_hydra_config=hydra))
     if new := RENAMED_KEYS.get(config_name, {}).get(key):
         return f"{key} is called {new} now; write {new}=...{' with a folder' * (key == 'out')}"
     node, path = config, ""
@@ -137,6 +152,8 @@ def _unknown_key(key: str, config_name: str) -> str:
         node, path = node[part], f"{path}{part}."
     allowed = [f"{path}{name}" for name in node]
     inner = {name: f"{group}.{name}" for group, keys in config.items() if isinstance(keys, dict) for name in keys}
-    elsewhere = difflib.get_close_matches(key.rpartition(".")[2], inner, n=1)
-    near = suggest(key, allowed) or (f" (did you mean {inner[elsewhere[0]]}?)" if elsewhere else "")
+    last = key.rpartition(".")[2]
+    elsewhere = [OTHER_NAMES[last]] if OTHER_NAMES.get(last) in inner else difflib.get_close_matches(last, inner, n=1)
+    near = "" if last in OTHER_NAMES else suggest(key, allowed)
+    near = near or (f" (did you mean {inner[elsewhere[0]]}?)" if elsewhere else "")
     return f"unknown key {key}{near}; allowed: {', '.join(allowed)}."

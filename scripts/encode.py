@@ -7,6 +7,7 @@ python scripts/encode.py --help
 The file is for x_T=FILE of scripts/sample.py, which decodes it, and of scripts/figures.py, which interpolates.
 """
 
+from pathlib import Path
 from typing import Any
 
 from _cli import entry, pick_device
@@ -25,7 +26,8 @@ def main(config: dict[str, Any]) -> None:
     write_encoded(spec, processes)
     if processes.is_main:
         print(spec.path)
-        print(command_line("sample", *of_checkpoint(spec), f"x_T={spec.path}", *decode_with(spec)))
+        folder = f"output_dir=outputs/samples/{Path(spec.path).stem}"
+        print(command_line("sample", *of_checkpoint(spec), f"x_T={spec.path}", *decode_with(spec), folder))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python scripts/train.py --help
 
 import math
 import os
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,7 @@ def last_words(spec: "TrainSpec") -> list[str]:
     return [
         *(f"samples: {path}" for path in grids[-1:]),
         *(f"metrics: {path}" for path in metrics[-1:]),
-        command_line("sample", checkpoint, *labelled),
+        command_line("sample", checkpoint, *labelled, f"output_dir=outputs/samples/{spec.name}"),
         command_line("evaluate", *evaluation, checkpoint, *labelled, *(["dry_run=true"] if data != "digits" else [])),
     ]
 
@@ -111,6 +112,27 @@ def group_runs(config: dict[str, Any]) -> None:
     logger = config.get("logger")
     if isinstance(logger, dict) and logger.get("group") is None:
         logger["group"] = HydraConfig.get().runtime.choices.get("experiment") or config["data"]["name"]
+
+
+def check_folders(configs: list[dict[str, Any]], here: bool) -> bool:
+    """Refuse a sweep in which runs have the same folder: the first would train to its end before the next is refused.
+
+    Returns:
+        False, since each run is left to do.
+
+    Raises:
+        UserError: they have.
+    """
+    from ddim.errors import UserError
+
+    folders = Counter(str(config["output_dir"]) for config in configs)
+    folder, count = folders.most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"{count} runs of this sweep have the same folder {folder}; name them by what differs, such as "
+            "'name=lr${optim.lr}'."
+        )
+    return False
 
 
 def check_processes(trainer: "TrainerSpec") -> None:
@@ -134,4 +156,4 @@ def check_processes(trainer: "TrainerSpec") -> None:
 
 if __name__ == "__main__":
     os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    entry(main, "train", finish=compare_runs)
+    entry(main, "train", finish=compare_runs, plan=check_folders)

@@ -61,8 +61,7 @@ def folder_images(
         UserError: the folder is missing, has no images, holds files that are not images or sub-folders that may be
             splits or classes, or is linked into itself; or the images are not all in folders of classes.
     """
-    if not root.is_dir():
-        raise UserError(f"the folder {root} does not exist; set data.root to a folder of images.")
+    _check_is_folder(root, f"the folder {root} does not exist; set data.root to a folder of images.")
     folder = _split_folder(root, split)
     files = list_images(folder)
     steps = ["shorter side bilinear, centre crop"] * resize + ["converted"] * convert
@@ -86,8 +85,7 @@ def class_folders(root: Path) -> tuple[str, ...]:
     Raises:
         UserError: there are fewer than two, or they cannot be read.
     """
-    if not root.is_dir():
-        raise UserError(f"the folder {root} does not exist; set data.root to a folder of images.")
+    _check_is_folder(root, f"the folder {root} does not exist; set data.root to a folder of images.")
     folder = _split_folder(root, "train")
     names = sorted(path.name for path, is_folder in _entries(folder) if is_folder)
     if len(names) < 2:
@@ -121,6 +119,13 @@ def _labels(folder: Path, files: Sequence[Path], classes: tuple[str, ...]) -> Te
     return torch.tensor([numbers[name] for name in names])
 
 
+def _check_is_folder(root: Path, missing: str) -> None:
+    if root.is_file():
+        raise UserError(f"{root} is a file; give the folder that holds it, whose images are all taken.")
+    if not root.is_dir():
+        raise UserError(missing)
+
+
 def checkpoint_images(root: Path, shape: tuple[int, int, int], resize: bool, convert: bool) -> FileImages:
     """List all images under a folder, as a checkpoint takes them; there are no splits.
 
@@ -132,8 +137,7 @@ def checkpoint_images(root: Path, shape: tuple[int, int, int], resize: bool, con
     Raises:
         UserError: the folder is missing, has no images, or holds files that are not images.
     """
-    if not root.is_dir():
-        raise UserError(f"the folder source={root} does not exist; give a folder of images.")
+    _check_is_folder(root, f"the folder source={root} does not exist; give a folder of images.")
     channels, height, width = shape
     read = partial(_read, size=(height, width), channels=channels, resize=resize, convert=convert, for_checkpoint=True)
     return FileImages(root.resolve().name, list_images(root), read, shape, f"resize {resize}, convert {convert}")
@@ -145,8 +149,7 @@ def first_image_shape(root: Path, split: str) -> tuple[int, int, int]:
     Raises:
         UserError: as `folder_images`, or the file is no image of 8 bits per channel.
     """
-    if not root.is_dir():
-        raise UserError(f"the folder {root} does not exist; give a folder of images.")
+    _check_is_folder(root, f"the folder {root} does not exist; give a folder of images.")
     path = list_images(_split_folder(root, split))[0]
     with explain_damage(f"the image file {printable(path)}", path), Image.open(path) as image:
         channels = _CHANNELS.get(image.mode)

@@ -35,7 +35,7 @@ def check_arguments(owner: str, arguments: Mapping[str, Any], takes: Mapping[str
     """
     if unknown := [name for name in arguments if name not in takes]:
         raise ValueError(
-            f"{owner} does not take {', '.join(unknown)}, which must be null or left out; it takes "
+            f"{owner} does not take {', '.join(unknown)}, which must be null (in Python None); it takes "
             f"{', '.join(takes) or 'no arguments'}."
         )
     for name, value in arguments.items():

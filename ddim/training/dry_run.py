@@ -16,7 +16,7 @@ from ddim.training.ema import EMA
 from ddim.training.module import step_ended
 from ddim.training.posthoc_ema import PostHocEMA
 from ddim.training.resume import explain_memory_errors
-from ddim.training.run import build_callbacks, build_trainer, choose_trainer, prepare
+from ddim.training.run import build_callbacks, build_trainer, prepare
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import Validation
 
@@ -28,8 +28,7 @@ def dry_run(spec: TrainSpec, steps: int = 10) -> list[str]:
         UserError: bad input, as from `train`.
     """
     model = spec.model_spec()
-    spec, _ = choose_trainer(spec, model)
-    checkpoint, data, module = prepare(spec, model)
+    spec, _, checkpoint, data, module = prepare(spec, model)
     done = read_checkpoint(checkpoint)["global_step"] if checkpoint else 0
     stopwatch = Stopwatch(first=2)
     callbacks = build_callbacks(spec, model, StopSignals())

@@ -4,14 +4,20 @@ tests/training/test_lightning_workarounds.py notices when a new version needs an
 """
 
 import atexit
+import logging
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+
+from ddim.errors import Interrupted
+
+log = logging.getLogger(__name__)
 
 
 def disable_sigterm_broadcast(trainer: Trainer) -> None:
@@ -32,15 +38,24 @@ def _do_nothing() -> None:
     pass
 
 
-def end_without_others(trainer: Trainer) -> None:
-    """Let this process end after an error that the others need not have, and those that Lightning started for it.
+@contextmanager
+def end_alone(trainer: Trainer) -> Iterator[None]:
+    """Of several processes, let one that fails in the block say why and end; the script of the main one reports itself.
 
-    Lightning destroys NCCL's group at exit, which waits for the others, while they wait in a collective for this one;
+    The others may wait for it in a collective. Lightning destroys NCCL's group at exit, which waits for them in turn;
     and it leaves the processes that it started running, unless the error is Ctrl-C.
     """
-    atexit.unregister(_destroy_dist_connection)
-    if (launcher := trainer.strategy.launcher) is not None:
-        launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))  # a handler in Python would wait for the collective
+    try:
+        yield
+    except Exception as error:
+        if trainer.world_size > 1 and not isinstance(error, Interrupted):
+            if trainer.global_rank:
+                log.error("process %d of %d failed: %s", trainer.global_rank, trainer.world_size, error)
+            atexit.unregister(_destroy_dist_connection)
+            if (launcher := trainer.strategy.launcher) is not None:
+                # Handlers of weaker signals are in Python, and would wait for the collective.
+                launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+        raise
 
 
 def count_complete_steps(checkpoint: dict[str, Any], accumulate: int) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -32,7 +32,7 @@ from ddim.signals import StopSignals
 from ddim.training.callbacks import DivergenceGuard, LossByTime, SampleGrid
 from ddim.training.checkpoints import LAST, STATE, AtomicCheckpointIO, Checkpoints, explain_disk_errors
 from ddim.training.ema import EMA
-from ddim.training.lightning_workarounds import end_without_others, leave_signals
+from ddim.training.lightning_workarounds import end_alone, leave_signals
 from ddim.training.loggers import build_loggers, finish_wandb
 from ddim.training.module import COUNTS, DiffusionModule
 from ddim.training.posthoc_ema import PostHocEMA
@@ -86,8 +86,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
 
 
 def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trained:
-    spec, reason = choose_trainer(spec, model)
-    checkpoint, data, module = prepare(spec, model)
+    spec, reason, checkpoint, data, module = prepare(spec, model)
     parameters = sum(p.numel() for p in module.network.parameters())
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",
@@ -162,23 +161,37 @@ def _device(trainer: TrainerSpec) -> torch.device:
     return here if accelerator is None or trainer.accelerator == here.type else accelerator
 
 
-def prepare(spec: TrainSpec, model: ModelSpec) -> tuple[Path | None, ImageDataModule, DiffusionModule]:
-    """Return what a run starts from: the checkpoint to resume from, if any, which fits the data and the module.
+class Prepared(NamedTuple):
+    """What a run starts from: its settings, why they were chosen, and the checkpoint to resume from, if any."""
+
+    spec: TrainSpec
+    reason: str | None
+    checkpoint: Path | None
+    data: ImageDataModule
+    module: DiffusionModule
+
+
+def prepare(spec: TrainSpec, model: ModelSpec) -> Prepared:
+    """Return what a run starts from, with a checkpoint that fits the data and the module.
 
     Raises:
         UserError: bad input.
     """
-    resumed = find_checkpoint(spec, model)
-    data, module = build_data(spec), build_module(spec, model)
+    resumed, data = find_checkpoint(spec, model), build_data(spec)  # before the seconds that choosing may take
+    spec, reason = choose_trainer(spec, model)
+    module = build_module(spec, model)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]  # the one that writes; reading all images may take long
         module.recipe[FINGERPRINT] = fingerprint(data.images)
     if resumed is None:
-        return None, data, module
+        if spec.checkpoint == "last":
+            log.info("checkpoint=last: there is none in %s, so the run starts at step 0", spec.checkpoint_dir)
+        return Prepared(spec, reason, None, data, module)
     path, checkpoint = resumed
     if FINGERPRINT in module.recipe:
         check_images(path, checkpoint, module.recipe[FINGERPRINT])
     check_state(path, checkpoint, module, spec.ema is not None)
-    return path, data, module
+    log.info("goes on at step %d, from %s", checkpoint["global_step"], path)
+    return Prepared(spec, reason, path, data, module)
 
 
 def build_data(spec: TrainSpec) -> ImageDataModule:
@@ -229,22 +242,6 @@ def build_callbacks(spec: TrainSpec, model: ModelSpec, stop: StopSignals) -> lis
         DivergenceGuard(t.log_every, t.max_skipped),
         checkpoints,
     ]
-
-
-@contextmanager
-def end_alone(trainer: Trainer) -> Iterator[None]:
-    """Of several processes, let one that fails say why and end; the others may wait for it in a collective.
-
-    The script of the main process reports its own error.
-    """
-    try:
-        yield
-    except Exception as error:
-        if trainer.world_size > 1 and not isinstance(error, Interrupted):
-            if trainer.global_rank:
-                log.error("process %d of %d failed: %s", trainer.global_rank, trainer.world_size, error)
-            end_without_others(trainer)
-        raise
 
 
 def build_trainer(

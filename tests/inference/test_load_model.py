@@ -110,3 +110,12 @@ def test_a_missing_file_is_one_sentence() -> None:
     assert "load_model" in ddim.__all__
     with pytest.raises(UserError, match=r"there is no checkpoint nowhere\.ckpt"):
         load_model("nowhere.ckpt")
+
+
+def test_a_folder_of_a_training_is_refused_with_its_newest_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.hardlink_to(checkpoint)
+    with pytest.raises(UserError, match=re.escape(f"not a checkpoint; its newest one is {last}.")):
+        load_model(tmp_path)
+    assert load_model(last).step == load_model(checkpoint).step

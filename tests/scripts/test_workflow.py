@@ -5,6 +5,7 @@ import importlib
 import json
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +37,7 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
         "checkpoint: training/checkpoints/last.ckpt",
         "samples: training/samples/step_00000004.png",
         "metrics: training/csv/version_0/metrics.csv",
-        "next: python scripts/sample.py checkpoint=training/checkpoints/last.ckpt",
+        "next: python scripts/sample.py checkpoint=training/checkpoints/last.ckpt output_dir=outputs/samples/digits",
         "next: python scripts/evaluate.py -m experiment=table_digits checkpoint=training/checkpoints/last.ckpt",
     ]
     assert "step 4 of 4" in outcome.out
@@ -50,7 +51,9 @@ def test_training_writes_a_checkpoint_that_describes_itself(training: tuple[Any,
 def test_commands_after_a_conditional_training_ask_for_labels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "scripts")
     train = importlib.import_module("train")
-    spec: Any = SimpleNamespace(folder=tmp_path, checkpoint_dir=Path("c"), data=SimpleNamespace(labels="classes"))
+    data = SimpleNamespace(labels="classes")
+    spec: Any = SimpleNamespace(name="mine", folder=tmp_path, checkpoint_dir=Path("c"), data=data)
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "plugins=[my_network]"])
     for data, evaluation in (
         ("digits", "-m experiment=table_digits_guidance checkpoint=c/last.ckpt label=all"),
         ("folder", "data=folder data.root=x checkpoint=c/last.ckpt label=all dry_run=true"),
@@ -59,8 +62,9 @@ def test_commands_after_a_conditional_training_ask_for_labels(monkeypatch: pytes
         hydra = SimpleNamespace(runtime=runtime, overrides=overrides)
         monkeypatch.setattr(train.HydraConfig, "get", lambda hydra=hydra: hydra)
         assert train.last_words(spec) == [
-            "next: python scripts/sample.py checkpoint=c/last.ckpt label=all",
-            f"next: python scripts/evaluate.py {evaluation}",
+            "next: python scripts/sample.py checkpoint=c/last.ckpt label=all output_dir=outputs/samples/mine "
+            "'plugins=[my_network]'",
+            f"next: python scripts/evaluate.py {evaluation} 'plugins=[my_network]'",
         ]
 
 

@@ -8,7 +8,8 @@ import pytest
 from ddim.config import build
 from ddim.errors import Interrupted, UserError
 from ddim.training import lightning_workarounds
-from ddim.training.run import build_trainer, end_alone
+from ddim.training.lightning_workarounds import end_alone
+from ddim.training.run import build_trainer
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import STOPPED, Validation
 
