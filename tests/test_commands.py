@@ -58,7 +58,12 @@ SPECS: dict[str, type] = {
     "export_checkpoint": ExportSpec,
 }
 # Scripts that a document other than the README shows.
-ELSEWHERE = {"estimate_variance": "samplers", "solver_error": "solvers", "compare": "sweeps", "search_tau": "tau_search"}
+ELSEWHERE = {
+    "estimate_variance": "samplers",
+    "solver_error": "solvers",
+    "compare": "sweeps",
+    "search_tau": "tau_search",
+}
 ELSEWHERE |= {"ema": "training", "encode": "inversion", "likelihood": "likelihood"}
 FLAGS = {"-m", "--multirun", "--help"}
 OWN_CONFIGS = "--config-dir=my_configs"  # of plugins

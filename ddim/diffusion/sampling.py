@@ -89,13 +89,15 @@ def rows(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> list[Row]
     """
     result: list[Row] = []
     levels: list[float] = []
-    for k, (t, s) in enumerate(pairwise(times), start=1):
-        a_t, a_s, left = schedule[t], schedule[s], len(times) - k
+    left = count = sum(schedule[t] != schedule[s] for t, s in pairwise(times))  # a repeated time is no step
+    for t, s in pairwise(times):
+        a_t, a_s = schedule[t], schedule[s]
         if a_t == 0 and not rule.zero_snr:
             raise ValueError(f"{rule} has no step from alpha_bar=0 (zero terminal SNR); take ddim, or times below T.")
         levels = [a_t, *(a for a in levels if a != a_t)][: rule.memory]
-        used = levels[:left] if len(times) - 1 < rule.lower_order_below else levels
+        used = levels[: max(1, left)] if count < rule.lower_order_below else levels
         corrects = left > 1 and a_s != a_t
+        left -= a_s != a_t
         result.append(Row(t, s, rule.coefficients(used, a_s), rule.correction((a_s, *used)) if corrects else None))
     return result
 

@@ -24,7 +24,7 @@ class Multistep(Rule):
     """A rule that remembers.
 
     Attributes:
-        order: how many predictions a step uses, as the papers number their rules; 1 is DDIM.
+        order: how many predictions a step uses, as the papers number their rules; 1 is DDIM (with noise, DDPM).
 
     Raises:
         ValueError: an order that the rule does not have.
@@ -159,7 +159,7 @@ class DPMSolverPP(Multistep):
     `UniPC(order=3, corrector=False)` takes all of it.
 
     Attributes:
-        lower_order_below: see `Rule`; 15 is that of the authors' code and of diffusers.
+        lower_order_below: see `Rule`; 15 is that of diffusers and of the authors' code, which has 10 since.
     """
 
     lower_order_below: float = 15

@@ -3,7 +3,7 @@
 A rule takes (T, S) and returns the times in increasing order. The paper's rules and `cosine` return exactly S times,
 strictly increasing, ending at T. The two rules of the official implementation keep their quirks, because published
 numbers were made with them: `uniform` returns more than S times when S does not divide T; `quad` stops at 0.8 T and
-repeats small times, and a repeated time is a step that costs a network evaluation and changes nothing. `leading`,
+repeats small times, and a repeated time costs a network evaluation and changes next to nothing. `leading`,
 `trailing` and `linspace` are diffusers' `timestep_spacing`, whose index i is the time i + 1; they return S times.
 """
 

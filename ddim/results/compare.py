@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LOSS = "train_loss"  # the metric of trainings without an evaluation
 VALIDATION_LOSS = "val_loss"  # a metric that is compared only where it is asked for, or is the only one
 IGNORED = ("name", "output_dir", "checkpoint", "dry_run", "logger")  # keys and groups that decide no weights
-ROW_KEYS = ("weights", "sampler", "S")  # what tells the rows of one training from each other
+ROW_KEYS = ("weights", "sampler", "S", "spacing", "eval.seed")  # what tells the rows of one training from each other
 NOT_A_NUMBER: tuple[type, ...] = (bool, type(None), str, list)
 Points = dict[int, float]  # step -> value
 
@@ -67,7 +67,7 @@ class Run:
 
     folder: Path
     settings: dict[str, Any]
-    metrics: dict[str, dict[tuple[str, str, int], Points]]
+    metrics: dict[str, dict[tuple[Any, ...], Points]]
     losses: Points
     hours: float
     checkpoint: Path | None
@@ -101,7 +101,8 @@ class Row:
     def label(self) -> str:
         """The name, with weights and sampler where the training has several rows."""
         own = {key: self.settings.get(key) for key in ROW_KEYS}
-        return ", ".join([self.name, *(f"S={v}" if key == "S" else v for key, v in own.items() if v is not None)])
+        words = (f"{key}={v}" if isinstance(v, int) else str(v) for key, v in own.items() if v is not None)
+        return ", ".join([self.name, *words])
 
     @property
     def loss(self) -> float | None:
@@ -148,10 +149,10 @@ def read_run(folder: Path) -> Run | None:
     """
     if (settings := _settings(folder)) is None:
         return None
-    metrics: dict[str, dict[tuple[str, str, int], Points]] = {}
+    metrics: dict[str, dict[tuple[Any, ...], Points]] = {}
     for record in evaluation_records(folder / RECORDS).read():
         model, step = record["model"], record["model"]["step"]
-        row = weights_label(model), record["label"], record["S"]
+        row = weights_label(model), record["label"], record["S"], record["spacing"], record["seed"]
         for metric, value in record["metrics"].items() if step is not None else ():
             metrics.setdefault(metric, {}).setdefault(row, {})[step] = value
     losses, seconds = _read_log(folder, settings)
@@ -178,11 +179,12 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
     names = _names([run.folder for run in runs])
     rows = []
     for name, run in zip(names, runs, strict=True):
-        parts = {("", "", 0): run.losses} if metric == LOSS else run.metrics.get(metric, {})
+        nothing: tuple[Any, ...] = ("",) * len(ROW_KEYS)
+        parts = {nothing: run.losses} if metric == LOSS else run.metrics.get(metric, {})
         # Weights and samplers tell rows of one training from each other; else the settings say what they are.
         several = len(parts) > 1
-        for (weights, sampler, S), points in (parts or {("", "", 0): Points()}).items():
-            added = dict(zip(ROW_KEYS, (weights, sampler, S), strict=True)) if several else {}
+        for row, points in (parts or {nothing: Points()}).items():
+            added = dict(zip(ROW_KEYS, row, strict=True)) if several else {}
             rows.append(Row(name, run, run.settings | added, points, _best(points, metric)))
     keys = differing_keys([row.settings for row in rows])
     rows = [replace(row, settings={key: row.settings.get(key) for key in keys}) for row in rows]
@@ -250,11 +252,12 @@ def _read_log(folder: Path, settings: Mapping[str, Any]) -> tuple[Points, float]
 
 
 def _best(points: Points, metric: str) -> tuple[int, float] | None:
+    if metric == LOSS and points:  # the last one, also where it is none: such a training has diverged
+        last = max(points)
+        return (last, points[last]) if math.isfinite(points[last]) else None
     numbers = {step: value for step, value in points.items() if math.isfinite(value)}
     if not numbers:
         return None
-    if metric == LOSS:
-        return max(numbers.items())
     return (min if is_distance(metric) else max)(numbers.items(), key=lambda item: item[1])
 
 

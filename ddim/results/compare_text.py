@@ -25,7 +25,7 @@ def markdown(comparison: Comparison) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return the table with all digits, and the value of each step."""
+    """Return the table with six significant digits, and the value of each step."""
     columns = _columns(comparison, comparison.steps)
     return csv_text(
         [[name for name, _ in columns], *([_plain(of(row)) for _, of in columns] for row in comparison.rows)]

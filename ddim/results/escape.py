@@ -6,6 +6,10 @@ HTML is escaped by its template, and JSON by the standard library.
 import re
 
 LATEX = {
+    "σ̄²": r"$\bar\sigma^2$",
+    "σ̄": r"$\bar\sigma$",
+    "²": r"$^2$",
+    "ρ": r"$\rho$",
     "σ̂": r"$\hat\sigma$",
     "x̂0": r"$\hat{x}_0$",
     "η": r"$\eta$",

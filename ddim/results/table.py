@@ -17,7 +17,10 @@ from ddim.results.schema import IMAGES
 
 DIGITS = 6  # significant digits of numbers in files: the last bits of a float64 are not reproducible everywhere
 KINDS = {"ours": "", "paper": "paper", "difference": "difference", "paired": "to the best"}  # names of lines
-INTERVALS = "of 95 %, over sets of n images with this reference set; to the best: paired, from the same x_T"
+INTERVALS = "of 95 %, over sets of n images"
+OF_SAMPLES = (
+    " with this reference set; to the best: paired, from the same x_T"  # where images are generated and measured
+)
 Verdict = Literal["", "better", "worse", "same", "best"]
 
 
@@ -182,7 +185,8 @@ class Table:
     def describe_protocol(self, *, full: bool) -> list[tuple[str, str]]:
         """Return the complete protocol as (name, text), hashes and lists shortened unless `full`."""
         items = protocol.describe(self.metric, self.protocol, self.records(), full=full)
-        return [*items, ("intervals", INTERVALS)] if self.with_intervals else items
+        intervals = INTERVALS + OF_SAMPLES * (self.protocol["kind"] in ("fidelity", IMAGES))
+        return [*items, ("intervals", intervals)] if self.with_intervals else items
 
     def groups(self) -> list[list[Line]]:
         """Return the lines of each row: ours, and where the paper has such a row also the paper's and the difference.

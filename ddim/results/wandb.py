@@ -15,6 +15,7 @@ from ddim.io import atomic_write, check_regular_file
 from ddim.results.protocol import completed, is_distance
 from ddim.results.records import RECORDS, Record
 from ddim.results.report import build_tables
+from ddim.results.row_labels import distinct_labels
 from ddim.results.schema import evaluation_records
 from ddim.results.table import Table
 from ddim.results.wandb_artifacts import artifact_of
@@ -175,13 +176,32 @@ class SweepLogger:
         import wandb
 
         metrics = sorted({metric for record in records for metric in record["metrics"]})
-        columns: list[str | int] = ["sampler", "S", "NFE", "n", "seed", "checkpoint", "weights", "step", *metrics]
-        table = wandb.Table([*columns, "seconds_sampling", "seconds_metrics", "grid"])
-        for record in map(completed, records):
+        columns: list[str | int] = [
+            "sampler",
+            "S",
+            "NFE",
+            "spacing",
+            "n",
+            "first",
+            "seed",
+            "checkpoint",
+            "weights",
+            "step",
+        ]
+        table = wandb.Table([*columns, *metrics, "seconds_sampling", "seconds_metrics", "grid"])
+        for record in distinct_labels([completed(record) for record in records]):
             model = record["model"] or {"weights": None, "step": None}  # of images that exist already
             grid = self.folder / record["grid"] if "grid" in record else None
             table.add_data(
-                *(record["label"], record["S"], record["nfe"], record["n"], record["seed"]),
+                *(
+                    record["label"],
+                    record["S"],
+                    record["nfe"],
+                    record["spacing"],
+                    record["n"],
+                    record.get("first"),
+                    record["seed"],
+                ),
                 *(record.get("config", {}).get("checkpoint"), model["weights"], model["step"]),
                 *(record["metrics"].get(metric) for metric in metrics),
                 *(record.get(key) for key in ("seconds_sampling", "seconds_metrics")),
@@ -269,10 +289,10 @@ def _best_values(tables: Sequence[Table]) -> dict[str, Any]:
     """Return the best value of each metric, and where it is."""
     values: dict[str, Any] = {}
     for metric in sorted({table.metric for table in tables}):
+        of_metric = [table for table in tables if table.metric == metric]
         entries = [
-            (value, f"{row} {table.column}={column}")
-            for table in tables
-            if table.metric == metric
+            (value, f"{row} {table.column}={column}{f'; {table.title()}' if len(of_metric) > 1 else ''}")
+            for table in of_metric
             for row, column, value in _entries(table)
         ]
         values[metric], values[f"{metric}_at"] = (min if is_distance(metric) else max)(entries)

@@ -40,12 +40,10 @@ def write_run(folder: Path, values: dict[int, float] | None = None, weights: str
     return folder
 
 
-def add_records(folder: Path, values: dict[int, float], weights: str) -> None:
+def add_records(folder: Path, values: dict[int, float], weights: str, **changes: Any) -> None:
     for step, value in values.items():
-        metrics = {FD: value, "val_loss": 1 / value}
-        evaluation_records(folder / "records.jsonl").append(
-            record("η=0.0", 20, value, metrics=metrics, model__step=step, model__weights=weights)
-        )
+        changes |= {"metrics": {FD: value, "val_loss": 1 / value}, "model__step": step, "model__weights": weights}
+        evaluation_records(folder / "records.jsonl").append(record("η=0.0", 20, value, **changes))
 
 
 def runs(*folders: Path) -> list[Run]:
@@ -149,6 +147,32 @@ def test_each_set_of_weights_has_a_row(tmp_path: Path) -> None:
     comparison = compare(runs(folder))
     assert [(row.label, row.best) for row in comparison.rows] == [("run, online", (10, 2.0)), ("run, ema", (10, 3.0))]
     assert comparison.keys == ["weights"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "named"),
+    [({"spacing": "uniform"}, "spacing", "uniform"), ({"seed": 7}, "eval.seed", "eval.seed=7")],
+)
+def test_numbers_of_other_settings_have_a_row_of_their_own(
+    tmp_path: Path, changes: dict[str, Any], key: str, named: str
+) -> None:
+    """As of a run that was resumed with other settings of its evaluation."""
+    folder = write_run(tmp_path / "run", {10: 9.0, 20: 8.0})
+    add_records(folder, {20: 21.0, 30: 20.0}, "ema", **changes)
+    comparison = compare(runs(folder))
+    assert [(row.best, row.points) for row in comparison.rows] == [
+        ((20, 8.0), {10: 9.0, 20: 8.0}),
+        ((30, 20.0), {20: 21.0, 30: 20.0}),
+    ]
+    assert comparison.keys == [key]
+    assert comparison.rows[1].label == f"run, {named}"
+
+
+def test_a_training_that_diverged_is_last(tmp_path: Path) -> None:
+    one, two = (write_run(tmp_path / name) for name in ("diverged", "fine"))
+    (one / "csv/version_0/metrics.csv").write_text(f"{COLUMNS}0,9,2.0,0.01,\n0,19,1.0,nan,\n")
+    comparison = compare(runs(one, two))
+    assert [(row.name, row.best) for row in comparison.rows] == [("fine", (20, 0.25)), ("diverged", None)]
 
 
 def test_runs_of_one_name_are_named_by_path(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ def test_seeds_of_a_likelihood_are_of_the_same_images(tmp_path: Path) -> None:
     for made in records:
         save_influences(tmp_path, made["key"], {FID: NOISE[int(made["label"] == "Heun")]})
     [table] = build_tables(records)
+    table.with_intervals = True
+    assert dict(table.describe_protocol(full=True))["intervals"] == "of 95 %, over sets of n images"
     low, high = table.interval("Euler", 10) or (0, 0)
     assert high - low == pytest.approx(np.diff(records[0]["intervals"][FID]).item())
     show_intervals([table], tmp_path)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from made_records import FID, RECORDS, compared, record
 
+from ddim.diffusion.labels import LABELS, row_label
+from ddim.diffusion.spec import SamplerSpec
 from ddim.results import text
 from ddim.results.escape import LATEX, escape_csv, escape_markdown
 from ddim.results.html import render_page
@@ -192,6 +194,15 @@ def test_a_table_body_is_the_tabular_with_the_best_bold() -> None:
     assert re.sub(r"\\textbf\{(.*?)\}", r"\1", body) in shown
     [alone] = build_tables([record("η=0.0", 10, 13.0)])
     assert "textbf" not in text.latex_body(alone)
+
+
+def test_latex_has_every_name_of_a_sampler() -> None:
+    built = ["analytic", "learned_variance", "multinomial"]  # from a file, or by a network of its own
+    specs = [SamplerSpec(rule, S=9, eta=0.0 if rule == "ddim" else None) for rule in LABELS if rule not in built]
+    specs.append(SamplerSpec("deis", S=9, eta=None, kwargs={"variable": "log_rho"}))
+    for label in map(row_label, specs):
+        assert "[U+" not in text.escape_latex(label), label
+    assert text.escape_latex("Euler in σ̄² (log ρ)") == r"Euler in $\bar\sigma^2$ (log $\rho$)"
 
 
 def test_latex_escapes_every_character() -> None:

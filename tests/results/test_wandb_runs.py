@@ -1,6 +1,7 @@
 """A sweep on W&B: one run with charts and tables, and by option one for each evaluation. No test needs a network."""
 
 import dataclasses
+import re
 from base64 import b64encode
 from collections.abc import Iterator
 from hashlib import md5
@@ -83,6 +84,27 @@ def test_a_sweep_is_one_run_with_a_chart_and_tables(tmp_path: Path) -> None:
     grids = [(folder / made["grid"]).read_bytes() for made in records if "grid" in made]
     assert run.table_images("evaluations") == {b64encode(md5(grid).digest()).decode() for grid in grids}
     assert {"report", f"plot_{FID}"} <= set().union(*run.rows)
+
+
+def test_evaluations_that_differ_in_times_or_images_are_told_apart(
+    tmp_path: Path, started: list[dict[str, Any]]
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    changes: list[dict[str, Any]] = [{}, {"spacing": "uniform"}, {"first": 50_000}]
+    for value, change in zip((5.0, 4.0, 6.0), changes, strict=True):
+        RecordFile(folder / "records.jsonl").append(record("σ̂", 10, value, **change))
+    SweepLogger(OFFLINE, "tiny", folder).log_report([])
+    columns, rows = (getattr(started[0]["logged"]["evaluations"], name) for name in ("columns", "data"))
+    seen = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [(row["spacing"], row["first"], row[FID]) for row in seen] == [
+        ("quad", 0, 5.0),
+        ("uniform", 0, 4.0),
+        ("quad", 50_000, 6.0),
+    ]
+    (run,) = offline_runs(folder)
+    assert run.summary[FID] == 4.0
+    assert re.fullmatch(r"σ̂ S=10; .*tau uniform.*", run.summary[f"{FID}_at"])
 
 
 @pytest.mark.usefixtures("started")
