@@ -5,16 +5,17 @@ the end of a piece of work, over gloo. All of them must see the same output fold
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
-from ddim.errors import UserError
+from ddim.errors import Disconnected, UserError
 
 T = TypeVar("T")
 # What torchrun, SLURM and others tell a process; Lightning reads them too.
@@ -25,6 +26,9 @@ NUMBERS = (
     "JSM_NAMESPACE_RANK",
 )
 TIMEOUT = timedelta(days=7)  # the slowest process may take long; the launcher notices a dead one
+JOIN_TIMEOUT = timedelta(minutes=20)  # until all have started
+_PEER = re.compile(r"connection|peer|broken pipe|timed out|socket", re.IGNORECASE)  # in the errors of gloo
+_group: Any = None  # of the processes that `join_process_group` connected
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Processes:
         if self.world_size == 1:
             return value
         values = [value]
-        distributed.broadcast_object_list(values, group=self.group)
+        with _explain_disconnection():
+            distributed.broadcast_object_list(values, group=self.group)
         return values[0]
 
     def gather(self, value: T) -> list[T]:
@@ -61,8 +66,22 @@ class Processes:
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        distributed.all_gather_object(values, value, group=self.group)
+        with _explain_disconnection():
+            distributed.all_gather_object(values, value, group=self.group)
         return values
+
+    def check_same(self, value: str) -> None:
+        """Check that a text is the same in all processes: what identifies the work that they are going to share.
+
+        Raises:
+            UserError: it is not.
+        """
+        if len({*self.gather(value)}) > 1:
+            raise UserError(
+                "the processes would not compute the same: they loaded different weights, as while a training writes "
+                "new ones, or chose other settings on different devices; give a checkpoint that stays, and "
+                "compute.bf16=true or false."
+            )
 
     def run_on_main(self, call: Callable[[], T]) -> T:
         """Return what `call` returns on rank 0, the only one that calls it.
@@ -86,7 +105,8 @@ class Processes:
         """Return the elementwise sum over all processes, on the CPU."""
         values = values.cpu()
         if self.world_size > 1:
-            distributed.all_reduce(values, group=self.group)
+            with _explain_disconnection():
+                distributed.all_reduce(values, group=self.group)
         return values
 
     @contextmanager
@@ -124,6 +144,19 @@ class Processes:
 SINGLE_PROCESS = Processes()
 
 
+@contextmanager
+def _explain_disconnection() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not _PEER.search(str(error)):
+            raise
+        raise Disconnected(
+            f"another process of this command has ended, or cannot be reached ({str(error).splitlines()[0]}); what was "
+            "finished is kept: see what that one printed, and run the command again."
+        ) from error
+
+
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
@@ -148,18 +181,20 @@ def join_process_group() -> Processes:
     Raises:
         UserError: the other processes cannot be reached.
     """
+    global _group
     address, here = _launched_processes()
     if here.world_size > 1 and not distributed.is_initialized():
         try:
             distributed.init_process_group(
-                "gloo", init_method=address, rank=here.rank, world_size=here.world_size, timeout=TIMEOUT
+                "gloo", init_method=address, rank=here.rank, world_size=here.world_size, timeout=JOIN_TIMEOUT
             )
+            _group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"process {here.rank} of {here.world_size} cannot reach the others at {address} "
                 f"({str(error).splitlines()[0]}); start all of them with torchrun or srun."
             ) from error
-    return here
+    return replace(here, group=_group) if here.world_size > 1 else here
 
 
 def check_launch_variables() -> None:

@@ -9,5 +9,11 @@ class UserError(ValueError):
     """
 
 
+class Disconnected(UserError):
+    """Another process of the command has ended; this one can compute nothing any more that needs all of them."""
+
+    failed = False  # the evaluation, which the next command goes on with
+
+
 class Interrupted(Exception):
     """The run received a signal to stop and saved its state; it can be resumed. The scripts exit with status 75."""

@@ -132,7 +132,7 @@ class Failures:
                 print("stopped.", file=sys.stderr)
             sys.exit(STOPPED)
         except Exception as error:
-            from ddim.errors import Interrupted
+            from ddim.errors import Disconnected, Interrupted
 
             if isinstance(error, BrokenPipeError) and nobody_reads():
                 sys.exit(128 + signal.SIGPIPE)  # as other commands before `| head`
@@ -152,6 +152,8 @@ class Failures:
             if self.wants_traceback or reason is None:
                 traceback.print_exc()
             self.reasons[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
+            if isinstance(error, Disconnected):
+                self.exit()  # the other jobs of a sweep need all processes too
 
     def exit(self) -> None:
         """Print the reasons, once for all processes that started together, and exit if there are any."""

@@ -84,6 +84,8 @@ class Sweep:
             estimate = dry_run(specs, current_session())
         elif here:
             jobs, refused = survey(specs, current_session())
+            if current_session().plan(sum(job.images * job.steps for job in jobs)):  # more than the specifications tell
+                jobs, refused = survey(specs, current_session())
             estimate = forecast(jobs, refused, current_session().processes.world_size)
             nothing_left = not (lines or refused or any(job.missing for job in jobs))
         else:
@@ -132,7 +134,6 @@ class Sweep:
     def evaluate(self, spec: Any) -> Generator[Any, None, dict[str, float]]:
         """Yield the key of an evaluation and then compute it; yield again if only its metrics are missing."""
         from ddim.diffusion.spec import NFENotPossible
-        from ddim.evaluation.shards import Occupied
         from ddim.evaluation.sweep import NOT_STARTED, Manifest, remove_leftovers
 
         session = current_session()
@@ -183,9 +184,9 @@ class Sweep:
             if isinstance(error.__cause__, NFENotPossible) and processes.run_on_main(lambda: manifest.skip(spec, why)):
                 return metrics
             if processes.is_main:
-                if not isinstance(error, Occupied):  # else it is running, in another process
+                if failed := getattr(error, "failed", True):
                     manifest.note(spec, "failed" if started else NOT_STARTED, why)
-                self.failures.setdefault(folder, {})[spec.title, why] = started
+                self.failures.setdefault(folder, {})[spec.title, why] = started and failed
                 print(f"{spec.title}: failed", flush=True)
             raise
         return metrics

@@ -89,15 +89,14 @@ def rows(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> list[Row]
     """
     result: list[Row] = []
     levels: list[float] = []
-    left = count = sum(schedule[t] != schedule[s] for t, s in pairwise(times))  # a repeated time is no step
-    for t, s in pairwise(times):
-        a_t, a_s = schedule[t], schedule[s]
+    moves = [schedule[t] != schedule[s] for t, s in pairwise(times)]  # a repeated time is no step
+    for k, (t, s) in enumerate(pairwise(times)):
+        a_t, a_s, left = schedule[t], schedule[s], sum(moves[k:])
         if a_t == 0 and not rule.zero_snr:
             raise ValueError(f"{rule} has no step from alpha_bar=0 (zero terminal SNR); take ddim, or times below T.")
         levels = [a_t, *(a for a in levels if a != a_t)][: rule.memory]
-        used = levels[: max(1, left)] if count < rule.lower_order_below else levels
-        corrects = left > 1 and a_s != a_t
-        left -= a_s != a_t
+        used = levels[: max(1, left)] if sum(moves) < rule.lower_order_below else levels
+        corrects = left > 1 and moves[k]
         result.append(Row(t, s, rule.coefficients(used, a_s), rule.correction((a_s, *used)) if corrects else None))
     return result
 
@@ -155,13 +154,12 @@ def trajectory(
             prediction gives no x̂0 or ε̂, a corrector on the way up, or noise for another number of steps; before the
             first network evaluation. Noise of another shape than x, when its step comes.
     """
-    rule = rule or DDIM()
+    rule, corrector = rule or DDIM(), corrector or Corrector(steps=0)
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction={prediction!r} must be one of {', '.join(PREDICTIONS)}.")
     if len(times) < 2:
         raise ValueError(f"times={list(times)} must hold at least a start and an end.")
     check_levels(rule, schedule, times, prediction)
-    corrector = corrector or Corrector(steps=0)
     if corrector.steps and not all(0 < t >= s for t, s in pairwise(times)):
         raise ValueError("a corrector is for sampling, over descending times; encoding is deterministic: leave it out.")
     steps = rows(rule, schedule, times)

@@ -122,8 +122,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
             spec.how.check_levels(model.spec.schedule, spec.sampler.tau(model.spec.schedule.T), model.spec.prediction)
         images = checkpoint_images(Path(spec.source), model.spec.image_shape, spec.resize, spec.convert)
         evaluations = inversion_evaluations(model, spec.how, spec.sampler)[0]
-        alone = processes.world_size == 1
-        compute = prepare_model(model, compute, len(images) * evaluations, len(images), alone)
+        compute = prepare_model(model, compute, len(images) * evaluations, len(images), processes.world_size == 1)
     metadata: dict[str, Any] = {
         **model_settings(model),
         **condition_settings(model),
@@ -136,7 +135,8 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         "tf32": compute.uses_tf32,
         "fingerprint": processes.run_on_main(images.fingerprint),  # every image is read: a wrong one is named here
     }
-    shards = Shards(Path(spec.output_dir) / UNFINISHED / record_key(metadata), range(len(images)))
+    processes.check_same(key := record_key(metadata))
+    shards = Shards(Path(spec.output_dir) / UNFINISHED / key, range(len(images)))
 
     def encode(batch: range) -> Tensors:
         x_0 = normalize(images.batch(torch.tensor(batch)).to(compute.state_device))

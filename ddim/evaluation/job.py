@@ -160,8 +160,9 @@ class Job:
         """Give the record if there is one, else None; then no other run can compute this job inside the block.
 
         Raises:
-            UserError: another run is computing it.
+            UserError: another run is computing it, or the processes have different jobs.
         """
+        processes.check_same(self.key)
         if (record := processes.run_on_main(self.find_record)) is not None:
             yield record
             return

@@ -62,6 +62,13 @@ class Session:
 
         return self._load("model", (checkpoint, _modified(checkpoint), weights, compute), load)
 
+    def plan(self, evaluations: int) -> bool:
+        """Note how many network evaluations are planned; return whether a model is loaded again for so many."""
+        if evaluations <= self.planned:
+            return False
+        self.planned = evaluations
+        return self._loaded.pop("model", None) is not None
+
     def warn_once(self, warning: str | None) -> None:
         """Log a warning, unless it is None or was logged before; of several processes the main one does."""
         if warning is not None and warning not in self._warnings and self.processes.is_main:

@@ -32,6 +32,8 @@ NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 class Occupied(UserError):
     """Another run holds the lock of these shards."""
 
+    failed = False  # the evaluation, which goes on there
+
 
 class Shards:
     """The stored batches of a computation over the images numbered `indices`.

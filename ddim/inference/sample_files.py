@@ -115,6 +115,7 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
     spec = dataclasses.replace(spec, compute=compute)
     indices = range(spec.first, spec.first + spec.n)
     text = _made_from(model, spec, encoded)
+    processes.check_same(text)
     missing = processes.run_on_main(lambda: _missing(text, spec, target, indices))
     if missing:
         compute = with_batch_size(model, compute, spec.n, processes)

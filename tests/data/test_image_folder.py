@@ -29,6 +29,17 @@ def test_images_come_in_the_order_of_their_paths(tmp_path):
     assert images.name == f"{tmp_path.name}-train"
 
 
+def test_logs_of_the_command_that_sampled_them_are_no_images(tmp_path):
+    """As scripts/sample.py format=png leaves them; a class may have the same name."""
+    write(tmp_path / "000.png", (1, 2, 3))
+    (tmp_path / "hydra" / "2026-01-01").mkdir(parents=True)
+    (tmp_path / "hydra" / "2026-01-01" / "sample.log").touch()
+    assert len(load(tmp_path)) == 1
+    write(tmp_path / "hydra" / "001.png", (1, 2, 3))
+    with pytest.raises(UserError, match=r"holds 1 files that are not images: .*sample\.log"):
+        load(tmp_path)
+
+
 def test_pixels_of_colour_images_are_unchanged(tmp_path):
     image = noise((4, 6))
     image.save(tmp_path / "x.png")

@@ -177,3 +177,14 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
         assert caplog.messages == ["these are ('digits', 'digits_classifier', 'linear')"] * warnings
     dataclasses.replace(spec, paper="table1_cifar10").prepare(Session())  # whose experiments choose the times
     assert not caplog.messages
+
+
+def test_a_model_is_prepared_again_when_more_work_is_planned(spec: EvaluateSpec) -> None:
+    """Its settings are chosen by the work; that of a reconstruction is known when the images are."""
+    session = Session()
+    assert not session.plan(10)  # there is no model yet
+    model = spec.prepare(session).model
+    assert spec.prepare(session).model is model
+    assert session.plan(10**6)
+    assert spec.prepare(session).model is not model
+    assert not session.plan(10**6)

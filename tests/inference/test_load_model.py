@@ -112,7 +112,7 @@ def test_a_missing_file_is_one_sentence() -> None:
         load_model("nowhere.ckpt")
 
 
-def test_a_folder_of_a_training_is_refused_with_its_newest_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_training_is_refused_with_its_newest(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     last = tmp_path / "checkpoints" / "last.ckpt"
     last.hardlink_to(checkpoint)

@@ -86,9 +86,7 @@ def test_a_sweep_is_one_run_with_a_chart_and_tables(tmp_path: Path) -> None:
     assert {"report", f"plot_{FID}"} <= set().union(*run.rows)
 
 
-def test_evaluations_that_differ_in_times_or_images_are_told_apart(
-    tmp_path: Path, started: list[dict[str, Any]]
-) -> None:
+def test_evaluations_of_other_times_or_images_are_told_apart(tmp_path: Path, started: list[dict[str, Any]]) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
     changes: list[dict[str, Any]] = [{}, {"spacing": "uniform"}, {"first": 50_000}]

@@ -17,7 +17,8 @@ SLURM = {
     "SLURM_NTASKS_PER_NODE": "8",
     "SLURM_CPUS_PER_TASK": "6",
 }
-SRUN = "srun --wait=600 --cpus-per-task=6"  # srun does not take the CPUs from the job
+SRUN = "srun --wait={} --cpus-per-task=6"  # srun does not take the CPUs from the job
+WAIT = {"train.sbatch": 600, "sweep.sbatch": 1750}  # seconds that a process may need after the signal
 
 
 @pytest.fixture
@@ -45,7 +46,9 @@ def submit(tmp_path):
 def test_training_uses_the_nodes_of_slurm_and_resumes(submit):
     status, calls, _ = submit("train.sbatch", "experiment=celeba", "name=a b")
     assert (status, len(calls)) == (0, 1)
-    assert calls[0].startswith(f"{SRUN} python scripts/train.py trainer=ddp trainer.num_nodes=2 trainer.devices=8 ")
+    assert calls[0].startswith(
+        f"{SRUN.format(600)} python scripts/train.py trainer=ddp trainer.num_nodes=2 trainer.devices=8 "
+    )
     assert calls[0].endswith(" checkpoint=last experiment=celeba name=a b")
 
 
@@ -72,7 +75,7 @@ def test_each_evaluation_is_one_job_of_the_array(submit):
             "sweep.sbatch", "experiment=table1_cifar10", "checkpoint=x", SLURM_ARRAY_TASK_ID=str(job)
         )
         assert status == 0
-        assert calls[0].startswith(f"{SRUN} python scripts/evaluate.py ")
+        assert calls[0].startswith(f"{SRUN.format(1750)} python scripts/evaluate.py ")
         words = calls[0].split()[1:]
         assert words[6:] == ["compute.device=cuda", "experiment=table1_cifar10", "checkpoint=x"]
         evaluations.add((words[4], words[5]))
@@ -93,7 +96,7 @@ def test_other_samplers_and_a_too_long_array(submit):
 def test_python_may_be_several_words(submit, file):
     words = "apptainer exec --nv ddim.sif python"
     _, calls, _ = submit(file, "checkpoint=x", SLURM_ARRAY_TASK_ID="0", PYTHON=words)
-    assert calls[0].startswith(f"{SRUN} {words} scripts/")
+    assert calls[0].startswith(f"{SRUN.format(WAIT[file])} {words} scripts/")
 
 
 @pytest.mark.parametrize("file", FILES)
