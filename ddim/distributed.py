@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
-from ddim.errors import Disconnected, UserError
+from ddim.errors import Disconnected, PeerFailed, UserError
 
 T = TypeVar("T")
 # What torchrun, SLURM and others tell a process; Lightning reads them too.
@@ -79,8 +79,8 @@ class Processes:
         if len({*self.gather(value)}) > 1:
             raise UserError(
                 "the processes would not compute the same: they loaded different weights, as while a training writes "
-                "new ones, or chose other settings on different devices; give a checkpoint that stays, and "
-                "compute.bf16=true or false."
+                "new ones, chose other settings on different devices, read other reference images or have other "
+                "packages; give a checkpoint that stays, compute.bf16=true or false, and the same data and environment."
             )
 
     def run_on_main(self, call: Callable[[], T]) -> T:
@@ -131,7 +131,7 @@ class Processes:
     def _check(self, reasons: list[str | None]) -> None:
         for rank, reason in enumerate(reasons):
             if reason is not None:
-                raise UserError(f"process {rank} of {self.world_size} failed ({reason}).")
+                raise PeerFailed(f"process {rank} of {self.world_size} failed ({reason}).")
 
     def local_device(self, device: str) -> str:
         """Return the device of this process: of "cuda", the one whose number is the local rank."""

@@ -9,10 +9,14 @@ class UserError(ValueError):
     """
 
 
-class Disconnected(UserError):
+class PeerFailed(UserError):
+    """Another process of the command has failed, which says itself why."""
+
+
+class Disconnected(PeerFailed):
     """Another process of the command has ended; this one can compute nothing any more that needs all of them."""
 
-    failed = False  # the evaluation, which the next command goes on with
+    failed = False  # the evaluation counts as unfinished, since the next command goes on with it
 
 
 class Interrupted(Exception):

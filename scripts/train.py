@@ -125,8 +125,8 @@ def check_folders(configs: list[dict[str, Any]], here: bool) -> bool:
     """
     from ddim.errors import UserError
 
-    folders = Counter(str(config["output_dir"]) for config in configs)
-    folder, count = folders.most_common(1)[0]
+    folders = Counter(str(config["output_dir"]) for config in configs if not config["dry_run"])
+    folder, count = max(folders.items(), key=lambda item: item[1], default=("", 0))
     if count > 1:
         raise UserError(
             f"{count} runs of this sweep have the same folder {folder}; name them by what differs, such as "

@@ -245,7 +245,7 @@ def list_images(folder: Path) -> list[Path]:
     for path in _walk(folder):
         (images if path.suffix.lower() in EXTENSIONS else others).append(path)
     logs = folder / "hydra"  # of the command that sampled them; not a class of this name
-    if not any(path.is_relative_to(logs) for path in images):
+    if others and not any(path.is_relative_to(logs) for path in images):
         others = [path for path in others if not path.is_relative_to(logs)]
     if others:
         named = ", ".join(printable(path) for path in sorted(others)[:5])

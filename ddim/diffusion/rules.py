@@ -57,7 +57,7 @@ class Rule:
             that adds noise.
         two_evaluations: `correction` is followed by an evaluation at the corrected state (Heun); a step then costs two.
         lower_order_below: in a trajectory of fewer steps than this, a step uses no more predictions than there are
-            steps left, which is more stable.
+            steps left, which is more stable. Repeated times are no steps.
         zero_snr: a step can start at alpha_bar = 0, where the variables of most rules are infinite.
         implicit: of a rule that encodes (`inversion.py`): how many evaluations at the end of a step solve for it.
         shifted: of such a rule: its network's output is read as one at the start of the step.

@@ -114,7 +114,7 @@ class EvaluateSpec(JobSpec):
         model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         model = conditioned(model, self.label, self.guidance)
         tau = check_sampler(model, self.sampler)
-        if self.paper is None:
+        if self.paper is None and len(tau) < model.spec.schedule.T:
             session.warn_once(times_warning(self.data.name, self.metric.extractor, self.sampler.spacing))
         settings = {
             "model": model_settings(model),

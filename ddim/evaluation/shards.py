@@ -32,7 +32,7 @@ NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 class Occupied(UserError):
     """Another run holds the lock of these shards."""
 
-    failed = False  # the evaluation, which goes on there
+    failed = False  # the evaluation counts as unfinished, since it goes on in that run
 
 
 class Shards:

@@ -160,6 +160,7 @@ def write_figures(spec: FigureSpec, processes: Processes = SINGLE_PROCESS) -> li
             raise UserError(f"{present[0]} exists already; choose another name=..., or overwrite=true to replace it.")
         encoded = None if spec.x_T is None else _load_x_T(spec, spec.x_T, model)
         compute = prepare_model(model, compute if encoded is None else in_precision_of(encoded, compute))
+    processes.check_same(f"{model.weights_hash} {compute.precision}")
     origin = provenance()
     context = SamplingContext(model, spec.seed, with_batch_size(model, compute, processes=processes), processes)
     if encoded is not None:

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 LOSS = "train_loss"  # the metric of trainings without an evaluation
 VALIDATION_LOSS = "val_loss"  # a metric that is compared only where it is asked for, or is the only one
 IGNORED = ("name", "output_dir", "checkpoint", "dry_run", "logger")  # keys and groups that decide no weights
-ROW_KEYS = ("weights", "sampler", "S", "spacing", "eval.seed")  # what tells the rows of one training from each other
+ROW_KEYS = ("weights", "sampler", "S", "spacing", "samples.seed")  # what tells the rows of one training from each other
 NOT_A_NUMBER: tuple[type, ...] = (bool, type(None), str, list)
 Points = dict[int, float]  # step -> value
 
@@ -59,7 +59,7 @@ class Run:
     Attributes:
         folder: its path.
         settings: key, as on the command line -> value.
-        metrics: metric -> (weights, sampler, S) -> value by step.
+        metrics: metric -> the values of ROW_KEYS -> value by step.
         losses: training loss by step.
         hours: of training, over all its calls.
         checkpoint: the best by its validation, else the newest; None if there is none.
@@ -182,9 +182,9 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
         nothing: tuple[Any, ...] = ("",) * len(ROW_KEYS)
         parts = {nothing: run.losses} if metric == LOSS else run.metrics.get(metric, {})
         # Weights and samplers tell rows of one training from each other; else the settings say what they are.
-        several = len(parts) > 1
+        telling = [i for i in range(len(ROW_KEYS)) if len({row[i] for row in parts}) > 1]
         for row, points in (parts or {nothing: Points()}).items():
-            added = dict(zip(ROW_KEYS, row, strict=True)) if several else {}
+            added = {ROW_KEYS[i]: row[i] for i in telling}
             rows.append(Row(name, run, run.settings | added, points, _best(points, metric)))
     keys = differing_keys([row.settings for row in rows])
     rows = [replace(row, settings={key: row.settings.get(key) for key in keys}) for row in rows]
@@ -252,7 +252,7 @@ def _read_log(folder: Path, settings: Mapping[str, Any]) -> tuple[Points, float]
 
 
 def _best(points: Points, metric: str) -> tuple[int, float] | None:
-    if metric == LOSS and points:  # the last one, also where it is none: such a training has diverged
+    if metric == LOSS and points:  # the last one, not an earlier one of a training that has diverged
         last = max(points)
         return (last, points[last]) if math.isfinite(points[last]) else None
     numbers = {step: value for step, value in points.items() if math.isfinite(value)}

@@ -119,21 +119,21 @@ class Checkpoints(Checkpoint):
 
     def rank(self, metric: float, step: int) -> bool:
         """Note the metric of this step, of which less is better; return whether it is the best so far."""
-        metric = metric if math.isfinite(metric) else math.inf  # NaN has no order
+        metric = _ordered(metric)
         self.best = sorted({*self.best, (metric, step)})[: max(1, self.keep_best)]
         self.ranked = step
-        return self.best[0] == (metric, step)
+        return math.isfinite(metric) and self.best[0] == (metric, step)
 
     @property
     def best_steps(self) -> list[int]:
         """The steps whose checkpoints are kept as the best, the best first."""
-        return [step for _, step in self.best[: self.keep_best]]
+        return [step for metric, step in self.best[: self.keep_best] if math.isfinite(metric)]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore which steps are best, unless they were ranked by numbers of other settings."""
         self.loaded = checkpoint.get(COUNTS, {}).get(STATE, {})
         if self.protocol in (None, self.loaded.get("protocol")):
-            best = [(float(metric), int(step)) for metric, step in self.loaded.get("best", [])]
+            best = sorted((_ordered(float(metric)), int(step)) for metric, step in self.loaded.get("best", []))
             if self.keep_best and not (self.folder / BEST).exists():
                 # Of a run in another folder, whose files are not here: the best of this one is still to come.
                 best = [(metric, step) for metric, step in best if step_file(self.folder, step).exists()]
@@ -146,12 +146,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle the stop signals also in a process that Lightning started; set a best of other settings aside."""
-        best = self.folder / BEST
-        changed = self.protocol is not None and self.loaded.get("protocol", self.protocol) != self.protocol
-        if changed and trainer.is_global_zero and best.exists():
-            aside = best.with_name(f"best_before_{step_file(self.folder, trainer.global_step).name}")
-            best.rename(aside)
-            log.warning("eval has other settings than before, whose best checkpoint is now %s", aside)
+        self._set_best_aside(trainer)
         if trainer.global_step != self.ranked:  # else a validation was made up for, and is saved with the step
             self.saved = trainer.global_step
         if trainer.is_global_zero:
@@ -182,8 +177,20 @@ class Checkpoints(Checkpoint):
         if trainer.global_step != self.saved or not (self.folder / LAST).exists():
             self.save(trainer)
 
+    def _set_best_aside(self, trainer: Trainer) -> None:
+        """Give another name to a best checkpoint that was ranked by numbers of other settings, the first time."""
+        best, before = self.folder / BEST, self.loaded.get("protocol")
+        if None in (self.protocol, before) or before == self.protocol:
+            return
+        self.loaded = {}
+        if trainer.is_global_zero and best.exists():
+            aside = best.with_name(f"best_before_{step_file(self.folder, trainer.global_step).name}")
+            best.rename(aside)
+            log.warning("eval has other settings than before, whose best checkpoint is now %s", aside)
+
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of this step, point last.ckpt to it, and remove those that are not kept."""
+        self._set_best_aside(trainer)  # of a run that was finished already, which has not begun to train
         self.saved = trainer.global_step
         path = step_file(self.folder, self.saved)
         trainer.save_checkpoint(path, weights_only=False)
@@ -205,6 +212,11 @@ class Checkpoints(Checkpoint):
         if trainer.global_step % STOP_CHECK_EVERY:
             return False
         return trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
+
+
+def _ordered(metric: float) -> float:
+    """Return a metric such that less is better: NaN has no order."""
+    return metric if math.isfinite(metric) else math.inf
 
 
 def newest_intact(folder: Path) -> tuple[Path, dict[str, Any]] | None:

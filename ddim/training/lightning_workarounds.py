@@ -15,7 +15,7 @@ from lightning.fabric.utilities.distributed import _destroy_dist_connection
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from ddim.errors import Interrupted
+from ddim.errors import Interrupted, PeerFailed
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +49,13 @@ def end_alone(trainer: Trainer) -> Iterator[None]:
         yield
     except Exception as error:
         if trainer.world_size > 1 and not isinstance(error, Interrupted):
-            if trainer.global_rank:
+            if trainer.global_rank and not isinstance(error, PeerFailed):
                 log.error("process %d of %d failed: %s", trainer.global_rank, trainer.world_size, error)
             atexit.unregister(_destroy_dist_connection)
             if (launcher := trainer.strategy.launcher) is not None:
                 # Handlers of weaker signals are in Python, and would wait for the collective.
                 launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+                getattr(launcher, "procs", []).clear()  # else Lightning's observer kills this process for their end
         raise
 
 

@@ -278,10 +278,10 @@ def build_trainer(
     except (MisconfigurationException, ImportError, TypeError, ValueError) as error:  # no such hardware, no such name
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     if (count := launched_processes().world_size) not in (1, trainer.world_size):
+        alone = ", and each would train alone; add trainer=ddp" * (trainer.world_size == 1)
         raise UserError(
-            f"{count} processes were started for this training, which is one of {trainer.world_size}, and each would "
-            f"train alone; add trainer=ddp, and trainer.devices={count} or, on several nodes, the number on each with "
-            "trainer.num_nodes."
+            f"{count} processes were started for this training, which is one of {trainer.world_size}{alone}; set "
+            f"trainer.devices={count}, or on several nodes the number on each and trainer.num_nodes."
         )
     leave_signals(trainer)
     return trainer

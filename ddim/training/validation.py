@@ -38,7 +38,6 @@ from ddim.training.heldout import Batches, heldout_images, heldout_loss, load_he
 from ddim.training.module import COUNTS, step_ended
 
 log = logging.getLogger(__name__)
-STOPPED = "stopped"  # what processes tell each other after an error
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,9 @@ class _TrainingSession(Session):
     ) -> tuple[LoadedModel, ComputeSpec]:
         """Return the model in memory."""
         return self.trained, compute
+
+    def warn_once(self, warning: str | None) -> None:
+        """Leave out warnings: they are for commands that evaluate."""
 
     def images(self, data: DataSpec, split: Literal["train", "test"]) -> Images:
         """Return the images of the training, or another split of its data."""
@@ -240,8 +242,8 @@ class Validation(Callback):
                 values |= {
                     f"val/{name}{suffix}": value for name, value in self._measure(trainer, module, label).items()
                 }
-        except Exception:  # of any kind, since an error of one process is another one in the others
-            if (STOPPED, True) not in self.processes.gather((STOPPED, self.checkpoints.stop.received is not None)):
+        except (Interrupted, UserError):
+            if not any(self.processes.gather(self.checkpoints.stop.received is not None)):
                 raise
             trainer.should_stop = True
             return

@@ -151,7 +151,7 @@ def test_each_set_of_weights_has_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "key", "named"),
-    [({"spacing": "uniform"}, "spacing", "uniform"), ({"seed": 7}, "eval.seed", "eval.seed=7")],
+    [({"spacing": "uniform"}, "spacing", "uniform"), ({"seed": 7}, "samples.seed", "samples.seed=7")],
 )
 def test_numbers_of_other_settings_have_a_row_of_their_own(
     tmp_path: Path, changes: dict[str, Any], key: str, named: str

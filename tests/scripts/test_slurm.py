@@ -52,9 +52,16 @@ def test_training_uses_the_nodes_of_slurm_and_resumes(submit):
     assert calls[0].endswith(" checkpoint=last experiment=celeba name=a b")
 
 
-@pytest.mark.parametrize(("environment", "seconds"), [({}, "120"), ({"WANDB_FINISH_TIMEOUT": "30"}, "30")])
-def test_an_upload_of_wandb_ends_before_the_time_limit(submit, tmp_path, environment, seconds):
-    submit("train.sbatch", "experiment=celeba", **environment)
+@pytest.mark.parametrize(
+    ("environment", "words", "seconds"),
+    [
+        ({}, ["logger=wandb"], "120"),
+        ({"WANDB_FINISH_TIMEOUT": "30"}, [], "30"),
+        ({}, ["logger=wandb", "logger.log_model=best"], ""),
+    ],
+)
+def test_an_upload_of_wandb_ends_before_the_time_limit(submit, tmp_path, environment, words, seconds):
+    submit("train.sbatch", "experiment=celeba", *words, **environment)
     assert (tmp_path / "timeout").read_text().strip() == seconds
 
 

@@ -1,6 +1,7 @@
 """Atomic checkpoints with a checksum; damage is noticed; the newest intact one is used; signals save first."""
 
 import errno
+import math
 import multiprocessing
 import os
 import random
@@ -17,6 +18,7 @@ from ddim.checkpoints.checksum import has_checksum, write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import Interrupted, UserError
 from ddim.signals import STOP_SIGNALS
+from ddim.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.integration
 
@@ -195,3 +197,23 @@ def test_finished_process_is_not_interrupted_by_an_old_file(run, monkeypatch):
     monkeypatch.setattr("ddim.training.run.read_checkpoint", lambda path: read.append(path.name) or {"global_step": 4})
     run(trainer={"max_steps": 6})
     assert read == ["last.ckpt"]
+
+
+@pytest.mark.parametrize(("keep_best", "kept"), [(0, []), (1, [4]), (2, [4, 2])])
+def test_checkpoints_rank_by_metric_then_step(tmp_path, keep_best, kept):
+    checkpoints = Checkpoints(tmp_path, 1, 1, 0, None, keep_best)
+    assert [checkpoints.rank(*pair) for pair in ((3.0, 1), (2.0, 2), (2.0, 3), (1.0, 4))] == [True, True, False, True]
+    assert checkpoints.best_steps == kept
+    assert checkpoints.best[0] == (1.0, 4)
+
+
+def test_what_is_not_finite_is_never_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, 1, 0, None, 1)
+    values = [math.nan, 3.0, math.inf, math.nan, 2.0, math.nan]
+    best = [checkpoints.rank(values[i % 6] - i // 6, 5000 * i) for i in range(60)]
+    assert best == [i == 1 or i % 6 == 4 for i in range(60)]
+    (tmp_path / "best.ckpt").touch()
+    resumed = Checkpoints(tmp_path, 1, 1, 0, None, 1)
+    stored = {"ddim_counts": {"validation": {"protocol": None, "best": [(math.nan, 10)]}}}  # by earlier code
+    resumed.on_load_checkpoint(None, None, stored)
+    assert (resumed.best_steps, resumed.rank(3.0, 20)) == ([], True)

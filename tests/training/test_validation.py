@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import math
 import os
 import re
 import signal
@@ -20,7 +19,6 @@ from ddim.evaluation.metrics import MetricSpec
 from ddim.inference import generate
 from ddim.inference.compute import ComputeSpec
 from ddim.results.schema import evaluation_records
-from ddim.training.checkpoints import Checkpoints
 from ddim.training.run import train
 from ddim.training.spec import TrainSpec
 from ddim.training.validation import Validation
@@ -264,6 +262,17 @@ def test_other_settings_of_the_metric_start_another_ranking(run, config, options
     assert best == {"best.ckpt": 4, "best_before_step_00000004.ckpt": 2}
 
 
+def test_a_finished_run_keeps_a_best_of_other_settings(run, options, measured, tmp_path):
+    """It is saved without a step of training."""
+    measured({2: 1.0, 4: 2.0, 6: 3.0})
+    for seed, steps in ((0, 3), (1, 3), (1, 6)):
+        changes = {"eval": options["eval"] | {"seed": seed}, "trainer": {"max_steps": steps}}
+        run(**options | changes, checkpoint="last")
+    best = {path.name: read_checkpoint(path)["global_step"] for path in tmp_path.glob("run/checkpoints/best*")}
+    assert best["best_before_step_00000003.ckpt"] == 2
+    assert best["best.ckpt"] > 3
+
+
 def test_a_run_without_validation_keeps_the_best(run, options, measured, tmp_path):
     measured({2: 1.0, 4: 2.0, 6: 3.0})
     for steps, every in ((4, 2), (5, 0), (7, 2)):
@@ -330,18 +339,3 @@ def test_what_cannot_be_measured_is_refused_before_training(run, options, folder
     options["eval"] |= change
     with pytest.raises(UserError, match=message):
         run(**options | data)
-
-
-@pytest.mark.parametrize(("keep_best", "kept"), [(0, []), (1, [4]), (2, [4, 2])])
-def test_checkpoints_rank_by_metric_then_step(tmp_path, keep_best, kept):
-    checkpoints = Checkpoints(tmp_path, 1, 1, 0, None, keep_best)
-    assert [checkpoints.rank(*pair) for pair in ((3.0, 1), (2.0, 2), (2.0, 3), (1.0, 4))] == [True, True, False, True]
-    assert checkpoints.best_steps == kept
-    assert checkpoints.best[0] == (1.0, 4)
-
-
-def test_what_is_not_finite_is_never_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 1, 1, 0, None, 1)
-    values = [3.0, math.nan, math.inf, math.nan, 2.0, math.nan]
-    best = [checkpoints.rank(values[i % 6] - i // 6, 5000 * i) for i in range(60)]
-    assert best == [i == 0 or i % 6 == 4 for i in range(60)]
