@@ -183,6 +183,18 @@ def test_the_official_sigma_hat_is_as_bad():
         assert low < value < high
 
 
+def test_sigma_hat_leaves_noise_on_every_list_of_times():
+    records = RecordFile(RESULTS / "cifar10_small_times.jsonl").read()
+    distances = {(r["spacing"], r["S"]): r["metrics"]["fd_efficientnet_1k"] for r in records if r["n"] == 1000}
+    assert distances.keys() == {(times, S) for times in ("quad", "uniform", "linear") for S in (10, 20)}
+    for S in (10, 20):
+        of_S = [value for (_, steps), value in distances.items() if steps == S]
+        assert max(of_S) < 1.1 * min(of_S)
+        assert 0.94 < distances["linear", S] / distances["uniform", S] < 0.95
+    eta_1 = by_eta("cifar10_small_more_steps")[1.0, 20]["metrics"]["fd_efficientnet_1k"]
+    assert all(2.9 < distances[times, 20] / eta_1 < 3.2 for times in ("quad", "uniform", "linear"))
+
+
 def test_a_thousand_steps_gain_nothing_over_a_hundred():
     records, metric = by_eta("cifar10_small_1000_steps"), "kd_efficientnet_100"
     assert records.keys() == {(eta, S) for eta in (0.0, 1.0) for S in (20, 100, 1000)}
