@@ -74,8 +74,8 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
         torch.testing.assert_close(mean, x.mean(0), rtol=1e-13, atol=0)
         torch.testing.assert_close(covariance, torch.cov(x.T), rtol=1e-12, atol=1e-12)
         assert (result["shared"], result["gathered"], result["device"]) == ("from 0", [0, 1], "cpu")
-    assert results[0]["failures"] == ["KeyError: 'broken'", "UserError: process 1 of 2 failed (KeyError: 'broken')."]
-    assert results[1]["failures"] == ["UserError: process 0 of 2 failed (KeyError: 'broken').", "KeyError: 'broken'"]
+    assert results[0]["failures"] == ["KeyError: 'broken'", "PeerFailed: process 1 of 2 failed (KeyError: 'broken')."]
+    assert results[1]["failures"] == ["PeerFailed: process 0 of 2 failed (KeyError: 'broken').", "KeyError: 'broken'"]
 
 
 @pytest.mark.integration
