@@ -168,6 +168,9 @@ def test_with_more_steps_eta_1_is_best_beyond_the_error():
     assert len(records) == 12
     for S in (20, 50, 100):
         assert is_below(records[1.0, S], records[0.5, S], "fd_efficientnet_1k") is (S > 20)
+    records = by_eta("cifar10_small")
+    assert len(records) == 15
+    assert is_below(records[1.0, 50], records[0.5, 50], "fd_efficientnet_5k")
 
 
 def test_the_official_sigma_hat_is_as_bad():
