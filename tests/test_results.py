@@ -194,6 +194,10 @@ def test_sigma_hat_leaves_noise_on_every_list_of_times():
         of_S = [value for (_, steps), value in distances.items() if steps == S]
         assert max(of_S) < 1.1 * min(of_S)
         assert 0.94 < distances["linear", S] / distances["uniform", S] < 0.95
+    linear, uniform = sorted((r for r in records if r["n"] == 500), key=lambda r: r["spacing"])
+    assert (linear["spacing"], uniform["spacing"], linear["S"], uniform["S"]) == ("linear", "uniform", 100, 100)
+    assert all(is_below(linear, uniform, f"{metric}_efficientnet_500") for metric in ("fd", "kd"))
+    assert 0.95 < linear["metrics"]["fd_efficientnet_500"] / uniform["metrics"]["fd_efficientnet_500"] < 0.96
     eta_1 = by_eta("cifar10_small_more_steps")[1.0, 20]["metrics"]["fd_efficientnet_1k"]
     assert all(2.9 < distances[times, 20] / eta_1 < 3.2 for times in ("quad", "uniform", "linear"))
 
