@@ -6,7 +6,7 @@ Descending times sample; ascending times encode (paper, Eq. 14). What a step doe
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -89,14 +89,15 @@ def rows(rule: Rule, schedule: NoiseSchedule, times: Sequence[int]) -> list[Row]
     """
     result: list[Row] = []
     levels: list[float] = []
-    moves = [schedule[t] != schedule[s] for t, s in pairwise(times)]  # a repeated time is no step
+    # How many steps are left, at each; a repeated time is none.
+    left = [*accumulate(schedule[t] != schedule[s] for s, t in pairwise(times[::-1]))][::-1]
     for k, (t, s) in enumerate(pairwise(times)):
-        a_t, a_s, left = schedule[t], schedule[s], sum(moves[k:])
+        a_t, a_s = schedule[t], schedule[s]
         if a_t == 0 and not rule.zero_snr:
             raise ValueError(f"{rule} has no step from alpha_bar=0 (zero terminal SNR); take ddim, or times below T.")
         levels = [a_t, *(a for a in levels if a != a_t)][: rule.memory]
-        used = levels[: max(1, left)] if sum(moves) < rule.lower_order_below else levels
-        corrects = left > 1 and moves[k]
+        used = levels[: max(1, left[k])] if left[0] < rule.lower_order_below else levels
+        corrects = left[k] > 1 and a_s != a_t
         result.append(Row(t, s, rule.coefficients(used, a_s), rule.correction((a_s, *used)) if corrects else None))
     return result
 

@@ -18,9 +18,7 @@ from ddim.results.schema import IMAGES
 DIGITS = 6  # significant digits of numbers in files: the last bits of a float64 are not reproducible everywhere
 KINDS = {"ours": "", "paper": "paper", "difference": "difference", "paired": "to the best"}  # names of lines
 INTERVALS = "of 95 %, over sets of n images"
-OF_SAMPLES = (
-    " with this reference set; to the best: paired, from the same x_T"  # where images are generated and measured
-)
+OF_SAMPLES = " with this reference set; to the best: paired, from the same x_T"  # where images are measured
 Verdict = Literal["", "better", "worse", "same", "best"]
 
 

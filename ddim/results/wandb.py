@@ -176,32 +176,14 @@ class SweepLogger:
         import wandb
 
         metrics = sorted({metric for record in records for metric in record["metrics"]})
-        columns: list[str | int] = [
-            "sampler",
-            "S",
-            "NFE",
-            "spacing",
-            "n",
-            "first",
-            "seed",
-            "checkpoint",
-            "weights",
-            "step",
-        ]
+        shown = {"sampler": "label", "S": "S", "NFE": "nfe"} | {key: key for key in ("spacing", "n", "first", "seed")}
+        columns: list[str | int] = [*shown, "checkpoint", "weights", "step"]
         table = wandb.Table([*columns, *metrics, "seconds_sampling", "seconds_metrics", "grid"])
         for record in distinct_labels([completed(record) for record in records]):
             model = record["model"] or {"weights": None, "step": None}  # of images that exist already
             grid = self.folder / record["grid"] if "grid" in record else None
             table.add_data(
-                *(
-                    record["label"],
-                    record["S"],
-                    record["nfe"],
-                    record["spacing"],
-                    record["n"],
-                    record.get("first"),
-                    record["seed"],
-                ),
+                *(record.get(key) for key in shown.values()),
                 *(record.get("config", {}).get("checkpoint"), model["weights"], model["step"]),
                 *(record["metrics"].get(metric) for metric in metrics),
                 *(record.get(key) for key in ("seconds_sampling", "seconds_metrics")),
