@@ -146,7 +146,10 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
     with shards.lock(processes):
         compute = with_batch_size(model, compute, len(images), processes)
         batches = shards.missing(compute.batch_size, processes)
-        with progress(sum(map(len, batches)) * evaluations, "encoding") as bar, shards.writer(processes) as write:
+        with (
+            progress(sum(map(len, batches)) * evaluations, "encoding", processes) as bar,
+            shards.writer(processes) as write,
+        ):
             for batch, tensors in map_batches(batches, encode):
                 write(batch, tensors)
         metadata |= {

@@ -263,7 +263,7 @@ def generate_shards(spec: EvaluateSpec, job: Job, processes: Processes) -> None:
     batches = shards.missing(job.compute.batch_size, processes)
     with (
         float32_products(tf32=False),  # between batches too: a thread extracts features meanwhile
-        progress(sum(map(len, batches)) * job.steps, job.title) as bar,
+        progress(sum(map(len, batches)) * job.steps, job.title, processes) as bar,
         shards.writer(processes) as write,
     ):
         start = time.perf_counter()

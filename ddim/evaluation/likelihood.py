@@ -215,7 +215,7 @@ def measure_shards(spec: LikelihoodSpec, job: Job, images: Images, processes: Pr
     """Store the bits per dimension of the missing images, each process its share."""
     batches = job.shards.missing(job.compute.batch_size, processes)
     total = sum(map(len, batches)) * job.steps
-    with progress(total, job.title) as bar, job.shards.writer(processes) as write:
+    with progress(total, job.title, processes) as bar, job.shards.writer(processes) as write:
         for batch, tensors in map_batches(batches, lambda batch: _measure_batch(spec, job, images, batch, bar)):
             write(batch, tensors)
 

@@ -170,7 +170,7 @@ def reconstruct_shards(spec: ReconstructSpec, job: Job, images: Images, processe
     shards = job.shards
     shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= count_shown(spec.grid, batch), processes)
     batches = shards.missing(job.compute.batch_size, processes)
-    with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
+    with progress(sum(map(len, batches)) * job.steps, job.title, processes) as bar, shards.writer(processes) as write:
         for batch, tensors in map_batches(batches, lambda batch: _reconstruct_batch(spec, job, images, batch, bar)):
             write(batch, tensors)
 

@@ -131,7 +131,10 @@ def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> 
     sampler, compute = exact_sampler(spec.sampler, T), dataclasses.replace(job.compute, bf16=False, tf32=False)
     with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
         batches = shards.missing(compute.batch_size, processes)
-        with progress(sum(map(len, batches)) * T, "exact trajectory") as bar, shards.writer(processes) as write:
+        with (
+            progress(sum(map(len, batches)) * T, "exact trajectory", processes) as bar,
+            shards.writer(processes) as write,
+        ):
             for batch, x_0 in sample_batches(job.model, sampler, batches, spec.seed, compute, bar):
                 to_pixels(x_0)  # refuses what is not finite
                 write(batch, {X_0: x_0.cpu()})
@@ -144,7 +147,7 @@ def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes
     shards, compute = job.shards, job.compute
     shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= count_shown(spec.grid, batch), processes)
     batches = shards.missing(compute.batch_size, processes)
-    with progress(sum(map(len, batches)) * job.steps, job.title) as bar, shards.writer(processes) as write:
+    with progress(sum(map(len, batches)) * job.steps, job.title, processes) as bar, shards.writer(processes) as write:
         start = time.perf_counter()
         for batch, x_0 in sample_batches(job.model, spec.sampler, batches, spec.seed, compute, bar):
             pixels, x_0 = to_pixels(x_0), x_0.cpu()

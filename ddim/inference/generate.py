@@ -130,7 +130,7 @@ def generate(
     check_sampler(model, sampler)
     batches = split(range(len(indices)), compute.batch_size)  # of the list of indices, which need not be consecutive
     own = sum(map(len, share(batches, processes)))
-    with progress(own * network_evaluations(model, sampler), title) as bar:
+    with progress(own * network_evaluations(model, sampler), title, processes) as bar:
 
         def generate_part(part: range) -> Tensor:
             return generate_batch(model, sampler, indices[part.start : part.stop], seed, compute, bar, start)
@@ -246,9 +246,13 @@ def _steps(
     )
 
 
-def progress(evaluations: int, title: str) -> tqdm:
-    """Return a bar that counts network evaluations of single images, with the time left; it shows on terminals only."""
-    return tqdm(total=evaluations, desc=title, unit=" evaluations", unit_scale=True, disable=None)
+def progress(evaluations: int, title: str, processes: Processes = SINGLE_PROCESS) -> tqdm:
+    """Return a bar that counts network evaluations of single images, with the time left.
+
+    It shows on terminals only, and of several processes, whose shares are alike, for the first.
+    """
+    hidden = None if processes.is_main else True  # None: unless it is a terminal
+    return tqdm(total=evaluations, desc=title, unit=" evaluations", unit_scale=True, disable=hidden)
 
 
 def to_pixels(x: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
     else:
         batches = [batch for gap in missing for batch in split(gap, compute.batch_size, spec.first)]
         with processes.barrier():
-            _write_images(model, spec, share(batches, processes), target, text, encoded)
+            _write_images(model, spec, batches, target, text, encoded, processes)
     return [target]
 
 
@@ -167,6 +167,7 @@ def _missing(text: str, spec: SampleSpec, target: Path, indices: range) -> list[
     """
     if spec.format == "png":
         present = [] if spec.overwrite else sorted(_present(text, target, indices))
+        _warn_of_others(text, target, indices)
     elif target.exists() and not spec.overwrite:
         raise _refused(target, "")
     else:
@@ -186,13 +187,34 @@ def _present(wanted: str, folder: Path, indices: range) -> Iterator[int]:
     Raises:
         UserError: one is not of these settings.
     """
+    for number, path in _numbered(folder):
+        if number in indices:
+            if (text := read_png_text(path, TEXT)) != wanted:
+                raise _refused(path, _differences(text, wanted))
+            yield number
+
+
+def _warn_of_others(wanted: str, folder: Path, indices: range) -> None:
+    """Warn of other numbers' images of other settings: whoever measures the folder would measure them too."""
+    others = sorted(
+        path.name for number, path in _numbered(folder) if number not in indices and read_png_text(path, TEXT) != wanted
+    )
+    if others:
+        log.warning(
+            "%s also has %d images that other settings made, %s the first of them: they stay, and a metric of the "
+            "folder counts them; remove them, or choose another output_dir=...",
+            folder,
+            len(others),
+            others[0],
+        )
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the files that have the name of an image, and its number."""
     # The folder is listed, since there may be far more images to come than files.
     for path in folder.glob("*.png"):
-        if not path.stem.isdecimal() or int(path.stem) not in indices or path.name != _file_name(int(path.stem)):
-            continue
-        if (text := read_png_text(path, TEXT)) != wanted:
-            raise _refused(path, _differences(text, wanted))
-        yield int(path.stem)
+        if path.stem.isdecimal() and path.name == _file_name(int(path.stem)):
+            yield int(path.stem), path
 
 
 def _refused(path: Path, why: str) -> UserError:
@@ -239,11 +261,13 @@ def _write_images(
     folder: Path,
     made_from: str,
     encoded: EncodedImages | None,
+    processes: Processes,
 ) -> None:
-    """Write the images of some batches; a signal to stop waits until the images of a batch are written."""
+    """Write the images of this process's batches; a signal to stop waits until the images of a batch are written."""
+    batches = share(batches, processes)
     start = None if encoded is None else encoded.start
     evaluations = sum(map(len, batches)) * network_evaluations(model, spec.sampler)
-    with progress(evaluations, "sampling") as bar, StopSignals() as stop:
+    with progress(evaluations, "sampling", processes) as bar, StopSignals() as stop:
         for batch, images in generate_batches(model, spec.sampler, batches, spec.seed, spec.compute, bar, start):
             for i, image in zip(batch, images, strict=True):
                 save_png(image, folder / _file_name(i), {TEXT: made_from})
@@ -265,7 +289,8 @@ def _frames(
     context = SamplingContext(model, spec.seed, spec.compute, processes)
     x_T, second = (context.x_T(indices), None) if encoded is None else encoded.start(indices)
     steps = range(1 if second is None else 2, len(check_sampler(model, spec.sampler)) + 1)
-    with progress(len(indices) * network_evaluations(model, spec.sampler), "sampling") as bar:
+    own = sum(map(len, share(split(indices, spec.compute.batch_size), processes)))
+    with progress(own * network_evaluations(model, spec.sampler), "sampling", processes) as bar:
         frames = record_steps(
             context, spec.sampler, x_T, indices, steps, lambda _, state: to_pixels(state.x0), bar.update, second
         )  # pixels: a long trajectory of floats would be large

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,13 @@ from ddim.checkpoints.model import LoadedModel
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.sampling import last_state
 from ddim.diffusion.spec import SamplerSpec
+from ddim.distributed import Processes
 from ddim.errors import UserError
 from ddim.inference import compute as compute_module
 from ddim.inference import generate as generate_module
 from ddim.inference.batching import split
 from ddim.inference.compute import ComputeSpec, find_batch_size, prepare_model, with_batch_size
-from ddim.inference.generate import check_sampler, generate, sample_steps
+from ddim.inference.generate import check_sampler, generate, progress, sample_steps
 
 CPU = ComputeSpec("cpu")
 SAMPLERS = {
@@ -179,6 +181,16 @@ def test_more_steps_than_times_are_refused_with_both_numbers(model: LoadedModel)
 def test_the_progress_bar_shows_on_terminals_only(model: LoadedModel, capsys: pytest.CaptureFixture[str]) -> None:
     generate(model, SAMPLERS["ddim"], range(2), 0, CPU)
     assert capsys.readouterr() == ("", "")
+
+
+def test_one_process_of_several_shows_a_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for rank in range(3):
+        with progress(10, "sampling", Processes(rank, 3)) as bar:
+            bar.update(10)
+        assert ("sampling: 100%" in capsys.readouterr().err) == (rank == 0)
 
 
 def test_prepare_model_moves_and_lays_out_the_network(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,6 +219,17 @@ def test_the_same_command_computes_only_missing_images(spec: SampleSpec, compute
     assert computed == [range(3, 7), range(7, 8)]
 
 
+def test_images_left_of_other_settings_are_warned_of(spec: SampleSpec, caplog: pytest.LogCaptureFixture) -> None:
+    spec = dataclasses.replace(spec, format="png", n=4)
+    write_samples(spec)
+    write_samples(dataclasses.replace(spec, first=4, n=1))
+    write_samples(dataclasses.replace(spec, n=2, overwrite=True))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]  # all of the same settings
+    write_samples(dataclasses.replace(spec, seed=3, n=2, overwrite=True))
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "also has 3 images that other settings made, 000002.png the first" in warning
+
+
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
