@@ -277,10 +277,15 @@ def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:
     """Print the numbers of an evaluation."""
     from tqdm import tqdm
 
+    from ddim.results.records import code_revision
+
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
-    seconds = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
+    how = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
+    if not new:
+        revision = record["revision"] or "unknown"
+        how = "already in the records" + f", by the code of {revision[:7]}" * (revision != code_revision())
     with tqdm.external_write_mode():  # above the progress bar of an evaluation that is being sampled
-        print(f"{title}: {values} ({seconds if new else 'already in the records'})", flush=True)
+        print(f"{title}: {values} ({how})", flush=True)
 
 
 def reason(error: Exception) -> str:

@@ -15,6 +15,7 @@ from ddim.data.images import LazyImages
 from ddim.errors import UserError
 from ddim.io import check_regular_file, printable
 
+FINGERPRINT_FILES = 1000  # evenly spaced, which are hashed
 _SPARE_PAGES = 16  # that were allocated last and never written, which an intact database may lack
 
 
@@ -63,8 +64,13 @@ class LSUNImages(LazyImages):
             return torch.from_numpy(to_array(resize_and_center_crop(image, self.shape[1:])))
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of name, number, shape and transform: the pixels themselves are too many to read."""
-        return hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}".encode()).hexdigest()
+        """Return the SHA-256 of name, shape, transform, all keys, and some files: all are too many to read."""
+        digest = hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}|".encode())
+        digest.update(self._keys.tobytes())
+        with explain_damage(f"the LSUN database {self._folder}"), self._open().begin(buffers=True) as transaction:
+            for key in self._keys[:: -(-len(self) // FINGERPRINT_FILES)]:
+                digest.update(transaction.get(bytes(key)))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Close the database; reading an image opens it again."""

@@ -6,10 +6,31 @@ import torch
 
 from ddim.checkpoints import LoadedModel, weights_hash
 from ddim.data.images import Images
+from ddim.diffusion.guidance import ALL
 from ddim.errors import UserError
 from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.metrics import MetricSpec
 from ddim.inference.conditioning import labels_of
+from ddim.io import printable
+
+MOST_DIFFERENCE = 0.1  # of a class's share, relative to an equal one, that nobody is warned of
+
+
+def share_warning(model: LoadedModel, reference: Images) -> str | None:
+    """Return a warning where labels in turn make classes of other shares than the reference set has, else None."""
+    condition = model.condition
+    if condition is None or condition.label != ALL or reference.labels is None:
+        return None
+    K = len(condition.classes)
+    shares = torch.bincount(reference.labels, minlength=K) / len(reference.labels)
+    number = int((shares - 1 / K).abs().argmax())
+    if abs(share := float(shares[number]) - 1 / K) * K <= MOST_DIFFERENCE:
+        return None
+    name = reference.classes[number] if number < len(reference.classes) else str(number)
+    return (
+        f"label=all makes as many images of each class, {1 / K:.1%}, and {reference.name} has {share + 1 / K:.1%} of "
+        f"{printable(name)}: distances hold this difference too, whatever the images are like."
+    )
 
 
 def check_class_metrics(

@@ -20,10 +20,10 @@ from ddim.diffusion.guidance import GuidanceSpec, guidance_suffix
 from ddim.diffusion.labels import asked_evaluations, asked_steps, title
 from ddim.distributed import Processes
 from ddim.errors import UserError
-from ddim.evaluation.class_labels import check_class_metrics
+from ddim.evaluation.class_labels import check_class_metrics, share_warning
 from ddim.evaluation.feature_stats import FeatureSet, moments
 from ddim.evaluation.influence import compute_influences, keep_intervals
-from ddim.evaluation.job import Job, JobSpec, check_shape, count_shown, model_settings, sampler_settings, table_position
+from ddim.evaluation.job import Job, JobSpec, check_data, count_shown, model_settings, sampler_settings, table_position
 from ddim.evaluation.metrics import MetricSpec, check_sizes, compute_class_metrics, compute_metrics
 from ddim.evaluation.session import Session
 from ddim.image_io import save_png
@@ -114,7 +114,7 @@ class EvaluateSpec(JobSpec):
         model, compute = session.model(self.checkpoint, self.weights, self.compute, self.network_evaluations, self.n)
         model = conditioned(model, self.label, self.guidance)
         tau = check_sampler(model, self.sampler)
-        if self.paper is None and len(tau) < model.spec.schedule.T:
+        if self.sampler.rule != "sigma_hat" and len(tau) < model.spec.schedule.T:  # σ̂'s times are not known
             session.warn_once(times_warning(self.data.name, self.metric.extractor, self.sampler.spacing))
         settings = {
             "model": model_settings(model),
@@ -147,7 +147,8 @@ class EvaluateSpec(JobSpec):
         images = None
         if self.metric.reference_npz is None:
             images = session.images(self.data, self.metric.reference_split)
-            check_shape(model, images)
+            check_data(session, model, self.data, images)
+            session.warn_once(share_warning(model, images))
         settings = reference_settings(session, self.data, self.metric, device, self.n, model.spec.image_shape)
         extractor = session.extractor(self.metric, device)
         return settings | check_class_metrics(self.metric, model, self.indices, extractor, images)

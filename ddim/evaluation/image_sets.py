@@ -33,7 +33,7 @@ from ddim.results.schema import IMAGES
 from ddim.results.table import TableSpec
 from ddim.results.wandb import LoggerSpec
 
-JPEG = (".jpg", ".jpeg")
+LOSSY = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WebP"}  # the last may be without loss
 LABEL_DIGITS = 8  # of the fingerprint, in the label of a row
 
 
@@ -105,8 +105,17 @@ class MetricsSpec:
     @cached_property
     def reference_metric(self) -> MetricSpec:
         """The metric with published statistics in place of the data set, where the reference is a file of those."""
-        if self.reference is None or not self.reference.endswith(".npz") or _holds_samples(self.reference):
+        if self.reference is None or not self.reference.endswith(".npz"):
             return self.metric
+        of_samples = {"kd", "prc"} & set(self.metric.metrics)
+        if SAMPLES in (held := _arrays(self.reference)):
+            if not {"mu", "sigma"} <= held or (of_samples and "fd" not in self.metric.metrics):
+                return self.metric
+            if of_samples:  # the reference batches of ADM: statistics of a whole data set, and 10,000 of its images
+                raise UserError(
+                    f"{self.reference} holds mean and covariance, which fd takes, and samples, perhaps fewer, which "
+                    f"{min(of_samples)} takes; give metric.metrics=[fd], and the others in a second command."
+                )
         try:
             return dataclasses.replace(self.metric, reference_npz=self.reference)
         except ValueError as error:
@@ -174,7 +183,7 @@ class MetricsSpec:
                     f"images={Path(self.images) / splits[0]}."
                 )
             images, fingerprint = session.samples(data)
-            session.warn_once(_jpeg_warning(images, self.images))
+            session.warn_once(_lossy_warning(images, self.images))
             return images, fingerprint
 
     def _data(self, path: str) -> DataSpec:
@@ -262,21 +271,22 @@ def _own_keys(path: str | None) -> Iterator[None]:
         raise UserError(re.sub(r"\bdata\.(?=(size|channels|resize|convert)\b)", "", str(error))) from error
 
 
-def _jpeg_warning(images: Images, path: str) -> str | None:
+def _lossy_warning(images: Images, path: str) -> str | None:
     """Return a warning where samples were compressed with loss, else None."""
     if not isinstance(images, FileImages):
         return None
-    if not (count := sum(file.suffix.lower() in JPEG for file in images.files)):
+    kinds = [LOSSY[suffix] for file in images.files if (suffix := file.suffix.lower()) in LOSSY]
+    if not kinds:
         return None
     return (
-        f"{count:,} of the {len(images):,} images in {path} are JPEG files, whose compression alone raises an FID by "
-        "points (5.80 for about 2.5 in one report); measure PNG files."
+        f"{len(kinds):,} of the {len(images):,} images in {path} are {' or '.join(sorted(set(kinds)))} files, whose "
+        "compression alone raises an FID by points (5.80 for about 2.5 in one report of JPEG); measure PNG files."
     )
 
 
-def _holds_samples(path: str) -> bool:
-    """Whether an .npz holds samples; one that is missing or damaged is refused as statistics, by their reader."""
+def _arrays(path: str) -> set[str]:
+    """Return the names of the arrays in an .npz; of one that is missing or damaged none: the reader refuses it."""
     if not zipfile.is_zipfile(path):
-        return False
+        return set()
     with explain_read_errors(path), zipfile.ZipFile(path) as archive:
-        return f"{SAMPLES}.npy" in archive.namelist()
+        return {name.removesuffix(".npy") for name in archive.namelist()}

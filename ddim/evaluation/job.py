@@ -1,5 +1,6 @@
 """One evaluation: its specification, its cache key, and its record; computed once, however often it is interrupted."""
 
+import logging
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ import torch
 from ddim.checkpoints import LoadedModel
 from ddim.checkpoints.model import WANDB_RUN
 from ddim.config import FilePath, check_name, choose
+from ddim.data.datasets import DataSpec
 from ddim.data.images import Images
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.diffusion.spec import SamplerSpec
@@ -28,10 +30,11 @@ from ddim.inference.conditioning import condition_suffix
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.records import Record, RecordFile, provenance, record_key
+from ddim.results.records import Record, RecordFile, code_revision, provenance, record_key
 from ddim.results.table import TableSpec
 from ddim.results.wandb import LoggerSpec
 
+log = logging.getLogger(__name__)
 UNFINISHED = "unfinished"  # sub-folder with the shards of evaluations that have no record yet
 
 
@@ -168,8 +171,17 @@ class Job:
             return
         with self.shards.lock(processes):
             record = processes.run_on_main(self.find_record)  # another run may have finished it meanwhile
-            if record is not None and processes.is_main:
-                self.shards.delete()
+            if processes.is_main:
+                if record is not None:
+                    self.shards.delete()
+                elif others := self.shards.revisions() - {code_revision()}:
+                    log.warning(
+                        "%s: a part of it was computed by the code of %s and stays as it is; to compute all of it by "
+                        "this code, remove %s.",
+                        self.title,
+                        ", ".join(sorted(others)),
+                        self.shards.folder,
+                    )
             yield record
 
     def append_record(self, results: dict[str, Any], processes: Processes) -> Record:
@@ -178,6 +190,8 @@ class Job:
 
     def write_record(self, results: dict[str, Any], processes: Processes) -> Record:
         """Add the record, delete the shards, and return the record; in the main process of those that computed it."""
+        made_by = provenance()
+        others = sorted(self.shards.revisions() - {made_by["revision"]})
         record = {
             "key": self.key,
             **self.settings,
@@ -191,7 +205,8 @@ class Job:
                 "batch_size": self.compute.batch_size,
                 **({} if self.model is None else self._settings()),
             },
-            **provenance(),
+            **made_by,
+            **({"other_revisions": others} if others else {}),  # that computed some of its images
         }
         self.records.append(record)
         self.shards.delete()
@@ -251,6 +266,21 @@ def check_shape(model: LoadedModel, images: Images) -> None:
             f"the checkpoint makes images of (channels, height, width) {model.spec.image_shape}, {images.name} has "
             f"{images.shape}; choose the data the model was trained on."
         )
+
+
+def check_data(session: Session, model: LoadedModel, data: DataSpec, images: Images) -> None:
+    """Do `check_shape`, and warn where the model was trained on another data set, as far as both are known.
+
+    Raises:
+        UserError: see `check_shape`.
+    """
+    check_shape(model, images)
+    trained_on, category = model.spec.data, (model.recipe or {}).get("data.category")
+    if not {"", "folder", "npz"}.isdisjoint({trained_on, data.name}):
+        return
+    if trained_on != data.name or (data.name == "lsun" and category not in (None, data.category)):
+        trained_on += f" ({category})" if category else ""
+        session.warn_once(f"the model was trained on {trained_on}, and is compared with images of {images.name}.")
 
 
 def model_settings(model: LoadedModel) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ddim.checkpoints import LoadedModel
 from ddim.data.datasets import DataSpec, load_images
 from ddim.errors import UserError
-from ddim.evaluation.job import check_shape
+from ddim.evaluation.job import check_data
 from ddim.evaluation.metrics import MetricSpec
 from ddim.evaluation.session import Session
 
@@ -101,9 +101,7 @@ class NearestSearch:
             )
         self.data, self.k, self.session, self.device, self.reference_dir = data, k, session, device, reference_dir
         self.train = session.images(data, "train")
-        if "folder" not in (data.name, model.spec.data) and data.name != model.spec.data:
-            log.warning("the model was trained on %s, and is compared with images of %s.", model.spec.data, data.name)
-        check_shape(model, self.train)
+        check_data(session, model, data, self.train)
         if k >= len(self.train):
             raise UserError(f"k={k} must be less than the number of training images, {len(self.train)}.")
         self.among = min(NEAREST, len(self.train) - 1)

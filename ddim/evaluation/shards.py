@@ -21,11 +21,13 @@ from ddim.distributed import SINGLE_PROCESS, Processes
 from ddim.errors import UserError
 from ddim.inference.batching import split
 from ddim.io import Tensors, read_safetensors, write_safetensors
+from ddim.results.records import code_revision
 from ddim.signals import StopSignals
 
 log = logging.getLogger(__name__)
 Stored = Tensors | Callable[[], Tensors]  # of a batch: the tensors, or what computes them
 MAX_CHECKS = 45  # of a folder on the network, in about 100 seconds
+REVISION = "revision"  # the entry of a shard that states the code that computed it
 NAME = re.compile(r"(\d{10})_(\d{10})\.safetensors")
 
 
@@ -90,9 +92,10 @@ class Shards:
             UserError: the block failed in another process. What was stored stays.
         """
         pending: Future[None] | None = None
+        made_by = {REVISION: code_revision()}
 
         def store(batch: range, tensors: Stored) -> None:
-            write_safetensors(self.path(batch), tensors() if callable(tensors) else tensors, {})
+            write_safetensors(self.path(batch), tensors() if callable(tensors) else tensors, made_by)
 
         def write(batch: range, tensors: Stored) -> None:
             nonlocal pending
@@ -130,6 +133,10 @@ class Shards:
     def path(self, batch: range) -> Path:
         """Return the file of a batch."""
         return self.folder / f"{batch.start:010d}_{batch.stop:010d}.safetensors"
+
+    def revisions(self) -> set[str]:
+        """Return the code revisions that computed the stored batches."""
+        return {read_safetensors(self.path(batch))[1].get(REVISION, "unknown") for batch in self.complete()}
 
     def read(self, name: str, processes: Processes = SINGLE_PROCESS) -> Iterator[Tensor]:
         """Yield the tensor `name` of each shard, in the order of the images; of several processes, each its share."""

@@ -82,7 +82,8 @@ def comparison(
         return None, f"{no} the reference set {reference} is not {paper.reference}"
     if last_time:
         return None, f"{no} it ends at alpha_bar[{last_time}], the paper at alpha_bar[0] = 1"
-    return paper, f"paper: {paper.source}; its τ: {paper.spacing}; {paper.note}"
+    assumed = f"; {reference} is taken to be of {paper.reference}" * reference.endswith(".npz")
+    return paper, f"paper: {paper.source}; its τ: {paper.spacing}; {paper.note}{assumed}"
 
 
 def times_warning(data: str, extractor: str, spacing: str) -> str | None:

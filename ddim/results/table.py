@@ -91,6 +91,8 @@ class Table:
         self.paper, self.note = comparison(*names, p["last_time"])
         if self.paper is not None and self._labelled:
             self.note += "; samples with labels are not compared"
+        if self.paper is not None and (p["model"] or {}).get("weights") == "raw":
+            self.note += "; the paper's weights are an average (EMA), these are not"
 
     @cached_property
     def _labelled(self) -> set[str]:

@@ -9,9 +9,12 @@ import pytest
 import torch
 
 from ddim import GuidanceSpec
+from ddim.checkpoints import load_model
 from ddim.data.datasets import DataSpec, load_images
+from ddim.data.images import MemoryImages
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.evaluation.class_labels import share_warning
 from ddim.evaluation.feature_stats import FeatureSet, feature_set
 from ddim.evaluation.features import FeatureExtractor
 from ddim.evaluation.fidelity import EvaluateSpec, evaluate
@@ -53,6 +56,28 @@ def test_metrics_of_classes_are_those_of_their_images_alone() -> None:
     assert list(metrics) == [f"{name}_digits_classifier_90" for name in ("intra_fd", "accuracy", "fd")]
     for name, values in of_classes.items():
         assert metrics[name] == pytest.approx(sum(values.values()) / 3)
+
+
+@pytest.mark.parametrize(
+    ("label", "shares", "warned"),
+    [
+        ("all", (5, 5), ""),
+        ("all", (5, 6), ""),
+        ("all", (1, 9), "50.0%, and x has 10.0% of 0"),
+        ("all", (), ""),
+        (1, (1, 9), ""),
+    ],
+)
+def test_other_shares_of_classes_than_the_reference_has_are_warned_of(
+    conditional_checkpoint: Path, label: str | int, shares: tuple[int, ...], warned: str
+) -> None:
+    model = conditioned(load_model(str(conditional_checkpoint)), label, GuidanceSpec())
+    assert model.condition is not None
+    model = dataclasses.replace(model, condition=dataclasses.replace(model.condition, classes=("0", "1")))
+    labels = torch.repeat_interleave(torch.arange(2), torch.tensor(shares)) if shares else None
+    images = MemoryImages("x", torch.zeros(max(1, sum(shares)), 1, 8, 8, dtype=torch.uint8), labels, ("0", "1"))
+    warning = share_warning(model, images)
+    assert (warned in str(warning)) if warned else warning is None
 
 
 @pytest.mark.parametrize("metric", ["intra_fd", "accuracy"])

@@ -122,6 +122,29 @@ def test_written_statistics_take_the_place_of_the_folder(spec: MetricsSpec, tmp_
         evaluate(dataclasses.replace(spec, reference=str(out), metric=precision))
 
 
+def test_statistics_beside_samples_are_those_of_the_distance(spec: MetricsSpec, tmp_path: Path) -> None:
+    """As in the reference batches of guided-diffusion: mu and sigma of a data set, and some of its images."""
+    write_statistics(dataclasses.replace(spec, images=None, out=str(tmp_path / "all.npz")))
+    with np.load(tmp_path / "all.npz") as arrays:
+        moments = {name: arrays[name] for name in ("mu", "sigma")}
+    some = images(20, 5).permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "both.npz", some, **moments)
+    np.savez(tmp_path / "some.npz", some)
+
+    def measure(reference: str | None, *metrics: str) -> dict[str, float]:
+        metric = MetricSpec("digits_classifier", metrics)
+        return evaluate(dataclasses.replace(spec, reference=reference, metric=metric))[0]["metrics"]
+
+    both = str(tmp_path / "both.npz")
+    assert measure(both, "fd") == measure(spec.reference, "fd")
+    assert measure(both, "fd", "is") == measure(spec.reference, "fd", "is")
+    assert measure(both, "prc") == measure(str(tmp_path / "some.npz"), "prc")
+    with pytest.raises(
+        UserError, match=r"holds mean and covariance, which fd takes, and samples.* which prc takes; give"
+    ):
+        measure(both, "fd", "prc")
+
+
 def test_the_record_states_what_was_compared(spec: MetricsSpec) -> None:
     record, new = evaluate(spec)
     assert new
@@ -216,15 +239,18 @@ def test_loggers_of_a_training_are_refused(spec: MetricsSpec, logger: LoggerSpec
         dataclasses.replace(spec, logger=logger)
 
 
-def test_jpeg_samples_are_warned_of_once(spec: MetricsSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("suffixes", "kind"), [((".jpg", ".JPEG"), "JPEG"), ((".webp", ".jpg"), "JPEG or WebP")])
+def test_lossy_samples_are_warned_of_once(
+    spec: MetricsSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture, suffixes: tuple[str, ...], kind: str
+) -> None:
     session = Session()
     evaluate(spec, session)
     assert not caplog.records
     made = folder(tmp_path / "mixed", images(60, 3))
-    for i, suffix in enumerate((".jpg", ".JPEG")):
+    for i, suffix in enumerate(suffixes):
         save(images(60, 3)[i], (made / f"{i:03d}").with_suffix(suffix))
         (made / f"{i:03d}.png").unlink()
     for _ in range(2):
         evaluate(dataclasses.replace(spec, images=str(made)), session)
     [record] = caplog.records
-    assert record.getMessage().startswith(f"2 of the 60 images in {made} are JPEG files")
+    assert record.getMessage().startswith(f"2 of the 60 images in {made} are {kind} files")

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from ddim import SamplerSpec
+from ddim.data.datasets import DataSpec
+from ddim.data.images import MemoryImages
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.distributed import Processes
-from ddim.evaluation.fidelity import EvaluateSpec, evaluate
-from ddim.evaluation.job import JobSpec, run_name, sampler_settings
+from ddim.evaluation.fidelity import EvaluateSpec, evaluate, generate_shards
+from ddim.evaluation.job import JobSpec, check_data, run_name, sampler_settings
 from ddim.evaluation.likelihood import LikelihoodSpec
 from ddim.evaluation.reconstruction import ReconstructSpec
 from ddim.evaluation.session import Session
@@ -175,7 +177,67 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
         for name in ("a", "b"):
             dataclasses.replace(spec, name=name).prepare(session)
         assert caplog.messages == ["these are ('digits', 'digits_classifier', 'linear')"] * warnings
-    dataclasses.replace(spec, paper="table1_cifar10").prepare(Session())  # whose experiments choose the times
+    sigma_hat = SamplerSpec("sigma_hat", eta=None, S=4)  # nobody knows its times in the paper
+    dataclasses.replace(spec, sampler=sigma_hat).prepare(Session())
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "category", "data", "warned"),
+    [
+        ("digits", None, DataSpec("digits", (8, 8), 1, flip=False), ""),
+        (
+            "cifar10",
+            None,
+            DataSpec("digits", (8, 8), 1, flip=False),
+            "trained on cifar10, and is compared with images of x",
+        ),
+        ("", None, DataSpec("digits", (8, 8), 1, flip=False), ""),
+        ("folder", None, DataSpec("digits", (8, 8), 1, flip=False), ""),
+        ("cifar10", None, DataSpec("folder", (8, 8), 1, flip=False, root="."), ""),
+        (
+            "lsun",
+            "bedroom",
+            DataSpec("lsun", (8, 8), 3, flip=False, category="church_outdoor"),
+            "trained on lsun (bedroom)",
+        ),
+        ("lsun", "bedroom", DataSpec("lsun", (8, 8), 3, flip=False, category="bedroom"), ""),
+        ("lsun", None, DataSpec("lsun", (8, 8), 3, flip=False, category="bedroom"), ""),
+    ],
+)
+def test_another_data_set_than_that_of_the_training_is_warned_of(
+    spec: EvaluateSpec,
+    caplog: pytest.LogCaptureFixture,
+    trained_on: str,
+    category: str | None,
+    data: DataSpec,
+    warned: str,
+) -> None:
+    model, _ = Session().model(spec.checkpoint, "ema", ComputeSpec("cpu"))
+    model = dataclasses.replace(
+        model, spec=dataclasses.replace(model.spec, data=trained_on), recipe={"data.category": category}
+    )
+    images = MemoryImages("x", torch.zeros(3, *model.spec.image_shape, dtype=torch.uint8))
+    check_data(Session(), model, data, images)
+    assert (warned in caplog.text) if warned else not caplog.messages
+
+
+def test_parts_of_other_code_are_warned_of_and_recorded(
+    spec: EvaluateSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spec = dataclasses.replace(spec, n=6, compute=ComputeSpec("cpu", batch_size=2))
+    monkeypatch.setattr("ddim.evaluation.shards.code_revision", lambda: "older")
+    job = spec.prepare(Session())
+    generate_shards(spec, job, Processes())
+    job.shards.path(range(2, 4)).unlink()
+    monkeypatch.undo()
+    caplog.clear()
+    record, _ = evaluate(spec)
+    assert "a part of it was computed by the code of older and stays as it is" in caplog.text
+    assert record["other_revisions"] == ["older"]
+    caplog.clear()
+    record, _ = evaluate(dataclasses.replace(spec, seed=1))
+    assert "other_revisions" not in record
     assert not caplog.messages
 
 

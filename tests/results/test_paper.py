@@ -178,8 +178,19 @@ def test_no_comparison_unless_asked_for() -> None:
 
 
 def test_npz_statistics_count_as_the_reference_set() -> None:
-    paper, _ = comparison("table1_celeba", FID, 50_000, "fid_stats_celeba64_train_50000_ddim.npz")
+    paper, note = comparison("table1_celeba", FID, 50_000, "fid_stats_celeba64_train_50000_ddim.npz")
     assert paper is PAPER_TABLES["table1_celeba"]
+    assert note.endswith("; fid_stats_celeba64_train_50000_ddim.npz is taken to be of celeba-train")
+    assert "taken to be" not in comparison("table1_celeba", FID, 50_000, "celeba-train")[1]
+
+
+@pytest.mark.parametrize(("weights", "noted"), [("ema", False), ("raw", True)])
+def test_online_weights_are_noted_beside_the_paper(weights: str, noted: bool) -> None:
+    made = record("η=0.0", 10, 13.0, paper="table1_cifar10")
+    made["model"] = made["model"] | {"weights": weights}
+    [table] = build_tables([made])
+    assert table.paper is not None
+    assert ("the paper's weights are an average" in table.note) == noted
 
 
 def test_reconstruction_errors_compare_with_table_2() -> None:
