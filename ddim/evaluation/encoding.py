@@ -121,8 +121,8 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         with config_context("inversion"):
             spec.how.check_levels(model.spec.schedule, spec.sampler.tau(model.spec.schedule.T), model.spec.prediction)
         images = checkpoint_images(Path(spec.source), model.spec.image_shape, spec.resize, spec.convert)
-        evaluations = inversion_evaluations(model, spec.how, spec.sampler)[0]
-        compute = prepare_model(model, compute, len(images) * evaluations, len(images), processes.world_size == 1)
+        steps = inversion_evaluations(model, spec.how, spec.sampler)[0]
+        compute = prepare_model(model, compute, len(images) * steps, len(images), processes.world_size == 1)
     metadata: dict[str, Any] = {
         **model_settings(model),
         **condition_settings(model),
@@ -130,7 +130,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         "sampler": spec.sampler.settings(),
         "tau": list(tau),
         "inversion": spec.how.settings(),
-        "nfe": evaluations,
+        "nfe": steps,
         "bf16": compute.bf16,
         "tf32": compute.uses_tf32,
         "fingerprint": processes.run_on_main(images.fingerprint),  # every image is read: a wrong one is named here
@@ -146,10 +146,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
     with shards.lock(processes):
         compute = with_batch_size(model, compute, len(images), processes)
         batches = shards.missing(compute.batch_size, processes)
-        with (
-            progress(sum(map(len, batches)) * evaluations, "encoding", processes) as bar,
-            shards.writer(processes) as write,
-        ):
+        with progress(steps * sum(map(len, batches)), "encoding", processes) as bar, shards.writer(processes) as write:
             for batch, tensors in map_batches(batches, encode):
                 write(batch, tensors)
         metadata |= {

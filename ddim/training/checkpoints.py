@@ -101,7 +101,8 @@ class Checkpoints(Checkpoint):
         folder: gets the files.
         every: optimiser steps between two.
         keep_last: how many of the newest are kept.
-        keep_every: those whose step is a multiple of it are kept for good; 0 for none.
+        keep_every: those whose step is a multiple of it are kept for good; 0 for none. Those that a run before kept in
+            this way are left too, whatever this one is told.
         stop: holds signals to stop back while the run trains.
         keep_best: how many of the best are kept; they are saved also where `every` does not ask for it.
     """
@@ -112,6 +113,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.keep_last, self.keep_every = folder, every, keep_last, keep_every
         self.stop, self.keep_best = stop, keep_best
         self.saved = 0  # the step of the newest checkpoint
+        self.removable: list[int] | None = None  # steps whose files may be removed, the oldest first
         self.best: list[tuple[float, int]] = []  # (metric, step), the best first; at least one if a step was ranked
         self.ranked = 0  # the step that was ranked last, since this process started
         self.protocol: str | None = None  # of the validation that ranks, if there is one
@@ -193,17 +195,27 @@ class Checkpoints(Checkpoint):
         self._set_best_aside(trainer)  # of a run that was finished already, which has not begun to train
         self.saved = trainer.global_step
         path = step_file(self.folder, self.saved)
+        if self.removable is None:  # of the files of a run before, the newest and the best: it kept the others for good
+            newest = [_step(old) for old in _steps(self.folder)[: self.keep_last]]
+            self.removable = sorted({*newest, *self.best_steps} - {self.saved})
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             if self.best_steps[:1] == [self.saved]:
                 _link(path, self.folder / BEST)
             _link(path, self.folder / LAST)  # after the best: a kill in between leaves the step to be done again
-            for old in _steps(self.folder)[self.keep_last :]:
-                kept = old == path or _step(old) in self.best_steps
-                if not kept and (not self.keep_every or _step(old) % self.keep_every):
-                    old.unlink()
+            self._remove_old()
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # Lightning's hook; W&B may take a copy
+
+    def _remove_old(self) -> None:
+        """Remove the checkpoints that are neither among the newest nor the best, nor kept for good."""
+        steps = [*(self.removable or ()), self.saved]
+        for step in steps[: -self.keep_last]:
+            if step not in self.best_steps:
+                if not self.keep_every or step % self.keep_every:
+                    step_file(self.folder, step).unlink(missing_ok=True)
+                steps.remove(step)
+        self.removable = steps
 
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Return whether any process received a signal: the same answer on all of them, at the same step."""

@@ -68,7 +68,7 @@ def test_metrics_of_classes_are_those_of_their_images_alone() -> None:
         (1, (1, 9), ""),
     ],
 )
-def test_other_shares_of_classes_than_the_reference_has_are_warned_of(
+def test_other_shares_of_classes_are_warned_of(
     conditional_checkpoint: Path, label: str | int, shares: tuple[int, ...], warned: str
 ) -> None:
     model = conditioned(load_model(str(conditional_checkpoint)), label, GuidanceSpec())

@@ -205,7 +205,7 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
         ("lsun", None, DataSpec("lsun", (8, 8), 3, flip=False, category="bedroom"), ""),
     ],
 )
-def test_another_data_set_than_that_of_the_training_is_warned_of(
+def test_another_data_set_is_warned_of(
     spec: EvaluateSpec,
     caplog: pytest.LogCaptureFixture,
     trained_on: str,

@@ -105,6 +105,16 @@ def test_keep_last_and_keep_every_choose_what_is_kept(run, keep_last, keep_every
     assert sorted(p.name for p in last.parent.iterdir() if p.name.startswith(".")) == []
 
 
+def test_what_a_run_before_kept_for_good_is_kept(run):
+    trainer = {"max_steps": 7, "checkpoint_every": 1, "keep_last": 2}
+    folder = run(trainer=trainer | {"keep_every": 2}).parent
+    assert steps(folder) == [2, 4, 6, 7]
+    run(trainer=trainer | {"max_steps": 9}, checkpoint="last")
+    assert steps(folder) == [2, 4, 8, 9]  # 6 was among the newest, as any other
+    run(trainer=trainer | {"max_steps": 7}, checkpoint=str(folder / "step_00000004.ckpt"))
+    assert steps(folder) == [2, 4, 6, 7]  # and not 8 and 9, of the branch that was left
+
+
 def test_newest_intact_checkpoint_is_used_with_a_warning(run, same, caplog):
     options = {"trainer": {"max_steps": 9, "checkpoint_every": 3}}
     uninterrupted = run("uninterrupted", **options)
