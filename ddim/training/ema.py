@@ -36,6 +36,8 @@ class EMASpec:
                 raise ValueError(f"decay={rate} must lie in [0, 1).")
         if len(set(self.rates)) != len(self.rates) or not self.rates:
             raise ValueError(f"decay={list(self.rates)} must hold at least one rate, and none twice.")
+        if len({f"{rate:g}" for rate in self.rates}) != len(self.rates):  # which name their weights
+            raise ValueError(f"decay={list(self.rates)} must hold rates that differ in their first six digits.")
 
     @property
     def labels(self) -> dict[str, float]:

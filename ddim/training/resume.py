@@ -21,7 +21,7 @@ from ddim.data.images import Images
 from ddim.distributed import is_restarted
 from ddim.errors import UserError
 from ddim.inference.batching import is_out_of_memory
-from ddim.io import explain_read_errors
+from ddim.io import explain_read_errors, is_safetensors
 from ddim.training.checkpoints import newest_intact
 from ddim.training.lightning_workarounds import is_restoring
 from ddim.training.module import COUNTS, MOMENTS, DiffusionModule
@@ -214,6 +214,11 @@ def _find(spec: TrainSpec) -> tuple[Path, dict[str, Any]] | None:
         log.info("SLURM started this job again: it goes on from %s", newest[0])
         return newest
     path = None if spec.checkpoint in (None, "last") else Path(str(spec.checkpoint))
+    if path is not None and path.is_file() and is_safetensors(path):
+        raise UserError(
+            f"{path} is a model file, without the state of an optimiser; a training goes on from a checkpoint of one, "
+            "such as RUN/checkpoints/last.ckpt."
+        )
     if path is not None and path.resolve().parent == spec.checkpoint_dir.resolve():
         return path, read_checkpoint(path)
     newest = newest_intact(spec.checkpoint_dir)

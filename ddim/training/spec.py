@@ -107,6 +107,11 @@ class TrainerSpec:
                 f"batch_size={self.batch_size} must hold an image for each of {processes} processes x "
                 f"{self.accumulate} accumulated batches."
             )
+        if self.strategy.startswith(("fsdp", "deepspeed")):
+            raise ValueError(
+                f"strategy={self.strategy} may divide the parameters among the processes, and the averages need all of "
+                "them in each; take strategy=ddp, or trainer.accumulate if the training does not fit into memory."
+            )
         if self.num_workers > 1024:
             raise ValueError(f"num_workers={self.num_workers} must be at most 1024; about the number of CPUs is best.")
         if self.winograd and self.precision == "bf16-mixed":

@@ -2,6 +2,7 @@
 
 import csv
 import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from ddim.checkpoints.model import read_checkpoint
 from ddim.config import build
+from ddim.errors import UserError
 from ddim.training.module import DiffusionModule
 from ddim.training.run import train
 from ddim.training.spec import TrainSpec
@@ -179,3 +181,20 @@ def same():
         return all(torch.allclose(a[k].double(), b[k].double(), rtol=0, atol=atol) for k in a)
 
     return same
+
+
+@pytest.fixture
+def refused(run, monkeypatch):
+    """refused(...): the message of the UserError that a run ends with before it trains; one sentence."""
+
+    def refused(*args, **changes):
+        with monkeypatch.context() as patch:
+            patch.setattr(DiffusionModule, "training_step", lambda *args: pytest.fail("trained"))
+            with pytest.raises(UserError) as caught:
+                run(*args, **changes)
+        message = str(caught.value)
+        assert re.fullmatch(r"[^\n]{20,}[.!]", message), message
+        assert not re.search(r"[.!?] +[A-Z]", message), f"more than one sentence: {message}"
+        return message
+
+    return refused

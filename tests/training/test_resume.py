@@ -6,7 +6,7 @@ import pytest
 import torch
 from two_processes import run_in_processes
 
-from ddim.checkpoints.model import read_checkpoint
+from ddim.checkpoints.model import read_checkpoint, read_model, save_model
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.training.ema import EMA
@@ -181,6 +181,13 @@ def test_a_requeued_job_goes_on_where_it_stopped(run, finished_run, after_loss, 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")  # of a job that has started once
     with pytest.raises(UserError, match="already holds a run at step 6"):
         run(checkpoint=elsewhere)
+
+
+def test_a_model_file_is_no_training_checkpoint(run, finished_run, tmp_path):
+    model = tmp_path / "model.safetensors"
+    save_model(read_model(finished_run / "checkpoints" / "last.ckpt"), model)
+    with pytest.raises(UserError, match=r"model.safetensors is a model file, without .* a training goes on from"):
+        run(checkpoint=str(model))
 
 
 def start_training(processes, values):
