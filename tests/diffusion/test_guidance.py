@@ -187,3 +187,13 @@ def test_settings_and_names_state_what_decides_the_numbers():
 def test_guidance_without_sense_is_refused(make, reason):
     with pytest.raises(ValueError, match=reason):
         make()
+
+
+def test_predictions_that_are_skipped_are_not_counted():
+    condition, schedule = Condition(("a", "b"), 0, GuidanceSpec(1.0, (5, 10))), linear_schedule(10)
+
+    def walk(model, x):
+        return trajectory(model, schedule, x, (10, 5, 1, 0))
+
+    assert condition.evaluations(walk, 3) == 2 + 2 + 1
+    assert condition.evaluations(walk, 3, skipped=1) == 2 + 1

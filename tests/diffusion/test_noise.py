@@ -6,7 +6,7 @@ import torch
 
 from ddim import random as noise
 from ddim.diffusion.interpolation import slerp
-from ddim.diffusion.noise import initial_noise, step_noise
+from ddim.diffusion.noise import corrector_noise, initial_noise, step_noise
 from ddim.diffusion.objective import TIME_SAMPLERS, training_noise
 from ddim.random import gaussian, philox, random_words
 
@@ -151,3 +151,16 @@ def test_slerp_between_neighbours_stays_on_the_sphere():
     y = torch.tensor([[[[math.cos(0.4), math.sin(0.4)]]]], dtype=torch.float64)
     expected = torch.tensor([[[[math.cos(0.1), math.sin(0.1)]]]], dtype=torch.float64)
     assert torch.allclose(slerp(x, y, 0.25), expected, atol=1e-12)
+
+
+def test_slerp_between_near_points_is_on_the_arc():
+    angle = 0.09
+    x, y, z = (torch.tensor([[math.cos(v), math.sin(v)]], dtype=torch.float64) for v in (0.0, angle, angle / 4))
+    torch.testing.assert_close(slerp(x, y, 0.25), z)
+
+
+def test_corrector_noise_differs_in_all_its_steps():
+    values = {
+        tuple(corrector_noise([0], (2,), 0, step, number).tolist()[0]) for step in (1, 2, 3) for number in range(1024)
+    }
+    assert len(values) == 3 * 1024

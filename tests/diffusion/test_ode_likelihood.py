@@ -21,7 +21,7 @@ from ddim.diffusion.likelihood import (
 )
 from ddim.diffusion.prediction import PREDICTIONS, x0_from_eps
 from ddim.diffusion.rules import DDIM, Rule
-from ddim.diffusion.schedule import linear_schedule, zero_terminal_snr
+from ddim.diffusion.schedule import from_betas, linear_schedule, zero_terminal_snr
 from ddim.diffusion.solvers import AdamsBashforth, Heun
 from ddim.diffusion.timesteps import quadratic_tau
 from ddim.random import SAMPLING, gaussian
@@ -178,3 +178,13 @@ def test_dequantisation_is_uniform_over_a_grey_level() -> None:
 def test_times_go_up_from_the_data() -> None:
     assert ascending_times((1, 1, 3, 10), 0) == (0, 1, 3, 10)
     assert ascending_times((1, 1, 3, 10), 1) == (1, 3, 10)
+
+
+def test_the_network_is_read_at_the_level_of_the_data_first() -> None:
+    """At ᾱ = 1, where v is ε; a large β_1 shows it."""
+    z = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    solved = fixed_steps(lambda x, t: 0.3 * x, from_betas([0.3]), 0.5 * z, (1,), DDIM(), [z], prediction="v")
+    x_1 = 0.5 * (math.sqrt(0.7) + 0.3 * math.sqrt(0.3))
+    assert solved.x_T.item() == pytest.approx(x_1, rel=1e-6)
+    prior = -0.5 * (x_1**2 + math.log(2 * math.pi))
+    assert solved.log_likelihood.item() == pytest.approx(prior + 0.3 * math.sqrt(0.3 / 0.7), rel=1e-6)

@@ -156,3 +156,17 @@ def test_both_ways_give_the_likelihood_of_gaussian_data() -> None:
     assert abs(bits[1] - bits[0]) < 0.01
     assert bits[0] < bits[2] < bits[0] + 0.01
     assert bits[1] < bits[2]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_tails_of_pixels_are_there_in_float32(sign: int) -> None:
+    """Six standard deviations off, with their gradient, which a training follows."""
+    x0 = torch.full((1, 1, 1, 1), 0.5 * sign)
+    values = []
+    for dtype in (torch.float32, torch.float64):
+        mean = (x0 - 0.061 * sign).to(dtype).requires_grad_()
+        value = discretised_log_likelihood(x0.to(dtype), mean, 0.01)
+        values.append((value.double(), *torch.autograd.grad(value.sum(), mean)))
+    (value, gradient), (exact, expected) = values
+    torch.testing.assert_close(value, exact, rtol=1e-3, atol=0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=0)

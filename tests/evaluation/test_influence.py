@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from ddim.evaluation.feature_stats import FeatureSet, feature_set, moments
-from ddim.evaluation.influence import compute_influences, frechet_influence
-from ddim.evaluation.metrics import METRICS, MetricSpec, compute_metrics
+from ddim.evaluation.influence import compute_influences, frechet_influence, kernel_influence
+from ddim.evaluation.metrics import METRICS, MetricSpec, compute_metrics, precision_recall
 from ddim.results.interval import interval
 
 CASES = 500
@@ -104,3 +104,18 @@ def test_frechet_influence_of_features_without_spread() -> None:
     x = draw(50, torch.Generator().manual_seed(7)) * torch.tensor([1, 1, 0, 1, 0, 1])
     reference = FeatureSet(*moments([draw(50, torch.Generator().manual_seed(8)) * torch.tensor([1, 0, 0, 1, 1, 1])]))
     assert torch.isfinite(frechet_influence([x], FeatureSet(*moments([x])), reference)).all()
+
+
+def test_the_kernel_influence_leaves_the_diagonal_out() -> None:
+    x, y = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    within, across = (x @ x.T / 3 + 1) ** 3, (x @ y.T / 3 + 1) ** 3
+    rows = 2 * ((within.sum(1) - within.diagonal()) / 4 - across.mean(1))
+    spec = MetricSpec("pixels", ("kd",), kid_subset_size=5, kid_subsets=1)
+    found = kernel_influence(feature_set({"pixels": x}, "pixels"), feature_set({"pixels": y}, "pixels"), spec)
+    torch.testing.assert_close(torch.as_tensor(found), rows - rows.mean())
+
+
+def test_an_image_at_the_edge_of_a_ball_is_in_it() -> None:
+    images, edge = ([[0.0], [1.0], [2.0], [3.0]], [[-3.0], [6.0], [-3.5], [7.0]])  # with radii 3, 2, 2, 3
+    x, y = (feature_set({"pixels": torch.tensor(values)}, "pixels") for values in (edge, images))
+    assert precision_recall(x, y, MetricSpec("pixels", ("prc",)))["precision"] == 0.5

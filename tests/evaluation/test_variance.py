@@ -168,3 +168,11 @@ def test_an_earlier_file_is_kept(spec: EstimateVarianceSpec) -> None:
 def test_a_spec_refuses_what_it_cannot_mean(spec: EstimateVarianceSpec, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(spec, **changes)
+
+
+def test_the_standard_error_of_two_is_half_their_difference() -> None:
+    x_0 = torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
+    predicted = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)  # whose squares are 1 and 4
+    compute = ComputeSpec("cpu", batch_size=2)
+    [mean], [error] = estimate(lambda x, t: predicted, linear_schedule(10), lambda _: x_0, 2, (5,), "eps", 0, compute)
+    assert (mean, error) == pytest.approx((2.5, 1.5))

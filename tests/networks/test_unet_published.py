@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from composed import group_values
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddim.config import build
 from ddim.networks import NETWORKS, UNet, UNetSpec, build_network
@@ -186,3 +186,13 @@ def test_agrees_with_a_transcription_over_its_state_dict(spec: UNetSpec) -> None
     expected = transcribed_unet(network.state_dict(), spec, x, t)
     assert expected.std() > 0.1
     torch.testing.assert_close(network(x, t), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_normalisation_has_the_published_epsilon() -> None:
+    network = UNet(UNetSpec((8, 8), 1, 8, (1, 1), 1, (4,), num_groups=4))
+    assert {module.eps for module in network.modules() if isinstance(module, nn.GroupNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize("size", [(8, 16), (16, 8)])
+def test_a_level_is_named_by_its_shorter_side(size: tuple[int, int]) -> None:
+    assert UNetSpec(size, 1, 8, (1, 1), attn_resolutions=(4,), num_groups=4).resolutions == (8, 4)

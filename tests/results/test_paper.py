@@ -7,6 +7,7 @@ import pytest
 from made_records import FID, compared, record
 
 from ddim.results.paper import PAPER_TABLES, comparison, times_warning
+from ddim.results.protocol import is_distance
 from ddim.results.report import build_tables
 from ddim.results.table import Table
 
@@ -218,3 +219,28 @@ def test_reconstruction_errors_compare_with_table_2() -> None:
 def test_linear_times_are_warned_of_where_the_paper_has_quad(data: str, extractor: str, spacing: str) -> None:
     warned = times_warning(data, extractor, spacing) is not None
     assert warned is ((data, extractor) == ("cifar10", "inception") and spacing in ("linear", "uniform"))
+
+
+def test_half_of_the_papers_last_digit_is_no_difference() -> None:
+    [table] = build_tables([record("η=0.0", 10, 13.365, paper="table1_cifar10")])
+    assert table.verdict("η=0.0", 10) == "same"
+
+
+def test_numbers_of_celebas_solvers_are_the_quoted_ones() -> None:
+    assert PAPER_TABLES["solvers_celeba"].values == {
+        "η=0.0": {10: 10.85, 12: 9.99, 15: 7.78, 20: 6.64, 50: 5.23},
+        "tAB3-DEIS": {10: 6.95, 20: 3.41, 50: 2.95},
+    }
+
+
+@pytest.mark.parametrize(
+    ("metric", "less_is_better"),
+    [
+        ("fd", True),
+        ("kd", True),
+        ("intra_fd", True),
+        *((name, False) for name in ("is", "precision", "recall", "accuracy")),
+    ],
+)
+def test_of_distances_less_is_better(metric: str, less_is_better: bool) -> None:
+    assert is_distance(f"{metric}_digits_classifier_1k") == less_is_better
