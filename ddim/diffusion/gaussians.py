@@ -34,7 +34,7 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, std: float | Tensor) ->
     upper, lower = ((x0 + half - mean) / std for half in (PIXEL / 2, -PIXEL / 2))
     above = torch.where(x0 > 1 - PIXEL / 2, math.inf, upper)
     below = torch.where(x0 < -1 + PIXEL / 2, -math.inf, lower)
-    # On the side where the distribution is small, so that a difference of two numbers near 1 loses nothing; by erfc, since
+    # On the side where the distribution is small, so that a difference of two numbers near 1 loses nothing. By erfc:
     # torch.special.ndtr is 0 below -5.5 in float32.
     scale = torch.where(lower > 0, 1.0, -1.0) / math.sqrt(2)
     probability = 0.5 * (torch.erfc(scale * above) - torch.erfc(scale * below)).abs()
