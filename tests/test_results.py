@@ -70,14 +70,16 @@ def test_cifar10_shows_what_its_page_says():
     for table in (fd, kd):
         assert table.columns == [5, 10, 20, 50]
         for row in table.rows:
-            distances = [value for S in table.columns if (value := table.value(row, S)) is not None]
-            assert len(distances) == (3 if row.startswith("η=0.2") else 4)
+            distances = [table.value(row, S) for S in table.columns]
             assert (distances == sorted(distances, reverse=True)) == (table is fd or row != sigma_hat)
         for S in table.columns:
-            values = {row: value for row in table.rows if (value := table.value(row, S)) is not None}
+            values = {row: table.value(row, S) for row in table.rows}
             assert max(values, key=values.__getitem__) == sigma_hat
             assert min(values, key=values.__getitem__) == (half if S <= 20 else eta_1)
             assert (values[eta_0] < values[eta_1]) is (S < 20)
+        assert sorted(table.rows, key=lambda row: table.value(row, 50), reverse=True) == [
+            f"{row} (clip x0)" for row in ("σ̂", "η=0.0", "η=0.2", "η=0.5", "η=1.0")
+        ]
 
 
 def test_what_is_typed_of_the_gpu_is_in_its_log():
@@ -169,7 +171,7 @@ def test_with_more_steps_eta_1_is_best_beyond_the_error():
     for S in (20, 50, 100):
         assert is_below(records[1.0, S], records[0.5, S], "fd_efficientnet_1k") is (S > 20)
     records = by_eta("cifar10_small")
-    assert len(records) == 15
+    assert len(records) == 16
     assert is_below(records[1.0, 50], records[0.5, 50], "fd_efficientnet_5k")
 
 
