@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, and whether it may."""
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ddim.checkpoints import ModelSpec
 from ddim.checkpoints.model import EMA_STATE, NETWORK_PREFIX, RECIPE, read_checkpoint
+from ddim.checkpoints.posthoc import FOLDER as POSTHOC_FOLDER
 from ddim.checkpoints.posthoc import LENGTHS
 from ddim.checkpoints.posthoc import STATE as POSTHOC_STATE
 from ddim.checkpoints.spec import KEY
@@ -22,6 +24,7 @@ from ddim.distributed import is_restarted
 from ddim.errors import UserError
 from ddim.inference.batching import is_out_of_memory
 from ddim.io import explain_read_errors, is_safetensors
+from ddim.results.records import RECORDS
 from ddim.training.checkpoints import newest_intact
 from ddim.training.lightning_workarounds import is_restoring
 from ddim.training.module import COUNTS, MOMENTS, DiffusionModule
@@ -30,6 +33,7 @@ from ddim.training.spec import TrainSpec
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "data.fingerprint"  # of the training images; older recipes have none
+WRITTEN = ("csv", "tensorboard", "samples", RECORDS, POSTHOC_FOLDER)  # by a run, besides its checkpoints
 FROM_SCRATCH = "choose another name=... to start from scratch."
 
 
@@ -72,6 +76,19 @@ def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: M
             f"{path} is at step {checkpoint['global_step']}, past trainer.max_steps={spec.trainer.max_steps}; "
             "raise max_steps to train on."
         )
+
+
+def set_aside(folder: Path, checkpoints: Path) -> None:
+    """Move what a run wrote that ended before its first checkpoint: it would be taken for that of the run to come."""
+    found = [path for name in WRITTEN if (path := folder / name).exists()]
+    if not found or next(checkpoints.glob("*.ckpt"), None) is not None:
+        return
+    places = (folder / f"without_checkpoint_{number}" for number in itertools.count(1))
+    aside = next(place for place in places if not place.exists())
+    aside.mkdir()
+    for path in found:
+        path.rename(aside / path.name)
+    log.warning("a run in %s ended before its first checkpoint; what it wrote is in %s now.", folder, aside)
 
 
 def fingerprint(images: Images) -> str:

@@ -46,6 +46,7 @@ from ddim.training.resume import (
     explain_restore_errors,
     find_checkpoint,
     fingerprint,
+    set_aside,
 )
 from ddim.training.spec import TrainerSpec, TrainSpec
 from ddim.training.validation import Validation
@@ -87,6 +88,8 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
 
 def _train(spec: TrainSpec, model: ModelSpec, config: Mapping[str, Any]) -> Trained:
     spec, reason, checkpoint, data, module = prepare(spec, model)
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        set_aside(spec.folder, spec.checkpoint_dir)
     parameters = sum(p.numel() for p in module.network.parameters())
     log.info(
         "%s: %d images, %s parameters, %d steps of %d images, into %s",

@@ -9,6 +9,7 @@ from two_processes import run_in_processes
 from ddim.checkpoints.model import read_checkpoint, read_model, save_model
 from ddim.config import build
 from ddim.errors import UserError
+from ddim.results.runs import read_logs, step_of
 from ddim.training.ema import EMA
 from ddim.training.run import train
 from ddim.training.spec import TrainSpec
@@ -181,6 +182,29 @@ def test_a_requeued_job_goes_on_where_it_stopped(run, finished_run, after_loss, 
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")  # of a job that has started once
     with pytest.raises(UserError, match="already holds a run at step 6"):
         run(checkpoint=elsewhere)
+
+
+def test_what_a_run_without_checkpoint_wrote_is_set_aside(run, after_loss, caplog, tmp_path):
+    """It ended at once, as one that is killed; its losses are not those of the next run of its name."""
+    ends = [True]
+
+    def end(step, *_):
+        if step == 2 and ends:
+            raise RuntimeError("ended")
+
+    after_loss(end)
+    with pytest.raises(RuntimeError, match="ended"):
+        run(optim={"lr": 0.1}, trainer={"log_every": 1, "checkpoint_every": 100, "max_steps": 4})
+    ends.clear()
+    for _ in range(2):
+        run(trainer={"log_every": 1, "max_steps": 3}, checkpoint="last")
+    logged = [row for rows in read_logs(tmp_path / "run") for row in rows]
+    assert [step_of(row) for row in logged if row["train/loss"]] == [1, 2, 3]
+    aside = tmp_path / "run" / "without_checkpoint_1"
+    assert sorted(path.name for path in aside.iterdir()) == ["csv"]
+    assert [message for message in caplog.messages if "ended before its first checkpoint" in message] == [
+        f"a run in {tmp_path / 'run'} ended before its first checkpoint; what it wrote is in {aside} now."
+    ]
 
 
 def test_a_model_file_is_no_training_checkpoint(run, finished_run, tmp_path):
