@@ -138,26 +138,26 @@ def explain_read_errors(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn a failed write in the block into a UserError that gives the reason."""
+def explain_write_errors(path: Path, key: str = "output_dir") -> Iterator[None]:
+    """Turn a failed write in the block into a UserError that gives the reason, and the key that names another place."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise UserError(f"cannot write {path} ({reason}); choose another output_dir=...") from error
+        raise UserError(f"cannot write {path} ({reason}); choose another {key}=...") from error
 
 
-def check_can_write(path: Path, overwrite: bool) -> None:
-    """Check that a file may be written.
+def check_can_write(path: Path, overwrite: bool, key: str = "output_dir") -> None:
+    """Check that a file may be written; `key` names another place in the message.
 
     Raises:
         UserError: the file exists and must not be overwritten, or the path is a folder.
     """
-    with explain_write_errors(path):
+    with explain_write_errors(path, key):
         if path.exists() and not overwrite:
-            raise UserError(f"{path} exists already; choose another output_dir=..., or overwrite=true to replace it.")
+            raise UserError(f"{path} exists already; choose another {key}=..., or overwrite=true to replace it.")
         if path.is_dir():
-            raise UserError(f"{path} is a folder, not a file; remove it, or choose another output_dir=...")
+            raise UserError(f"{path} is a folder, not a file; remove it, or choose another {key}=...")
 
 
 def is_safetensors(path: Path) -> bool:

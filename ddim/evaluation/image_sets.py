@@ -241,12 +241,12 @@ def write_statistics(spec: MetricsSpec, session: Session | None = None) -> Path:
             raise UserError(f"out={path} must end in .npz, the format of the statistics.")
         if spec.reference_metric.reference_npz is not None:
             raise UserError(f"{spec.reference} is a file of statistics already; give a folder or a data set.")
-        check_can_write(path, spec.overwrite)
+        check_can_write(path, spec.overwrite, "out")
         shape = session.images(spec.reference_data, spec.metric.reference_split).shape
     device = session.processes.local_device(spec.device)
     moments_only = dataclasses.replace(spec.metric, metrics=("fd",))
     stats = session.reference_stats(spec.reference_data, moments_only, device, spec.reference_dir, shape)
-    with session.processes.barrier(), explain_write_errors(path):
+    with session.processes.barrier(), explain_write_errors(path, "out"):
         if session.processes.is_main:
             save_moments(stats, path)
     return path

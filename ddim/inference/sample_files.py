@@ -63,8 +63,8 @@ class SampleSpec:
         x_T: a file of encoded images (scripts/encode.py) to decode in place of noise: its images from `first` on, at
             most n; `seed` is then that of the noise of the steps only.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
-        overwrite: replace files of an earlier call; without it, single images of the same settings are kept, and
-            those of others refused.
+        overwrite: replace files of an earlier call, but for single images of the same settings, which are kept; without
+            it those of other settings are refused.
 
     Raises:
         ValueError: n below 1, or image numbers or a seed out of range.
@@ -126,7 +126,7 @@ def write_samples(spec: SampleSpec, processes: Processes = SINGLE_PROCESS) -> li
     elif spec.format == "grid":
         start = None if encoded is None else encoded.start
         images = generate(model, spec.sampler, indices, spec.seed, compute, processes=processes, start=start)
-        processes.run_on_main(lambda: save_png(arrange(model, images, indices), target))
+        processes.run_on_main(lambda: save_png(arrange(model, images, indices), target, {TEXT: text}))
     else:
         batches = [batch for gap in missing for batch in split(gap, compute.batch_size, spec.first)]
         with processes.barrier():
@@ -166,7 +166,7 @@ def _missing(text: str, spec: SampleSpec, target: Path, indices: range) -> list[
         UserError: a file is there that is not of these settings, and may not be overwritten.
     """
     if spec.format == "png":
-        present = [] if spec.overwrite else sorted(_present(text, target, indices))
+        present = sorted(_present(text, target, indices, spec.overwrite))
         _warn_of_others(text, target, indices)
     elif target.exists() and not spec.overwrite:
         raise _refused(target, "")
@@ -181,17 +181,18 @@ def _missing(text: str, spec: SampleSpec, target: Path, indices: range) -> list[
     return [range(i + 1, j) for i, j in pairwise(edges) if i + 1 < j]
 
 
-def _present(wanted: str, folder: Path, indices: range) -> Iterator[int]:
-    """Yield the numbers of the images that are there.
+def _present(wanted: str, folder: Path, indices: range, overwrite: bool) -> Iterator[int]:
+    """Yield the numbers of the images of these settings that are there.
 
     Raises:
-        UserError: one is not of these settings.
+        UserError: one is of other settings, and may not be overwritten.
     """
     for number, path in _numbered(folder):
         if number in indices:
-            if (text := read_png_text(path, TEXT)) != wanted:
+            if (text := read_png_text(path, TEXT)) == wanted:
+                yield number
+            elif not overwrite:
                 raise _refused(path, _differences(text, wanted))
-            yield number
 
 
 def _warn_of_others(wanted: str, folder: Path, indices: range) -> None:

@@ -1,5 +1,6 @@
 """The files of a comparison: its table, and plots of the metric against the step and against two settings."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,11 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     for name, content in texts.items():
         with atomic_write(folder / name) as partial:
             partial.write_text(content, encoding="utf-8", errors="backslashreplace")
-    return [*(folder / name for name in texts), *_save_plots(comparison, folder)]
+    plots = _save_plots(comparison, folder)
+    for path in folder.iterdir():  # of an earlier comparison, which would pass for this one's
+        if re.fullmatch(r"(plot_\w+|heat_map)\.(png|pdf)", path.name) and path.is_file() and path not in plots:
+            path.unlink()
+    return [*(folder / name for name in texts), *plots]
 
 
 def _save_plots(comparison: Comparison, folder: Path) -> list[Path]:

@@ -85,7 +85,7 @@ def test_the_same_command_computes_only_missing_images(spec: SampleSpec, compute
     assert computed == [range(14, 15), range(15, 16)]  # a longer one adds to them
     computed.clear()
     write_samples(dataclasses.replace(spec, n=5, overwrite=True))
-    assert computed == [range(3, 7), range(7, 8)]
+    assert computed == []  # the same images, as of a call that was stopped
 
 
 def test_images_left_of_other_settings_are_warned_of(spec: SampleSpec, caplog: pytest.LogCaptureFixture) -> None:
