@@ -17,7 +17,8 @@ from ddim.checkpoints.convert.model_zoo import (
     file_checksums,
 )
 from ddim.checkpoints.convert.parameter_names import ParameterNames, describe_mismatches
-from ddim.checkpoints.convert.readers import Source, read_source
+from ddim.checkpoints.convert.readers import read_source
+from ddim.checkpoints.convert.source import Source
 from ddim.checkpoints.model import OLD_LABELS, UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
 from ddim.checkpoints.spec import ModelSpec
 from ddim.config import FilePath, build, check_name, choose

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ddim.errors import UserError
 from ddim.io import Tensors, printable
 from ddim.networks import UNetSpec, build_network
 
@@ -34,6 +36,14 @@ _LAYERS = {
 }
 _BLOCKS = {"block": "resnets", "attn": "attentions"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# The U-Nets of other code bases -> a name that only their parameters have. Each is another network than DDPM's U-Net.
+_OTHER_NETWORKS = {
+    "improved-diffusion, guided-diffusion and latent diffusion": r"input_blocks\.0\.0\.weight",
+    "pytorch-ddpm": r"time_embedding\.timembedding\.\d+\.weight",
+    "denoising-diffusion-pytorch": r"init_conv\.weight",
+    "score_sde_pytorch": r"all_modules\.0\.weight",
+}
 
 
 @dataclass(frozen=True)
@@ -124,3 +134,28 @@ def update_attention_names(state: Tensors) -> Tensors:
 def _is_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear layer in diffusers, where ours is a 1x1 convolution."""
     return re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", name) is not None
+
+
+def has_diffusers_names(state: Mapping[str, Tensor]) -> bool:
+    """Return whether parameters have the names that they have in files of diffusers."""
+    return any("time_embedding." in name for name in state)
+
+
+def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> Tensors:
+    """Remove the prefixes of wrappers (DataParallel's `module.`, torch.compile's `_orig_mod.`) from parameter names.
+
+    Raises:
+        UserError: this is no state dict, or that of a network which is known to be another.
+    """
+    if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: the entry {wrong[0]!r} is not a tensor, so this is not a state dict.")
+    bare = {".".join(p for p in str(k).split(".") if p not in ("module", "_orig_mod")): v for k, v in state.items()}
+    if len(bare) < len(state):
+        raise UserError(f"{path} holds parameters twice, with and without the prefix module. or _orig_mod.")
+    for project, pattern in _OTHER_NETWORKS.items():
+        if any(re.search(rf"(^|\.){pattern}$", name) for name in bare):
+            raise UserError(
+                f"{path} holds the U-Net of {project}, which is another network than DDPM's U-Net; take weights of "
+                "DDPM's U-Net."
+            )
+    return bare
