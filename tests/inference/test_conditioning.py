@@ -105,7 +105,7 @@ def test_without_dropped_labels_there_is_no_guidance(animals: LoadedModel) -> No
     unlabelled(animals, "the likelihood")
 
 
-@pytest.mark.parametrize("way", ["model file", "float16"])
+@pytest.mark.parametrize("way", ["model file", "float16", "import", "diffusers"])
 def test_a_copy_of_a_checkpoint_refuses_guidance_as_it_does(tmp_path: Path, make_checkpoint: Any, way: str) -> None:
     source, folder = make_checkpoint(tmp_path / "a.ckpt", classes=ANIMALS), tmp_path / "copy"
     content = torch.load(source)

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ddim.errors import UserError
 from ddim.io import Tensors, printable
-from ddim.networks import UNetSpec, build_network
+from ddim.networks import build_network, without_memory
 
 _MODULES = {
     "temb.dense.0": "time_embedding.linear_1",
@@ -48,33 +48,43 @@ _OTHER_NETWORKS = {
 
 @dataclass(frozen=True)
 class ParameterNames:
-    """Names and shapes of a U-Net's parameters in a file.
+    """Names and shapes of a network's parameters in a file.
 
     Attributes:
-        network: the U-Net.
-        diffusers: the file uses diffusers' names and shapes; otherwise the original DDPM ones, as here.
+        network: the spec of the network.
+        diffusers: the file uses diffusers' names and shapes of a U-Net; otherwise those of the network here, which are
+            the original DDPM ones.
+        name: of the network, a key of NETWORKS.
     """
 
-    network: UNetSpec
+    network: Any
     diffusers: bool
+    name: str = "unet"
+
+    @cached_property
+    def parameters(self) -> Tensors:
+        """Our name -> a tensor of our shape and type without values; buffers too."""
+        with without_memory(self.name):
+            state = build_network(self.name, self.network).state_dict()
+        return {name: value.to("meta") for name, value in state.items()}
 
     @cached_property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name -> our shape."""
-        with torch.device("meta"):
-            return {name: tuple(v.shape) for name, v in build_network("unet", self.network).state_dict().items()}
+        return {name: tuple(value.shape) for name, value in self.parameters.items()}
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Our name -> name in the file."""
-        levels = len(self.network.ch_mult)
-        return {name: to_diffusers(name, levels) if self.diffusers else name for name in self.our_shapes}
+        if not self.diffusers:
+            return {name: name for name in self.parameters}
+        return {name: to_diffusers(name, len(self.network.ch_mult)) for name in self.parameters}
 
     @cached_property
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name in the file -> shape in the file. Attention's 1x1 convolutions are linear layers in diffusers."""
         linear = {name for name in self.names.values() if self.diffusers and _is_linear(name)}
-        return {other: self.our_shapes[name][: 2 if other in linear else 4] for name, other in self.names.items()}
+        return {other: self.our_shapes[name][: 2 if other in linear else None] for name, other in self.names.items()}
 
     def mismatches(self, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
         """Return why a state dict (names of the file) does not fit: kind of mismatch -> parameters; {} if it fits."""

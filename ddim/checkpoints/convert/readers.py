@@ -12,7 +12,7 @@ from ddim.checkpoints.convert import diffusers
 from ddim.checkpoints.convert.nested import network_prefixes, read_nested, read_networks
 from ddim.checkpoints.convert.parameter_names import has_diffusers_names, strip_prefixes, update_attention_names
 from ddim.checkpoints.convert.source import SUPPORTED, Source
-from ddim.checkpoints.model import UNLABELLED, decode_metadata, is_training_checkpoint, weight_sets
+from ddim.checkpoints.model import UNLABELLED, decode_metadata, is_training_checkpoint, recipe_of, weight_sets
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.diffusion.labels import changes
 from ddim.errors import UserError
@@ -74,15 +74,29 @@ def _read_sharded(index: Path) -> Source:
     state: Tensors = {}
     for shard in shards:
         state |= read_safetensors(shard)[0] if is_safetensors(shard) else read_torch(shard, mmap=True)
-    return replace(_read_state_dict(index, state, {}), shards=shards)
+    return replace(_read_state_dict(index, state), shards=shards)
 
 
 def _read_safetensors(path: Path) -> Source:
     state, metadata = read_safetensors(path)
-    if KEY not in metadata or has_diffusers_names(state):
-        return _read_state_dict(path, state, metadata)
-    model = decode_metadata(metadata, strip_prefixes(state, path), path)
-    return Source("safetensors", path, {model.weights: model.state}, model.step).described_by(model.spec)
+    if KEY not in metadata:
+        return _read_state_dict(path, state)
+    model = decode_metadata(metadata, state, path)  # which states everything
+    own = _own_weights(model.state, model.spec, path)
+    source = Source("safetensors", path, {model.weights: own}, model.step, model.spec, model.recipe)
+    if model.spec.network != "unet" or not has_diffusers_names(own):
+        return source
+    config = path.parent / "config.json"
+    if config.is_file():
+        network = diffusers.unet_spec(diffusers.read_json(config), config)
+        if diffusers.unet_config(network) != diffusers.unet_config(model.spec.network_spec):
+            raise UserError(f"the config.json next to {path} is not the one that it was exported with; restore it.")
+    return replace(source, layout="diffusers", diffusers_names=True)
+
+
+def _own_weights(state: Tensors, spec: ModelSpec, path: Path) -> Tensors:
+    """Return weights of a file of this project; another network than the U-Net may have modules of any name."""
+    return strip_prefixes(state, path) if spec.network == "unet" else state
 
 
 def _read_torch(path: Path) -> Source:
@@ -92,15 +106,16 @@ def _read_torch(path: Path) -> Source:
     if isinstance(content, list | tuple):
         return _read_official(path, content)
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
-        return _read_state_dict(path, dict(content), {})
+        return _read_state_dict(path, dict(content))
     if isinstance(content, Mapping):
         return read_nested(path, content)
     raise UserError(f"{path} holds {type(content)}; supported are {SUPPORTED}.")
 
 
 def _read_lightning(path: Path, content: Mapping[str, Any]) -> Source:
-    sets = {label: strip_prefixes(state, path) for label, state in weight_sets(content).items()}
-    return Source("lightning", path, sets, content["global_step"]).described_by(ModelSpec.from_dict(content[KEY]))
+    spec = ModelSpec.from_dict(content[KEY])
+    sets = {label: _own_weights(state, spec, path) for label, state in weight_sets(content).items()}
+    return Source("lightning", path, sets, content["global_step"], spec, recipe_of(content[KEY]))
 
 
 def _read_official(path: Path, content: Any) -> Source:
@@ -116,7 +131,7 @@ def _read_official(path: Path, content: Any) -> Source:
     return Source("official", path, sets, step)
 
 
-def _read_state_dict(path: Path, state: Tensors, metadata: Mapping[str, str]) -> Source:
+def _read_state_dict(path: Path, state: Tensors) -> Source:
     """Read a plain state dict; with diffusers' names, also the configurations next to it."""
     state = strip_prefixes(state, path)
     if any(network_prefixes(state)):
@@ -128,14 +143,7 @@ def _read_state_dict(path: Path, state: Tensors, metadata: Mapping[str, str]) ->
     config = path.parent / "config.json"
     if not config.is_file():
         return source
-    network = diffusers.unet_spec(diffusers.read_json(config), config)
-    if KEY not in metadata:
-        return _read_scheduler(replace(source, network=network))
-    # A file that this project exported: its metadata states everything.
-    model = decode_metadata(metadata, state, path)
-    if diffusers.unet_config(network) != diffusers.unet_config(model.spec.network_spec):
-        raise UserError(f"the config.json next to {path} is not the one that it was exported with; restore it.")
-    return replace(source, sets={model.weights: state}, step=model.step).described_by(model.spec)
+    return _read_scheduler(replace(source, network=diffusers.unet_spec(diffusers.read_json(config), config)))
 
 
 def _read_scheduler(source: Source) -> Source:

@@ -1,7 +1,8 @@
 """What a checkpoint of any layout holds: its weights by label, and as much of its description as it states."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ddim.checkpoints.spec import ModelSpec
 from ddim.diffusion.schedule import NoiseSchedule
@@ -28,8 +29,9 @@ class Source:
         file: the file of weights, or the index of `shards`.
         sets: label ("ema", "online" or "unlabelled") -> weights, without the prefixes of wrappers.
         step: number of optimiser steps; None if not stated.
-        network, schedule, prediction, data: description of the model; None for what the source does not state.
-        classes: likewise, the names of the classes; None.
+        spec: the complete description in a file that this project wrote; None for other files.
+        recipe: of such a file, the settings of the training by key; {} where they are not known.
+        network, schedule, prediction: of other files, what they state; None for what they do not.
         sampler: the options of sample.py with which it is sampled as the source does, "" for what is not stated.
         diffusers_names: the weights have diffusers' parameter names.
         notes: warnings for the user.
@@ -40,23 +42,12 @@ class Source:
     file: Path
     sets: dict[str, Tensors]
     step: int | None = None
+    spec: ModelSpec | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
     network: UNetSpec | None = None
     schedule: NoiseSchedule | None = None
     prediction: str | None = None
-    data: str | None = None
-    classes: tuple[str, ...] | None = None
     sampler: str = ""
     diffusers_names: bool = False
     notes: tuple[str, ...] = ()
     shards: tuple[Path, ...] = ()
-
-    def described_by(self, spec: ModelSpec) -> "Source":
-        """Return this source with the description `spec`."""
-        return replace(
-            self,
-            network=spec.network_spec,
-            schedule=spec.schedule,
-            prediction=spec.prediction,
-            data=spec.data,
-            classes=spec.classes,
-        )
