@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ddim.checkpoints.convert import diffusers
-from ddim.checkpoints.convert.nested import network_prefixes, read_nested, read_networks
+from ddim.checkpoints.convert.nested import COUNTER, network_prefixes, read_nested, read_networks
 from ddim.checkpoints.convert.parameter_names import has_diffusers_names, strip_prefixes, update_attention_names
 from ddim.checkpoints.convert.source import SUPPORTED, Source
 from ddim.checkpoints.model import UNLABELLED, decode_metadata, is_training_checkpoint, recipe_of, weight_sets
@@ -127,14 +127,16 @@ def _read_official(path: Path, content: Any) -> Source:
             "optimiser, epoch, step and average."
         )
     step = content[3] if isinstance(content[3], int) else None
-    sets = dict(zip(("online", "ema"), (strip_prefixes(state, path) for state in online_and_ema), strict=False))
+    both = [strip_prefixes({k: v for k, v in state.items() if k != COUNTER}, path) for state in online_and_ema]
+    sets = dict(zip(("online", "ema"), both, strict=False))
     return Source("official", path, sets, step)
 
 
 def _read_state_dict(path: Path, state: Tensors) -> Source:
     """Read a plain state dict; with diffusers' names, also the configurations next to it."""
     state = strip_prefixes(state, path)
-    if any(network_prefixes(state)):
+    prefixes = network_prefixes(state)
+    if any(prefixes) or (prefixes and COUNTER in state):
         return read_networks(path, state)
     if not has_diffusers_names(state):
         return Source("flat", path, {UNLABELLED: state})
