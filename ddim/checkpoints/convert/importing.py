@@ -169,6 +169,7 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
             f"{source.file}."
         )
     state = source.sets[label if label in source.sets else UNLABELLED]
+    assumptions = _assumptions(spec, source)
     model_spec, network_from = _describe(spec, source, known, state)
     state, remark = _our_weights(state, model_spec, source)
 
@@ -188,7 +189,7 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
         f"weights: {label}{'' if step is None else f' at step {step:,}'}, hash {digest[:16]}{remark}",
     ]
     model = StoredModel(model_spec, state, label, step, origin, source.recipe)
-    return Imported(output, model, digest, lines, [*source.notes, *warnings])
+    return Imported(output, model, digest, lines, [*source.notes, *assumptions, *warnings])
 
 
 def _choose_weights(spec: ImportSpec, source: Source, known: PublishedFile | None) -> tuple[str, list[str]]:
@@ -227,6 +228,24 @@ def _with_no_label(source: Source, no_label: str) -> tuple[Source, list[str]]:
         "no embedding of no label was trained: the mean of the others stands in for it, and guidance is not that of a "
         "network that was trained for it"
     ]
+
+
+def _assumptions(spec: ImportSpec, source: Source) -> list[str]:
+    """Return a warning about what neither the source nor the command states.
+
+    Raises:
+        UserError: it cannot be assumed.
+    """
+    options = {"a linear schedule": spec.schedule, "noise prediction": spec.prediction}
+    missing = [what for what, given in options.items() if given is None]
+    if not source.unstated or not missing:
+        return []
+    if not source.may_assume:
+        raise UserError(
+            f"{source.unstated}, so schedule and prediction of the model are unknown; state both, schedule=... and "
+            "prediction=..."
+        )
+    return [f"{source.unstated}: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} assumed"]
 
 
 def _choose_network(spec: ImportSpec, source: Source, state: Tensors) -> tuple[UNetSpec, str]:

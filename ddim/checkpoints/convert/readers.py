@@ -153,9 +153,11 @@ def _read_scheduler(source: Source) -> Source:
     candidates = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
-        note = f"no scheduler_config.json belongs to {source.file}: a linear schedule and noise prediction are assumed"
-        return replace(source, notes=(note,))
+        return replace(source, unstated=f"no scheduler_config.json belongs to {source.file}")
     config = diffusers.read_json(path)
+    if not diffusers.has_betas(config):
+        name = printable(config.get("_class_name", "a scheduler without a name"))
+        return replace(source, unstated=f"{path} is of {name}, which has no betas as DDPM has", may_assume=False)
     schedule, prediction = diffusers.read_scheduler(config, path)
     sampler = diffusers.read_sampler(config, path)
     clips = "its scheduler clips the predicted x0, which the paper does not; {} does the same"

@@ -32,6 +32,8 @@ class Source:
         spec: the complete description in a file that this project wrote; None for other files.
         recipe: of such a file, the settings of the training by key; {} where they are not known.
         network, schedule, prediction: of other files, what they state; None for what they do not.
+        unstated: why a folder states neither schedule nor prediction; "" for other files.
+        may_assume: it may be taken for one of DDPM all the same.
         sampler: the options of sample.py with which it is sampled as the source does, "" for what is not stated.
         diffusers_names: the weights have diffusers' parameter names.
         notes: warnings for the user.
@@ -47,6 +49,8 @@ class Source:
     network: UNetSpec | None = None
     schedule: NoiseSchedule | None = None
     prediction: str | None = None
+    unstated: str = ""
+    may_assume: bool = True
     sampler: str = ""
     diffusers_names: bool = False
     notes: tuple[str, ...] = ()
