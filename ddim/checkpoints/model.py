@@ -119,6 +119,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
+        if len(reason) > 300:  # hundreds of names
+            reason = f"{reason[:300].rpartition(', ')[0] or reason[:300]} and more"
         raise UserError(f"the weights in {path} do not fit the network it describes: {reason}.") from error
     with explain_read_errors(path):
         network = build_network(stored.spec.network, stored.spec.network_spec)
@@ -261,11 +263,23 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def has_diffusers_names(state: Mapping[str, Tensor]) -> bool:
+    """Return whether parameters of a U-Net have the names that they have in files of diffusers."""
+    return any("time_embedding." in name for name in state)
+
+
 def _read_model_file(path: Path, weights: str) -> StoredModel:
     state, metadata = read_safetensors(path)
     half = (torch.float16, torch.bfloat16)  # of half the size; their numbers are float32's too
     state = {name: value.float() if value.dtype in half else value for name, value in state.items()}
     stored = decode_metadata(metadata, state, path)
+    if stored.spec.network == "unet" and has_diffusers_names(state):
+        folder = path.parent.parent if path.parent.name == "unet" else path.parent
+        place = folder if (path.parent / "config.json").is_file() else path
+        raise UserError(
+            f"the parameters in {path} have diffusers' names; make a model file of it with "
+            f"scripts/import_checkpoint.py checkpoint={place}, and give that."
+        )
     is_asked = stored.weights in (weights, UNLABELLED) or (weights == "ema" and stored.weights.startswith(POSTHOC))
     if not is_asked:
         raise UserError(f"{path} holds {stored.weights} weights only; choose weights={stored.weights}.")

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ddim.checkpoints.convert.parameter_names import has_diffusers_names, strip_prefixes, update_attention_names
+from ddim.checkpoints.convert.parameter_names import strip_prefixes, update_attention_names
 from ddim.checkpoints.convert.source import SUPPORTED, Source
-from ddim.checkpoints.model import UNLABELLED
+from ddim.checkpoints.model import UNLABELLED, has_diffusers_names
 from ddim.config import build
 from ddim.diffusion.schedule import NoiseSchedule, ScheduleSpec
 from ddim.errors import UserError

@@ -146,11 +146,6 @@ def _is_linear(name: str) -> bool:
     return re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", name) is not None
 
 
-def has_diffusers_names(state: Mapping[str, Tensor]) -> bool:
-    """Return whether parameters have the names that they have in files of diffusers."""
-    return any("time_embedding." in name for name in state)
-
-
 def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> Tensors:
     """Remove the prefixes of wrappers (DataParallel's `module.`, torch.compile's `_orig_mod.`) from parameter names.
 

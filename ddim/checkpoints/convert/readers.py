@@ -10,9 +10,16 @@ from torch import Tensor
 
 from ddim.checkpoints.convert import diffusers
 from ddim.checkpoints.convert.nested import COUNTER, network_prefixes, read_nested, read_networks
-from ddim.checkpoints.convert.parameter_names import has_diffusers_names, strip_prefixes, update_attention_names
+from ddim.checkpoints.convert.parameter_names import strip_prefixes, update_attention_names
 from ddim.checkpoints.convert.source import SUPPORTED, Source
-from ddim.checkpoints.model import UNLABELLED, decode_metadata, is_training_checkpoint, recipe_of, weight_sets
+from ddim.checkpoints.model import (
+    UNLABELLED,
+    decode_metadata,
+    has_diffusers_names,
+    is_training_checkpoint,
+    recipe_of,
+    weight_sets,
+)
 from ddim.checkpoints.spec import KEY, ModelSpec
 from ddim.diffusion.labels import changes
 from ddim.errors import UserError
