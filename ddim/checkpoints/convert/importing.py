@@ -336,7 +336,8 @@ def _our_weights(state: Tensors, spec: ModelSpec, source: Source) -> tuple[Tenso
     ours = {}
     if not invalid:
         ours = {name: value.to(names.parameters[name].dtype) for name, value in names.from_file(state).items()}
-        invalid = [name for name, value in ours.items() if not value.isfinite().all()]
+        trained = (name for name, value in names.parameters.items() if value.requires_grad)  # a mask may be infinite
+        invalid = [name for name in trained if not ours[name].isfinite().all()]
     if invalid:
         raise UserError(
             f"{source.file}: {invalid[0]} holds values that are not finite real numbers; the file is damaged, or its "

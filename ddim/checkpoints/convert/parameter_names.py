@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ddim.errors import UserError
@@ -63,10 +64,13 @@ class ParameterNames:
 
     @cached_property
     def parameters(self) -> Tensors:
-        """Our name -> a tensor of our shape and type without values; buffers too."""
+        """Our name -> a tensor of our shape and type without values; buffers too, which require no gradient."""
         with without_memory(self.name):
-            state = build_network(self.name, self.network).state_dict()
-        return {name: value.to("meta") for name, value in state.items()}
+            state = build_network(self.name, self.network).state_dict(keep_vars=True)
+        return {
+            name: torch.empty_like(value, device="meta", requires_grad=value.requires_grad)
+            for name, value in state.items()
+        }
 
     @cached_property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
