@@ -8,10 +8,15 @@ from typing import Any
 from _start import typed
 
 
-def command_line(script: str, *words: str) -> str:
-    """Return a line with a command of a script; it imports the plugins that this command was told to import."""
+def shell_command(script: str, *words: str) -> str:
+    """Return a command of a script for the shell; it imports the plugins that this command was told to import."""
     words += tuple(word for word in sys.argv[1:] if word.startswith("plugins=") and word not in words)
-    return typed(f"next: {shlex.join(['python', f'scripts/{script}.py', *words])}")
+    return typed(shlex.join(["python", f"scripts/{script}.py", *words]))
+
+
+def command_line(script: str, *words: str) -> str:
+    """Return a line with a command of a script."""
+    return f"next: {shell_command(script, *words)}"
 
 
 def same_command(*words: str) -> str:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from _cli import entry
-from _start import typed
+from _last_words import shell_command
 
 TABLES = {(3, 32, 32): "table1_cifar10", (3, 64, 64): "table1_celeba"}  # image shape -> experiment
 
@@ -24,11 +24,12 @@ def main(config: dict[str, Any]) -> None:
     for warning in imported.warnings:
         print(f"warning: {warning}.", file=sys.stderr)
     print(f"model file: {imported.path}")
-    model = f"checkpoint={imported.path}{' weights=online' if imported.model.weights == 'online' else ''}"
-    run = "python scripts"
-    print(typed(f"sample from it: {run}/sample.py {model}"))
+    model, label = [f"checkpoint={imported.path}"], imported.model.weights
+    if label == "online" or label.startswith("ema_"):  # weights=ema, the default, takes others
+        model.append(f"weights={label}")
+    print(f"sample from it: {shell_command('sample', *model)}")
     if experiment := TABLES.get(imported.model.spec.image_shape):
-        print(typed(f"evaluate it:    {run}/evaluate.py -m experiment={experiment} {model}"))
+        print(f"evaluate it:    {shell_command('evaluate', '-m', f'experiment={experiment}', *model)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from ddim.networks import build_network, without_memory, zero_based
 # Entries of a training checkpoint.
 HAS_CHECKSUM = "sealed"  # in the description: true if the file was written with a checksum
 WANDB_RUN = "wandb_run"  # in the description: [ENTITY/]PROJECT/RUNID of the training, if it was logged to W&B
-RECIPE = "recipe"  # in the description: the training settings, compared when resuming
+RECIPE = "recipe"  # in the description: the training settings, compared when resuming; also in that of model files
 EMA_STATE = "EMA"  # in `callbacks`: {"shadow": {parameter name: tensor}, "others": {rate: shadow}, ...}
 NETWORK_PREFIX = "network."  # of the online weights in `state_dict`
 
@@ -119,6 +119,8 @@ def load_model(path: str | Path, weights: str = "ema") -> LoadedModel:
         network.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip().rstrip(".")
+        if len(reason) > 300:  # hundreds of names
+            reason = f"{reason[:300].rpartition(', ')[0] or reason[:300]} and more"
         raise UserError(f"the weights in {path} do not fit the network it describes: {reason}.") from error
     with explain_read_errors(path):
         network = build_network(stored.spec.network, stored.spec.network_spec)
@@ -147,15 +149,18 @@ def read_model(path: str | Path, weights: str = "ema") -> StoredModel:
             raise UserError(f"{path} holds no EMA weights (it was trained without EMA); choose weights=online.")
         state = choose("weights", weights, sets)
         description = checkpoint[KEY]
-        run, recipe = description.get(WANDB_RUN), _plain(description.get(RECIPE))
+        run, recipe = description.get(WANDB_RUN), recipe_of(description)
         origin = {WANDB_RUN: run} if isinstance(run, str) else {}
         return StoredModel(ModelSpec.from_dict(description), state, weights, checkpoint["global_step"], origin, recipe)
 
 
-def _plain(recipe: Any) -> dict[str, Any]:
-    """Return a recipe as JSON holds it, {} if it cannot: a file may be made up, and no number depends on it."""
+def recipe_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe in a description, as JSON holds it; {} without one that it can hold.
+
+    A file may be made up, and older model files have none; no number depends on it.
+    """
     try:
-        return dict(json.loads(json.dumps(recipe or {}, allow_nan=False)))
+        return dict(json.loads(json.dumps(description.get(RECIPE) or {}, allow_nan=False)))
     except (TypeError, ValueError, RecursionError):
         return {}
 
@@ -169,7 +174,9 @@ def encode_metadata(model: StoredModel) -> dict[str, str]:
     """Return the metadata of a model file: everything about the model except its weights, as JSON."""
     description = model.spec.to_dict()
     description["schedule"]["alpha_bar"] = model.spec.schedule.alpha_bar.tolist()  # JSON keeps every digit of a float64
-    return {KEY: json.dumps({**description, "weights": model.weights, "step": model.step, "origin": model.origin})}
+    recipe = {RECIPE: model.recipe} if model.recipe else {}
+    values = {**description, "weights": model.weights, "step": model.step, "origin": model.origin, **recipe}
+    return {KEY: json.dumps(values)}
 
 
 def decode_metadata(metadata: Mapping[str, str], state: Tensors, path: Path) -> StoredModel:
@@ -199,7 +206,7 @@ def decode_metadata(metadata: Mapping[str, str], state: Tensors, path: Path) -> 
     }
     if wrong := [f"{key}={fields[key]!r}"[:80] for key, is_valid in valid.items() if not is_valid]:
         raise UserError(f"the description of the model in {path} is not understood ({', '.join(wrong)}).")
-    return StoredModel(ModelSpec.from_dict(values), state, **fields)
+    return StoredModel(ModelSpec.from_dict(values), state, **fields, recipe=recipe_of(values))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -239,6 +246,11 @@ def weight_sets(checkpoint: Mapping[str, Any]) -> dict[str, Tensors]:
     return {"online": online} | {label: online | shadow for label, shadow in shadows.items()}
 
 
+def saw_labels_only(model: StoredModel | LoadedModel) -> bool:
+    """Return whether a conditional network was trained without dropping labels; False where that is not known."""
+    return model.spec.num_classes is not None and model.recipe.get("objective.label_drop") == 0
+
+
 def weights_hash(state: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, types, shapes and values, sorted by name; 64 hexadecimal digits."""
     digest = hashlib.sha256()
@@ -251,11 +263,23 @@ def weights_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def has_diffusers_names(state: Mapping[str, Tensor]) -> bool:
+    """Return whether parameters of a U-Net have the names that they have in files of diffusers."""
+    return any("time_embedding." in name for name in state)
+
+
 def _read_model_file(path: Path, weights: str) -> StoredModel:
     state, metadata = read_safetensors(path)
     half = (torch.float16, torch.bfloat16)  # of half the size; their numbers are float32's too
     state = {name: value.float() if value.dtype in half else value for name, value in state.items()}
     stored = decode_metadata(metadata, state, path)
+    if stored.spec.network == "unet" and has_diffusers_names(state):
+        folder = path.parent.parent if path.parent.name == "unet" else path.parent
+        place = folder if (path.parent / "config.json").is_file() else path
+        raise UserError(
+            f"the parameters in {path} have diffusers' names; make a model file of it with "
+            f"scripts/import_checkpoint.py checkpoint={place}, and give that."
+        )
     is_asked = stored.weights in (weights, UNLABELLED) or (weights == "ema" and stored.weights.startswith(POSTHOC))
     if not is_asked:
         raise UserError(f"{path} holds {stored.weights} weights only; choose weights={stored.weights}.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ddim.checkpoints import LoadedModel
+from ddim.checkpoints.model import saw_labels_only
 from ddim.config import config_context, suggest
 from ddim.data.images import Images
 from ddim.diffusion.guidance import ALL, OWN, Condition, GuidanceSpec
@@ -42,7 +43,7 @@ def conditioned(model: M, label: Label, guidance: GuidanceSpec, images: Images |
                 "guidance out, or train one with data.labels=..."
             )
         return model
-    if _saw_labels_only(model) and (label is None or guidance.w != 0):
+    if saw_labels_only(model) and (label is None or guidance.w != 0):
         raise UserError(
             "the checkpoint has seen no image without its label (objective.label_drop=0), which label=null and "
             "guidance ask for; give a label with guidance.w=0, or train one with objective.label_drop=0.1."
@@ -63,7 +64,7 @@ def unlabelled(model: LoadedModel, what: str) -> None:
     Raises:
         UserError: it has seen no image without its label.
     """
-    if _saw_labels_only(model):
+    if saw_labels_only(model):
         raise UserError(
             f"{what} is computed without labels, and the checkpoint has seen no image without its label "
             "(objective.label_drop=0); train one with objective.label_drop=0.1."
@@ -109,11 +110,6 @@ def one_label(model: LoadedModel, what: str) -> None:
     """
     if model.condition is not None and model.condition.label == ALL:
         raise UserError(f"{what} takes one label for all images, not label=all; give a name or a number.")
-
-
-def _saw_labels_only(model: LoadedModel) -> bool:
-    """Whether a conditional network was trained without dropping labels; imported ones do not say."""
-    return model.spec.num_classes is not None and model.recipe.get("objective.label_drop") == 0
 
 
 def _find(label: Label, classes: tuple[str, ...], images: Images | None) -> Label:

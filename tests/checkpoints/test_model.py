@@ -196,6 +196,14 @@ def test_weights_that_do_not_fit_their_description(write, spec, two, path, model
         assert f"the weights in {path} do not fit the network it describes: " in message
 
 
+def test_a_misfit_of_many_names_is_a_short_sentence(spec, path):
+    save_model(StoredModel(spec, {f"other.{i}.weight": torch.zeros(1) for i in range(300)}, "ema", 7), path)
+    message = refusal(load_model, path)
+    assert '"other.0.weight", "other.1.weight", ' in message
+    assert message.endswith('.weight" and more.')
+    assert len(message) < 400 + len(str(path))
+
+
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(24.0).reshape(1, 2, 3, 4) - 7}
 
 

@@ -102,6 +102,17 @@ def test_safetensors_alone_reads_everything(model, path):
         assert alpha_bar[t] == pytest.approx(product, rel=1e-12)
 
 
+def test_the_recipe_travels_with_the_weights(model, path):
+    """It changes no hash; a file without one is as it was before there were any, and loads."""
+    save_model(model, path)
+    without = load_model(path)
+    assert (without.recipe, b"recipe" in path.read_bytes()) == ({}, False)
+    recipe = {"seed": 3, "optim.lr": 2e-4, "optim.betas": [0.9, 0.999], "optim.grad_clip": None, "data.labels": "ü"}
+    save_model(replace(model, recipe=recipe), path)
+    assert read_model(path).recipe == load_model(path).recipe == recipe
+    assert load_model(path).weights_hash == without.weights_hash
+
+
 def test_saving_makes_folders_and_is_atomic(model, tmp_path, monkeypatch):
     def breaks_off(tensors, path, metadata):
         path.write_bytes(before[:1000])

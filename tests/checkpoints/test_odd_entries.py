@@ -117,6 +117,12 @@ def test_an_incomplete_description_names_the_missing_entry(write, description, s
         assert refusal(ModelSpec.from_dict, values).endswith(f"description of its model lacks '{entry}'.")
 
 
+@pytest.mark.parametrize("recipe", [*ODD, {"a": math.nan}, [["a"]]])
+def test_an_odd_recipe_is_harmless(write, description, recipe):
+    loaded = load_model(write(description | {"recipe": recipe}))
+    assert loaded.recipe == (recipe if recipe == {"a": 1} else {})
+
+
 CURVES = [
     None,
     "abc",

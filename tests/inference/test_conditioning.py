@@ -9,7 +9,9 @@ import torch
 
 import ddim
 from ddim import GuidanceSpec
-from ddim.checkpoints import LoadedModel, load_model
+from ddim.checkpoints import LoadedModel, load_model, read_model, save_model
+from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
+from ddim.checkpoints.convert.importing import ImportSpec, import_checkpoint
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
 from ddim.image_io import class_grid, grid
@@ -101,6 +103,27 @@ def test_without_dropped_labels_there_is_no_guidance(animals: LoadedModel) -> No
     with pytest.raises(UserError, match=r"the likelihood is computed without labels, .* no image"):
         unlabelled(trained, "the likelihood")
     unlabelled(animals, "the likelihood")
+
+
+@pytest.mark.parametrize("way", ["model file", "float16", "import", "diffusers"])
+def test_a_copy_of_a_checkpoint_refuses_guidance_as_it_does(tmp_path: Path, make_checkpoint: Any, way: str) -> None:
+    source, folder = make_checkpoint(tmp_path / "a.ckpt", classes=ANIMALS), tmp_path / "copy"
+    content = torch.load(source)
+    content["ddim"]["recipe"] = {"objective.label_drop": 0.0}
+    torch.save(content, source)
+    if way == "model file":
+        save_model(read_model(source), copy := tmp_path / "copy.safetensors")
+    elif way == "float16":
+        [copy], _ = export_checkpoint(ExportSpec(str(source), str(folder), "safetensors", dtype="float16"))
+    else:
+        if way == "diffusers":
+            export_checkpoint(ExportSpec(str(source), str(folder)))
+            source = folder
+        copy = import_checkpoint(ImportSpec(str(tmp_path / "imported"), "never used", checkpoint=str(source))).path
+    model = load_model(copy)
+    conditioned(model, "cat", NONE)
+    with pytest.raises(UserError, match="no image without its label"):
+        conditioned(model, "cat", GuidanceSpec(1.0))
 
 
 @pytest.mark.parametrize("w", [0.0, -1.0])

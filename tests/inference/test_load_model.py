@@ -55,6 +55,12 @@ def test_a_shipped_model_is_found_by_its_name(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no checkpoint digitz; .* ship with the package: cifar10_small, digits"):
         load_model("digitz")
+    (tmp_path / "digits").mkdir()  # a folder is no checkpoint
+    assert load_model("digits").spec.data == "digits"
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match=r"^there is no checkpoint mine; give the path of a file that exists, such as"):
+        load_model("mine")
+    (tmp_path / "digits").rmdir()
     (tmp_path / "digits").touch()
     with pytest.raises(UserError, match="digits"):  # a file of that name comes first
         load_model("digits")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,6 +132,34 @@ def test_the_stated_label_is_in_every_record(run: Run, flat: Path, tmp_path: Pat
     assert run("evaluate", *command, *EVALUATE).code == 0
     [record] = [json.loads(text) for text in (tmp_path / "out" / "records.jsonl").read_text().splitlines()]
     assert record["model"]["weights"] == {"ema": "ema", "online": "raw"}[label]  # the old word, in old records too
+
+
+def test_the_printed_commands_work_for_any_path_and_label(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint)
+    ema = content["callbacks"]["EMA"]
+    torch.save(content | {"callbacks": {"EMA": ema | {"others": {"0.9": ema["shadow"]}}}}, tmp_path / "a.ckpt")
+    for label in ("ema", "ema_0.9", "online"):
+        arguments = ("checkpoint=a.ckpt", "output_dir=my models", f"name=my {label}", f"weights={label}")
+        outcome = run("import_checkpoint", *arguments)
+        assert (outcome.code, outcome.err) == (0, "")
+        [line] = [line for line in outcome.out.splitlines() if line.startswith("sample from it: ")]
+        python, script, *words = shlex.split(line.removeprefix("sample from it: "))
+        assert (python, script) == ("python", "scripts/sample.py")
+        assert words == [f"checkpoint=my models/my {label}.safetensors", *[f"weights={label}"] * (label != "ema")]
+        done = run("sample", *words, "n=2", "sampler.S=1", "compute.device=cpu", f"output_dir={label}")
+        assert (done.code, done.err) == (0, "")
+
+
+def test_a_file_of_an_export_is_no_model_file(run: Run, checkpoint: Path) -> None:
+    """Before, the message listed the names of hundreds of parameters."""
+    assert run("export_checkpoint", f"checkpoint={checkpoint}", "output_dir=folder").code == 0
+    unet = Path("folder/unet")
+    outcome = run("sample", f"checkpoint={unet / 'diffusion_pytorch_model.safetensors'}", "n=2", "output_dir=x")
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"error: the parameters in {unet / 'diffusion_pytorch_model.safetensors'} have diffusers' names; make a model "
+        "file of it with scripts/import_checkpoint.py checkpoint=folder, and give that.\n",
+    )
 
 
 def test_a_configured_schedule_is_stored_in_the_model(run: Run, flat: Path) -> None:

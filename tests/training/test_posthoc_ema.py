@@ -85,6 +85,7 @@ def test_any_length_is_made_afterwards(run, seen, tmp_path):
         weights = dict(model.network.named_parameters())
         assert apart(weights, direct(seen, average.length, first)) < (1e-6 if average.length in LENGTHS else 1e-3)
         assert (model.weights, model.step) == (f"posthoc_{average.length:g}", 24)
+        assert model.recipe == load_model(last).recipe != {}
         assert load_model(average.path, model.weights).weights_hash == model.weights_hash
         assert average.path == tmp_path / "out" / f"run_step_24_length_{average.length:g}.safetensors"
         assert apart(weights, direct(seen, 0.12, first)) > 1e-3

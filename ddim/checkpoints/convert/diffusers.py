@@ -177,12 +177,22 @@ def _named_schedule(config: Mapping[str, Any], T: int) -> NoiseSchedule:
     return build(ScheduleSpec, {"name": name, "T": T, **(ends if name != "cosine" else {})}, "schedule").build()
 
 
+def has_betas(config: Mapping[str, Any]) -> bool:
+    """Return whether a `scheduler_config.json` is of a scheduler with betas, as DDPM's; all of those state them.
+
+    Others (flow matching, EDM, variance exploding, consistency models) have noise levels of other kinds.
+    """
+    return "beta_schedule" in config or "beta_start" in config or config.get("trained_betas") is not None
+
+
 def read_scheduler(config: Mapping[str, Any], path: Path) -> tuple[NoiseSchedule, str]:
-    """Return the schedule and the prediction type in the `scheduler_config.json` of any scheduler.
+    """Return the schedule and the prediction type in the `scheduler_config.json` of any scheduler with betas.
 
     Raises:
         UserError: an entry is invalid or not supported.
     """
+    if (shift := config.get("snr_shift_scale", 1)) != 1:
+        raise UserError(f"{path}: snr_shift_scale={shift!r} is not supported; supported is 1, which shifts nothing.")
     predictions = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
     prediction = predictions[_one_of("prediction_type", config.get("prediction_type", "epsilon"), predictions, path)]
     try:

@@ -17,7 +17,8 @@ from ddim.checkpoints.convert.model_zoo import (
     file_checksums,
 )
 from ddim.checkpoints.convert.parameter_names import ParameterNames, describe_mismatches
-from ddim.checkpoints.convert.readers import Source, read_source
+from ddim.checkpoints.convert.readers import read_source
+from ddim.checkpoints.convert.source import Source
 from ddim.checkpoints.model import OLD_LABELS, UNLABELLED, WEIGHTS, StoredModel, save_model, weights_hash
 from ddim.checkpoints.spec import ModelSpec
 from ddim.config import FilePath, build, check_name, choose
@@ -159,7 +160,7 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
     sums = file_checksums(source.file, *source.shards)
     known = sums.published
     label, warnings = _choose_weights(spec, source, known)
-    if getattr(source.network, "classes", None) is not None and source.classes is None:
+    if source.network is not None and source.network.classes is not None:
         source, more = _with_no_label(source, spec.no_label)
         warnings = [*warnings, *more]
     elif spec.no_label != "last":
@@ -168,9 +169,9 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
             f"{source.file}."
         )
     state = source.sets[label if label in source.sets else UNLABELLED]
-    network, network_from = _choose_network(spec, source, state)
-    model_spec = _describe(spec, source, known, network)
-    state, remark = _our_weights(state, network, source)
+    assumptions = _assumptions(spec, source)
+    model_spec, network_from = _describe(spec, source, known, state)
+    state, remark = _our_weights(state, model_spec, source)
 
     origin = {"file": source.file.name, "layout": source.layout, "sha256": sums.sha256}
     if known:
@@ -187,8 +188,8 @@ def _convert(spec: ImportSpec, source: Source, output: Path) -> Imported:
         + (f"; as its scheduler samples: {source.sampler}" if source.sampler else ""),
         f"weights: {label}{'' if step is None else f' at step {step:,}'}, hash {digest[:16]}{remark}",
     ]
-    model = StoredModel(model_spec, state, label, step, origin)
-    return Imported(output, model, digest, lines, [*source.notes, *warnings])
+    model = StoredModel(model_spec, state, label, step, origin, source.recipe)
+    return Imported(output, model, digest, lines, [*source.notes, *assumptions, *warnings])
 
 
 def _choose_weights(spec: ImportSpec, source: Source, known: PublishedFile | None) -> tuple[str, list[str]]:
@@ -229,15 +230,39 @@ def _with_no_label(source: Source, no_label: str) -> tuple[Source, list[str]]:
     ]
 
 
+def _assumptions(spec: ImportSpec, source: Source) -> list[str]:
+    """Return a warning about what neither the source nor the command states.
+
+    Raises:
+        UserError: it cannot be assumed.
+    """
+    options = {"a linear schedule": spec.schedule, "noise prediction": spec.prediction}
+    missing = [what for what, given in options.items() if given is None]
+    if not source.unstated or not missing:
+        return []
+    if not source.may_assume:
+        raise UserError(
+            f"{source.unstated}, so schedule and prediction of the model are unknown; state both, schedule=... and "
+            "prediction=..."
+        )
+    return [f"{source.unstated}: {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} assumed"]
+
+
 def _choose_network(spec: ImportSpec, source: Source, state: Tensors) -> tuple[UNetSpec, str]:
-    """Return the network of the weights, and where it is from: the file, the command, or the preset that fits."""
+    """Return the network of weights of another project, and where it is from: the file, the command, or a preset."""
     if source.network is not None:
         return source.network, "described by the file"
     given = _given_network(spec)
     if given is None:
         candidates = {f"preset {name}": network for name, network in PRESETS.items()}
     else:
-        candidates = {f"preset {spec.preset}" if spec.preset else "the given network": given}
+        name, network = given
+        if name != "unet":
+            raise UserError(
+                f"{source.file} was not written by this project, so it can be read as DDPM's U-Net only, not as the "
+                f"network {name!r}; give network.name=unet and its fields, or leave network out."
+            )
+        candidates = {f"preset {spec.preset}" if spec.preset else "the given network": network}
     mismatches = {
         name: ParameterNames(network, source.diffusers_names).mismatches(state) for name, network in candidates.items()
     }
@@ -250,30 +275,42 @@ def _choose_network(spec: ImportSpec, source: Source, state: Tensors) -> tuple[U
     return candidates[name], name
 
 
-def _given_network(spec: ImportSpec) -> UNetSpec | None:
+def _given_network(spec: ImportSpec) -> tuple[str, Any] | None:
+    """Return the name and the spec of the network that the command gives."""
     if spec.preset:
-        return PRESETS[spec.preset]
+        return "unet", PRESETS[spec.preset]
     if spec.network is None:
         return None
     fields = dict(spec.network)
-    return build(choose("network", fields.pop("name", "unet"), NETWORKS)[0], fields, "network")
+    name = fields.pop("name", "unet")
+    return name, build(choose("network", name, NETWORKS)[0], fields, "network")
 
 
-def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, network: UNetSpec) -> ModelSpec:
-    """Return the description of the model: what the source states, completed by the command, which must agree."""
-    schedule = spec.schedule.build() if spec.schedule else None
-    described = ModelSpec(
-        network="unet",
-        network_spec=network,
-        schedule=source.schedule or schedule or linear_schedule(),
-        prediction=source.prediction or spec.prediction or "eps",
-        data=spec.trained_on or source.data or (known.data if known else ""),
-        classes=source.classes or spec.classes or (),
-        variance="fixed" if network.out_channels in (None, network.channels) else "learned_range",
-    )
+def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, state: Tensors) -> tuple[ModelSpec, str]:
+    """Return the description of the model, and where its network is from.
+
+    It is what the source states, completed by the command, which must agree.
+    """
+    schedule, network_from = spec.schedule.build() if spec.schedule else None, "described by the file"
+    if source.spec is not None:
+        data, classes = spec.trained_on or source.spec.data, source.spec.classes or spec.classes or ()
+        described = replace(source.spec, data=data, classes=classes)
+    else:
+        network, network_from = _choose_network(spec, source, state)
+        described = ModelSpec(
+            network="unet",
+            network_spec=network,
+            schedule=source.schedule or schedule or linear_schedule(),
+            prediction=source.prediction or spec.prediction or "eps",
+            data=spec.trained_on or (known.data if known else ""),
+            classes=spec.classes or (),
+            variance="fixed" if network.out_channels in (None, network.channels) else "learned_range",
+        )
+    name, network_spec = _given_network(spec) or (described.network, described.network_spec)
     requested = replace(
         described,
-        network_spec=_given_network(spec) or network,
+        network=name,
+        network_spec=network_spec,
         schedule=schedule or described.schedule,
         prediction=spec.prediction or described.prediction,
         classes=spec.classes or described.classes,
@@ -281,24 +318,31 @@ def _describe(spec: ImportSpec, source: Source, known: PublishedFile | None, net
     if differences := described.differences(requested):
         listed = "; ".join(differences)
         raise UserError(f"{source.file} describes another model than the command ({listed}); leave these options out.")
-    return described
+    return described, network_from
 
 
-def _our_weights(state: Tensors, network: UNetSpec, source: Source) -> tuple[Tensors, str]:
-    """Return the weights under our names as float32, and a remark if they had another type."""
-    names = ParameterNames(network, source.diffusers_names)
+def _our_weights(state: Tensors, spec: ModelSpec, source: Source) -> tuple[Tensors, str]:
+    """Return the weights under our names and in our types, float32 in a U-Net; and a remark if they had others."""
+    names = ParameterNames(spec.network_spec, source.diffusers_names, spec.network)
     if mismatches := names.mismatches(state):
         reasons = describe_mismatches(mismatches)
         raise UserError(f"the weights in {source.file} do not fit the network that it describes: {reasons}.")
-    invalid, ours = [name for name, value in state.items() if not value.is_floating_point()], {}
+    types = {other: names.parameters[name].dtype for name, other in names.names.items()}
+    invalid = [
+        name
+        for name, value in state.items()
+        if not (value.is_floating_point() if types[name].is_floating_point else value.dtype == types[name])
+    ]
+    ours = {}
     if not invalid:
-        ours = {name: value.to(torch.float32) for name, value in names.from_file(state).items()}
-        invalid = [name for name, value in ours.items() if not value.isfinite().all()]
+        ours = {name: value.to(names.parameters[name].dtype) for name, value in names.from_file(state).items()}
+        trained = (name for name, value in names.parameters.items() if value.requires_grad)  # a mask may be infinite
+        invalid = [name for name in trained if not ours[name].isfinite().all()]
     if invalid:
         raise UserError(
             f"{source.file}: {invalid[0]} holds values that are not finite real numbers; the file is damaged, or its "
             "training diverged."
         )
-    others = {str(value.dtype).removeprefix("torch.") for value in state.values()} - {"float32"}
-    remark = f" (stored as {', '.join(sorted(others))}, written as float32)" if others else ""
-    return ours, remark
+    changed = {(value.dtype, types[name]) for name, value in state.items() if value.dtype != types[name]}
+    stored, written = (", ".join(sorted({str(pair[i]).removeprefix("torch.") for pair in changed})) for i in (0, 1))
+    return ours, f" (stored as {stored}, written as {written})" if changed else ""

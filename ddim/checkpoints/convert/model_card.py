@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from ddim.checkpoints.model import UNLABELLED, StoredModel, weights_hash
+from ddim.checkpoints.model import UNLABELLED, StoredModel, saw_labels_only, weights_hash
 
 FOLDER = "folder"  # images of the user's own, which are no data set of the hub
 
@@ -88,8 +88,11 @@ def _example(model: StoredModel) -> str:
     if K is None:
         return "images = pipeline(batch_size=4, num_inference_steps=50, eta=0.0).images"
     names = f"; {', '.join(model.spec.classes[:10])}{', ...' * (K > 10)}" if model.spec.classes else ""
+    w, guidance = "1.0", "classifier-free guidance, 0 for none"
+    if saw_labels_only(model):
+        w, guidance = "0.0", "no guidance: in training there was no image without its label"
     return f"""\
-unet, scheduler, w = pipeline.unet, pipeline.scheduler, 1.0    # w: classifier-free guidance, 0 for none
+unet, scheduler, w = pipeline.unet, pipeline.scheduler, {w}    # w: {guidance}
 y, none = torch.arange(4) % {K}, torch.full((4,), {K})    # labels 0..{K - 1}{names}; {K} is no label
 x = torch.randn(4, {", ".join(map(str, model.spec.image_shape))})
 scheduler.set_timesteps(50)

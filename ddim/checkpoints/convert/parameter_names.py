@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddim.errors import UserError
 from ddim.io import Tensors, printable
-from ddim.networks import UNetSpec, build_network
+from ddim.networks import build_network, without_memory
 
 _MODULES = {
     "temb.dense.0": "time_embedding.linear_1",
@@ -35,36 +38,57 @@ _LAYERS = {
 _BLOCKS = {"block": "resnets", "attn": "attentions"}
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# The U-Nets of other code bases -> a name that only their parameters have. Each is another network than DDPM's U-Net.
+_OTHER_NETWORKS = {
+    "improved-diffusion, guided-diffusion and latent diffusion": r"input_blocks\.0\.0\.weight",
+    "pytorch-ddpm": r"time_embedding\.timembedding\.\d+\.weight",
+    "denoising-diffusion-pytorch": r"init_conv\.weight",
+    "score_sde_pytorch": r"all_modules\.0\.weight",
+}
+
 
 @dataclass(frozen=True)
 class ParameterNames:
-    """Names and shapes of a U-Net's parameters in a file.
+    """Names and shapes of a network's parameters in a file.
 
     Attributes:
-        network: the U-Net.
-        diffusers: the file uses diffusers' names and shapes; otherwise the original DDPM ones, as here.
+        network: the spec of the network.
+        diffusers: the file uses diffusers' names and shapes of a U-Net; otherwise those of the network here, which are
+            the original DDPM ones.
+        name: of the network, a key of NETWORKS.
     """
 
-    network: UNetSpec
+    network: Any
     diffusers: bool
+    name: str = "unet"
+
+    @cached_property
+    def parameters(self) -> Tensors:
+        """Our name -> a tensor of our shape and type without values; buffers too, which require no gradient."""
+        with without_memory(self.name):
+            state = build_network(self.name, self.network).state_dict(keep_vars=True)
+        return {
+            name: torch.empty_like(value, device="meta", requires_grad=value.requires_grad)
+            for name, value in state.items()
+        }
 
     @cached_property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """Our name -> our shape."""
-        with torch.device("meta"):
-            return {name: tuple(v.shape) for name, v in build_network("unet", self.network).state_dict().items()}
+        return {name: tuple(value.shape) for name, value in self.parameters.items()}
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Our name -> name in the file."""
-        levels = len(self.network.ch_mult)
-        return {name: to_diffusers(name, levels) if self.diffusers else name for name in self.our_shapes}
+        if not self.diffusers:
+            return {name: name for name in self.parameters}
+        return {name: to_diffusers(name, len(self.network.ch_mult)) for name in self.parameters}
 
     @cached_property
     def file_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name in the file -> shape in the file. Attention's 1x1 convolutions are linear layers in diffusers."""
         linear = {name for name in self.names.values() if self.diffusers and _is_linear(name)}
-        return {other: self.our_shapes[name][: 2 if other in linear else 4] for name, other in self.names.items()}
+        return {other: self.our_shapes[name][: 2 if other in linear else None] for name, other in self.names.items()}
 
     def mismatches(self, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
         """Return why a state dict (names of the file) does not fit: kind of mismatch -> parameters; {} if it fits."""
@@ -124,3 +148,23 @@ def update_attention_names(state: Tensors) -> Tensors:
 def _is_linear(name: str) -> bool:
     """Whether a parameter is the weight of a linear layer in diffusers, where ours is a 1x1 convolution."""
     return re.search(r"attentions\.\d+\.to_\w+(\.0)?\.weight$", name) is not None
+
+
+def strip_prefixes(state: Mapping[str, Tensor], path: Path) -> Tensors:
+    """Remove the prefixes of wrappers (DataParallel's `module.`, torch.compile's `_orig_mod.`) from parameter names.
+
+    Raises:
+        UserError: this is no state dict, or that of a network which is known to be another.
+    """
+    if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path}: the entry {wrong[0]!r} is not a tensor, so this is not a state dict.")
+    bare = {".".join(p for p in str(k).split(".") if p not in ("module", "_orig_mod")): v for k, v in state.items()}
+    if len(bare) < len(state):
+        raise UserError(f"{path} holds parameters twice, with and without the prefix module. or _orig_mod.")
+    for project, pattern in _OTHER_NETWORKS.items():
+        if any(re.search(rf"(^|\.){pattern}$", name) for name in bare):
+            raise UserError(
+                f"{path} holds the U-Net of {project}, which is another network than DDPM's U-Net; take weights of "
+                "DDPM's U-Net."
+            )
+    return bare

@@ -8,7 +8,7 @@ import torch
 from layouts import refusal
 
 from ddim import SamplerSpec, linear_schedule
-from ddim.checkpoints.convert.diffusers import read_sampler, read_scheduler, scheduler_config
+from ddim.checkpoints.convert.diffusers import has_betas, read_sampler, read_scheduler, scheduler_config
 from ddim.diffusion.schedule import NoiseSchedule, cosine_schedule, from_betas, scaled_linear_schedule
 
 HERE = Path("folder/scheduler_config.json")
@@ -101,7 +101,7 @@ def test_a_published_scheduler_config_is_read():
         "trained_betas": None,
         "variance_type": "fixed_large",
     }
-    for config in (published, {}):  # empty: the defaults of diffusers, which are DDPM's
+    for config in (published, {"beta_schedule": "linear"}):  # the defaults of diffusers, which are DDPM's
         schedule, prediction = read_scheduler(config, HERE)
         betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
         torch.testing.assert_close(schedule.alpha_bar[1:], (1 - betas).cumprod(0), rtol=1e-12, atol=0)
@@ -161,6 +161,30 @@ def test_invalid_sampling_options_are_refused(config, words):
     message = refusal(read_sampler, config, HERE)
     assert str(HERE) in message
     assert words in message
+
+
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")
+def test_every_scheduler_of_diffusers_is_read_or_refused(hf):
+    """Those with DDPM's noise levels state betas in what they save, and are read as theirs; no other one does."""
+    read, refused = set(), set()
+    for name in (name for name in dir(hf) if name.endswith("Scheduler") and not name.startswith("Flax")):
+        try:
+            theirs = getattr(hf, name)()
+            config = json.loads(theirs.to_json_string())
+        except (TypeError, ImportError, AttributeError):  # needs arguments or torchsde, or has no configuration
+            continue
+        if not has_betas(config):
+            refused.add(name)
+            continue
+        if name.startswith("CogVideoX"):
+            assert "snr_shift_scale=3.0 is not supported" in refusal(read_scheduler, config, HERE)
+            config["snr_shift_scale"], theirs = 1, getattr(hf, name)(snr_shift_scale=1)
+        schedule, _ = read_scheduler(config, HERE)
+        torch.testing.assert_close(theirs.alphas_cumprod.double(), schedule.alpha_bar[1:], rtol=5e-5, atol=0, msg=name)
+        read.add(name)
+    assert {"DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "UnCLIPScheduler", "UniPCMultistepScheduler"} < read
+    others = ("FlowMatchEulerDiscrete", "EDMEuler", "ScoreSdeVe", "CMStochasticIterative", "IPNDM")
+    assert {f"{name}Scheduler" for name in others} < refused
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -2,15 +2,22 @@
 
 import pytest
 import torch
-from layouts import GIVEN, NETWORK, NO_AVERAGE, UNLABELLED, bring, import_refusal, same, save, weights
+from layouts import GIVEN, NETWORK, NO_AVERAGE, UNLABELLED, bring, import_refusal, official, same, save, weights
+from lightning.pytorch.callbacks import WeightAveraging
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
 from ddim.diffusion.schedule import linear_schedule
+from ddim.networks import UNet
 
 pytestmark = pytest.mark.integration
 
 ONLINE, EMA = weights(NETWORK, 5), weights(NETWORK, 6)
 BETAS = (1 - linear_schedule(20).alpha_bar[1:] / linear_schedule(20).alpha_bar[:-1]).float()
+ANY_AVERAGE = (
+    "the file does not state which average its averaged weights are (torch's AveragedModel can keep any), and they are "
+    "labelled ema"
+)
 ADAM = {"state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 2e-4}]}
 
 
@@ -29,6 +36,11 @@ LUCIDRAINS = {
     "scaler": None,
 }
 BOTH = {"ema": EMA, "online": ONLINE}
+# What torch's AveragedModel and LitEma of latent diffusion store; a test below makes the first with torch's own code.
+AVERAGED = {"n_averaged": torch.tensor(7)} | under("module.", EMA)
+LIT_EMA = under("model.diffusion_model.", ONLINE) | {"model_ema.decay": torch.tensor(0.9999)}
+LIT_EMA |= {f"model_ema.diffusion_model{name.replace('.', '')}": value for name, value in EMA.items()}
+SHADOW = {"decay": 0.999, "num_updates": 7, "shadow": EMA, "backup": {}}
 # A file -> (its content, label -> weights in it, its step).
 FILES = {
     "pytorch-ddpm": (
@@ -45,6 +57,37 @@ FILES = {
     "online alone": ({"net_model": ONLINE}, {"online": ONLINE}, None),
     "EMA of another kind": ({"model": ONLINE, "ema": {"shadow_params": [BETAS]}}, {"online": ONLINE}, None),
     "state_dict": ({"state_dict": ONLINE, "epoch": 3, "global_step": 9}, {"unlabelled": ONLINE}, 9),
+    "a decay is no EMA": ({"state_dict": ONLINE, "ema_decay": 0.9999}, {"unlabelled": ONLINE}, None),
+    "nor in a tensor": ({"state_dict": ONLINE, "ema": {"decay": torch.tensor(0.9)}}, {"unlabelled": ONLINE}, None),
+    "LitEma": ({"state_dict": LIT_EMA, "epoch": 3, "global_step": 9}, BOTH, 9),
+    "LitEma, without a dictionary around": (LIT_EMA, BOTH, None),
+    "LitEma of another network": (
+        {"state_dict": under("model.", ONLINE) | {"model_ema.conv_inweight": torch.zeros(3)}, "epoch": 3},
+        {"online": ONLINE},
+        None,
+    ),
+    "AveragedModel": (AVERAGED, {"ema": EMA}, None),
+    "AveragedModel as ema": ({"model": ONLINE, "ema": AVERAGED, "step": 9}, BOTH, 9),
+    "AveragedModel by another name": ({"model": ONLINE, "swa": AVERAGED}, BOTH, None),
+    "AveragedModel in a module": ({"state_dict": under("net.", ONLINE) | under("average.", AVERAGED)}, BOTH, None),
+    "WeightAveraging": (
+        {
+            "state_dict": under("net.", EMA),
+            "current_model_state": under("net.", ONLINE),
+            "averaging_state": {"n_averaged": torch.tensor(7)},
+            "global_step": 9,
+        },
+        BOTH,
+        9,
+    ),
+    "EMAWeightAveraging": (
+        {"state_dict": EMA, "current_model_state": ONLINE, "callbacks": {"EMAWeightAveraging": {"latest": 7}}},
+        BOTH,
+        None,
+    ),
+    "shadow": ({"model": ONLINE, "ema": SHADOW}, BOTH, None),
+    "shadow alone": ({"ema": SHADOW}, {"ema": EMA}, None),
+    "shadow of a callback": ({"state_dict": ONLINE, "callbacks": {"EMA": {"shadow": EMA}}}, BOTH, None),
     "a prefix": ({"state_dict": under("network.", ONLINE)}, {"unlabelled": ONLINE}, None),
 }
 
@@ -72,8 +115,43 @@ def test_the_weights_of_every_entry_are_read_and_labelled(tmp_path, name):
 def test_what_is_unknown_of_a_nested_file_is_warned_of(tmp_path):
     expected = {"state_dict": [UNLABELLED], "pytorch-ddpm": [], "online alone": [NO_AVERAGE]}
     expected["EMA of another kind"] = ["its EMA weights are stored in another way and were not read", NO_AVERAGE]
+    expected["LitEma of another network"] = expected["EMA of another kind"]
+    expected |= {key: [ANY_AVERAGE] for key in ("AveragedModel", "AveragedModel by another name", "WeightAveraging")}
+    expected |= {
+        "LitEma": [],
+        "EMAWeightAveraging": [],
+        "AveragedModel as ema": [],
+        "shadow": [],
+        "a decay is no EMA": [UNLABELLED],
+    }
     for name, warnings in expected.items():
         assert bring(save(FILES[name][0], tmp_path / f"{name}.pt"), network=GIVEN).warnings == warnings
+
+
+def test_the_averages_of_libraries_are_as_assumed(tmp_path):
+    """AveragedModel's own state dict, in each place; and the names that Lightning's callback gives to it."""
+    network, averaged = UNet(NETWORK), AveragedModel(UNet(NETWORK))
+    network.load_state_dict(ONLINE)
+    averaged.update_parameters(network)
+    state = averaged.state_dict()
+    assert set(state) == {"n_averaged", *under("module.", ONLINE)}
+    files = {"alone": state, "beside": {"model": EMA, "ema": state}, "list": [EMA, ADAM, 0, 9, state]}
+    checkpoint, callback = {"state_dict": EMA}, WeightAveraging()
+    callback._average_model = averaged
+    callback.on_save_checkpoint(None, None, checkpoint)
+    for name, content in (files | {"WeightAveraging": checkpoint}).items():
+        path = save(content, tmp_path / f"{name}.pt")
+        done = bring(path, network=GIVEN)
+        assert (done.model.weights, same(done.model.state, ONLINE)) == ("ema", True)
+        if name != "alone":
+            assert same(bring(path, network=GIVEN, weights="online", overwrite=True).model.state, EMA)
+
+
+def test_an_average_in_the_official_list_is_read(tmp_path, model):
+    content = official(model, ONLINE)
+    content[-1] = AVERAGED
+    done = bring(save(content, tmp_path / "ckpt.pth"), network=GIVEN)
+    assert (done.model.weights, same(done.model.state, EMA)) == ("ema", True)
 
 
 def test_the_schedule_of_a_nested_file_is_that_of_its_betas(tmp_path):

@@ -26,7 +26,6 @@ from layouts import (
 from safetensors.torch import load_file, save_file
 
 from ddim.checkpoints import read_model, save_model
-from ddim.diffusion.schedule import ScheduleSpec, cosine_schedule, scaled_linear_schedule
 
 pytestmark = pytest.mark.integration
 
@@ -146,13 +145,6 @@ def test_folders_and_the_files_inside_them_are_the_same(folder, state):
         assert (done.model.spec.schedule.T, done.model.spec.prediction) == (77, "v")
 
 
-def test_the_schedule_of_a_folder_is_that_of_its_scheduler(folder):
-    path = folder / "scheduler" / "scheduler_config.json"
-    edit(path, beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.01, num_train_timesteps=30)
-    done = bring(folder)
-    assert torch.equal(done.model.spec.schedule.alpha_bar, scaled_linear_schedule(30, 0.001, 0.01).alpha_bar)
-
-
 def test_diffusers_weights_without_config_need_a_network(folder, state, tmp_path):
     shutil.copy(folder / WEIGHTS_FILE, tmp_path / "alone.safetensors")
     done = bring(tmp_path / "alone.safetensors", network=GIVEN, layout="diffusers")
@@ -202,55 +194,6 @@ def test_the_memory_layout_of_tensors_does_not_matter(tmp_path, state, kind):
     done = bring(save(other, tmp_path / "flat.ckpt"), network=GIVEN)
     assert same(done.model.state, expected)
     assert same(read_model(done.path).state, expected)
-
-
-@pytest.mark.parametrize("clip", [True, None, False])
-def test_a_clipping_scheduler_is_noted(folder, clip):
-    edit(folder / "scheduler" / "scheduler_config.json", clip_sample=clip)  # without the entry it does, too
-    note = "its scheduler clips the predicted x0, which the paper does not; sampler.clip=x0 does the same"
-    assert bring(folder, weights="ema").warnings == ([] if clip is False else [note])
-
-
-@pytest.mark.parametrize(
-    ("entries", "sampler", "clips"),
-    [
-        ({}, "sampler.spacing=leading", ""),
-        ({"clip_sample": True}, "sampler.spacing=leading sampler.clip=x0", "sampler.clip=x0"),
-        (
-            {"clip_sample_range": 2.0, "clip_sample": True, "timestep_spacing": "trailing", "set_alpha_to_one": False},
-            "sampler.spacing=trailing sampler.clip=x0 sampler.clip_range=2.0 sampler.last_time=1",
-            "sampler.clip=x0 sampler.clip_range=2.0",
-        ),
-        ({"rescale_betas_zero_snr": True, "steps_offset": 1}, "sampler.spacing=leading sampler.steps_offset=1", ""),
-        (
-            {"_class_name": "DDPMScheduler", "variance_type": "fixed_large"},
-            "sampler.rule=sigma_hat sampler.eta=null sampler.S=1000 sampler.spacing=leading",
-            "",
-        ),
-    ],
-)
-def test_how_a_scheduler_samples_is_stated_and_kept(folder, entries, sampler, clips):
-    edit(folder / "scheduler" / "scheduler_config.json", **entries)
-    done = bring(folder, weights="ema")
-    assert done.lines[3].endswith(f"; as its scheduler samples: {sampler}")
-    assert read_model(done.path).origin["sampler"] == sampler
-    assert [warning.endswith(f"; {clips} does the same") for warning in done.warnings] == [True] * bool(clips)
-    schedule = read_model(done.path).spec.schedule
-    assert (schedule[schedule.T] == 0) == ("rescale_betas_zero_snr" in entries)
-
-
-def test_a_missing_scheduler_is_noted_or_replaced(folder):
-    shutil.rmtree(folder / "scheduler")
-    done = bring(folder, weights="ema")
-    assert done.warnings == [
-        f"no scheduler_config.json belongs to {folder / WEIGHTS_FILE}: "
-        "a linear schedule and noise prediction are assumed"
-    ]
-    spec = done.model.spec
-    assert (spec.schedule.name, spec.schedule.T, spec.prediction) == ("linear", 1000, "eps")
-    spec = bring(folder, schedule=ScheduleSpec("cosine", T=20), prediction="x0", overwrite=True).model.spec
-    assert torch.equal(spec.schedule.alpha_bar, cosine_schedule(20).alpha_bar)
-    assert spec.prediction == "x0"
 
 
 # Folders of diffusers.

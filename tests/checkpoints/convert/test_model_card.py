@@ -9,7 +9,7 @@ import torch
 import yaml
 from layouts import NETWORK, gaussian_weights
 
-from ddim.checkpoints import ModelSpec, weights_hash
+from ddim.checkpoints import ModelSpec, read_model, save_model, weights_hash
 from ddim.checkpoints.convert.exporting import ExportSpec, export_checkpoint
 from ddim.checkpoints.convert.model_card import Result
 from ddim.diffusion.schedule import cosine_schedule
@@ -160,3 +160,14 @@ def test_the_example_of_a_conditional_network_samples(hf, model_file, tmp_path):
     assert images.shape == (4, 1, 8, 8)
     assert torch.equal(images[0], images[3])  # of the same label
     assert not torch.equal(images[0], images[1])
+
+
+@pytest.mark.parametrize(("drop", "w"), [(None, 1.0), (0.1, 1.0), (0.0, 0.0)])
+def test_the_example_guides_only_what_was_trained_for_it(model_file, tmp_path, drop, w):
+    source = model_file(spec=ModelSpec("unet", replace(NETWORK, classes=3), cosine_schedule(20)))
+    recipe = {} if drop is None else {"objective.label_drop": drop}
+    save_model(replace(read_model(source), recipe=recipe), Path(source))
+    export_checkpoint(ExportSpec(source, str(tmp_path / "out")))
+    _, text = card_of(tmp_path / "out")
+    assert f"unet, scheduler, w = pipeline.unet, pipeline.scheduler, {w}  " in text
+    assert ("# w: no guidance: in training" in text) == (drop == 0)
