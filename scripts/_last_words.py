@@ -1,17 +1,34 @@
 """The last words of a command: the exact command to type next."""
 
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from _start import typed
 
 
-def shell_command(script: str, *words: str) -> str:
-    """Return a command of a script for the shell; it imports the plugins that this command was told to import."""
-    words += tuple(word for word in sys.argv[1:] if word.startswith("plugins=") and word not in words)
-    return typed(shlex.join(["python", f"scripts/{script}.py", *words]))
+def shell_command(script: str, *words: str, typed_words: Sequence[str] = ()) -> str:
+    """Return a command of a script for the shell; it imports the plugins that this command was told to import.
+
+    Args:
+        script: its name.
+        words: key=value, quoted here where Hydra could not read the value.
+        typed_words: words that were typed for Hydra, which stay as they are; they come first.
+    """
+    plugins = [word for word in sys.argv[1:] if word.startswith("plugins=") and word not in typed_words]
+    return typed(shlex.join(["python", f"scripts/{script}.py", *typed_words, *map(_for_hydra, words), *plugins]))
+
+
+def _for_hydra(word: str) -> str:
+    """Return key=value with the value in quotes, unless Hydra reads it as it is; lists and mappings stay."""
+    key, _, value = word.partition("=")
+    if value.startswith(("[", "{")) or re.fullmatch(r"[\w./:+@%*?|$ -]*", value):
+        return word
+    quoted = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
+    return f"{key}='{quoted}'"
 
 
 def command_line(script: str, *words: str) -> str:
@@ -23,7 +40,7 @@ def same_command(*words: str) -> str:
     """Return a line with the command that is running, where these words take the place of others of the same keys."""
     keys = {word.partition("=")[0] for word in words}
     kept = [word for word in sys.argv[1:] if word.partition("=")[0] not in keys]
-    return command_line(Path(sys.argv[0]).stem, *kept, *words)
+    return f"next: {shell_command(Path(sys.argv[0]).stem, *words, typed_words=kept)}"
 
 
 def of_checkpoint(spec: Any) -> list[str]:

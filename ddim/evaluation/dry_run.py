@@ -40,7 +40,7 @@ def dry_run(specs: Sequence[JobSpec], session: Session) -> list[str]:
         f"operations: {sum(cost.operations for cost in costs):.2g} of the network, {hours} on one GPU at 40 TFLOP/s",
         f"disk: {_size(max(cost.features for cost in costs))} while an evaluation runs"
         + (f", {_size(images)} of images at most" if images else ""),
-        "not counted: metrics, and the features of a reference set, or the exact trajectories, that were not computed before",
+        "not counted: metrics; features of a reference set and exact trajectories that were not computed before",
         "nothing was recorded; leave dry_run out to evaluate.",
     ]
 
