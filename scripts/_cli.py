@@ -179,9 +179,11 @@ def nobody_reads() -> bool:
 def silence() -> None:
     """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take.
 
-    Also what fontTools reports of every letter of a PDF.
+    Also what fontTools reports of every letter of a PDF, and what a process of joblib's removes after a signal.
     """
     logging.raiseExceptions = False
+    hidden = [*os.environ.get("PYTHONWARNINGS", "").split(","), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(dict.fromkeys(filter(None, hidden)))
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     tips = ("utilities.rank_zero", "trainer.connectors.checkpoint_connector")
     for name in (*(f"lightning.pytorch.{part}" for part in tips), "fontTools"):
