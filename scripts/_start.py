@@ -18,10 +18,15 @@ COMMAND = "DDIM_COMMAND"  # set in the environment by the command `ddim` (_comma
 def rank() -> int:
     """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown.
 
-    LOCAL_RANK alone is set for the processes that Lightning starts.
+    LOCAL_RANK is set for the processes that Lightning starts, also in an interactive shell of SLURM, which hands its
+    SLURM_PROCID on to all of them.
     """
-    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
-    size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
+    e = os.environ
+    tasks = e.get("SLURM_STEP_NUM_TASKS", "")
+    number = (
+        e.get("RANK") or (tasks.isdecimal() and int(tasks) > 1 and e.get("SLURM_PROCID")) or e.get("LOCAL_RANK", "0")
+    )
+    size = e.get("WORLD_SIZE", "1") if e.get("RANK") else str(sys.maxsize)
     return int(number) if number.isdecimal() and size.isdecimal() and int(number) < int(size) else 0
 
 

@@ -110,7 +110,7 @@ def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, c
 
 
 def processes_of(group):
-    """Return the commands of a group that still run: of joblib's processes those for jobs, since others only clean up."""
+    """Return the commands of a group that still run; of joblib's processes those of jobs; others clean up."""
     listed = subprocess.run(["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True).stdout.splitlines()[1:]
     rows = [line.split(None, 2) for line in listed]
     running = [args for pgid, stat, args in rows if int(pgid) == group and stat[0] != "Z"]
@@ -153,5 +153,6 @@ def test_a_signal_ends_a_sweep_and_not_one_run(run, monkeypatch):
         with monkeypatch.context() as other:
             other.setenv(name, "1")
             other.setenv("WORLD_SIZE", "2")
+            other.setenv("SLURM_STEP_NUM_TASKS", "2" if name == "SLURM_PROCID" else "1")
             outcome = run("train", "experiment=digits", f"name={name}")
         assert (outcome.code, outcome.err, "next:" in outcome.out) == (code, "", False)

@@ -26,6 +26,8 @@ SWEEP = (*SMALL, "optim.lr=0.001,0.002", "name=lr${optim.lr}")
 
 pytestmark = pytest.mark.integration
 
+# Of SLURM, in srun --pty bash.
+INTERACTIVE = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "bash"}
 
 @pytest.fixture
 def wandb_runs(monkeypatch):
@@ -74,8 +76,10 @@ def test_a_run_by_itself_is_in_no_group(run, wandb_runs):
 @pytest.mark.parametrize("devices", ["2", "auto", "[0, 2]"])
 def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeypatch, tmp_path):
     """Lightning would start each further process by the command of the sweep, which would begin again in it."""
-    for name in ("LOCAL_RANK", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if devices == "2":
+        for name, value in INTERACTIVE.items():
+            monkeypatch.setenv(name, value)
     outcome = run("train", "-m", "experiment=digits", *SWEEP, "trainer.strategy=ddp", f"trainer.devices={devices}")
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
