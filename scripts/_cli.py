@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -45,6 +46,9 @@ OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
 OmegaConf.register_new_resolver("keys", help_keys, replace=True)
+
+
+WAIT_FOR_MAIN = 5  # seconds
 
 
 def entry(
@@ -118,6 +122,7 @@ class Failures:
         self.wants_traceback = wants_traceback
         self.reasons: Counter[str] = Counter()
         self.defects = self.interrupted = False
+        self.alone = False  # whether it went wrong before this process was connected with others
         self.process = os.getpid()
 
     def guard(self, call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
@@ -132,7 +137,7 @@ class Failures:
                 print("stopped.", file=sys.stderr)
             sys.exit(STOPPED)
         except Exception as error:
-            from ddim.errors import Disconnected, Interrupted
+            from ddim.errors import Disconnected, Interrupted, PeerFailed
 
             if isinstance(error, BrokenPipeError) and nobody_reads():
                 sys.exit(128 + signal.SIGPIPE)  # as other commands before `| head`
@@ -149,6 +154,7 @@ class Failures:
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None
+            self.alone |= not (isinstance(error, PeerFailed) or connected())
             if self.wants_traceback or reason is None:
                 traceback.print_exc()
             self.reasons[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
@@ -157,14 +163,24 @@ class Failures:
 
     def exit(self) -> None:
         """Print the reasons, once for all processes that started together, and exit if there are any."""
-        if rank() == 0 or self.defects:
+        if self.reasons and self.alone and rank():
+            # Where the main one has failed too, and so has said the same, torchrun ends this one meanwhile.
+            time.sleep(WAIT_FOR_MAIN)
+        if rank() == 0 or self.defects or self.alone:
+            who = f"process {rank()}: " if rank() else ""
             for reason, count in self.reasons.items():
-                print(f"error: {typed(reason)}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
+                print(f"error: {who}{typed(reason)}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
         if self.reasons:
             sys.exit(1 if self.defects else 2)
         if self.interrupted:
             # Lightning kills the main process, which may still be saving, when one that it started ends with another.
             sys.exit(0 if started_by_lightning() else TRY_AGAIN)
+
+
+def connected() -> bool:
+    """Return whether this process has been connected with others."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def nobody_reads() -> bool:
