@@ -31,7 +31,7 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
 import hydra
 from _gpus import jobs_side_by_side, own_gpu
 from _help import help_groups, help_keys
-from _jobs import sweep_jobs, to_plain
+from _jobs import job_number, sweep_jobs, to_plain
 from _last_words import same_command
 from _messages import CONFIGS, explain, explain_any, explain_hydra
 from _overrides import check_command
@@ -43,6 +43,7 @@ OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() e
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
 OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=True)
+OmegaConf.register_new_resolver("job_number", job_number, replace=True)
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
 OmegaConf.register_new_resolver("keys", help_keys, replace=True)

@@ -11,6 +11,7 @@ from typing import Any
 from _messages import CONFIGS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -77,6 +78,13 @@ def check_one_process(sweeper: str) -> None:
             f"hydra.sweeper.n_jobs={count} gives each run a GPU of this machine, and hydra/launcher=slurm_gpu one of a "
             "cluster."
         )
+
+
+def job_number() -> str:
+    """Return _NUMBER in a job of a sweep, "" elsewhere: for folders that are named by a time, the same for all jobs."""
+    config: Any = HydraConfig.instance().cfg
+    number = None if config is None else OmegaConf.select(config, "hydra.job.num")  # None of a single run
+    return "" if number is None else f"_{number}"
 
 
 def _compose_all(config_name: str, jobs: list[list[str]]) -> list[DictConfig]:

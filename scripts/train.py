@@ -156,5 +156,6 @@ def check_processes(trainer: "TrainerSpec") -> None:
 
 
 if __name__ == "__main__":
-    os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    # With the number of this process, since two sweeps may start in the same second.
+    os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
     entry(main, "train", finish=compare_runs, plan=check_folders)

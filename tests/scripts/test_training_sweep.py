@@ -2,6 +2,8 @@
 
 import csv
 import math
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +25,11 @@ SMALL = (
     "grid.every=0",
 )
 SWEEP = (*SMALL, "optim.lr=0.001,0.002", "name=lr${optim.lr}")
+# Of SLURM, in srun --pty bash.
+INTERACTIVE = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "bash"}
 
 pytestmark = pytest.mark.integration
 
-# Of SLURM, in srun --pty bash.
-INTERACTIVE = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "bash"}
 
 @pytest.fixture
 def wandb_runs(monkeypatch):
@@ -88,10 +90,20 @@ def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeyp
     assert not list(tmp_path.glob("outputs/train/*/checkpoints"))
 
 
+def test_each_debug_run_has_a_folder_of_its_own(run, tmp_path):
+    """Hydra resolves ${now:...} a single time for all jobs of a sweep."""
+    small = ("experiment=digits", "debug=tiny", *SMALL)
+    assert run("train", *small).code == 0
+    outcome = run("train", "-m", *small, "optim.lr=0.001,0.002")
+    assert (outcome.code, outcome.err) == (0, "")
+    folders = [path.parents[1].name for path in tmp_path.glob("outputs/debug/digits/*/checkpoints/last.ckpt")]
+    assert sorted(re.sub(r"[\d-]+_[\d-]+", "TIME", name, count=1) for name in folders) == ["TIME", "TIME_0", "TIME_1"]
+
+
 def test_a_failed_run_does_not_hide_the_others(run, tmp_path):
     outcome = run("train", "-m", "experiment=digits", *SMALL, "optim.lr=-1,0.002", "name=lr${optim.lr}")
     assert outcome.code == 2
-    [path] = tmp_path.glob("outputs/compare/*/table.csv")
+    [path] = tmp_path.glob(f"outputs/compare/*_{os.getpid()}/table.csv")  # two sweeps may start in the same second
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["run"], row["optim.lr"], row["steps"], bool(row["loss"])) for row in rows] == [
         ("lr0.002", "0.002", "1", True),
