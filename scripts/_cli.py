@@ -37,13 +37,14 @@ from _messages import CONFIGS, explain, explain_any, explain_hydra
 from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 
-# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, --help is of one script, and
-# hydra/launcher=box gives each process a GPU.
+# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, --help is of one script,
+# hydra/launcher=box gives each process a GPU, and a search that is kept in a storage goes on with other random numbers.
 OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() else here, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
 OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=True)
 OmegaConf.register_new_resolver("job_number", job_number, replace=True)
+OmegaConf.register_new_resolver("unless", lambda given, value: None if given else value, replace=True)
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
 OmegaConf.register_new_resolver("keys", help_keys, replace=True)

@@ -68,6 +68,8 @@ def explain_hydra(error: Exception, config_name: str) -> str:
             "only a running job knows ${hydra:...}, so no folder can be named by it; name runs by what differs, such "
             "as 'name=lr${optim.lr}'."
         )
+    if "Record does not exist" in message or "No trials are completed yet" in message:  # Optuna's, of the best trial
+        return "every trial failed: the study has no best one; see the reasons above, and run the command again."
     if type(error).__name__ == "UncompletedJobError":  # submitit's
         what = re.split(r" (?:Error stream|No error|No output)", message)[0]
         return (

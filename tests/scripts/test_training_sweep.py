@@ -1,6 +1,7 @@
 """Sweeps over training settings: one group of W&B runs, each with its settings; and what no sweep can do."""
 
 import csv
+import importlib
 import math
 import os
 import re
@@ -150,3 +151,28 @@ def test_optuna_minimises_and_survives_a_failed_trial(process, tmp_path):
     [table] = tmp_path.glob("outputs/compare/*/table.csv")
     first, *_ = csv.DictReader(table.read_text().splitlines())
     assert OmegaConf.load(best).best_value == pytest.approx(float(first["loss"]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_search_in_a_storage_goes_on_with_new_trials(process, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    storage = ("hydra.sweeper.n_trials=2", "eval.every=0", "hydra.sweeper.storage=sqlite:///study.db")
+    for count in (2, 4):
+        outcome = process("train", "-m", "hparams_search=digits_optuna", *SMALL, *storage, cwd=tmp_path)
+        assert outcome.code == 0, outcome.err
+        assert len(list(tmp_path.glob("outputs/train/*/checkpoints/last.ckpt"))) == count
+    wrong = ("optim.lr=choice(-1, -2)", "hydra.sweeper.study_name=wrong")
+    outcome = process("train", "-m", "hparams_search=digits_optuna", *SMALL, *storage, *wrong, cwd=tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("error: every trial failed: the study has no best one")
+
+
+@pytest.mark.parametrize(("storage", "seed"), [("null", 0), ("sqlite:///study.db", None)])
+@pytest.mark.parametrize("option", ["digits_optuna", "cifar10_optuna"])
+def test_only_a_search_without_storage_repeats_its_draws(run, option, storage, seed):
+    """With one, the same command would propose the trials that are in it already."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    importlib.import_module("_cli")  # whose functions the configuration calls; found because of the fixture run
+    words = (f"hparams_search={option}", f"hydra.sweeper.storage={storage}")
+    sweeper = compose("train", *words, with_hydra=True).hydra.sweeper
+    assert (sweeper.sampler.seed, sweeper.study_name) == (seed, option.partition("_")[0])
