@@ -13,6 +13,7 @@ import re
 import select
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -30,21 +31,26 @@ if missing := next((name for name in ("ddim", "hydra") if importlib.util.find_sp
 import hydra
 from _gpus import jobs_side_by_side, own_gpu
 from _help import help_groups, help_keys
-from _jobs import sweep_jobs, to_plain
+from _jobs import job_number, sweep_jobs, to_plain
 from _last_words import same_command
 from _messages import CONFIGS, explain, explain_any, explain_hydra
 from _overrides import check_command
 from omegaconf import DictConfig, OmegaConf
 
-# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, --help is of one script, and
-# hydra/launcher=box gives each process a GPU.
+# Used in configs/: only rank 0 keeps Hydra's files, ~ is expanded as in `ddim.config`, --help is of one script,
+# hydra/launcher=box gives each process a GPU, and a search that is kept in a storage goes on with other random numbers.
 OmegaConf.register_new_resolver("if_main", lambda here, other: other if rank() else here, replace=True)
 OmegaConf.register_new_resolver("expanduser", os.path.expanduser, replace=True)
 OmegaConf.register_new_resolver("groups", help_groups, replace=True)
 OmegaConf.register_new_resolver("jobs_side_by_side", jobs_side_by_side, replace=True)
+OmegaConf.register_new_resolver("job_number", job_number, replace=True)
+OmegaConf.register_new_resolver("unless", lambda given, value: None if given else value, replace=True)
 OmegaConf.register_new_resolver("own_gpu", own_gpu, replace=True)
 OmegaConf.register_new_resolver("short", "{:.3g}".format, replace=True)  # numbers in names of runs
 OmegaConf.register_new_resolver("keys", help_keys, replace=True)
+
+
+WAIT_FOR_MAIN = 5  # seconds
 
 
 def entry(
@@ -118,6 +124,7 @@ class Failures:
         self.wants_traceback = wants_traceback
         self.reasons: Counter[str] = Counter()
         self.defects = self.interrupted = False
+        self.alone = False  # whether it went wrong before this process was connected with others
         self.process = os.getpid()
 
     def guard(self, call: Callable[[], Any], explain: Callable[[Exception], str | None]) -> Any:
@@ -132,7 +139,7 @@ class Failures:
                 print("stopped.", file=sys.stderr)
             sys.exit(STOPPED)
         except Exception as error:
-            from ddim.errors import Disconnected, Interrupted
+            from ddim.errors import Disconnected, Interrupted, PeerFailed
 
             if isinstance(error, BrokenPipeError) and nobody_reads():
                 sys.exit(128 + signal.SIGPIPE)  # as other commands before `| head`
@@ -149,6 +156,7 @@ class Failures:
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None
+            self.alone |= not (isinstance(error, PeerFailed) or connected())
             if self.wants_traceback or reason is None:
                 traceback.print_exc()
             self.reasons[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
@@ -157,14 +165,24 @@ class Failures:
 
     def exit(self) -> None:
         """Print the reasons, once for all processes that started together, and exit if there are any."""
-        if rank() == 0 or self.defects:
+        if self.reasons and self.alone and rank():
+            # Where the main one has failed too, and so has said the same, torchrun ends this one meanwhile.
+            time.sleep(WAIT_FOR_MAIN)
+        if rank() == 0 or self.defects or self.alone:
+            who = f"process {rank()}: " if rank() else ""
             for reason, count in self.reasons.items():
-                print(f"error: {typed(reason)}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
+                print(f"error: {who}{typed(reason)}{f' ({count} times)' if count > 1 else ''}", file=sys.stderr)
         if self.reasons:
             sys.exit(1 if self.defects else 2)
         if self.interrupted:
             # Lightning kills the main process, which may still be saving, when one that it started ends with another.
             sys.exit(0 if started_by_lightning() else TRY_AGAIN)
+
+
+def connected() -> bool:
+    """Return whether this process has been connected with others."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def nobody_reads() -> bool:
@@ -179,9 +197,11 @@ def nobody_reads() -> bool:
 def silence() -> None:
     """Hide Lightning's tips, a deprecation of torch inside it, and a traceback for each line that a log cannot take.
 
-    Also what fontTools reports of every letter of a PDF.
+    Also what fontTools reports of every letter of a PDF, and what a process of joblib's removes after a signal.
     """
     logging.raiseExceptions = False
+    hidden = [*os.environ.get("PYTHONWARNINGS", "").split(","), "ignore:resource_tracker:UserWarning"]
+    os.environ["PYTHONWARNINGS"] = ",".join(dict.fromkeys(filter(None, hidden)))
     warnings.filterwarnings("ignore", category=FutureWarning, module="lightning")
     tips = ("utilities.rank_zero", "trainer.connectors.checkpoint_connector")
     for name in (*(f"lightning.pytorch.{part}" for part in tips), "fontTools"):

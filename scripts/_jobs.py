@@ -11,6 +11,7 @@ from typing import Any
 from _messages import CONFIGS
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -22,6 +23,9 @@ def sweep_jobs(config_name: str, words: list[str]) -> Jobs | None:
     """Return the configuration of each job that the words of a command ask for, and whether they run in this process.
 
     None if it is no sweep, or if the jobs cannot be known before they run.
+
+    Raises:
+        UserError: several processes were launched, and would choose different jobs.
     """
     if not SWEEP_FLAGS & set(words) or any(word.startswith("-") and word not in SWEEP_FLAGS for word in words):
         return None
@@ -40,6 +44,7 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
         fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
         settings = compose(config_name, fixed, return_hydra_config=True).hydra
         if not settings.sweeper._target_.endswith("BasicSweeper"):  # another sweeper chooses its jobs as it runs
+            check_one_process(settings.sweeper._target_)
             return None
         params = parse([f"{key}={value}" for key, value in (settings.sweeper.params or {}).items()])
         choices = {}
@@ -55,6 +60,31 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
         except InterpolationResolutionError:  # only a running job knows values such as ${hydra:job.num}
             return None
     return plain, settings.launcher._target_.endswith("BasicLauncher")
+
+
+def check_one_process(sweeper: str) -> None:
+    """Check that no other process was launched that would run a sweeper of its own.
+
+    Raises:
+        UserError: torchrun or srun launched several.
+    """
+    from ddim.distributed import launched_processes
+    from ddim.errors import UserError
+
+    if (count := launched_processes().world_size) > 1:
+        raise UserError(
+            f"{count} processes were started, and each would choose settings of its own "
+            f"({sweeper.rpartition('.')[2]}); start a search as one process: hydra/launcher=box "
+            f"hydra.sweeper.n_jobs={count} gives each run a GPU of this machine, and hydra/launcher=slurm_gpu one of a "
+            "cluster."
+        )
+
+
+def job_number() -> str:
+    """Return _NUMBER in a job of a sweep, "" elsewhere: for folders that are named by a time, the same for all jobs."""
+    config: Any = HydraConfig.instance().cfg
+    number = None if config is None else OmegaConf.select(config, "hydra.job.num")  # None of a single run
+    return "" if number is None else f"_{number}"
 
 
 def _compose_all(config_name: str, jobs: list[list[str]]) -> list[DictConfig]:

@@ -68,6 +68,14 @@ def explain_hydra(error: Exception, config_name: str) -> str:
             "only a running job knows ${hydra:...}, so no folder can be named by it; name runs by what differs, such "
             "as 'name=lr${optim.lr}'."
         )
+    if "Record does not exist" in message or "No trials are completed yet" in message:  # Optuna's, of the best trial
+        return "every trial failed: the study has no best one; see the reasons above, and run the command again."
+    if type(error).__name__ == "UncompletedJobError":  # submitit's
+        what = re.split(r" (?:Error stream|No error|No output)", message)[0]
+        return (
+            f"{what}; the other jobs go on: when they have ended, compare trainings by scripts/compare.py, and give a "
+            "command of evaluations again."
+        )
     if isinstance(error, yaml.YAMLError):
         return f"a configuration file is not valid YAML: {message}."
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

@@ -1,10 +1,12 @@
 """What a script does first: signals end it with one line, and any terminal can show its output."""
 
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
+from multiprocessing.process import BaseProcess
 from types import FrameType
 
 TRY_AGAIN = 75  # the exit status of a run that was asked to stop and can go on (EX_TEMPFAIL)
@@ -16,10 +18,15 @@ COMMAND = "DDIM_COMMAND"  # set in the environment by the command `ddim` (_comma
 def rank() -> int:
     """Return the rank of this process; 0 for what `check_launch_variables` refuses, so that its reason is shown.
 
-    LOCAL_RANK alone is set for the processes that Lightning starts.
+    LOCAL_RANK is set for the processes that Lightning starts, also in an interactive shell of SLURM, which hands its
+    SLURM_PROCID on to all of them.
     """
-    number = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or "0"
-    size = os.environ.get("WORLD_SIZE", "1") if os.environ.get("RANK") else str(sys.maxsize)
+    e = os.environ
+    tasks = e.get("SLURM_STEP_NUM_TASKS", "")
+    number = (
+        e.get("RANK") or (tasks.isdecimal() and int(tasks) > 1 and e.get("SLURM_PROCID")) or e.get("LOCAL_RANK", "0")
+    )
+    size = e.get("WORLD_SIZE", "1") if e.get("RANK") else str(sys.maxsize)
     return int(number) if number.isdecimal() and size.isdecimal() and int(number) < int(size) else 0
 
 
@@ -31,15 +38,52 @@ def started_by_lightning() -> bool:
 def stop_at_once(number: int, frame: FrameType | None) -> None:
     """End this process with one line, without cleaning up: files are written so that a kill cannot damage them.
 
-    `ddim.signals` holds signals back while there is something to save.
+    `ddim.signals` holds signals back while there is something to save; processes of a sweep's jobs may, and end first.
     """
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     text = f"stopped by {name}; what was finished is kept: run the command again, a training with checkpoint=last.\n"
+    status = STOPPED if number == signal.SIGINT else TRY_AGAIN
     try:
-        if os.getpid() == PROCESS and rank() == 0:  # not in a process that it forked
-            os.write(2, (b"\n" if os.isatty(2) else b"") + text.encode())  # print could wait for itself
+        if os.getpid() == PROCESS:  # not one that it forked
+            if job_processes():
+                status = TRY_AGAIN
+                end_jobs()
+            if rank() == 0 and multiprocessing.current_process().name == "MainProcess":
+                os.write(2, (b"\n" if os.isatty(2) else b"") + text.encode())  # print could wait for itself
     finally:
-        os._exit(STOPPED if number == signal.SIGINT else TRY_AGAIN)
+        os._exit(status)
+
+
+def job_processes() -> list[BaseProcess]:
+    """Return the processes that joblib has started for the jobs of a sweep, hydra/launcher=joblib or box."""
+    return [process for process in multiprocessing.active_children() if type(process).__module__.startswith("joblib.")]
+
+
+def end_jobs() -> None:
+    """Pass SIGTERM on to the processes of jobs, and wait until they have saved and ended; a second Ctrl-C kills them.
+
+    One that has saved takes the next job, so they are told again until they end.
+    """
+    signal.signal(signal.SIGINT, kill_jobs)
+    for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, signal.SIG_IGN)
+    # When one has ended, a thread of joblib would kill the others, which may still be saving.
+    manager = getattr(sys.modules.get("joblib.externals.loky.process_executor"), "_ExecutorManagerThread", None)
+    if manager is not None:
+        manager.terminate_broken = lambda *_: None
+    while processes := job_processes():
+        for process in processes:
+            process.terminate()
+        processes[0].join(2)
+
+
+def kill_jobs(number: int, frame: FrameType | None) -> None:
+    """Kill the processes of jobs, and end this one."""
+    for process in job_processes():
+        if process.pid is not None:
+            os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+        process.join()
+    stop_at_once(number, frame)
 
 
 def begin() -> None:

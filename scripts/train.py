@@ -141,9 +141,10 @@ def check_processes(trainer: "TrainerSpec") -> None:
     Raises:
         UserError: it would start them with the command of this one, so each would run the complete sweep again.
     """
+    from ddim.distributed import launched_processes
     from ddim.errors import UserError
 
-    started = "LOCAL_RANK" in os.environ or "SLURM_NTASKS" in os.environ  # all of them, by torchrun or SLURM
+    started = "LOCAL_RANK" in os.environ or launched_processes().world_size > 1  # all of them, by torchrun or srun
     devices = list(trainer.devices) if isinstance(trainer.devices, tuple) else trainer.devices
     one = devices in (1, "1") or (isinstance(devices, list) and len(devices) == 1)
     if one or started or trainer.strategy.endswith(("spawn", "fork", "notebook")):
@@ -155,5 +156,6 @@ def check_processes(trainer: "TrainerSpec") -> None:
 
 
 if __name__ == "__main__":
-    os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    # With the number of this process, since two sweeps may start in the same second.
+    os.environ[COMPARISON] = f"outputs/compare/{datetime.now():%Y-%m-%d_%H-%M-%S}_{os.getpid()}"
     entry(main, "train", finish=compare_runs, plan=check_folders)

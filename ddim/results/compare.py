@@ -2,9 +2,11 @@
 
 import logging
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,18 @@ from ddim.config import FilePath, check_name, suggest
 from ddim.errors import UserError
 from ddim.results.protocol import differing_keys, is_distance, weights_label
 from ddim.results.records import RECORDS
+from ddim.results.runs import HELDOUT_LOSS, read_logs, step_of
 from ddim.results.runs import LOSS as LOGGED_LOSS
-from ddim.results.runs import read_logs, step_of
 from ddim.results.schema import evaluation_records
 
 log = logging.getLogger(__name__)
 LOSS = "train_loss"  # the metric of trainings without an evaluation
-VALIDATION_LOSS = "val_loss"  # a metric that is compared only where it is asked for, or is the only one
+VALIDATION_LOSS = "val_loss"  # of held-out images; compared only where it is asked for, or is the only metric
 IGNORED = ("name", "output_dir", "checkpoint", "dry_run", "logger")  # keys and groups that decide no weights
 ROW_KEYS = ("weights", "sampler", "S", "spacing", "samples.seed")  # what tells the rows of one training from each other
 NOT_A_NUMBER: tuple[type, ...] = (bool, type(None), str, list)
 Points = dict[int, float]  # step -> value
+Log = list[dict[str, str]]  # the rows that a call of a training logged
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class CompareSpec:
         runs: pattern of the folders of the trainings, or a list of patterns.
         name: of the comparison.
         output_dir: its folder.
-        by: the metric to compare by: one of their evaluations, val_loss or train_loss; null for the metric that most
-            of them have.
+        by: the metric to compare by: one of their evaluations, val_loss or train_loss; null for the metric of samples
+            that most of them have, else val_loss where there is one.
 
     Raises:
         ValueError: a name that is none.
@@ -59,7 +62,8 @@ class Run:
     Attributes:
         folder: its path.
         settings: key, as on the command line -> value.
-        metrics: metric -> the values of ROW_KEYS -> value by step.
+        metrics: metric -> the values of ROW_KEYS -> value by step. Of a training that samples nothing (eval.n=0) the
+            held-out loss, as val_loss.
         losses: training loss by step.
         hours: of training, over all its calls.
         checkpoint: the best by its validation, else the newest; None if there is none.
@@ -155,7 +159,10 @@ def read_run(folder: Path) -> Run | None:
         row = weights_label(model), record["label"], record["S"], record["spacing"], record["seed"]
         for metric, value in record["metrics"].items() if step is not None else ():
             metrics.setdefault(metric, {}).setdefault(row, {})[step] = value
-    losses, seconds = _read_log(folder, settings)
+    logs = list(read_logs(folder))
+    if not metrics and (heldout := _heldout_losses(chain(*logs), settings)):
+        metrics[VALIDATION_LOSS] = heldout
+    losses, seconds = _read_logs(logs, settings)
     kept = (folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt"))
     return Run(folder, settings, metrics, losses, seconds / 3600, next((path for path in kept if path.exists()), None))
 
@@ -199,7 +206,7 @@ def compare(runs: Sequence[Run], metric: str | None = None) -> Comparison:
 
 def last_loss(folder: Path) -> float | None:
     """Return the last training loss that a run logged, None if it logged none."""
-    losses, _ = _read_log(folder, {})
+    losses, _ = _read_logs(read_logs(folder), {})
     return losses[max(losses)] if losses else None
 
 
@@ -230,18 +237,35 @@ def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read_log(folder: Path, settings: Mapping[str, Any]) -> tuple[Points, float]:
+def _heldout_losses(rows: Iterable[dict[str, str]], settings: Mapping[str, Any]) -> dict[tuple[Any, ...], Points]:
+    """Return the held-out loss by step, of each set of weights; only the names of further weights are logged."""
+    measured = settings.get("eval.weights") or ("online" if settings.get("ema", "") is None else "ema")
+    first = measured if isinstance(measured, str) else measured[0]
+    losses: dict[tuple[Any, ...], Points] = {}
+    for row in rows:
+        for column, value in row.items():
+            if value and (found := re.fullmatch(rf"{HELDOUT_LOSS}(?:_(?!quarter_)(.+))?", str(column))):
+                try:
+                    step, loss = step_of(row), float(value)
+                except (KeyError, TypeError, ValueError) as error:  # a row that was cut short
+                    log.debug("%s: %s", column, error)
+                    continue
+                losses.setdefault((found[1] or first, *[""] * (len(ROW_KEYS) - 1)), {})[step] = loss
+    return losses
+
+
+def _read_logs(logs: Iterable[Log], settings: Mapping[str, Any]) -> tuple[Points, float]:
     """Return the training loss by step and the seconds of training, of all calls together."""
     losses, seconds = Points(), 0.0
     most, images = (settings.get(f"trainer.{key}") for key in ("log_every", "batch_size"))
-    for rows in read_logs(folder):
+    for rows in logs:
         before = None
         for row in rows:
             try:
                 step, loss = step_of(row), float(row[LOGGED_LOSS])
                 per_second = float(row["train/images_per_second"])
             except (KeyError, TypeError, ValueError) as error:  # a row of other metrics, or cut short
-                log.debug("%s: %s", folder, error)
+                log.debug("%s: %s", LOGGED_LOSS, error)
                 continue
             losses[step] = loss
             # A call that resumes logs after at most log_every steps.

@@ -13,7 +13,8 @@ from ddim.results.schema import evaluation_records
 
 log = logging.getLogger(__name__)
 LOSS = "train/loss"
-LOSSES = (LOSS, "val/loss")
+HELDOUT_LOSS = "val/loss"
+LOSSES = (LOSS, HELDOUT_LOSS)
 Curve = tuple[tuple[int, float], ...]  # (optimiser step, value)
 
 
@@ -82,7 +83,7 @@ def read_training(folder: Path) -> tuple[dict[str, Curve], tuple[int, ...]]:
     for record, sampler in zip(of_steps, samplers, strict=True):
         step, names = record["model"]["step"], (weights_label(record["model"]), *(sampler[i] for i in differing))
         for metric, value in record["metrics"].items():
-            if values.get("val/loss", {}).get(step) != value:  # the record's val_loss is what was logged
+            if values.get(HELDOUT_LOSS, {}).get(step) != value:  # the record's val_loss is what was logged
                 values.setdefault(", ".join((metric, *names)), {})[step] = value
     curves = {name: tuple(sorted(points.items())) for name, points in values.items() if points}
     return curves, tuple(ends[:-1])

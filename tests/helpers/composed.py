@@ -23,6 +23,8 @@ from ddim.inference.search_tau import SearchTauSpec
 from ddim.training.spec import TrainSpec
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+if not OmegaConf.has_resolver("job_number"):  # of the scripts, which also handle signals
+    OmegaConf.register_new_resolver("job_number", lambda: "")
 SPECS: dict[str, Any] = {
     "train": TrainSpec,
     "evaluate": EvaluateSpec,

@@ -93,6 +93,7 @@ def test_more_is_better_for_scores(grid: list[Run]) -> None:
 
 def test_without_evaluations_the_last_loss_decides(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name) for name in ("one", "two"))
+    (one / "csv/version_0/metrics.csv").write_text(f"{COLUMNS}0,9,2.0,0.5,\n0,19,1.0,0.25,\n")
     (two / "csv/version_0/metrics.csv").write_text(f"{COLUMNS}0,9,2.0,0.1,\n0,19,1.0,0.2,\n")
     comparison = compare(runs(one, two))
     assert [(row.name, row.best, row.loss) for row in comparison.rows] == [
@@ -102,6 +103,39 @@ def test_without_evaluations_the_last_loss_decides(tmp_path: Path) -> None:
     assert "at step" not in markdown(comparison)
     assert last_loss(one) == 0.25
     assert last_loss(tmp_path) is None
+
+
+def test_without_samples_the_held_out_loss_decides(tmp_path: Path) -> None:
+    """Of eval.n=0, as experiment=cifar10 has it: the best value, which also chooses best.ckpt."""
+    one, two = (write_run(tmp_path / name) for name in ("one", "two"))
+    logged = f"{COLUMNS}0,9,2.0,0.1,\n0,9,,,0.2\n0,19,2.0,0.1,\n0,19,,,0.4\n0,2"
+    (two / "csv/version_0/metrics.csv").write_text(logged)
+    comparison = compare(runs(one, two))
+    assert (comparison.metric, comparison.keys) == ("val_loss", [])
+    assert [(row.label, row.best, row.points) for row in comparison.rows] == [
+        ("two", (10, 0.2), {10: 0.2, 20: 0.4}),
+        ("one", (10, 0.3), {10: 0.3}),
+    ]
+    assert [row.name for row in compare(runs(one, two), "train_loss").rows] == ["two", "one"]
+    samples = write_run(tmp_path / "samples", {10: 5.0})
+    assert compare(runs(one, samples)).metric == FD
+    assert [row.best for row in compare(runs(one, samples), "val_loss").rows] == [(10, 0.2), (10, 0.3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [({}, "ema"), ({"ema": None}, "online"), ({"eval": {"weights": ["ema_0.9", "online"]}}, "ema_0.9")],
+)
+def test_held_out_losses_are_of_each_set_of_weights(tmp_path: Path, changes: dict[str, Any], first: str) -> None:
+    folder = write_run(tmp_path / "run", **changes)
+    columns = "epoch,step,val/loss,val/loss_quarter_1,val/loss_ema_0.99,val/loss_quarter_1_ema_0.99\n"
+    (folder / "csv/version_0/metrics.csv").write_text(f"{columns}0,9,0.4,1.0,0.3,2.0\n")
+    comparison = compare(runs(folder), "val_loss")
+    assert comparison.keys == ["weights"]
+    assert [(row.label, row.best) for row in comparison.rows] == [
+        ("run, ema_0.99", (10, 0.3)),
+        (f"run, {first}", (10, 0.4)),
+    ]
 
 
 def test_a_run_without_results_is_a_row_at_the_end(tmp_path: Path) -> None:
@@ -171,7 +205,7 @@ def test_numbers_of_other_settings_have_a_row_of_their_own(
 def test_a_training_that_diverged_is_last(tmp_path: Path) -> None:
     one, two = (write_run(tmp_path / name) for name in ("diverged", "fine"))
     (one / "csv/version_0/metrics.csv").write_text(f"{COLUMNS}0,9,2.0,0.01,\n0,19,1.0,nan,\n")
-    comparison = compare(runs(one, two))
+    comparison = compare(runs(one, two), "train_loss")
     assert [(row.name, row.best) for row in comparison.rows] == [("fine", (20, 0.25)), ("diverged", None)]
 
 

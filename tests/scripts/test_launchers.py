@@ -43,3 +43,17 @@ def test_each_job_of_a_sweep_trains_in_a_process_of_its_own(tmp_path, launcher, 
     [table] = tmp_path.glob("outputs/compare/*/table.csv")  # in the main process, also of those that failed
     names = [line.partition(",")[0] for line in table.read_text().splitlines()[1:]]
     assert sorted(names) == sorted(f"lr{lr}" for lr in (*good, -1))
+
+
+def test_a_job_that_dies_is_reported_in_one_line(monkeypatch):
+    """Of submitit's jobs, which it then no longer waits for: a table of the runs has to be made again."""
+    error = pytest.importorskip("submitit.core.utils").UncompletedJobError
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from _messages import explain_hydra
+
+    for rest in ("Error stream produced:\n---\nKilled", "No error stream produced. Look at stdout: x"):
+        text = f"Job 7_1 with path x.pkl\nhas not produced any output (state: OUT_OF_MEMORY)\n{rest}"
+        assert explain_hydra(error(text), "train") == (
+            "Job 7_1 with path x.pkl has not produced any output (state: OUT_OF_MEMORY); the other jobs go on: "
+            "when they have ended, compare trainings by scripts/compare.py, and give a command of evaluations again."
+        )

@@ -1,5 +1,6 @@
 """Signals to running commands: what was computed is saved, one line says how to go on, and never a traceback."""
 
+import contextlib
 import logging
 import os
 import re
@@ -61,6 +62,61 @@ def test_training_saves_at_a_signal_and_goes_on(tmp_path):
     assert newest_intact(tmp_path / "run" / "checkpoints")[1]["global_step"] > step
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("send", "number", "times", "code"),
+    [(os.kill, signal.SIGTERM, 1, 75), (os.killpg, signal.SIGINT, 2, 130)],
+    ids=["saved", "killed"],
+)
+def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, code):
+    """Two train, and the third setting waits for its turn. A terminal sends Ctrl-C to all processes."""
+    loky = pytest.importorskip("joblib.externals.loky.process_executor")
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    assert callable(loky._ExecutorManagerThread.terminate_broken)  # which _start.py replaces
+    sweep = (
+        "-m",
+        "hydra/launcher=joblib",
+        "hydra.launcher.n_jobs=2",
+        "optim.lr=0.001,0.002,0.003",
+        "name=lr${optim.lr}",
+    )
+    settings = [word for word in SMALL if not word.startswith(("output_dir", "trainer.checkpoint_every"))]
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *sweep, *settings, "trainer.accelerator=cpu", "trainer.log_every=1", "eval.every=0"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        end = time.monotonic() + 300
+        while len(list(tmp_path.glob("outputs/train/*/csv/*/metrics.csv"))) < 2 and time.monotonic() < end:
+            assert process.poll() is None
+            time.sleep(0.05)
+        for _ in range(times):
+            send(process.pid, number)
+            time.sleep(0.1)
+        _, err = process.communicate(timeout=120)
+        left = processes_of(process.pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert (process.returncode, left) == (code, [])
+    assert re.fullmatch(r"stopped by (SIGTERM|Ctrl-C); what was finished is kept: .* with checkpoint=last\.\n", err)
+    assert times > 1 or len(list(tmp_path.glob("outputs/train/*/checkpoints/last.ckpt"))) >= 2
+
+
+def processes_of(group):
+    """Return the commands of a group that still run; of joblib's processes those of jobs; others clean up."""
+    listed = subprocess.run(["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True).stdout.splitlines()[1:]
+    rows = [line.split(None, 2) for line in listed]
+    running = [args for pgid, stat, args in rows if int(pgid) == group and stat[0] != "Z"]
+    return [args for args in running if "train.py" in args or "popen_loky" in args]
+
+
 def test_only_the_first_process_prints_and_logs(run, monkeypatch):
     def dry_run(spec):
         logging.getLogger("ddim.any").info("chosen")
@@ -97,5 +153,6 @@ def test_a_signal_ends_a_sweep_and_not_one_run(run, monkeypatch):
         with monkeypatch.context() as other:
             other.setenv(name, "1")
             other.setenv("WORLD_SIZE", "2")
+            other.setenv("SLURM_STEP_NUM_TASKS", "2" if name == "SLURM_PROCID" else "1")
             outcome = run("train", "experiment=digits", f"name={name}")
         assert (outcome.code, outcome.err, "next:" in outcome.out) == (code, "", False)

@@ -1,7 +1,10 @@
 """Sweeps over training settings: one group of W&B runs, each with its settings; and what no sweep can do."""
 
 import csv
+import importlib
 import math
+import os
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +26,8 @@ SMALL = (
     "grid.every=0",
 )
 SWEEP = (*SMALL, "optim.lr=0.001,0.002", "name=lr${optim.lr}")
+# Of SLURM, in srun --pty bash.
+INTERACTIVE = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "bash"}
 
 pytestmark = pytest.mark.integration
 
@@ -74,8 +79,10 @@ def test_a_run_by_itself_is_in_no_group(run, wandb_runs):
 @pytest.mark.parametrize("devices", ["2", "auto", "[0, 2]"])
 def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeypatch, tmp_path):
     """Lightning would start each further process by the command of the sweep, which would begin again in it."""
-    for name in ("LOCAL_RANK", "SLURM_NTASKS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if devices == "2":
+        for name, value in INTERACTIVE.items():
+            monkeypatch.setenv(name, value)
     outcome = run("train", "-m", "experiment=digits", *SWEEP, "trainer.strategy=ddp", f"trainer.devices={devices}")
     assert outcome.code == 2
     (line,) = outcome.err.splitlines()
@@ -84,10 +91,20 @@ def test_a_sweep_over_runs_of_several_processes_is_refused(run, devices, monkeyp
     assert not list(tmp_path.glob("outputs/train/*/checkpoints"))
 
 
+def test_each_debug_run_has_a_folder_of_its_own(run, tmp_path):
+    """Hydra resolves ${now:...} a single time for all jobs of a sweep."""
+    small = ("experiment=digits", "debug=tiny", *SMALL)
+    assert run("train", *small).code == 0
+    outcome = run("train", "-m", *small, "optim.lr=0.001,0.002")
+    assert (outcome.code, outcome.err) == (0, "")
+    folders = [path.parents[1].name for path in tmp_path.glob("outputs/debug/digits/*/checkpoints/last.ckpt")]
+    assert sorted(re.sub(r"[\d-]+_[\d-]+", "TIME", name, count=1) for name in folders) == ["TIME", "TIME_0", "TIME_1"]
+
+
 def test_a_failed_run_does_not_hide_the_others(run, tmp_path):
     outcome = run("train", "-m", "experiment=digits", *SMALL, "optim.lr=-1,0.002", "name=lr${optim.lr}")
     assert outcome.code == 2
-    [path] = tmp_path.glob("outputs/compare/*/table.csv")
+    [path] = tmp_path.glob(f"outputs/compare/*_{os.getpid()}/table.csv")  # two sweeps may start in the same second
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["run"], row["optim.lr"], row["steps"], bool(row["loss"])) for row in rows] == [
         ("lr0.002", "0.002", "1", True),
@@ -134,3 +151,28 @@ def test_optuna_minimises_and_survives_a_failed_trial(process, tmp_path):
     [table] = tmp_path.glob("outputs/compare/*/table.csv")
     first, *_ = csv.DictReader(table.read_text().splitlines())
     assert OmegaConf.load(best).best_value == pytest.approx(float(first["loss"]), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_search_in_a_storage_goes_on_with_new_trials(process, tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    storage = ("hydra.sweeper.n_trials=2", "eval.every=0", "hydra.sweeper.storage=sqlite:///study.db")
+    for count in (2, 4):
+        outcome = process("train", "-m", "hparams_search=digits_optuna", *SMALL, *storage, cwd=tmp_path)
+        assert outcome.code == 0, outcome.err
+        assert len(list(tmp_path.glob("outputs/train/*/checkpoints/last.ckpt"))) == count
+    wrong = ("optim.lr=choice(-1, -2)", "hydra.sweeper.study_name=wrong")
+    outcome = process("train", "-m", "hparams_search=digits_optuna", *SMALL, *storage, *wrong, cwd=tmp_path)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("error: every trial failed: the study has no best one")
+
+
+@pytest.mark.parametrize(("storage", "seed"), [("null", 0), ("sqlite:///study.db", None)])
+@pytest.mark.parametrize("option", ["digits_optuna", "cifar10_optuna"])
+def test_only_a_search_without_storage_repeats_its_draws(run, option, storage, seed):
+    """With one, the same command would propose the trials that are in it already."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    importlib.import_module("_cli")  # whose functions the configuration calls; found because of the fixture run
+    words = (f"hparams_search={option}", f"hydra.sweeper.storage={storage}")
+    sweeper = compose("train", *words, with_hydra=True).hydra.sweeper
+    assert (sweeper.sampler.seed, sweeper.study_name) == (seed, option.partition("_")[0])
