@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sys
+from collections import Counter
 from typing import Any
 
 from _messages import CONFIGS
@@ -60,6 +61,28 @@ def _compose_jobs(config_name: str, words: list[str]) -> Jobs | None:
         except InterpolationResolutionError:  # only a running job knows values such as ${hydra:job.num}
             return None
     return plain, settings.launcher._target_.endswith("BasicLauncher")
+
+
+def check_files(configs: list[dict[str, Any]], here: bool) -> bool:
+    """Refuse a sweep with overwrite=true of which a job would replace the file of the one before; False else.
+
+    Raises:
+        UserError: it would.
+    """
+    from ddim.errors import UserError
+
+    files = Counter(
+        tuple(str(config.get(key)) for key in ("output_dir", "name", "format"))
+        for config in configs
+        if config["overwrite"] and config.get("format") != "png"  # whose files are named by numbers
+    )
+    if files and max(files.values()) > 1:
+        raise UserError(
+            f"{max(files.values())} jobs of this sweep write one file in {files.most_common(1)[0][0][0]}, and with "
+            "overwrite=true each replaces the one before; give each a folder, such as "
+            "'output_dir=outputs/S${sampler.S}'."
+        )
+    return False
 
 
 def check_one_process(sweeper: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import entry, pick_device
+from _jobs import check_files
 from _last_words import command_line, of_checkpoint
 
 
@@ -31,4 +32,4 @@ def main(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    entry(main, "encode")
+    entry(main, "encode", plan=check_files)

@@ -9,6 +9,7 @@ python scripts/sample.py --help
 from typing import Any
 
 from _cli import entry, pick_device
+from _jobs import check_files
 from _last_words import command_line, of_model
 
 
@@ -29,4 +30,4 @@ def main(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    entry(main, "sample")
+    entry(main, "sample", plan=check_files)

@@ -7,11 +7,10 @@ The file that it writes is a spacing for any sampler in any script: sampler.spac
 """
 
 import json
-import shlex
 from typing import Any
 
 from _cli import entry, pick_device
-from _last_words import of_model
+from _last_words import of_model, shell_command
 
 
 def main(config: dict[str, Any]) -> None:
@@ -35,7 +34,7 @@ def main(config: dict[str, Any]) -> None:
         values["sampler.kwargs"] = f"{{{listed}}}"
     values |= {"sampler.spacing": str(spec.path), "sampler.S": None}
     words = [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in values.items()]
-    command = shlex.join(["python", "scripts/sample.py", *of_model(spec), *words])
+    command = shell_command("sample", *of_model(spec), *words)
     print(f"sample with it: {command}")
 
 
