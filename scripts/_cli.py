@@ -110,7 +110,11 @@ def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig | dict[st
 
     check_launch_variables()  # before Lightning, which reads them when it is imported
     with logging_redirect_tqdm():  # lines above a progress bar, not at its end
-        return task(to_plain(config) if isinstance(config, DictConfig) else config)
+        try:
+            return task(to_plain(config) if isinstance(config, DictConfig) else config)
+        except Exception as error:
+            error.of_task = True  # type: ignore[attr-defined]  # not of the words, which all processes have
+            raise
 
 
 class Failures:
@@ -156,7 +160,7 @@ class Failures:
                 self.exit()  # the other jobs of a sweep too
             reason = explain(error)
             self.defects |= reason is None
-            self.alone |= not (isinstance(error, PeerFailed) or connected())
+            self.alone |= hasattr(error, "of_task") and not (isinstance(error, PeerFailed) or connected())
             if self.wants_traceback or reason is None:
                 traceback.print_exc()
             self.reasons[reason or f"unexpected {type(error).__name__}, see the traceback above"] += 1
@@ -164,7 +168,10 @@ class Failures:
                 self.exit()  # the other jobs of a sweep need all processes too
 
     def exit(self) -> None:
-        """Print the reasons, once for all processes that started together, and exit if there are any."""
+        """Print the reasons and exit if there are any.
+
+        Of several processes the main one does, and another one that may have a reason of its own.
+        """
         if self.reasons and self.alone and rank():
             # Where the main one has failed too, and so has said the same, torchrun ends this one meanwhile.
             time.sleep(WAIT_FOR_MAIN)

@@ -71,16 +71,16 @@ def check_files(configs: list[dict[str, Any]], here: bool) -> bool:
     """
     from ddim.errors import UserError
 
-    files = Counter(
-        tuple(str(config.get(key)) for key in ("output_dir", "name", "format"))
-        for config in configs
-        if config["overwrite"] and config.get("format") != "png"  # whose files are named by numbers
-    )
-    if files and max(files.values()) > 1:
+    files = Counter[tuple[str, ...]]()
+    for config in configs if all(config.get("overwrite") for config in configs) else ():
+        of_png = range(config["first"], config["first"] + config["n"]) if config.get("format") == "png" else [""]
+        place = tuple(str(config.get(key)) for key in ("output_dir", "name", "format"))
+        files.update((*place, str(number)) for number in of_png)
+    place, count = max(files.items(), key=lambda item: item[1], default=(("",), 0))
+    if count > 1:
         raise UserError(
-            f"{max(files.values())} jobs of this sweep write one file in {files.most_common(1)[0][0][0]}, and with "
-            "overwrite=true each replaces the one before; give each a folder, such as "
-            "'output_dir=outputs/S${sampler.S}'."
+            f"{count} jobs of this sweep write one file in {place[0]}, and with overwrite=true each replaces the one "
+            "before; give each a folder named by what differs, such as 'output_dir=outputs/S${sampler.S}'."
         )
     return False
 

@@ -25,7 +25,7 @@ def shell_command(script: str, *words: str, typed_words: Sequence[str] = ()) -> 
 def _for_hydra(word: str) -> str:
     """Return key=value with the value in quotes, unless Hydra reads it as it is; lists and mappings stay."""
     key, _, value = word.partition("=")
-    if value.startswith(("[", "{")) or re.fullmatch(r"[\w./:+@%*?|$ -]*", value):
+    if value.startswith(("[", "{")) or re.fullmatch(r"[\w./:+@%*?|$ -]*", value, re.ASCII):
         return word
     quoted = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
     return f"{key}='{quoted}'"

@@ -64,13 +64,13 @@ def end_jobs() -> None:
 
     One that has saved takes the next job, so they are told again until they end.
     """
-    signal.signal(signal.SIGINT, kill_jobs)
-    for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
-        signal.signal(number, signal.SIG_IGN)
     # When one has ended, a thread of joblib would kill the others, which may still be saving.
     manager = getattr(sys.modules.get("joblib.externals.loky.process_executor"), "_ExecutorManagerThread", None)
     if manager is not None:
         manager.terminate_broken = lambda *_: None
+    signal.signal(signal.SIGINT, kill_jobs)
+    for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which a process that starts meanwhile would inherit
     while processes := job_processes():
         for process in processes:
             process.terminate()

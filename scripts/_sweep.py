@@ -283,7 +283,9 @@ def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:
     how = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
     if not new:
         revision = record["revision"] or "unknown"
-        how = "already in the records" + f", by the code of {revision[:7]}" * (revision != code_revision())
+        how = "already in the records" + f", by the code of {revision[:7]}{revision[40:]}" * (
+            revision != code_revision()
+        )
     with tqdm.external_write_mode():  # above the progress bar of an evaluation that is being sampled
         print(f"{title}: {values} ({how})", flush=True)
 

@@ -72,6 +72,11 @@ class LSUNImages(LazyImages):
                 digest.update(transaction.get(bytes(key)))
         return digest.hexdigest()
 
+    @property
+    def earlier_fingerprint(self) -> str:
+        """The fingerprint of earlier code, which trainings of that time state; it did not depend on the images."""
+        return hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}".encode()).hexdigest()
+
     def close(self) -> None:
         """Close the database; reading an image opens it again."""
         if self._environment is not None:

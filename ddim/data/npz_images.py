@@ -38,10 +38,16 @@ def samples_shape(path: Path) -> tuple[int, int, int]:
         if f"{SAMPLES}.npy" not in archive.namelist():
             held = ", ".join(name.removesuffix(".npy") for name in archive.namelist()[:5])
             raise UserError(f"{path} holds {held}; samples are the array {SAMPLES}, uint8 of shape (N, H, W, 1 or 3).")
-        with archive.open(f"{SAMPLES}.npy") as file:
-            major, _ = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-            shape, _, dtype = read(file)
+        shape, dtype = array_header(archive, f"{SAMPLES}.npy")
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
         raise UserError(f"{SAMPLES} of {path} is {dtype} of shape {shape}; they must be uint8 (N, H, W, 1 or 3).")
     return shape[3], shape[1], shape[2]
+
+
+def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return shape and type of an array in an open .npz, by its header; `name` ends in .npy."""
+    with archive.open(name) as file:
+        major, _ = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return shape, dtype

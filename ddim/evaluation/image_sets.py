@@ -16,9 +16,10 @@ from ddim.data.datasets import DataSpec
 from ddim.data.image_files import FileImages
 from ddim.data.image_folder import first_image_shape, split_folders
 from ddim.data.images import Images
-from ddim.data.npz_images import SAMPLES, samples_shape
+from ddim.data.npz_images import SAMPLES, array_header, samples_shape
 from ddim.errors import UserError
 from ddim.evaluation.feature_stats import FeatureSet, save_moments
+from ddim.evaluation.features import EXTRACTORS
 from ddim.evaluation.fidelity import reference_settings
 from ddim.evaluation.influence import compute_influences, keep_intervals
 from ddim.evaluation.job import Job
@@ -109,7 +110,9 @@ class MetricsSpec:
             return self.metric
         of_samples = {"kd", "prc"} & set(self.metric.metrics)
         if SAMPLES in (held := _arrays(self.reference)):
-            if not {"mu", "sigma"} <= held or (of_samples and "fd" not in self.metric.metrics):
+            of_this_extractor = [*map(str, held.get("mu", ()))] == [EXTRACTORS[self.metric.extractor].feature_layer]
+            has_statistics = of_this_extractor and "sigma" in held and not self.metric.bf16
+            if not has_statistics or (of_samples and "fd" not in self.metric.metrics):
                 return self.metric
             if of_samples:  # the reference batches of ADM: statistics of a whole data set, and 10,000 of its images
                 raise UserError(
@@ -279,14 +282,14 @@ def _lossy_warning(images: Images, path: str) -> str | None:
     if not kinds:
         return None
     return (
-        f"{len(kinds):,} of the {len(images):,} images in {path} are {' or '.join(sorted(set(kinds)))} files, whose "
-        "compression alone raises an FID by points (5.80 for about 2.5 in one report of JPEG); measure PNG files."
+        f"{len(kinds):,} of the {len(images):,} images in {path} are {' or '.join(sorted(set(kinds)))} files, and "
+        "compression with loss alone raises an FID by points (5.80 for about 2.5 in one report); measure PNG files."
     )
 
 
-def _arrays(path: str) -> set[str]:
-    """Return the names of the arrays in an .npz; of one that is missing or damaged none: the reader refuses it."""
+def _arrays(path: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the arrays in an .npz; of one that is missing or damaged none: the reader refuses it."""
     if not zipfile.is_zipfile(path):
-        return set()
+        return {}
     with explain_read_errors(path), zipfile.ZipFile(path) as archive:
-        return {name.removesuffix(".npy") for name in archive.namelist()}
+        return {name.removesuffix(".npy"): array_header(archive, name)[0] for name in archive.namelist()}

@@ -14,7 +14,7 @@ import torch
 from ddim.checkpoints import LoadedModel
 from ddim.checkpoints.model import WANDB_RUN
 from ddim.config import FilePath, check_name, choose
-from ddim.data.datasets import DataSpec
+from ddim.data.datasets import DATASETS, DataSpec
 from ddim.data.images import Images
 from ddim.diffusion.labels import asked_steps, row_label, spacing_name
 from ddim.diffusion.spec import SamplerSpec
@@ -276,7 +276,7 @@ def check_data(session: Session, model: LoadedModel, data: DataSpec, images: Ima
     """
     check_shape(model, images)
     trained_on, category = model.spec.data, (model.recipe or {}).get("data.category")
-    if not {"", "folder", "npz"}.isdisjoint({trained_on, data.name}):
+    if not {trained_on, data.name} <= DATASETS.keys() - {"folder", "npz"}:
         return
     if trained_on != data.name or (data.name == "lsun" and category not in (None, data.category)):
         trained_on += f" ({category})" if category else ""

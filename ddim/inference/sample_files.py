@@ -63,8 +63,8 @@ class SampleSpec:
         x_T: a file of encoded images (scripts/encode.py) to decode in place of noise: its images from `first` on, at
             most n; `seed` is then that of the noise of the steps only.
         format: grid (one PNG), png (one file for each image, named by its number), or gif (x̂0 along the trajectory).
-        overwrite: replace files of an earlier call, but for single images of the same settings, which are kept; without
-            it those of other settings are refused.
+        overwrite: replace files of other settings, which are refused otherwise. Single images of the same settings are
+            kept in any case.
 
     Raises:
         ValueError: n below 1, or image numbers or a seed out of range.

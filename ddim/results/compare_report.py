@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TITLE = "comparison of scripts/compare.py"  # of its plots, by which it knows them again
 WIDE = 10  # a range of values with a larger ratio is logarithmic
 GRID = 0.5  # of the pairs of values must have been trained for a heat map; else the pairs are points
 
@@ -33,7 +34,8 @@ def write_comparison(comparison: Comparison, folder: Path) -> list[Path]:
             partial.write_text(content, encoding="utf-8", errors="backslashreplace")
     plots = _save_plots(comparison, folder)
     for path in folder.iterdir():  # of an earlier comparison, which would pass for this one's
-        if re.fullmatch(r"(plot_\w+|heat_map)\.(png|pdf)", path.name) and path.is_file() and path not in plots:
+        is_plot = re.fullmatch(r"(plot_\w+|heat_map)\.(png|pdf)", path.name) and path.is_file()
+        if is_plot and path not in plots and TITLE.encode() in path.read_bytes():
             path.unlink()
     return [*(folder / name for name in texts), *plots]
 
@@ -46,7 +48,7 @@ def _save_plots(comparison: Comparison, folder: Path) -> list[Path]:
         figures["heat_map"] = plot_settings(comparison)
     paths = []
     for name, figure in figures.items():
-        for suffix, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
+        for suffix, metadata in (("png", {"Title": TITLE}), ("pdf", {"Title": TITLE, "CreationDate": None})):
             paths.append(folder / f"{name}.{suffix}")
             with atomic_write(paths[-1]) as partial:
                 figure.savefig(partial, format=suffix, dpi=DPI, metadata=metadata)

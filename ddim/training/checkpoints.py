@@ -28,7 +28,7 @@ from ddim.training.module import COUNTS, step_ended
 log = logging.getLogger(__name__)
 
 LAST, BEST = "last.ckpt", "best.ckpt"
-STATE = "validation"  # in the entry COUNTS of a checkpoint
+STATE, FILES = "validation", "files"  # in the entry COUNTS of a checkpoint
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOP_CHECK_EVERY = 10  # steps between two checks whether any of several processes received a signal
 
@@ -101,7 +101,7 @@ class Checkpoints(Checkpoint):
         folder: gets the files.
         every: optimiser steps between two.
         keep_last: how many of the newest are kept.
-        keep_every: those whose step is a multiple of it are kept for good; 0 for none. Those that a run before kept in
+        keep_every: those whose step is a multiple of it are kept for good; 0 for none. Those that a call before kept in
             this way are left too, whatever this one is told.
         stop: holds signals to stop back while the run trains.
         keep_best: how many of the best are kept; they are saved also where `every` does not ask for it.
@@ -113,7 +113,7 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.keep_last, self.keep_every = folder, every, keep_last, keep_every
         self.stop, self.keep_best = stop, keep_best
         self.saved = 0  # the step of the newest checkpoint
-        self.removable: list[int] | None = None  # steps whose files may be removed, the oldest first
+        self.files: list[tuple[int, bool]] | None = None  # (step, kept for good) of the newest and best, oldest first
         self.best: list[tuple[float, int]] = []  # (metric, step), the best first; at least one if a step was ranked
         self.ranked = 0  # the step that was ranked last, since this process started
         self.protocol: str | None = None  # of the validation that ranks, if there is one
@@ -132,7 +132,9 @@ class Checkpoints(Checkpoint):
         return [step for metric, step in self.best[: self.keep_best] if math.isfinite(metric)]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restore which steps are best, unless they were ranked by numbers of other settings."""
+        """Restore which files there are, and which steps are best, unless they were ranked by other settings."""
+        if (files := checkpoint.get(COUNTS, {}).get(FILES)) is not None:
+            self.files = [(int(step), bool(kept)) for step, kept in files]
         self.loaded = checkpoint.get(COUNTS, {}).get(STATE, {})
         if self.protocol in (None, self.loaded.get("protocol")):
             best = sorted((_ordered(float(metric)), int(step)) for metric, step in self.loaded.get("best", []))
@@ -142,7 +144,9 @@ class Checkpoints(Checkpoint):
             self.best = best
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store what a validation stored before that this run does without, for runs to come."""
+        """Store which files there are; and what a validation stored before that this run does without."""
+        if self.files is not None:
+            checkpoint.setdefault(COUNTS, {})[FILES] = self.files
         if self.protocol is None and self.loaded:
             checkpoint.setdefault(COUNTS, {})[STATE] = self.loaded
 
@@ -195,9 +199,10 @@ class Checkpoints(Checkpoint):
         self._set_best_aside(trainer)  # of a run that was finished already, which has not begun to train
         self.saved = trainer.global_step
         path = step_file(self.folder, self.saved)
-        if self.removable is None:  # of the files of a run before, the newest and the best: it kept the others for good
-            newest = [_step(old) for old in _steps(self.folder)[: self.keep_last]]
-            self.removable = sorted({*newest, *self.best_steps} - {self.saved})
+        if self.files is None:  # of earlier code, which does not state them: others than these were kept for good
+            self.files = sorted((_step(old), False) for old in _steps(self.folder)[: self.keep_last])
+        kept = bool(self.keep_every) and self.saved % self.keep_every == 0
+        self.files = [*(file for file in self.files if file[0] != self.saved), (self.saved, kept)]
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             if self.best_steps[:1] == [self.saved]:
@@ -209,13 +214,13 @@ class Checkpoints(Checkpoint):
 
     def _remove_old(self) -> None:
         """Remove the checkpoints that are neither among the newest nor the best, nor kept for good."""
-        steps = [*(self.removable or ()), self.saved]
-        for step in steps[: -self.keep_last]:
+        assert self.files is not None
+        for file in self.files[: -self.keep_last]:
+            step, kept = file
             if step not in self.best_steps:
-                if not self.keep_every or step % self.keep_every:
+                if not kept:
                     step_file(self.folder, step).unlink(missing_ok=True)
-                steps.remove(step)
-        self.removable = steps
+                self.files.remove(file)
 
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Return whether any process received a signal: the same answer on all of them, at the same step."""

@@ -81,7 +81,7 @@ def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: M
 def set_aside(folder: Path, checkpoints: Path) -> None:
     """Move what a run wrote that ended before its first checkpoint: it would be taken for that of the run to come."""
     found = [path for name in WRITTEN if (path := folder / name).exists()]
-    if not found or next(checkpoints.glob("*.ckpt"), None) is not None:
+    if not found or next(checkpoints.glob("[!.]*.ckpt"), None) is not None:
         return
     places = (folder / f"without_checkpoint_{number}" for number in itertools.count(1))
     aside = next(place for place in places if not place.exists())
@@ -99,8 +99,13 @@ def fingerprint(images: Images) -> str:
     return hashlib.sha256(pixels.encode() + images.labels.numpy().tobytes()).hexdigest()
 
 
-def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str) -> None:
+def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str, earlier: str | None = None) -> None:
     """Refuse a checkpoint that was trained on images of another fingerprint; warn when it has none.
+
+    Args:
+        path, checkpoint: where the run resumes.
+        fingerprint: of the images now.
+        earlier: as earlier code had it.
 
     Raises:
         UserError: it was.
@@ -108,7 +113,7 @@ def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str) ->
     before = checkpoint[KEY].get(RECIPE, {}).get(FINGERPRINT)
     if before is None:
         log.warning("%s is of earlier code and does not tell its training images; they are not compared.", path)
-    elif before != fingerprint:
+    elif before not in (fingerprint, earlier):
         raise UserError(
             f"{path} was trained on other images or labels (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), "
             f"so this run cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"

@@ -191,7 +191,8 @@ def prepare(spec: TrainSpec, model: ModelSpec) -> Prepared:
         return Prepared(spec, reason, None, data, module)
     path, checkpoint = resumed
     if FINGERPRINT in module.recipe:
-        check_images(path, checkpoint, module.recipe[FINGERPRINT])
+        earlier = getattr(data.images, "earlier_fingerprint", None)  # of LSUN
+        check_images(path, checkpoint, module.recipe[FINGERPRINT], earlier)
     check_state(path, checkpoint, module, spec.ema is not None)
     log.info("goes on at step %d, from %s", checkpoint["global_step"], path)
     return Prepared(spec, reason, path, data, module)

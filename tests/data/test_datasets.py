@@ -1,5 +1,6 @@
 """The named data sets, read from small files in the layout of the real ones."""
 
+import hashlib
 import io
 import os
 import sys
@@ -237,6 +238,8 @@ def test_the_fingerprint_of_lsun_is_that_of_its_content(lsun_root, change):
     root, _ = lsun_root
     values = spec(name="lsun", size=[32, 32], channels=3, category="bedroom", root=str(root))
     before = load_images(values).fingerprint()
+    of_names = b"lsun-bedroom-train|2|(3, 32, 32)|shorter side bilinear, centre crop, RGB"
+    assert load_images(values).earlier_fingerprint == hashlib.sha256(of_names).hexdigest()
     Image.new("RGB", (40, 40)).save(stored := io.BytesIO(), "PNG")
     with (
         lmdb.open(str(root / "bedroom_train_lmdb"), map_size=1 << 20) as database,

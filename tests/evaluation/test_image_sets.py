@@ -139,6 +139,8 @@ def test_statistics_beside_samples_are_those_of_the_distance(spec: MetricsSpec, 
     assert measure(both, "fd") == measure(spec.reference, "fd")
     assert measure(both, "fd", "is") == measure(spec.reference, "fd", "is")
     assert measure(both, "prc") == measure(str(tmp_path / "some.npz"), "prc")
+    pixels = dataclasses.replace(spec, metric=MetricSpec("pixels"))  # of which the statistics are not
+    assert evaluate(dataclasses.replace(pixels, reference=both))[0]["reference"]["images"] == 20
     with pytest.raises(
         UserError, match=r"holds mean and covariance, which fd takes, and samples.* which prc takes; give"
     ):

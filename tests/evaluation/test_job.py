@@ -192,6 +192,7 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
             DataSpec("digits", (8, 8), 1, flip=False),
             "trained on cifar10, and is compared with images of x",
         ),
+        ("lsun_bedroom", None, DataSpec("lsun", (8, 8), 3, flip=False, category="bedroom"), ""),  # imported
         ("", None, DataSpec("digits", (8, 8), 1, flip=False), ""),
         ("folder", None, DataSpec("digits", (8, 8), 1, flip=False), ""),
         ("cifar10", None, DataSpec("folder", (8, 8), 1, flip=False, root="."), ""),

@@ -15,6 +15,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
     [
         "outputs/train/a/checkpoints/last.ckpt",
         "outputs/My Drive (1)/last.ckpt",
+        "outputs/é/last.ckpt",
         "it's, well/äöü={x}.ckpt",
         "back\\slash'.ckpt",
         "ends\\",

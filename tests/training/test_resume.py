@@ -6,11 +6,13 @@ import pytest
 import torch
 from two_processes import run_in_processes
 
-from ddim.checkpoints.model import read_checkpoint, read_model, save_model
+from ddim.checkpoints.model import RECIPE, read_checkpoint, read_model, save_model
+from ddim.checkpoints.spec import KEY
 from ddim.config import build
 from ddim.errors import UserError
 from ddim.results.runs import read_logs, step_of
 from ddim.training.ema import EMA
+from ddim.training.resume import FINGERPRINT, check_images
 from ddim.training.run import train
 from ddim.training.spec import TrainSpec
 
@@ -195,6 +197,7 @@ def test_what_a_run_without_checkpoint_wrote_is_set_aside(run, after_loss, caplo
     after_loss(end)
     with pytest.raises(RuntimeError, match="ended"):
         run(optim={"lr": 0.1}, trainer={"log_every": 1, "checkpoint_every": 100, "max_steps": 4})
+    (tmp_path / "run" / "checkpoints" / ".0123_step_00000002.ckpt").touch()  # killed while it saved
     ends.clear()
     for _ in range(2):
         run(trainer={"log_every": 1, "max_steps": 3}, checkpoint="last")
@@ -212,6 +215,13 @@ def test_a_model_file_is_no_training_checkpoint(run, finished_run, tmp_path):
     save_model(read_model(finished_run / "checkpoints" / "last.ckpt"), model)
     with pytest.raises(UserError, match=r"model.safetensors is a model file, without .* a training goes on from"):
         run(checkpoint=str(model))
+
+
+def test_a_fingerprint_of_earlier_code_is_that_of_the_images(tmp_path):
+    checkpoint = {KEY: {RECIPE: {FINGERPRINT: "earlier"}}}
+    check_images(tmp_path, checkpoint, "now", "earlier")
+    with pytest.raises(UserError, match="was trained on other images or labels"):
+        check_images(tmp_path, checkpoint, "now")
 
 
 def start_training(processes, values):
