@@ -25,7 +25,7 @@ from ddim.errors import UserError
 from ddim.inference.batching import is_out_of_memory
 from ddim.io import explain_read_errors, is_safetensors
 from ddim.results.records import RECORDS
-from ddim.training.checkpoints import newest_intact
+from ddim.training.checkpoints import explain_disk_errors, newest_intact
 from ddim.training.lightning_workarounds import is_restoring
 from ddim.training.module import COUNTS, MOMENTS, DiffusionModule
 from ddim.training.spec import TrainSpec
@@ -80,14 +80,15 @@ def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: M
 
 def set_aside(folder: Path, checkpoints: Path) -> None:
     """Move what a run wrote that ended before its first checkpoint: it would be taken for that of the run to come."""
-    found = [path for name in WRITTEN if (path := folder / name).exists()]
+    found = [path for name in WRITTEN if (path := folder / name).is_file() or (path.is_dir() and any(path.iterdir()))]
     if not found or next(checkpoints.glob("[!.]*.ckpt"), None) is not None:
         return
     places = (folder / f"without_checkpoint_{number}" for number in itertools.count(1))
     aside = next(place for place in places if not place.exists())
-    aside.mkdir()
-    for path in found:
-        path.rename(aside / path.name)
+    with explain_disk_errors(folder, str(aside)):
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
     log.warning("a run in %s ended before its first checkpoint; what it wrote is in %s now.", folder, aside)
 
 

@@ -166,7 +166,7 @@ def test_the_estimated_variance_is_a_file_to_sample_with(run: Run, checkpoint: P
     *_, path, following = outcome.out.splitlines()
     assert path == "out/digits.json"
     assert following.startswith(
-        f"next: python scripts/sample.py checkpoint={checkpoint} sampler=analytic sampler.kwargs."
+        f"next: python scripts/sample.py checkpoint={checkpoint} sampler=analytic sampler.S=4 sampler.kwargs."
     )
     options = ("sampler=analytic", "sampler.kwargs.file=out/digits.json", "sampler.S=4")
     outcome = run("sample", *arguments, "n=2", *options)
