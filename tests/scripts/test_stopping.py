@@ -64,11 +64,11 @@ def test_training_saves_at_a_signal_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("send", "number", "times", "code"),
-    [(os.kill, signal.SIGTERM, 1, 75), (os.killpg, signal.SIGINT, 2, 130)],
+    ("send", "number", "times", "codes"),
+    [(os.kill, signal.SIGTERM, 1, {75}), (os.killpg, signal.SIGINT, 2, {130, 75})],  # 75: all saved before the second
     ids=["saved", "killed"],
 )
-def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, code):
+def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, codes):
     """Two train, and the third setting waits for its turn. A terminal sends Ctrl-C to all processes."""
     loky = pytest.importorskip("joblib.externals.loky.process_executor")
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -104,7 +104,8 @@ def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, c
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    assert (process.returncode, left) == (code, [])
+    assert process.returncode in codes
+    assert left == []
     assert re.fullmatch(r"stopped by (SIGTERM|Ctrl-C); what was finished is kept: .* with checkpoint=last\.\n", err)
     assert times > 1 or len(list(tmp_path.glob("outputs/train/*/checkpoints/last.ckpt"))) >= 2
 

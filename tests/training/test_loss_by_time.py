@@ -42,10 +42,10 @@ def test_losses_that_are_not_finite_are_left_out(run, after_loss, logged):
 
 
 def test_checkpoint_stores_losses_that_are_not_logged_yet(run):
-    """Under the key and in the shape of checkpoints that older versions wrote."""
+    """Under the key and in the shape of checkpoints that older versions wrote; which files there are is newer."""
     for max_steps, samples in ((5, 2 * 8), (6, 0)):
         counts = read_checkpoint(run(f"{max_steps}", trainer={"max_steps": max_steps, "log_every": 3}))["ddim_counts"]
-        assert set(counts) == {"losses", "skipped"}
+        assert set(counts) == {"losses", "skipped", "files"}
         assert counts["losses"].shape == (2, 4)
         assert counts["losses"][1].sum() == samples
         assert counts["skipped"].tolist() == [0, 0]
