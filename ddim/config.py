@@ -6,10 +6,11 @@ missing keys and wrong types raise a UserError that names the key, the value and
 
 import dataclasses
 import difflib
+import json
 import math
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -139,6 +140,20 @@ def expand_path(text: str, where: str) -> str:
     if not text or "\0" in text:
         raise UserError(f"{where}={text!r} must be a path; write . for the folder you are in.")
     return os.path.expanduser(text)
+
+
+def changed_words(key: str, spec: Any, fields: Collection[str] | None = None) -> list[str]:
+    """Return what differs from the defaults of a specification, as words of a command: "sampler.clip=x0", ...
+
+    Args:
+        key: of the specification, such as sampler.
+        spec: a dataclass whose fields have defaults.
+        fields: the ones to look at; None for all.
+    """
+    values, default = dataclasses.asdict(spec), dataclasses.asdict(type(spec)())
+    values = {name: v for name, v in values.items() if name in (fields or values) and v != default[name]}
+    texts = {name: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for name, v in values.items()}
+    return [f"{key}.{name}={text}" for name, text in texts.items()]
 
 
 def check_name(name: str) -> None:

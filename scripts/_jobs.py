@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import sys
-from collections import Counter
 from typing import Any
 
 from _messages import CONFIGS
@@ -71,17 +70,16 @@ def check_files(configs: list[dict[str, Any]], here: bool) -> bool:
     """
     from ddim.errors import UserError
 
-    files = Counter[tuple[str, ...]]()
+    files = []  # where a job writes, and the numbers of its files
     for config in configs if all(config.get("overwrite") for config in configs) else ():
-        of_png = range(config["first"], config["first"] + config["n"]) if config.get("format") == "png" else [""]
-        place = tuple(str(config.get(key)) for key in ("output_dir", "name", "format"))
-        files.update((*place, str(number)) for number in of_png)
-    place, count = max(files.items(), key=lambda item: item[1], default=(("",), 0))
-    if count > 1:
-        raise UserError(
-            f"{count} jobs of this sweep write one file in {place[0]}, and with overwrite=true each replaces the one "
-            "before; give each a folder named by what differs, such as 'output_dir=outputs/S${sampler.S}'."
-        )
+        first, n = (config["first"], config["n"]) if config.get("format") == "png" else (0, 1)
+        files.append(([str(config.get(key)) for key in ("output_dir", "name", "format")], first, first + n))
+    for (place, _, end), (other, first, _) in itertools.pairwise(sorted(files)):
+        if place == other and first < end:
+            raise UserError(
+                f"2 jobs of this sweep write one file in {place[0]}, and with overwrite=true one replaces the other; "
+                "give each a folder named by what differs, such as 'output_dir=outputs/S${sampler.S}'."
+            )
     return False
 
 

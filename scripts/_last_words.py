@@ -27,8 +27,12 @@ def _for_hydra(word: str) -> str:
     key, _, value = word.partition("=")
     if value.startswith(("[", "{")) or re.fullmatch(r"[\w./:+@%*?|$ -]*", value, re.ASCII):
         return word
-    quoted = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value)
-    return f"{key}='{quoted}'"
+    return f"{key}={quoted(value)}"
+
+
+def quoted(value: str) -> str:
+    """Return a value in the quotes in which Hydra reads any text."""
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
 
 
 def command_line(script: str, *words: str) -> str:

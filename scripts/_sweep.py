@@ -280,12 +280,12 @@ def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:
     from ddim.results.records import code_revision
 
     values = ", ".join(f"{key} {value:.4g}" for key, value in record["metrics"].items())
-    how = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
-    if not new:
-        revision = record["revision"] or "unknown"
-        how = "already in the records" + f", by the code of {revision[:7]}{revision[40:]}" * (
-            revision != code_revision()
-        )
+    if new:
+        how = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
+    else:
+        how, revision = "already in the records", record["revision"] or "unknown"
+        if revision != code_revision():
+            how += f", by the code of {revision[:7]}{revision[40:]}"
     with tqdm.external_write_mode():  # above the progress bar of an evaluation that is being sampled
         print(f"{title}: {values} ({how})", flush=True)
 

@@ -6,7 +6,6 @@ python scripts/estimate_variance.py --help
 The file is for sampler=analytic of the same checkpoint, in any script: sampler.kwargs.file=FILE
 """
 
-import json
 from typing import Any
 
 from _cli import entry, pick_device
@@ -15,8 +14,7 @@ from _last_words import command_line, of_model
 
 def main(config: dict[str, Any]) -> None:
     """Estimate as `config` says; print the file and how to use it."""
-    from ddim.config import build
-    from ddim.diffusion.spec import SamplerSpec
+    from ddim.config import build, changed_words
     from ddim.evaluation.variance import EstimateVarianceSpec, write_variance
 
     pick_device(config.get("compute"), "device", without_float64=True)
@@ -26,12 +24,8 @@ def main(config: dict[str, Any]) -> None:
     relative = max((error / mean for error, mean in pairs if mean), default=0.0)
     print(f"largest standard error: {relative:.2g} of the estimate, from {spec.n:,} images")
     print(spec.path)
-    usual, chosen = SamplerSpec(), spec.sampler  # the times that were estimated
-    times = [
-        f"sampler.{key}={json.dumps(value)}".replace('"', "")
-        for key in ("S", "nfe", "spacing", "times", "steps_offset", "last_time")
-        if (value := getattr(chosen, key)) != getattr(usual, key)
-    ]
+    fields = ("S", "nfe", "spacing", "times", "steps_offset", "last_time")  # which decide the times
+    times = [] if spec.sampler is None else changed_words("sampler", spec.sampler, fields)
     print(command_line("sample", *of_model(spec), "sampler=analytic", *times, f"sampler.kwargs.file={spec.path}"))
 
 

@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from _cli import entry
+from _last_words import quoted
 from _sweep import current_session
 
 failed: list[str] = []  # metrics that differ
@@ -54,8 +55,7 @@ def as_overrides(words: list[str]) -> list[str]:
     if not plain:
         return rest
     key, *folders = plain
-    quoted = ",".join("'" + re.sub(r"(\\*)'", r"\1\1\\'", folder) + "'" for folder in folders)
-    return [f"key='{key}'", *([f"folders=[{quoted}]"] if folders else []), *rest]
+    return [f"key='{key}'", *([f"folders=[{','.join(map(quoted, folders))}]"] if folders else []), *rest]
 
 
 if __name__ == "__main__":

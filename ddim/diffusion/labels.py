@@ -1,7 +1,6 @@
 """How a sampler is named in tables, titles and file names."""
 
-import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +85,3 @@ def asked_steps(sampler: SamplerSpec) -> int:
 def asked_evaluations(sampler: SamplerSpec) -> int:
     """Return the network evaluations of an image that S and the rule ask for; `uniform` and `quad` may take others."""
     return sampler.nfe or 1 + (asked_steps(sampler) - 1) * sampler.evaluations_per_step
-
-
-def changes(sampler: SamplerSpec, names: Collection[str] | None = None) -> str:
-    """Return what differs from the defaults, as the scripts take it: "sampler.spacing=leading sampler.clip=x0".
-
-    Args:
-        sampler: how to sample.
-        names: the fields to look at; None for all.
-    """
-    ours, default = dataclasses.asdict(sampler), dataclasses.asdict(SamplerSpec())
-    values = {name: value for name, value in ours.items() if value != default[name] and name in (names or ours)}
-    return " ".join(f"sampler.{name}={'null' if value is None else value}" for name, value in values.items())

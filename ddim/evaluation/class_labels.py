@@ -24,11 +24,11 @@ def share_warning(model: LoadedModel, reference: Images) -> str | None:
     K = len(condition.classes)
     shares = torch.bincount(reference.labels, minlength=K) / len(reference.labels)
     number = int((shares - 1 / K).abs().argmax())
-    if abs(share := float(shares[number]) - 1 / K) * K <= MOST_DIFFERENCE:
+    if abs(K * (share := float(shares[number])) - 1) <= MOST_DIFFERENCE:
         return None
     name = reference.classes[number] if number < len(reference.classes) else str(number)
     return (
-        f"label=all makes as many images of each class, {1 / K:.1%}, and {reference.name} has {share + 1 / K:.1%} of "
+        f"label=all makes as many images of each class, {1 / K:.1%}, and {reference.name} has {share:.1%} of "
         f"{printable(name)}: distances hold this difference too, whatever the images are like."
     )
 

@@ -1,7 +1,6 @@
 """Images of the user encoded to x_T, in a file that sampling and figures start from (section 5.4)."""
 
 import dataclasses
-import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel, load_model
-from ddim.config import FilePath, check_name, config_context
+from ddim.config import FilePath, changed_words, check_name, config_context
 from ddim.data.image_folder import checkpoint_images
 from ddim.data.images import normalize
 from ddim.diffusion.guidance import GuidanceSpec
@@ -167,10 +166,9 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
 
 def decode_with(spec: EncodeSpec) -> list[str]:
     """Return the sampler that encoding inverts, with label and guidance, as words of a command."""
-    values = dataclasses.asdict(spec.sampler)
-    given = {name: value for name, value in values.items() if name == "S" or value != getattr(SamplerSpec(), name)}
-    texts = (v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for v in given.values())
-    words = [f"sampler.{name}={text}" for name, text in zip(given, texts, strict=True)]
+    words = changed_words("sampler", spec.sampler)
+    if spec.sampler.S == SamplerSpec().S:  # stated in any case
+        words.insert(0, f"sampler.S={spec.sampler.S}")
     if spec.label is not None:
         words += [f"label={spec.label}", f"guidance.w={spec.guidance.w:g}"]
     if spec.guidance.interval is not None:

@@ -174,7 +174,7 @@ class Job:
             if processes.is_main:
                 if record is not None:
                     self.shards.delete()
-                elif others := self.shards.revisions() - {code_revision()}:
+                elif (revisions := self.shards.revisions()) and (others := revisions - {code_revision()}):
                     log.warning(
                         "%s: a part of it was computed by the code of %s and stays as it is; to compute all of it by "
                         "this code, remove %s.",
@@ -275,7 +275,7 @@ def check_data(session: Session, model: LoadedModel, data: DataSpec, images: Ima
         UserError: see `check_shape`.
     """
     check_shape(model, images)
-    trained_on, category = model.spec.data, (model.recipe or {}).get("data.category")
+    trained_on, category = model.spec.data, model.recipe.get("data.category")
     if not {trained_on, data.name} <= DATASETS.keys() - {"folder", "npz"}:
         return
     if trained_on != data.name or (data.name == "lsun" and category not in (None, data.category)):

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -166,8 +166,7 @@ def _missing(text: str, spec: SampleSpec, target: Path, indices: range) -> list[
         UserError: a file is there that is not of these settings, and may not be overwritten.
     """
     if spec.format == "png":
-        present = sorted(_present(text, target, indices, spec.overwrite))
-        _warn_of_others(text, target, indices)
+        present = _present(text, target, indices, spec.overwrite)
     elif target.exists() and not spec.overwrite:
         raise _refused(target, "")
     else:
@@ -181,41 +180,33 @@ def _missing(text: str, spec: SampleSpec, target: Path, indices: range) -> list[
     return [range(i + 1, j) for i, j in pairwise(edges) if i + 1 < j]
 
 
-def _present(wanted: str, folder: Path, indices: range, overwrite: bool) -> Iterator[int]:
-    """Yield the numbers of the images of these settings that are there.
+def _present(wanted: str, folder: Path, indices: range, overwrite: bool) -> list[int]:
+    """Return the numbers of the images of these settings that are there, rising; warn of others.
 
     Raises:
         UserError: one is of other settings, and may not be overwritten.
     """
-    for number, path in _numbered(folder):
-        if number in indices:
-            if (text := read_png_text(path, TEXT)) == wanted:
-                yield number
-            elif not overwrite:
-                raise _refused(path, _differences(text, wanted))
-
-
-def _warn_of_others(wanted: str, folder: Path, indices: range) -> None:
-    """Warn of other numbers' images of other settings: whoever measures the folder would measure them too."""
-    others = sorted(
-        path.name for number, path in _numbered(folder) if number not in indices and read_png_text(path, TEXT) != wanted
-    )
-    if others:
+    present, others = [], []
+    # The folder is listed, since there may be far more images to come than files.
+    for path in folder.glob("*.png"):
+        if not path.stem.isdecimal() or path.name != _file_name(number := int(path.stem)):
+            continue
+        text = read_png_text(path, TEXT)
+        if number in indices and text == wanted:
+            present.append(number)
+        elif number not in indices and text != wanted:
+            others.append(path.name)
+        elif number in indices and not overwrite:
+            raise _refused(path, _differences(text, wanted))
+    if others:  # whoever measures the folder would measure them too
         log.warning(
             "%s also has %d images that other settings made, %s the first of them: they stay, and a metric of the "
             "folder counts them; remove them, or choose another output_dir=...",
             folder,
             len(others),
-            others[0],
+            min(others),
         )
-
-
-def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Yield the files that have the name of an image, and its number."""
-    # The folder is listed, since there may be far more images to come than files.
-    for path in folder.glob("*.png"):
-        if path.stem.isdecimal() and path.name == _file_name(int(path.stem)):
-            yield int(path.stem), path
+    return sorted(present)
 
 
 def _refused(path: Path, why: str) -> UserError:

@@ -177,6 +177,14 @@ def test_the_estimated_variance_is_a_file_to_sample_with(run: Run, checkpoint: P
     assert outcome.err.startswith("error: sampler: the variance at alpha_bar=")
 
 
+def test_the_variance_of_all_times_is_for_any_sampler(run: Run, checkpoint: Path) -> None:
+    outcome = run("estimate_variance", f"checkpoint={checkpoint}", "compute.device=cpu", "data=digits", "n=2")
+    assert (outcome.code, outcome.err) == (0, "")
+    *_, path, following = outcome.out.splitlines()
+    words = f"checkpoint={checkpoint} sampler=analytic sampler.kwargs.file={path}"
+    assert following == f"next: python scripts/sample.py {words}"
+
+
 def test_device_auto_is_one_that_works(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     outcome = run("sample", f"checkpoint={checkpoint}", "n=2", "sampler.S=2", "compute.device=auto", "format=png")
     assert (outcome.code, outcome.err) == (0, "")

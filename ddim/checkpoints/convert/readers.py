@@ -21,7 +21,7 @@ from ddim.checkpoints.model import (
     weight_sets,
 )
 from ddim.checkpoints.spec import KEY, ModelSpec
-from ddim.diffusion.labels import changes
+from ddim.config import changed_words
 from ddim.errors import UserError
 from ddim.io import Tensors, explain_read_errors, is_safetensors, printable, read_safetensors, read_torch
 
@@ -168,12 +168,10 @@ def _read_scheduler(source: Source) -> Source:
     schedule, prediction = diffusers.read_scheduler(config, path)
     sampler = diffusers.read_sampler(config, path)
     clips = "its scheduler clips the predicted x0, which the paper does not; {} does the same"
-    notes = (
-        ()
-        if sampler.clip == "none"
-        else (clips.format(changes(sampler, ("clip", "clip_range", "threshold_ratio", "threshold_max"))),)
-    )
-    return replace(source, schedule=schedule, prediction=prediction, sampler=changes(sampler), notes=notes)
+    clip = " ".join(changed_words("sampler", sampler, ("clip", "clip_range", "threshold_ratio", "threshold_max")))
+    notes = () if sampler.clip == "none" else (clips.format(clip),)
+    words = " ".join(changed_words("sampler", sampler))
+    return replace(source, schedule=schedule, prediction=prediction, sampler=words, notes=notes)
 
 
 def _label_by_folder(path: Path) -> str:
