@@ -1,11 +1,13 @@
 """What a script does first: signals end it with one line, and any terminal can show its output."""
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
+import time
 from multiprocessing.process import BaseProcess
 from types import FrameType
 
@@ -44,14 +46,15 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
     text = f"stopped by {name}; what was finished is kept: run the command again, a training with checkpoint=last.\n"
     status = STOPPED if number == signal.SIGINT else TRY_AGAIN
     try:
-        if os.getpid() == PROCESS:  # not one that it forked
-            if job_processes():
-                status = TRY_AGAIN
-                end_jobs()
-            if rank() == 0 and multiprocessing.current_process().name == "MainProcess":
+        if os.getpid() == PROCESS and job_processes():  # not one that it forked
+            status = TRY_AGAIN
+            end_jobs()
+    finally:  # the line and the status come also where ending the jobs failed
+        try:
+            if os.getpid() == PROCESS and rank() == 0 and multiprocessing.current_process().name == "MainProcess":
                 os.write(2, (b"\n" if os.isatty(2) else b"") + text.encode())  # print could wait for itself
-    finally:
-        os._exit(status)
+        finally:
+            os._exit(status)
 
 
 def job_processes() -> list[BaseProcess]:
@@ -73,17 +76,21 @@ def end_jobs() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which a process that starts meanwhile would inherit
     while processes := job_processes():
         for process in processes:
-            process.terminate()
-        processes[0].join(2)
+            with contextlib.suppress(Exception):  # of one whose end joblib's thread has seen first
+                process.terminate()
+        time.sleep(0.2)
 
 
 def kill_jobs(number: int, frame: FrameType | None) -> None:
     """Kill the processes of jobs, and end this one."""
-    for process in job_processes():
-        if process.pid is not None:
-            os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
-        process.join()
-    stop_at_once(number, frame)
+    try:
+        for process in job_processes():
+            with contextlib.suppress(ProcessLookupError):  # the same Ctrl-C may have ended it
+                if process.pid is not None:
+                    os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            process.join()
+    finally:
+        stop_at_once(number, frame)
 
 
 def begin() -> None:

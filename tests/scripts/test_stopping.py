@@ -110,6 +110,35 @@ def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, c
     assert times > 1 or len(list(tmp_path.glob("outputs/train/*/checkpoints/last.ckpt"))) >= 2
 
 
+@pytest.mark.parametrize(
+    ("failure", "status"),
+    [("raise OSError", 75), ("os.kill(os.getpid(), signal.SIGINT)", 130)],
+    ids=["a failure of joblib", "a second Ctrl-C, and no such process"],
+)
+def test_the_line_comes_though_ending_the_jobs_fails(failure, status):
+    """A terminal's Ctrl-C reaches the jobs too: one may have ended, and joblib's thread may have waited for it."""
+    program = f"""
+import os, signal
+import _start
+class Job:
+    pid = 2**22 + 1  # larger than the number of any process
+    ended = False
+    def terminate(self):
+        {failure}
+    def join(self):
+        Job.ended = True
+_start.time.sleep = lambda _: setattr(Job, "ended", True)
+_start.job_processes = lambda: [] if Job.ended else [Job()]
+signal.signal(signal.SIGINT, _start.stop_at_once)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=TRAIN.parent, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == status
+    assert re.fullmatch(r"stopped by Ctrl-C; what was finished is kept: .* with checkpoint=last\.\n", ended.stderr)
+
+
 def processes_of(group):
     """Return the commands of a group that still run; of joblib's processes those of jobs; others clean up."""
     listed = subprocess.run(["ps", "-eo", "pgid,stat,args"], capture_output=True, text=True).stdout.splitlines()[1:]
