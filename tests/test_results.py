@@ -82,6 +82,20 @@ def test_cifar10_shows_what_its_page_says():
         ]
 
 
+def test_bfloat16_moves_a_distance_as_the_page_says():
+    """The same x_T and noise, so the difference is that of the precision, beside other processors and loops."""
+    page = (ROOT / "docs" / "performance.md").read_text().split("\n## Precision")[1].split("\n## ")[0]
+    exact, bf16 = (build_tables(RecordFile(RESULTS / f"cifar10_small{name}.jsonl").read())[0] for name in ("", "_bf16"))
+    assert len(bf16.rows) == 2
+    moved = [bf16.value(row, 10) / exact.value(row, 10) - 1 for row in bf16.rows]
+    assert " and\n".join(f"{exact.value(row, 10):.2f}" for row in bf16.rows) in page
+    assert f"by {100 * moved[0]:.1f} and {100 * moved[1]:.1f} %, within its error of 2 %" in page
+    for record in RecordFile(RESULTS / "cifar10_small_bf16.jsonl").read():
+        low, high = record["intervals"]["fd_efficientnet_5k"]
+        assert (high - low) / (high + low) == pytest.approx(0.02, abs=0.005)
+    assert f"{100 * moved[0]:.1f} % of an FID\nof 13.36 is {13.36 * moved[0]:.1f}" in page
+
+
 def test_what_is_typed_of_the_gpu_is_in_its_log():
     log = (RESULTS / "gpu_h200.txt").read_text()
     page, performance = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("cifar10", "performance"))
