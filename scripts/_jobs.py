@@ -73,6 +73,8 @@ def check_files(configs: list[dict[str, Any]], here: bool) -> bool:
     files = []  # where a job writes, and the numbers of its files
     for config in configs if all(config.get("overwrite") for config in configs) else ():
         first, n = (config["first"], config["n"]) if config.get("format") == "png" else (0, 1)
+        if not (isinstance(first, int) and isinstance(n, int)):  # the job itself says what is allowed
+            continue
         files.append(([str(config.get(key)) for key in ("output_dir", "name", "format")], first, first + n))
     for (place, _, end), (other, first, _) in itertools.pairwise(sorted(files)):
         if place == other and first < end:

@@ -25,7 +25,8 @@ def shell_command(script: str, *words: str, typed_words: Sequence[str] = ()) -> 
 def _for_hydra(word: str) -> str:
     """Return key=value with the value in quotes, unless Hydra reads it as it is; lists and mappings stay."""
     key, _, value = word.partition("=")
-    if value.startswith(("[", "{")) or re.fullmatch(r"[\w./:+@%*?|$ -]*", value, re.ASCII):
+    of_values = value[:1] + value[-1:] in ("[]", "{}")  # a list or a mapping, not a path that begins like one
+    if of_values or (re.fullmatch(r"[\w./:+@%*?|$ -]*", value, re.ASCII) and value == value.strip()):
         return word
     return f"{key}={quoted(value)}"
 
@@ -35,9 +36,9 @@ def quoted(value: str) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
 
 
-def command_line(script: str, *words: str) -> str:
-    """Return a line with a command of a script."""
-    return f"next: {shell_command(script, *words)}"
+def command_line(script: str, *words: str, typed_words: Sequence[str] = ()) -> str:
+    """Return a line with a command of a script; for the words see `shell_command`."""
+    return f"next: {shell_command(script, *words, typed_words=typed_words)}"
 
 
 def same_command(*words: str) -> str:

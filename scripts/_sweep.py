@@ -283,7 +283,7 @@ def print_metrics(title: str, record: dict[str, Any], new: bool) -> None:
     if new:
         how = f"{record['seconds_sampling']:.1f} s sampling, {record['seconds_metrics']:.1f} s metrics"
     else:
-        how, revision = "already in the records", record["revision"] or "unknown"
+        how, revision = "already in the records", record.get("revision") or "unknown"
         if revision != code_revision():
             how += f", by the code of {revision[:7]}{revision[40:]}"
     with tqdm.external_write_mode():  # above the progress bar of an evaluation that is being sampled

@@ -6,6 +6,7 @@ python scripts/estimate_variance.py --help
 The file is for sampler=analytic of the same checkpoint, in any script: sampler.kwargs.file=FILE
 """
 
+import dataclasses
 from typing import Any
 
 from _cli import entry, pick_device
@@ -24,8 +25,10 @@ def main(config: dict[str, Any]) -> None:
     relative = max((error / mean for error, mean in pairs if mean), default=0.0)
     print(f"largest standard error: {relative:.2g} of the estimate, from {spec.n:,} images")
     print(spec.path)
-    fields = ("S", "nfe", "spacing", "times", "steps_offset", "last_time")  # which decide the times
-    times = [] if spec.sampler is None else changed_words("sampler", spec.sampler, fields)
+    fields = ("S", "spacing", "times", "steps_offset", "last_time")  # which decide the times
+    times = []
+    if (sampler := spec.sampler) is not None:  # the rule of `analytic` makes other steps of nfe evaluations
+        times = changed_words("sampler", dataclasses.replace(sampler, S=sampler.steps, nfe=None), fields)
     print(command_line("sample", *of_model(spec), "sampler=analytic", *times, f"sampler.kwargs.file={spec.path}"))
 
 

@@ -99,11 +99,12 @@ def last_words(spec: "TrainSpec") -> list[str]:
     labelled = [] if spec.data.labels is None else ["label=all"]
     table = (TABLES | GUIDANCE_TABLES if labelled else TABLES).get(data)
     evaluation = ["-m", f"experiment={table}"] if table else [f"data={data}", *own]
+    dry_run = ["dry_run=true"] if data != "digits" else []
     return [
         *(f"samples: {path}" for path in grids[-1:]),
         *(f"metrics: {path}" for path in metrics[-1:]),
         command_line("sample", checkpoint, *labelled, f"output_dir=outputs/samples/{spec.name}"),
-        command_line("evaluate", *evaluation, checkpoint, *labelled, *(["dry_run=true"] if data != "digits" else [])),
+        command_line("evaluate", checkpoint, *labelled, *dry_run, typed_words=evaluation),
     ]
 
 

@@ -143,6 +143,8 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         return {X_T: x_T.cpu(), **({SECOND: second.cpu()} if spec.inversion == "bdia" else {})}
 
     with shards.lock(processes):
+        if processes.is_main:
+            shards.warn_of_other_code("encoding")
         compute = with_batch_size(model, compute, len(images), processes)
         batches = shards.missing(compute.batch_size, processes)
         with progress(steps * sum(map(len, batches)), "encoding", processes) as bar, shards.writer(processes) as write:
@@ -157,6 +159,8 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         }
         with processes.barrier(), explain_write_errors(spec.path):
             if processes.is_main:
+                if others := sorted(shards.revisions() - {metadata["revision"]}):
+                    metadata["other_revisions"] = others  # that computed some of its images
                 second = shards.read_all(SECOND) if spec.inversion == "bdia" else None
                 x_T = shards.read_all(X_T)
                 EncodedImages(x_T, second, metadata).save(spec.path)

@@ -115,7 +115,8 @@ class EvaluateSpec(JobSpec):
         model = conditioned(model, self.label, self.guidance)
         tau = check_sampler(model, self.sampler)
         if self.sampler.rule != "sigma_hat" and len(tau) < model.spec.schedule.T:  # σ̂'s times are not known
-            session.warn_once(times_warning(self.data.name, self.metric.extractor, self.sampler.spacing))
+            of = self.data.name if self.metric.reference_npz is None else model.spec.data  # the data set is not read
+            session.warn_once(times_warning(of, self.metric.extractor, self.sampler.spacing))
         settings = {
             "model": model_settings(model),
             "sampler": sampler_settings(self.sampler, tau),

@@ -111,7 +111,7 @@ class MetricsSpec:
         of_samples = {"kd", "prc"} & set(self.metric.metrics)
         if SAMPLES in (held := _arrays(self.reference)):
             of_this_extractor = [*map(str, held.get("mu", ()))] == [EXTRACTORS[self.metric.extractor].feature_layer]
-            has_statistics = of_this_extractor and "sigma" in held and not self.metric.bf16
+            has_statistics = of_this_extractor and "sigma" in held
             if not has_statistics or (of_samples and "fd" not in self.metric.metrics):
                 return self.metric
             if of_samples:  # the reference batches of ADM: statistics of a whole data set, and 10,000 of its images
@@ -122,10 +122,11 @@ class MetricsSpec:
         try:
             return dataclasses.replace(self.metric, reference_npz=self.reference)
         except ValueError as error:
-            more = ", ".join(name for name in self.metric.metrics if name in ("kd", "prc"))
+            if self.metric.bf16 or not of_samples:
+                raise UserError(str(error)) from error
             raise UserError(
-                f"{self.reference} holds mean and covariance only, and {more} needs the features of the reference; "
-                "give reference=FOLDER, or other metric.metrics."
+                f"{self.reference} holds mean and covariance only, and {', '.join(sorted(of_samples))} needs the "
+                "features of the reference; give reference=FOLDER, or other metric.metrics."
             ) from error
 
     @cached_property

@@ -30,7 +30,7 @@ from ddim.inference.conditioning import condition_suffix
 from ddim.inference.generate import network_evaluations
 from ddim.results.paper import PAPER_TABLES
 from ddim.results.plot_spec import PlotSpec
-from ddim.results.records import Record, RecordFile, code_revision, provenance, record_key
+from ddim.results.records import Record, RecordFile, provenance, record_key
 from ddim.results.table import TableSpec
 from ddim.results.wandb import LoggerSpec
 
@@ -174,14 +174,8 @@ class Job:
             if processes.is_main:
                 if record is not None:
                     self.shards.delete()
-                elif (revisions := self.shards.revisions()) and (others := revisions - {code_revision()}):
-                    log.warning(
-                        "%s: a part of it was computed by the code of %s and stays as it is; to compute all of it by "
-                        "this code, remove %s.",
-                        self.title,
-                        ", ".join(sorted(others)),
-                        self.shards.folder,
-                    )
+                else:
+                    self.shards.warn_of_other_code(self.title)
             yield record
 
     def append_record(self, results: dict[str, Any], processes: Processes) -> Record:
@@ -191,7 +185,7 @@ class Job:
     def write_record(self, results: dict[str, Any], processes: Processes) -> Record:
         """Add the record, delete the shards, and return the record; in the main process of those that computed it."""
         made_by = provenance()
-        others = sorted(self.shards.revisions() - {made_by["revision"]})
+        others = sorted({*self.shards.revisions(), *results.pop("other_revisions", ())} - {made_by["revision"]})
         record = {
             "key": self.key,
             **self.settings,

@@ -138,6 +138,17 @@ class Shards:
         """Return the code revisions that computed the stored batches."""
         return {read_safetensors(self.path(batch))[1].get(REVISION, "unknown") for batch in self.complete()}
 
+    def warn_of_other_code(self, title: str) -> None:
+        """Warn where stored batches are of another code revision."""
+        if others := self.revisions() - {code_revision()}:
+            log.warning(
+                "%s: a part of it was computed by the code of %s and stays as it is; to compute all of it by "
+                "this code, remove %s.",
+                title,
+                ", ".join(sorted(others)),
+                self.folder,
+            )
+
     def read(self, name: str, processes: Processes = SINGLE_PROCESS) -> Iterator[Tensor]:
         """Yield the tensor `name` of each shard, in the order of the images; of several processes, each its share."""
         for batch in self.complete()[processes.rank :: processes.world_size]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ddim.diffusion.labels import asked_evaluations, row_label, title
 from ddim.diffusion.tau_search import exact_sampler
@@ -118,18 +117,20 @@ def evaluate(spec: TrajectoryErrorSpec, session: Session | None = None) -> tuple
     def compute(job: Job, session: Session) -> dict[str, Any]:
         exact = exact_samples(spec, job, session.processes)
         compare_shards(spec, job, exact, session.processes)
-        return measure(spec, job, session.processes)
+        return measure(spec, job, exact, session.processes)
 
     return run_job(spec, session, compute)
 
 
-def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Tensor:
-    """Return x_0 of the exact trajectories, (n, C, H, W), in float32 without TF32; they are kept in exact/HASH."""
+def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> Shards:
+    """Return x_0 of the exact trajectories, (n, C, H, W) as X_0, in float32 without TF32; they stay in exact/HASH."""
     shards = Shards(job.output_dir / "exact" / job.settings["reference"]["fingerprint"], job.indices)
     assert job.model is not None
     T = job.model.spec.schedule.T
     sampler, compute = exact_sampler(spec.sampler, T), dataclasses.replace(job.compute, bf16=False, tf32=False)
     with shards.lock(processes, wait=True):  # the jobs of a sweep may start together
+        if processes.is_main:
+            shards.warn_of_other_code(f"the exact trajectories of {job.title}")
         batches = shards.missing(compute.batch_size, processes)
         with (
             progress(sum(map(len, batches)) * T, "exact trajectory", processes) as bar,
@@ -138,13 +139,13 @@ def exact_samples(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> 
             for batch, x_0 in sample_batches(job.model, sampler, batches, spec.seed, compute, bar):
                 to_pixels(x_0)  # refuses what is not finite
                 write(batch, {X_0: x_0.cpu()})
-    return shards.read_all(X_0)
+    return shards
 
 
-def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes: Processes) -> None:
+def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Shards, processes: Processes) -> None:
     """Sample the missing images and store their errors, each process its share."""
     assert job.model is not None
-    shards, compute = job.shards, job.compute
+    shards, compute, reference = job.shards, job.compute, exact.read_all(X_0)
     shards.discard_unless(lambda batch, tensors: len(tensors[SHOWN]) >= count_shown(spec.grid, batch), processes)
     batches = shards.missing(compute.batch_size, processes)
     with progress(sum(map(len, batches)) * job.steps, job.title, processes) as bar, shards.writer(processes) as write:
@@ -152,12 +153,12 @@ def compare_shards(spec: TrajectoryErrorSpec, job: Job, exact: Tensor, processes
         for batch, x_0 in sample_batches(job.model, spec.sampler, batches, spec.seed, compute, bar):
             pixels, x_0 = to_pixels(x_0), x_0.cpu()
             seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            errors = (x_0 - exact[batch.start : batch.stop]).double().square().flatten(1).mean(1)
+            errors = (x_0 - reference[batch.start : batch.stop]).double().square().flatten(1).mean(1)
             write(batch, {ERRORS: errors, SHOWN: pixels[: count_shown(spec.grid, batch)], SECONDS: seconds})
             start = time.perf_counter()
 
 
-def measure(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> dict[str, Any]:
+def measure(spec: TrajectoryErrorSpec, job: Job, exact: Shards, processes: Processes) -> dict[str, Any]:
     """Return the root of the mean of the stored errors and what a record states with it; {} but in the main process."""
     results: dict[str, Any] = {}
     shards = job.shards
@@ -165,7 +166,7 @@ def measure(spec: TrajectoryErrorSpec, job: Job, processes: Processes) -> dict[s
         if processes.is_main:
             errors, name = shards.read_all(ERRORS), f"trajectory_rmse_{count_name(spec.n)}"
             error = float(errors.mean().sqrt())
-            results["metrics"] = {name: error}
+            results |= {"metrics": {name: error}, "other_revisions": sorted(exact.revisions())}
             influence = mean_influence(errors, 0.5 / error if error else 0.0)  # the derivative of the root
             results["intervals"] = keep_intervals(job, results["metrics"], {name: influence})
             results["seconds_sampling"] = float(sum(shards.read(SECONDS)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ddim.results.plots import Timing
 from ddim.results.protocol import distinct
-from ddim.results.records import Record
+from ddim.results.records import Record, revisions
 from ddim.results.runs import Run
 from ddim.results.table import Table, row_order
 from ddim.results.templates import load_template
@@ -109,7 +109,7 @@ def _data_uri(content: bytes, kind: str = "png") -> str:
 def _versions(records: Sequence[Record]) -> list[tuple[str, str]]:
     """Return code revision, versions of packages and devices, as (name, text)."""
     packages = sorted({package for record in records for package in record.get("versions", {})})
-    versions = [("code revision", distinct(r.get("revision") for r in records))]
+    versions = [("code revision", distinct(revision for r in records for revision in revisions(r)))]
     versions += [(name, distinct(r.get("versions", {}).get(name) for r in records)) for name in packages]
     versions.append(("device", distinct((r.get("compute") or {}).get("device") for r in records)))
     return [(name, text) for name, text in versions if text]

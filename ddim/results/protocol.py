@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ddim.results.records import Record
+from ddim.results.records import Record, revisions
 from ddim.results.schema import IMAGES
 
 DEFAULTS = {"kind": "fidelity", "first": 0, "paper": None, "seed": None, "bf16": False, "pixels": None}
@@ -109,7 +109,7 @@ def describe(metric: str, p: dict[str, Any], rows: dict[str, list[Record]], *, f
     ]
     if not of_images:
         items += _sampling(p, rows, full)
-    items.append(("code revision", distinct(_hash(r.get("revision"), full) for r in records)))
+    items.append(("code revision", distinct(_hash(revision, full) for r in records for revision in revisions(r))))
     return [(name, text) for name, text in items if text]
 
 

@@ -1,5 +1,6 @@
 """Records of measurements: one JSON line for each, with everything that determines its numbers."""
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -139,7 +140,18 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def code_revision(module: Path = Path(__file__)) -> str:
+@functools.cache
+def code_revision() -> str:
+    """Return the commit of this code, as `revision_of`; asked once, since the code in memory stays the same."""
+    return revision_of(Path(__file__))
+
+
+def revisions(record: Record) -> list[str]:
+    """Return the commits whose code computed a record; usually one."""
+    return [revision for revision in (record.get("revision"), *record.get("other_revisions", ())) if revision]
+
+
+def revision_of(module: Path) -> str:
     """Return the commit of the checkout that holds `module`, with "+changes" if it was edited, or "unknown"."""
     folder = module.resolve().parent
     try:

@@ -10,7 +10,7 @@ from typing import Any
 from ddim.results.escape import escape_csv, escape_latex, escape_markdown
 from ddim.results.interval import Interval
 from ddim.results.protocol import times_of
-from ddim.results.records import Record
+from ddim.results.records import Record, revisions
 from ddim.results.table import DIGITS, Table, rounded
 from ddim.results.templates import load_template
 
@@ -114,7 +114,7 @@ def _content(table: Table) -> dict[str, Any]:
         "tau": times_of(records),
         "clip": {row: sorted({r["sampler"].get("clip", "") for r in records[row]}) for row in table.rows},
         "first": sorted({r["first"] for r in all_records}),
-        "revisions": sorted({r["revision"] for r in all_records if "revision" in r}),
+        "revisions": sorted({revision for r in all_records for revision in revisions(r)}),
         **({"column": table.column} if table.by_nfe else {}),
         "columns": table.columns,
         "rows": _rows(table, table.value),

@@ -201,7 +201,7 @@ class Checkpoints(Checkpoint):
         path = step_file(self.folder, self.saved)
         if self.files is None:  # of earlier code, which does not state them: others than these were kept for good
             self.files = sorted((_step(old), False) for old in _steps(self.folder)[: self.keep_last])
-        kept = bool(self.keep_every) and self.saved % self.keep_every == 0
+        kept = self._is_kept(self.saved) or (self.saved, True) in self.files
         self.files = [*(file for file in self.files if file[0] != self.saved), (self.saved, kept)]
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
@@ -212,13 +212,16 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             logger.after_save_checkpoint(self)  # type: ignore[arg-type]  # Lightning's hook; W&B may take a copy
 
+    def _is_kept(self, step: int) -> bool:
+        return bool(self.keep_every) and step % self.keep_every == 0
+
     def _remove_old(self) -> None:
         """Remove the checkpoints that are neither among the newest nor the best, nor kept for good."""
         assert self.files is not None
         for file in self.files[: -self.keep_last]:
             step, kept = file
             if step not in self.best_steps:
-                if not kept:
+                if not (kept or self._is_kept(step)):  # by this call, though not by the one that saved it
                     step_file(self.folder, step).unlink(missing_ok=True)
                 self.files.remove(file)
 

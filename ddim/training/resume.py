@@ -33,7 +33,7 @@ from ddim.training.spec import TrainSpec
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "data.fingerprint"  # of the training images; older recipes have none
-WRITTEN = ("csv", "tensorboard", "samples", RECORDS, POSTHOC_FOLDER)  # by a run, besides its checkpoints
+WRITTEN = ("csv", "tensorboard", "wandb_id.txt", "samples", RECORDS, POSTHOC_FOLDER)  # by a run, with its checkpoints
 FROM_SCRATCH = "choose another name=... to start from scratch."
 
 
@@ -81,7 +81,8 @@ def _check_settings(spec: TrainSpec, model: ModelSpec, path: Path, checkpoint: M
 def set_aside(folder: Path, checkpoints: Path) -> None:
     """Move what a run wrote that ended before its first checkpoint: it would be taken for that of the run to come."""
     found = [path for name in WRITTEN if (path := folder / name).is_file() or (path.is_dir() and any(path.iterdir()))]
-    if not found or next(checkpoints.glob("[!.]*.ckpt"), None) is not None:
+    # Each training begins its csv at once; without one, samples and averages are of other commands.
+    if folder / "csv" not in found or next(checkpoints.glob("[!.]*.ckpt"), None) is not None:
         return
     places = (folder / f"without_checkpoint_{number}" for number in itertools.count(1))
     aside = next(place for place in places if not place.exists())
@@ -100,8 +101,10 @@ def fingerprint(images: Images) -> str:
     return hashlib.sha256(pixels.encode() + images.labels.numpy().tobytes()).hexdigest()
 
 
-def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str, earlier: str | None = None) -> None:
+def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str, earlier: str | None = None) -> str:
     """Refuse a checkpoint that was trained on images of another fingerprint; warn when it has none.
+
+    Return the fingerprint to go on with: the one that the training has, by which post-hoc averages know theirs.
 
     Args:
         path, checkpoint: where the run resumes.
@@ -119,6 +122,7 @@ def check_images(path: Path, checkpoint: Mapping[str, Any], fingerprint: str, ea
             f"{path} was trained on other images or labels (fingerprint {str(before)[:16]}, now {fingerprint[:16]}), "
             f"so this run cannot resume from it; set data to the images it was trained on, or {FROM_SCRATCH}"
         )
+    return before or fingerprint
 
 
 def check_state(path: Path, checkpoint: dict[str, Any], module: DiffusionModule, has_ema: bool) -> None:

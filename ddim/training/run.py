@@ -192,7 +192,7 @@ def prepare(spec: TrainSpec, model: ModelSpec) -> Prepared:
     path, checkpoint = resumed
     if FINGERPRINT in module.recipe:
         earlier = getattr(data.images, "earlier_fingerprint", None)  # of LSUN
-        check_images(path, checkpoint, module.recipe[FINGERPRINT], earlier)
+        module.recipe[FINGERPRINT] = check_images(path, checkpoint, module.recipe[FINGERPRINT], earlier)
     check_state(path, checkpoint, module, spec.ema is not None)
     log.info("goes on at step %d, from %s", checkpoint["global_step"], path)
     return Prepared(spec, reason, path, data, module)

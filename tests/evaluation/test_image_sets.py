@@ -145,6 +145,10 @@ def test_statistics_beside_samples_are_those_of_the_distance(spec: MetricsSpec, 
         UserError, match=r"holds mean and covariance, which fd takes, and samples.* which prc takes; give"
     ):
         measure(both, "fd", "prc")
+    for reference in (both, str(tmp_path / "all.npz")):
+        bf16 = MetricSpec("digits_classifier", ("fd",), bf16=True)
+        with pytest.raises(UserError, match=r"are of float32 features; set metric\.bf16=false\."):
+            evaluate(dataclasses.replace(spec, reference=reference, metric=bf16))
 
 
 def test_the_record_states_what_was_compared(spec: MetricsSpec) -> None:

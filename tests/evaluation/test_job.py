@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -180,6 +181,18 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
     sigma_hat = SamplerSpec("sigma_hat", eta=None, S=4)  # nobody knows its times in the paper
     dataclasses.replace(spec, sampler=sigma_hat).prepare(Session())
     assert not caplog.messages
+
+
+def test_times_are_those_of_the_paper_for_what_the_model_was_trained_on(
+    spec: EvaluateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beside published statistics the data set is not read, and stays the default, cifar10."""
+    monkeypatch.setattr("ddim.evaluation.fidelity.times_warning", lambda *asked: f"these are {asked}")
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
+    metric = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "statistics.npz"))
+    data = DataSpec("cifar10", (32, 32), 3, root=str(tmp_path))
+    dataclasses.replace(spec, data=data, metric=metric).prepare(Session())
+    assert caplog.messages == ["these are ('digits', 'digits_classifier', 'linear')"]
 
 
 @pytest.mark.parametrize(

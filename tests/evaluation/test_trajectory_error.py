@@ -97,6 +97,18 @@ def test_the_exact_trajectory_is_computed_a_single_time(spec: TrajectoryErrorSpe
     assert {path: path.stat().st_mtime_ns for path in now} == files
 
 
+def test_exact_trajectories_of_other_code_are_warned_of_and_recorded(
+    spec: TrajectoryErrorSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ddim.evaluation.shards.code_revision", lambda: "older")
+    exact_samples(spec, spec.prepare(Session()), SINGLE_PROCESS)
+    monkeypatch.undo()
+    record, _ = evaluate(spec)
+    assert "the exact trajectories of trajectory error η=0.0" in caplog.text
+    assert "was computed by the code of older and stays as it is" in caplog.text
+    assert record["other_revisions"] == ["older"]
+
+
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_exact_trajectories_are_in_float32(
     spec: TrajectoryErrorSpec, precision: str, monkeypatch: pytest.MonkeyPatch

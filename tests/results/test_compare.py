@@ -275,6 +275,15 @@ def test_pairs_that_are_no_grid_are_points(tmp_path: Path) -> None:
     assert axes.get_yscale() == "log"
 
 
+def test_metrics_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    """So that a comparison of many leaves one out, and does not end."""
+    folder = write_run(tmp_path / "a")
+    with (folder / "csv" / "version_0" / "metrics.csv").open("ab") as file:
+        file.write(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"the metrics of .* cannot be read: 'utf-8' codec"):
+        read_run(folder)
+
+
 def test_a_pipe_in_place_of_the_metrics_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", {10: 5.0})
     for path in folder.glob("csv/*/metrics.csv"):

@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from ddim.errors import UserError
 from ddim.results import records as module
-from ddim.results.records import PACKAGES, RecordFile, code_revision, provenance, record_key
+from ddim.results.records import PACKAGES, RecordFile, provenance, record_key, revision_of
 
 CONTENT = {
     "model": {"weights": "ema", "weights_hash": "abc", "step": 4, "T": 1000},
@@ -213,6 +213,16 @@ def test_missing_package_has_unknown_version(monkeypatch: pytest.MonkeyPatch) ->
     assert provenance()["versions"]["no-such-package"] == "unknown"
 
 
+def test_the_revision_is_that_of_the_code_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is committed, or checked out, while a sweep runs."""
+    module.code_revision.cache_clear()
+    monkeypatch.setattr(module, "revision_of", lambda _: "a" * 40)
+    assert provenance()["revision"] == "a" * 40
+    monkeypatch.setattr(module, "revision_of", lambda _: "b" * 40)
+    assert provenance()["revision"] == "a" * 40
+    module.code_revision.cache_clear()
+
+
 def test_revision_is_the_commit_and_marks_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         author = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
@@ -223,14 +233,14 @@ def test_revision_is_the_commit_and_marks_changes(tmp_path: Path, monkeypatch: p
     file.parent.mkdir()
     file.write_text("1")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert code_revision(file) == "unknown"
+    assert revision_of(file) == "unknown"
     git("init", "-q")
     git("add", ".")
     git("commit", "-qm", "first")
     commit = git("rev-parse", "HEAD")
     assert len(commit) == 40
-    assert code_revision(file) == commit
+    assert revision_of(file) == commit
     (tmp_path / "outputs.txt").write_text("a result")
-    assert code_revision(file) == commit
+    assert revision_of(file) == commit
     file.write_text("2")
-    assert code_revision(file) == commit + "+changes"
+    assert revision_of(file) == commit + "+changes"

@@ -267,7 +267,7 @@ def test_protocol_is_described_completely() -> None:
         record("η=0.0", 10, 1.0),
         record("σ̂ (clip x0_and_eps)", 1000, 2.0, "full", sampler__tau=list(range(1, 1001))),
     ]
-    records[1]["revision"] = "9" * 40 + "+changes"
+    records[1] |= {"revision": "9" * 40 + "+changes", "other_revisions": ["a" * 40]}
     [table] = build_tables(records)
     full, short = dict(table.describe_protocol(full=True)), dict(table.describe_protocol(full=False))
     assert full["τ"] == "quad: S=10: 1, 101, 201, 301, 401, 501, 601, 701, 801, 901; full S=1000: each from 1 to 1000"
@@ -281,7 +281,7 @@ def test_protocol_is_described_completely() -> None:
     assert dict(table.describe_protocol(full=True))["clip of x̂0"].endswith(
         "x0_and_eps clip_range 2.0 (σ̂ (clip x0_and_eps))"
     )
-    assert short["code revision"] == "65555dbe4f56, 999999999999+changes"
+    assert short["code revision"] == "65555dbe4f56, 999999999999+changes, aaaaaaaaaaaa"
     expected = {
         "metric": "fid_50k (less is better)",
         "images": "n = 50,000: numbers 0 to 49,999",

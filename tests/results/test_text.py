@@ -85,6 +85,8 @@ def test_json_reads_back() -> None:
     assert quad["clip"] == {"η=0.0": ["none"], "σ̂": ["none"]}
     assert quad["first"] == [0, 50_000]
     assert quad["revisions"] == ["65555dbe4f565bf0b97737c8a5ca57ab3ba9f7be"]
+    [mixed] = json.loads(text.as_json(build_tables([record("η=0.0", 10, 1.0, other_revisions=["9" * 40])])))
+    assert mixed["revisions"] == ["65555dbe4f565bf0b97737c8a5ca57ab3ba9f7be", "9" * 40]
     hostile = record("η=0.0", 10, 1.0, reference__name='a [1,\\n  2] "b]')
     [back] = json.loads(text.as_json(build_tables([hostile])))
     assert back["protocol"]["reference"]["name"] == hostile["reference"]["name"]

@@ -1,6 +1,7 @@
 """The jobs of a sweep as they are known before it starts: the configurations that Hydra composes for each."""
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,3 +34,10 @@ def test_jobs_are_those_that_hydra_composes(name: str, monkeypatch: pytest.Monke
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         expected: list[dict[str, Any]] = [to_plain(compose("evaluate", job)) for job in each]
     assert jobs[0] == expected
+
+
+@pytest.mark.parametrize("word", ["n=abc", "first=null"])
+def test_a_sweep_leaves_a_wrong_number_to_its_job(run, word) -> None:
+    outcome = run("sample", "-m", "checkpoint=digits", "format=png", "overwrite=true", word)
+    assert outcome.code == 2
+    assert re.fullmatch(rf"error: {word.split('=')[0]}=\S+ must be an integer, .*", outcome.err.splitlines()[-1])

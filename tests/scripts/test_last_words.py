@@ -19,6 +19,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
         "it's, well/äöü={x}.ckpt",
         "back\\slash'.ckpt",
         "ends\\",
+        "[2026] run/last.ckpt",
+        "{a} run/last.ckpt",
+        " between blanks ",
     ],
 )
 def test_a_printed_path_is_read_as_it_was(path: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,10 @@ def test_commands_after_a_conditional_training_ask_for_labels(monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "plugins=[my_network]"])
     for data, evaluation in (
         ("digits", "-m experiment=table_digits_guidance checkpoint=c/last.ckpt label=all"),
-        ("folder", "data=folder data.root=x checkpoint=c/last.ckpt label=all dry_run=true"),
+        # As Hydra got it, and gets it again.
+        ("folder", """data=folder 'data.root='"'"'~/x'"'"'' checkpoint=c/last.ckpt label=all dry_run=true"""),
     ):
-        runtime, overrides = SimpleNamespace(choices={"data": data}), SimpleNamespace(task=["data.root=x"])
+        runtime, overrides = SimpleNamespace(choices={"data": data}), SimpleNamespace(task=["data.root='~/x'"])
         hydra = SimpleNamespace(runtime=runtime, overrides=overrides)
         monkeypatch.setattr(train.HydraConfig, "get", lambda hydra=hydra: hydra)
         assert train.last_words(spec) == [
@@ -175,6 +176,17 @@ def test_the_estimated_variance_is_a_file_to_sample_with(run: Run, checkpoint: P
     outcome = run("sample", *arguments, "n=2", *options, "sampler.S=5", "overwrite=true")
     assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
     assert outcome.err.startswith("error: sampler: the variance at alpha_bar=")
+
+
+def test_the_variance_of_the_times_of_nfe_is_used_at_them(run: Run, checkpoint: Path) -> None:
+    """A rule of two evaluations a step makes fewer steps of nfe than `analytic` would."""
+    arguments = (f"checkpoint={checkpoint}", "compute.device=cpu", "data=digits", "n=2", "output_dir=out")
+    outcome = run("estimate_variance", *arguments, "sampler=heun", "sampler.S=null", "sampler.nfe=5")
+    assert (outcome.code, outcome.err) == (0, "")
+    _, script, *words = shlex.split(outcome.out.splitlines()[-1].removeprefix("next: "))
+    assert script == "scripts/sample.py"
+    assert "sampler.S=3" in words
+    assert run("sample", *words, "compute.device=cpu", "n=2").code == 0
 
 
 def test_the_variance_of_all_times_is_for_any_sampler(run: Run, checkpoint: Path) -> None:

@@ -18,7 +18,8 @@ from ddim.checkpoints.checksum import has_checksum, write_checksum
 from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import Interrupted, UserError
 from ddim.signals import STOP_SIGNALS
-from ddim.training.checkpoints import Checkpoints
+from ddim.training.checkpoints import FILES, AtomicCheckpointIO, Checkpoints
+from ddim.training.module import COUNTS
 
 pytestmark = pytest.mark.integration
 
@@ -113,6 +114,28 @@ def test_what_a_run_before_kept_for_good_is_kept(run):
     assert steps(folder) == [2, 4, 6, 8, 9]
     run(trainer=trainer | {"max_steps": 7}, checkpoint=str(folder / "step_00000004.ckpt"))
     assert steps(folder) == [2, 4, 6, 7, 8, 9]
+
+
+def test_a_kept_checkpoint_is_kept_that_is_saved_again(run):
+    trainer = {"max_steps": 4, "checkpoint_every": 1, "keep_last": 2}
+    folder = run(trainer=trainer | {"keep_every": 2}).parent
+    run(trainer=trainer, checkpoint="last")  # has finished
+    run(trainer=trainer | {"max_steps": 7}, checkpoint="last")
+    assert steps(folder) == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["without keep_every", "of earlier code"])
+def test_what_a_run_keeps_is_kept_though_it_was_not(run, stated):
+    """The newest checkpoints when `keep_every` is given: saved without it, or by code that did not state them."""
+    trainer = {"max_steps": 4, "checkpoint_every": 1, "keep_last": 2}
+    last = run(trainer=trainer)
+    if not stated:
+        checkpoint = read_checkpoint(last)
+        del checkpoint[COUNTS][FILES]
+        for path in (last, last.with_name("step_00000004.ckpt")):
+            AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+    run(trainer=trainer | {"max_steps": 7, "keep_every": 4}, checkpoint="last")
+    assert steps(last.parent) == [4, 6, 7]
 
 
 def test_newest_intact_checkpoint_is_used_with_a_warning(run, same, caplog):

@@ -198,16 +198,26 @@ def test_what_a_run_without_checkpoint_wrote_is_set_aside(run, after_loss, caplo
     with pytest.raises(RuntimeError, match="ended"):
         run(optim={"lr": 0.1}, trainer={"log_every": 1, "checkpoint_every": 100, "max_steps": 4})
     (tmp_path / "run" / "checkpoints" / ".0123_step_00000002.ckpt").touch()  # killed while it saved
+    (tmp_path / "run" / "wandb_id.txt").write_text("0123")
     ends.clear()
     for _ in range(2):
         run(trainer={"log_every": 1, "max_steps": 3}, checkpoint="last")
     logged = [row for rows in read_logs(tmp_path / "run") for row in rows]
     assert [step_of(row) for row in logged if row["train/loss"]] == [1, 2, 3]
     aside = tmp_path / "run" / "without_checkpoint_1"
-    assert sorted(path.name for path in aside.iterdir()) == ["csv"]
+    assert sorted(path.name for path in aside.iterdir()) == ["csv", "wandb_id.txt"]
     assert [message for message in caplog.messages if "ended before its first checkpoint" in message] == [
         f"a run in {tmp_path / 'run'} ended before its first checkpoint; what it wrote is in {aside} now."
     ]
+
+
+def test_what_no_training_wrote_stays(run, tmp_path):
+    """Such as the pictures of scripts/sample.py in outputs/samples, where a run has output_dir=outputs."""
+    picture = tmp_path / "run" / "samples" / "grid.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+    run(trainer={"max_steps": 1})
+    assert picture.exists()
 
 
 def test_a_model_file_is_no_training_checkpoint(run, finished_run, tmp_path):
@@ -219,7 +229,8 @@ def test_a_model_file_is_no_training_checkpoint(run, finished_run, tmp_path):
 
 def test_a_fingerprint_of_earlier_code_is_that_of_the_images(tmp_path):
     checkpoint = {KEY: {RECIPE: {FINGERPRINT: "earlier"}}}
-    check_images(tmp_path, checkpoint, "now", "earlier")
+    assert check_images(tmp_path, checkpoint, "now", "earlier") == "earlier"  # as its post-hoc averages state it
+    assert check_images(tmp_path, {KEY: {}}, "now", "earlier") == "now"
     with pytest.raises(UserError, match="was trained on other images or labels"):
         check_images(tmp_path, checkpoint, "now")
 

@@ -1,7 +1,7 @@
 """Reader of dictionaries of state dicts: which of their entries are networks, and which of those are an EMA."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def read_nested(path: Path, content: Mapping[Any, Any]) -> Source:
             f"{path} holds the entries {', '.join(map(printable, content))[:200]}; supported are {SUPPORTED}."
         )
     steps = [content[key] for key in ("step", "global_step") if type(content.get(key)) is int]
-    source = read_networks(path, state, _holds_ema(content))
+    source = read_networks(path, state, _holds_ema(content), names.values())
     callbacks = content.get("callbacks")
     is_stated = isinstance(callbacks, Mapping) and any("EMA" in str(name) for name in callbacks)
     notes = (*source.notes, _AVERAGED) if names and not is_stated else source.notes
@@ -58,37 +58,43 @@ def _state_dicts(content: Mapping[Any, Any], place: str = "") -> Iterator[tuple[
             yield inner, entry
 
 
-def read_networks(path: Path, state: Tensors, has_ema: bool = False) -> Source:
+def read_networks(path: Path, state: Tensors, has_ema: bool = False, stated: Collection[str] = ()) -> Source:
     """Read tensors of which those of each network have a prefix, such as `ema_model.`; others belong to no network.
 
     Args:
         path: of the file.
         state: name -> tensor.
         has_ema: the file has EMA weights, even if no prefix says so.
+        stated: labels that a prefix begins with, whatever a part after it is called.
     """
+
+    def label(prefix: str) -> str:
+        first = prefix.partition(".")[0]
+        return first if first in stated else label_of(prefix)
+
     averaged = tuple(name.removesuffix(COUNTER) for name in state if name.rpartition(".")[2] == COUNTER)
     state = {name: value for name, value in state.items() if name.rpartition(".")[2] != COUNTER}
     has_ema = has_ema or _holds_ema(state)
     prefixes: dict[str, list[str]] = {}
     for prefix in network_prefixes(state):
-        prefixes.setdefault("ema" if prefix.startswith(averaged) else label_of(prefix), []).append(prefix)
+        prefixes.setdefault("ema" if prefix.startswith(averaged) else label(prefix), []).append(prefix)
     if UNLABELLED in prefixes and (has_ema or "ema" in prefixes):
         prefixes["online"] = prefixes.pop(UNLABELLED)  # the copy that an EMA keeps of them is not needed
     if several := next((group for group in prefixes.values() if len(group) > 1), None):
         names = ", ".join(printable(prefix.rstrip(".")) for prefix in several)
         raise UserError(f"{path} holds several networks ({names}); store the state dict of one in a file of its own.")
     sets: dict[str, Tensors] = {}
-    for label, (prefix,) in prefixes.items():
+    for name, (prefix,) in prefixes.items():
         longer = tuple(
             other for other in network_prefixes(state) if len(other) > len(prefix) and other.startswith(prefix)
         )
         own = {k: v for k, v in state.items() if k.startswith(prefix) and not k.startswith(longer)}
-        sets[label] = {k.removeprefix(prefix): v for k, v in own.items()}
+        sets[name] = {k.removeprefix(prefix): v for k, v in own.items()}
     if has_ema and "ema" not in sets and (average := _lit_ema(state, prefixes["online"][0], sets["online"])):
         sets["ema"] = average
-    sets = {label: update_attention_names(weights) for label, weights in sets.items()}
+    sets = {name: update_attention_names(weights) for name, weights in sets.items()}
     notes = (_NOT_READ,) if has_ema and "ema" not in sets else ()
-    if "ema" in prefixes and label_of(prefixes["ema"][0]) != "ema":
+    if "ema" in prefixes and label(prefixes["ema"][0]) != "ema":
         notes = (_AVERAGED,)
     diffusers_names = any(map(has_diffusers_names, sets.values()))
     return Source("nested", path, sets, schedule=_schedule(path, state), diffusers_names=diffusers_names, notes=notes)

@@ -80,6 +80,11 @@ FILES = {
         BOTH,
         9,
     ),
+    "WeightAveraging of a module's net_model": (
+        {"state_dict": under("net_model.", EMA), "current_model_state": under("net_model.", ONLINE)},
+        BOTH,
+        None,
+    ),
     "EMAWeightAveraging": (
         {"state_dict": EMA, "current_model_state": ONLINE, "callbacks": {"EMAWeightAveraging": {"latest": 7}}},
         BOTH,
