@@ -1,6 +1,5 @@
 """What a script does first: signals end it with one line, and any terminal can show its output."""
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -76,18 +75,25 @@ def end_jobs() -> None:
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which a process that starts meanwhile would inherit
     while processes := job_processes():
         for process in processes:
-            with contextlib.suppress(Exception):  # of one whose end joblib's thread has seen first
-                process.terminate()
+            send(process, signal.SIGTERM)
         time.sleep(0.2)
+
+
+def send(process: BaseProcess, number: int) -> bool:
+    """Send a signal to a process; return whether it was there: it may have ended, and joblib's thread waited for it."""
+    try:
+        if process.pid is not None:
+            os.kill(process.pid, number)
+    except OSError:
+        return False
+    return process.pid is not None
 
 
 def kill_jobs(number: int, frame: FrameType | None) -> None:
     """Kill the processes of jobs, and end this one."""
     try:
         for process in job_processes():
-            with contextlib.suppress(ProcessLookupError):  # the same Ctrl-C may have ended it
-                if process.pid is not None:
-                    os.kill(process.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
+            send(process, getattr(signal, "SIGKILL", signal.SIGTERM))
             process.join()
     finally:
         stop_at_once(number, frame)

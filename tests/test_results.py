@@ -13,6 +13,7 @@ from ddim.diffusion.timesteps import reference_quad_tau
 from ddim.results.records import RecordFile
 from ddim.results.report import build_tables
 from ddim.results.table import number_text
+from ddim.results.training_plots import checkpoint_curves
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -234,11 +235,24 @@ def test_a_thousand_steps_gain_nothing_over_a_hundred():
 
 def test_cifar10_gains_from_training():
     tables = build_tables(RecordFile(RESULTS / "cifar10_small_steps.jsonl").read())
-    for metric in ("fd", "kd"):
-        late, early = (table for table in tables if table.metric.startswith(metric))
-        for row in late.rows:
-            assert late.value(row, 10) < early.value(row, 10)
-        assert late.value("η=0.0 (clip x0)", 10) < late.value("η=1.0 (clip x0)", 10)
+    for curve in build_tables(RecordFile(RESULTS / "cifar10_small_curve.jsonl").read()):
+        curves = checkpoint_curves(curve)
+        assert curves is not None
+        (late,) = (table for table in tables if table.metric == curve.metric)
+        of_steps = {}
+        for eta in ("0.0", "1.0"):
+            row = f"η={eta} (clip x0)"
+            points = sorted(point for name, line in curves.lines.items() if name.startswith(row) for point in line)
+            steps, distances, _ = zip(*points, strict=True)
+            assert steps == (250, 500, 1000, 1500, 2000, 2500, 5440)
+            fall = [*distances, late.value(row, 10)][curve.metric.startswith("kd") :]  # at first they are as far
+            assert fall == sorted(fall, reverse=True)
+            of_steps[eta] = dict(zip((*steps, 17500), (*distances, late.value(row, 10)), strict=True))
+        better = [of_steps["0.0"][step] / of_steps["1.0"][step] for step in (1000, 1500, 2000, 2500, 17500)]
+        assert better == sorted(better, reverse=True)
+        assert (better[0] > 1.08, 1.02 > better[1] > 1 > better[2]) == (True, True)
+        if curve.metric.startswith("fd"):  # how much less the smaller distance is, as the page says
+            assert [round(100 * abs(1 - min(ratio, 1 / ratio))) for ratio in better] == [10, 1, 2, 3, 10]
     floor = {table.metric: table for table in build_tables(RecordFile(RESULTS / "cifar10_floor_prc.jsonl").read())}
     assert {table.metric for table in tables} > set(floor)
     for table in (table for table in tables if table.metric in floor):
@@ -246,6 +260,18 @@ def test_cifar10_gains_from_training():
         of_test = floor[table.metric].value(row, 2000)
         eta_0, eta_1 = (table.value(f"η={eta} (clip x0)", 10) for eta in ("0.0", "1.0"))
         assert (of_test < eta_0 < eta_1) if table.metric.startswith("precision") else (of_test > eta_0 > eta_1)
+
+
+def test_cifar10_training_repeats_itself():
+    """On another processor, without the stops of the first time."""
+    first, again = (RecordFile(RESULTS / f"cifar10_training{name}.jsonl").read()[0] for name in ("", "_again"))
+    assert first["stops"][:2] == [2201, 2421]
+    assert again["stops"] == []
+    before, now = (dict(record["curves"]["train/loss"]) for record in (first, again))
+    assert [*now] == [*range(100, 2501, 100)]
+    apart = max(abs(now[step] / before[step] - 1) for step in now)
+    page = (ROOT / "docs" / "cifar10.md").read_text()
+    assert f"training to {apart:.0e} of their value".replace("e-0", "e-") in page
 
 
 def test_cifar10_reconstruction_errors_cross_the_papers():

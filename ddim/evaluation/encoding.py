@@ -159,13 +159,18 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
         }
         with processes.barrier(), explain_write_errors(spec.path):
             if processes.is_main:
-                if others := sorted(shards.revisions() - {metadata["revision"]}):
-                    metadata["other_revisions"] = others  # that computed some of its images
-                second = shards.read_all(SECOND) if spec.inversion == "bdia" else None
-                x_T = shards.read_all(X_T)
-                EncodedImages(x_T, second, metadata).save(spec.path)
-                log.info("the standard deviation of x_T is %.3g; that of noise is 1.", x_T.std().item())
-                shards.delete()
+                save_shards(spec, shards, metadata)
+
+
+def save_shards(spec: EncodeSpec, shards: Shards, metadata: dict[str, Any]) -> None:
+    """Write the file of what was stored batch by batch, and delete the batches."""
+    if others := sorted(shards.revisions() - {metadata["revision"]}):
+        metadata |= {"other_revisions": others}  # that computed some of its images
+    second = shards.read_all(SECOND) if spec.inversion == "bdia" else None
+    x_T = shards.read_all(X_T)
+    EncodedImages(x_T, second, metadata).save(spec.path)
+    log.info("the standard deviation of x_T is %.3g; that of noise is 1.", x_T.std().item())
+    shards.delete()
 
 
 def decode_with(spec: EncodeSpec) -> list[str]:

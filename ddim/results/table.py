@@ -270,7 +270,11 @@ def interval_text(ends: Interval, like: float | None = None, decimals: int = 2) 
 
 
 def row_order(label: str) -> tuple[int, str, float, str]:
-    """Return the key that sorts row labels: DDIM's by rising η, then σ̂, then other rules by name; each by rising w."""
+    """Return the key that sorts row labels: DDIM's by rising η, then σ̂, then other rules by name; each by rising w.
+
+    Checkpoints of a training follow each other by their step: 500, then 1,000.
+    """
+    label = re.sub(r"(?<= step )[\d,]+", lambda step: step[0].replace(",", "").zfill(12), label)
     family = 0 if label.startswith("η") else 1 if label.startswith(SIGMA_HAT) else 2
     w = re.search(r", w=(-?[\d.]+(?:e[+-]\d+)?)", label)
     name = label if w is None else label[: w.start()]

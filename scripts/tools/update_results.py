@@ -78,10 +78,9 @@ def draw(name: str) -> None:
             run = Run(records[0]["training"], "", (), records[0]["curves"], tuple(records[0]["stops"]))
             plot_training([run]).savefig(RESULTS / f"{name}.png", dpi=DPI)
             return
-        tables = build_tables(records)
-        if len(tables) != 1:
-            sys.exit(f"error: {name} has {len(tables)} tables, and a document shows its one plot results/{name}.png.")
-        (table,) = tables
+        table, *others = build_tables(records)
+        if table.metric in (other.metric for other in others):
+            sys.exit(f"error: {name} has several tables of {table.metric}, but one plot is shown, results/{name}.png.")
         curves = checkpoint_curves(table)
         figure = plot(table) if curves is None else plot_checkpoints(table, curves)
         figure.savefig(RESULTS / f"{name}.png", dpi=DPI)

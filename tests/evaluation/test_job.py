@@ -183,7 +183,7 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
     assert not caplog.messages
 
 
-def test_times_are_those_of_the_paper_for_what_the_model_was_trained_on(
+def test_times_are_compared_for_the_data_of_the_model(
     spec: EvaluateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Beside published statistics the data set is not read, and stays the default, cifar10."""

@@ -97,7 +97,7 @@ def test_the_exact_trajectory_is_computed_a_single_time(spec: TrajectoryErrorSpe
     assert {path: path.stat().st_mtime_ns for path in now} == files
 
 
-def test_exact_trajectories_of_other_code_are_warned_of_and_recorded(
+def test_exact_trajectories_of_other_code_are_recorded(
     spec: TrajectoryErrorSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("ddim.evaluation.shards.code_revision", lambda: "older")

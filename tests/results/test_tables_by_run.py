@@ -11,6 +11,7 @@ from ddim.results.plot_spec import PlotSpec
 from ddim.results.records import Record
 from ddim.results.report import build_tables, sigma_hat_variants, write_report
 from ddim.results.schema import check_evaluation
+from ddim.results.table import row_order
 from ddim.results.training_plots import checkpoint_curves, plot_checkpoints
 
 OLD = {"run", "recipe"}  # fields that older records lack
@@ -45,6 +46,11 @@ def test_rows_name_the_runs_of_several_checkpoints(tmp_path: Path) -> None:
     assert content["protocol"]["model"]["checkpoints"]["slow"]["settings"] == {"optim.lr": 0.001}
     for one in records:
         check_evaluation(one)
+
+
+def test_checkpoints_are_sorted_by_their_step() -> None:
+    steps = [f"η={eta}, run step {step:,}" for eta in ("0.0", "1.0") for step in (250, 500, 1000, 2000, 17500)]
+    assert sorted(sorted(steps), key=row_order) == steps
 
 
 def test_one_checkpoint_has_the_table_of_before() -> None:

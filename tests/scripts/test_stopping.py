@@ -112,7 +112,7 @@ def test_a_signal_ends_the_processes_of_a_sweep(tmp_path, send, number, times, c
 
 @pytest.mark.parametrize(
     ("failure", "status"),
-    [("raise OSError", 75), ("os.kill(os.getpid(), signal.SIGINT)", 130)],
+    [("raise RuntimeError", 75), ("os.kill(os.getpid(), signal.SIGINT)", 130)],
     ids=["a failure of joblib", "a second Ctrl-C, and no such process"],
 )
 def test_the_line_comes_though_ending_the_jobs_fails(failure, status):
@@ -123,11 +123,11 @@ import _start
 class Job:
     pid = 2**22 + 1  # larger than the number of any process
     ended = False
-    def terminate(self):
-        {failure}
     def join(self):
         Job.ended = True
-_start.time.sleep = lambda _: setattr(Job, "ended", True)
+def sleep(_):
+    {failure}
+_start.time.sleep = sleep
 _start.job_processes = lambda: [] if Job.ended else [Job()]
 signal.signal(signal.SIGINT, _start.stop_at_once)
 os.kill(os.getpid(), signal.SIGINT)
