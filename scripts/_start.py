@@ -73,9 +73,7 @@ def end_jobs() -> None:
     signal.signal(signal.SIGINT, kill_jobs)
     for number in (signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM)):
         signal.signal(number, lambda *_: None)  # not SIG_IGN, which a process that starts meanwhile would inherit
-    while processes := job_processes():
-        for process in processes:
-            send(process, signal.SIGTERM)
+    while sum(send(process, signal.SIGTERM) for process in job_processes()):  # any() would tell the first alone
         time.sleep(0.2)
 
 

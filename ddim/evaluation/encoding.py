@@ -164,7 +164,7 @@ def write_encoded(spec: EncodeSpec, processes: Processes = SINGLE_PROCESS) -> No
 
 def save_shards(spec: EncodeSpec, shards: Shards, metadata: dict[str, Any]) -> None:
     """Write the file of what was stored batch by batch, and delete the batches."""
-    if others := sorted(shards.revisions() - {metadata["revision"]}):
+    if others := shards.other_revisions():
         metadata |= {"other_revisions": others}  # that computed some of its images
     second = shards.read_all(SECOND) if spec.inversion == "bdia" else None
     x_T = shards.read_all(X_T)

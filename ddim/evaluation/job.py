@@ -184,8 +184,7 @@ class Job:
 
     def write_record(self, results: dict[str, Any], processes: Processes) -> Record:
         """Add the record, delete the shards, and return the record; in the main process of those that computed it."""
-        made_by = provenance()
-        others = sorted({*self.shards.revisions(), *results.pop("other_revisions", ())} - {made_by["revision"]})
+        others = sorted({*self.shards.other_revisions(), *results.pop("other_revisions", ())})
         record = {
             "key": self.key,
             **self.settings,
@@ -199,7 +198,7 @@ class Job:
                 "batch_size": self.compute.batch_size,
                 **({} if self.model is None else self._settings()),
             },
-            **made_by,
+            **provenance(),
             **({"other_revisions": others} if others else {}),  # that computed some of its images
         }
         self.records.append(record)

@@ -134,18 +134,19 @@ class Shards:
         """Return the file of a batch."""
         return self.folder / f"{batch.start:010d}_{batch.stop:010d}.safetensors"
 
-    def revisions(self) -> set[str]:
-        """Return the code revisions that computed the stored batches."""
-        return {read_safetensors(self.path(batch))[1].get(REVISION, "unknown") for batch in self.complete()}
+    def other_revisions(self) -> list[str]:
+        """Return the code revisions, other than that of this code, that computed stored batches."""
+        made_by = {read_safetensors(self.path(batch))[1].get(REVISION, "unknown") for batch in self.complete()}
+        return sorted(made_by - {code_revision()})
 
     def warn_of_other_code(self, title: str) -> None:
         """Warn where stored batches are of another code revision."""
-        if others := self.revisions() - {code_revision()}:
+        if others := self.other_revisions():
             log.warning(
                 "%s: a part of it was computed by the code of %s and stays as it is; to compute all of it by "
                 "this code, remove %s.",
                 title,
-                ", ".join(sorted(others)),
+                ", ".join(others),
                 self.folder,
             )
 

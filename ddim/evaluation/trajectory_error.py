@@ -166,7 +166,7 @@ def measure(spec: TrajectoryErrorSpec, job: Job, exact: Shards, processes: Proce
         if processes.is_main:
             errors, name = shards.read_all(ERRORS), f"trajectory_rmse_{count_name(spec.n)}"
             error = float(errors.mean().sqrt())
-            results |= {"metrics": {name: error}, "other_revisions": sorted(exact.revisions())}
+            results |= {"metrics": {name: error}, "other_revisions": exact.other_revisions()}
             influence = mean_influence(errors, 0.5 / error if error else 0.0)  # the derivative of the root
             results["intervals"] = keep_intervals(job, results["metrics"], {name: influence})
             results["seconds_sampling"] = float(sum(shards.read(SECONDS)))

@@ -1,6 +1,5 @@
 """Trainings side by side: the settings in which they differ, and what came of them; made from their folders alone."""
 
-import csv
 import logging
 import math
 import re
@@ -160,10 +159,7 @@ def read_run(folder: Path) -> Run | None:
         row = weights_label(model), record["label"], record["S"], record["spacing"], record["seed"]
         for metric, value in record["metrics"].items() if step is not None else ():
             metrics.setdefault(metric, {}).setdefault(row, {})[step] = value
-    try:
-        logs = list(read_logs(folder))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"the metrics of {folder} cannot be read: {' '.join(str(error).split())}") from error
+    logs = list(read_logs(folder))
     if not metrics and (heldout := _heldout_losses(chain(*logs), settings)):
         metrics[VALIDATION_LOSS] = heldout
     losses, seconds = _read_logs(logs, settings)

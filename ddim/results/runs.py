@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ddim.io import check_regular_file
+from ddim.io import check_regular_file, explain_read_errors
 from ddim.results.protocol import weights_label
 from ddim.results.records import RECORDS, Record
 from ddim.results.schema import evaluation_records
@@ -93,14 +93,15 @@ def read_logs(folder: Path) -> Iterator[list[dict[str, str]]]:
     """Yield the rows of metrics.csv of each call of a run, oldest first: a run that is resumed begins another file.
 
     Raises:
-        UserError, ValueError, OSError: a file is no regular one, or cannot be read.
+        UserError: a file is no regular one, or cannot be read.
     """
     versions = [path for path in (folder / "csv").glob("version_*") if path.name[8:].isdecimal()]
     for version in sorted(versions, key=lambda path: int(path.name[8:])):
         check_regular_file(path := version / "metrics.csv", "file of metrics")
         if path.is_file():
-            with path.open(encoding="utf-8", newline="") as file:
-                yield list(csv.DictReader(file))
+            with explain_read_errors(path), path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            yield rows
 
 
 def step_of(row: dict[str, str]) -> int:

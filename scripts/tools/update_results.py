@@ -78,9 +78,11 @@ def draw(name: str) -> None:
             run = Run(records[0]["training"], "", (), records[0]["curves"], tuple(records[0]["stops"]))
             plot_training([run]).savefig(RESULTS / f"{name}.png", dpi=DPI)
             return
-        table, *others = build_tables(records)
-        if table.metric in (other.metric for other in others):
-            sys.exit(f"error: {name} has several tables of {table.metric}, but one plot is shown, results/{name}.png.")
+        tables = build_tables(records)
+        of_first = [table for table in tables if table.metric == tables[0].metric]
+        if len(of_first) != 1:
+            sys.exit(f"error: {name} has {len(of_first)} tables, and a document shows its one plot results/{name}.png.")
+        (table,) = of_first
         curves = checkpoint_curves(table)
         figure = plot(table) if curves is None else plot_checkpoints(table, curves)
         figure.savefig(RESULTS / f"{name}.png", dpi=DPI)

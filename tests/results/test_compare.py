@@ -280,7 +280,7 @@ def test_metrics_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a")
     with (folder / "csv" / "version_0" / "metrics.csv").open("ab") as file:
         file.write(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"the metrics of .* cannot be read: 'utf-8' codec"):
+    with pytest.raises(UserError, match=r"metrics\.csv is not understood; .* \(UnicodeDecodeError: 'utf-8' codec"):
         read_run(folder)
 
 

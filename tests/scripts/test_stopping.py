@@ -121,11 +121,12 @@ def test_the_line_comes_though_ending_the_jobs_fails(failure, status):
 import os, signal
 import _start
 class Job:
-    pid = 2**22 + 1  # larger than the number of any process
+    pid = os.getpid()
     ended = False
     def join(self):
         Job.ended = True
 def sleep(_):
+    Job.pid = 2**22 + 1  # larger than the number of any process
     {failure}
 _start.time.sleep = sleep
 _start.job_processes = lambda: [] if Job.ended else [Job()]
