@@ -58,7 +58,13 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
 
 def job_processes() -> list[BaseProcess]:
     """Return the processes that joblib has started for the jobs of a sweep, hydra/launcher=joblib or box."""
-    return [process for process in multiprocessing.active_children() if type(process).__module__.startswith("joblib.")]
+    children = multiprocessing.active_children()  # also those that a thread of joblib has waited for, for ever
+    return [process for process in children if type(process).__module__.startswith("joblib.") and exists(process)]
+
+
+def exists(process: BaseProcess) -> bool:
+    """Return whether there is such a process; Windows cannot tell by a signal, where 0 is Ctrl-C."""
+    return os.name == "nt" or send(process, 0)
 
 
 def end_jobs() -> None:

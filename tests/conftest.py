@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +16,7 @@ from ddim.evaluation.metrics import MetricSpec
 from ddim.inference.compute import ComputeSpec, prepare_model
 from ddim.networks import float32_products
 from ddim.networks.compiler import find_compiler
+from ddim.results import records
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -99,3 +100,12 @@ def spec(checkpoint: Path, tmp_path: Path) -> EvaluateSpec:
         grid=0,
         reference_dir=str(tmp_path / "reference"),
     )
+
+
+@pytest.fixture
+def another_commit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """another_commit(): commit bbb... is checked out from now on, where the code in memory is of aaa...."""
+    records.code_revision.cache_clear()
+    monkeypatch.setattr(records, "revision_of", lambda _: "a" * 40)
+    yield lambda: monkeypatch.setattr(records, "revision_of", lambda _: "b" * 40)
+    records.code_revision.cache_clear()

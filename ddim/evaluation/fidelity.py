@@ -115,7 +115,8 @@ class EvaluateSpec(JobSpec):
         model = conditioned(model, self.label, self.guidance)
         tau = check_sampler(model, self.sampler)
         if self.sampler.rule != "sigma_hat" and len(tau) < model.spec.schedule.T:  # σ̂'s times are not known
-            of = self.data.name if self.metric.reference_npz is None else model.spec.data  # the data set is not read
+            # Beside a file of statistics the data set is not read, and cifar10 unless it was given.
+            of = self.data.name if self.metric.reference_npz is None else model.spec.data or self.data.name
             session.warn_once(times_warning(of, self.metric.extractor, self.sampler.spacing))
         settings = {
             "model": model_settings(model),

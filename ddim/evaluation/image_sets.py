@@ -122,7 +122,7 @@ class MetricsSpec:
         try:
             return dataclasses.replace(self.metric, reference_npz=self.reference)
         except ValueError as error:
-            if self.metric.bf16 or not of_samples:
+            if not of_samples:
                 raise UserError(str(error)) from error
             raise UserError(
                 f"{self.reference} holds mean and covariance only, and {', '.join(sorted(of_samples))} needs the "

@@ -78,6 +78,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
     Raises:
         UserError: bad input, or a file that would be overwritten; before any network evaluation.
     """
+    revision = code_revision()  # of the code in memory, whatever is checked out meanwhile
     check_can_write(spec.path, spec.overwrite)
     model = load_model(spec.checkpoint, spec.weights)
     schedule = model.spec.schedule
@@ -104,6 +105,7 @@ def write_variance(spec: EstimateVarianceSpec) -> dict[str, Any]:
         "standard_error": error,
         "hash": table_hash(list(zip(levels, mean, strict=True))),
         **_provenance(spec, model, compute),
+        "revision": revision,
         "data": {"name": images.name, "images": len(images), "fingerprint": images.fingerprint()},
     }
     with explain_write_errors(spec.path), atomic_write(spec.path) as partial:
@@ -123,7 +125,6 @@ def _provenance(spec: EstimateVarianceSpec, model: LoadedModel, compute: Compute
         "n": spec.n,
         "seed": spec.seed,
         **compute.precision,
-        "revision": code_revision(),
     }
 
 

@@ -100,6 +100,7 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
         UserError: bad input, or a file that would be overwritten, before any network evaluation; samples that are not
             finite.
     """
+    revision = code_revision()  # of the code in memory, whatever is checked out meanwhile
     check_can_write(spec.path, spec.overwrite)
     model = load_model(spec.checkpoint, spec.weights)
     check_numbers(model)
@@ -132,7 +133,7 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
         "bf16": compute.bf16,
         "candidates": list(candidates),
         "errors": errors,
-        "revision": code_revision(),
+        "revision": revision,
     }
     with explain_write_errors(spec.path), atomic_write(spec.path) as partial:
         lines = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())

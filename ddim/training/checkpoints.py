@@ -202,7 +202,9 @@ class Checkpoints(Checkpoint):
         if self.files is None:  # of earlier code, which does not state them: others than these were kept for good
             self.files = sorted((_step(old), False) for old in _steps(self.folder)[: self.keep_last])
         kept = self._is_kept(self.saved) or (self.saved, True) in self.files
-        self.files = [*(file for file in self.files if file[0] != self.saved), (self.saved, kept)]
+        # A step that this call keeps, though not the one that saved it, stays kept when the next call goes on.
+        others = [(step, stays or self._is_kept(step)) for step, stays in self.files if step != self.saved]
+        self.files = [*others, (self.saved, kept)]
         trainer.save_checkpoint(path, weights_only=False)
         if trainer.is_global_zero:
             if self.best_steps[:1] == [self.saved]:
@@ -221,7 +223,7 @@ class Checkpoints(Checkpoint):
         for file in self.files[: -self.keep_last]:
             step, kept = file
             if step not in self.best_steps:
-                if not (kept or self._is_kept(step)):  # by this call, though not by the one that saved it
+                if not kept:
                     step_file(self.folder, step).unlink(missing_ok=True)
                 self.files.remove(file)
 

@@ -33,7 +33,8 @@ from ddim.training.spec import TrainSpec
 log = logging.getLogger(__name__)
 
 FINGERPRINT = "data.fingerprint"  # of the training images; older recipes have none
-WRITTEN = ("csv", "tensorboard", "wandb_id.txt", "samples", RECORDS, POSTHOC_FOLDER)  # by a run, with its checkpoints
+# By a run, with its checkpoints; csv is last, since `set_aside` goes by it, and may be killed between two.
+WRITTEN = ("tensorboard", "wandb_id.txt", "samples", RECORDS, POSTHOC_FOLDER, "csv")
 FROM_SCRATCH = "choose another name=... to start from scratch."
 
 

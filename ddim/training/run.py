@@ -28,6 +28,7 @@ from ddim.distributed import launched_processes
 from ddim.errors import Interrupted, UserError
 from ddim.inference.auto import SETTINGS, choose_for, words
 from ddim.networks import accelerate, build_network, float32_products
+from ddim.results.records import code_revision
 from ddim.signals import StopSignals
 from ddim.training.callbacks import DivergenceGuard, LossByTime, SampleGrid
 from ddim.training.checkpoints import LAST, STATE, AtomicCheckpointIO, Checkpoints, explain_disk_errors
@@ -80,6 +81,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
             cannot go on.
         Interrupted: it received SIGINT (Ctrl-C), SIGTERM or SIGUSR1, and its state is saved.
     """
+    code_revision()  # of the code in memory, for its records: it may be another's that is checked out by the first
     model = spec.model_spec()
     _make_folder(spec.checkpoint_dir)
     with lock_folder(spec.folder):

@@ -151,6 +151,22 @@ def test_x_T_does_not_depend_on_batches_and_interruptions(spec: EncodeSpec, monk
     assert torch.allclose(read_safetensors(other.path)[0]["x_T"], expected, atol=1e-5)
 
 
+def test_parts_of_other_code_are_warned_of_and_recorded(
+    spec: EncodeSpec, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddim.evaluation.shards.code_revision", lambda: "older")
+    monkeypatch.setattr(encoding, "save_shards", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_encoded(spec)
+    monkeypatch.undo()
+    write_encoded(spec)
+    assert "a part of it was computed by the code of older and stays as it is" in caplog.text
+    assert json.loads(read_safetensors(spec.path)[1]["other_revisions"]) == ["older"]
+
+
 def encode_in_a_process(processes: Processes, spec: EncodeSpec) -> None:
     write_encoded(spec, processes)
 

@@ -120,6 +120,11 @@ def test_written_statistics_take_the_place_of_the_folder(spec: MetricsSpec, tmp_
     precision = MetricSpec("digits_classifier", ("fd", "prc"))
     with pytest.raises(UserError, match="holds mean and covariance only, and prc needs the features"):
         evaluate(dataclasses.replace(spec, reference=str(out), metric=precision))
+    precision = dataclasses.replace(
+        precision, bf16=True
+    )  # refused beside a file too, but the file cannot do prc at all
+    with pytest.raises(UserError, match="holds mean and covariance only, and prc needs the features"):
+        evaluate(dataclasses.replace(spec, reference=str(out), metric=precision))
 
 
 def test_statistics_beside_samples_are_those_of_the_distance(spec: MetricsSpec, tmp_path: Path) -> None:

@@ -183,16 +183,26 @@ def test_a_sweep_warns_once_of_times_that_are_not_the_papers(
     assert not caplog.messages
 
 
+@pytest.mark.parametrize(("trained_on", "expected"), [("digits", "digits"), ("", "cifar10")])
 def test_times_are_compared_for_the_data_of_the_model(
-    spec: EvaluateSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    spec: EvaluateSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trained_on: str,
+    expected: str,
 ) -> None:
-    """Beside published statistics the data set is not read, and stays the default, cifar10."""
+    """Beside published statistics the data set is not read, and stays the default, cifar10; imports may state none."""
+    session = Session()
+    model, compute = session.model(spec.checkpoint, spec.weights, spec.compute, 1, spec.n)
+    model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, data=trained_on))
+    monkeypatch.setattr(session, "model", lambda *_: (model, compute))
     monkeypatch.setattr("ddim.evaluation.fidelity.times_warning", lambda *asked: f"these are {asked}")
     np.savez(tmp_path / "statistics.npz", mu=np.zeros(64), sigma=np.eye(64))
     metric = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "statistics.npz"))
     data = DataSpec("cifar10", (32, 32), 3, root=str(tmp_path))
-    dataclasses.replace(spec, data=data, metric=metric).prepare(Session())
-    assert caplog.messages == ["these are ('digits', 'digits_classifier', 'linear')"]
+    dataclasses.replace(spec, data=data, metric=metric).prepare(session)
+    assert f"these are ('{expected}', 'digits_classifier', 'linear')" in caplog.messages
 
 
 @pytest.mark.parametrize(

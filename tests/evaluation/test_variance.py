@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ddim.checkpoints import LoadedModel, load_model
 from ddim.data.datasets import DataSpec
 from ddim.diffusion.prediction import PREDICTIONS, x0_from_eps
 from ddim.errors import UserError
+from ddim.evaluation import variance
 from ddim.evaluation.job import sampler_settings
 from ddim.evaluation.variance import EstimateVarianceSpec, estimate, write_variance
 from ddim.inference.compute import ComputeSpec
@@ -76,6 +78,13 @@ def spec(checkpoint: Path, tmp_path: Path) -> EstimateVarianceSpec:
         sampler=SamplerSpec(S=5),
         n=6,
     )
+
+
+def test_the_commit_of_a_file_is_that_of_the_code_that_ran(
+    spec: EstimateVarianceSpec, monkeypatch: pytest.MonkeyPatch, another_commit: Callable[[], None]
+) -> None:
+    monkeypatch.setattr(variance, "estimate", lambda *a: (another_commit(), estimate(*a))[1])
+    assert write_variance(spec)["revision"] == "a" * 40
 
 
 def analytic(path: Path, **fields: Any) -> SamplerSpec:

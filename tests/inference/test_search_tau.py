@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ddim.checkpoints import LoadedModel
 from ddim.diffusion.noise import initial_noise
 from ddim.diffusion.spec import SamplerSpec
 from ddim.errors import UserError
+from ddim.inference import search_tau
 from ddim.inference.compute import ComputeSpec
 from ddim.inference.generate import check_exact, check_sampler
 from ddim.inference.search_tau import SearchTauSpec, write_tau
@@ -28,6 +30,14 @@ def spec(checkpoint: Path, tmp_path: Path) -> SearchTauSpec:
     return SearchTauSpec(
         str(checkpoint), str(tmp_path / "out"), "searched", compute, sampler, n=3, seed=2, candidates=6
     )
+
+
+def test_the_commit_of_a_file_is_that_of_the_code_that_ran(
+    spec: SearchTauSpec, monkeypatch: pytest.MonkeyPatch, another_commit: Callable[[], None]
+) -> None:
+    search = search_tau._search
+    monkeypatch.setattr(search_tau, "_search", lambda *a: (another_commit(), search(*a))[1])
+    assert write_tau(spec)["revision"] == "a" * 40
 
 
 def test_the_file_states_times_errors_and_their_origin(spec: SearchTauSpec, model: LoadedModel) -> None:

@@ -213,14 +213,11 @@ def test_missing_package_has_unknown_version(monkeypatch: pytest.MonkeyPatch) ->
     assert provenance()["versions"]["no-such-package"] == "unknown"
 
 
-def test_the_revision_is_that_of_the_code_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_revision_is_that_of_the_code_in_memory(another_commit: Callable[[], None]) -> None:
     """Whatever is committed, or checked out, while a sweep runs."""
-    module.code_revision.cache_clear()
-    monkeypatch.setattr(module, "revision_of", lambda _: "a" * 40)
     assert provenance()["revision"] == "a" * 40
-    monkeypatch.setattr(module, "revision_of", lambda _: "b" * 40)
+    another_commit()
     assert provenance()["revision"] == "a" * 40
-    module.code_revision.cache_clear()
 
 
 def test_revision_is_the_commit_and_marks_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from ddim.errors import UserError
+from ddim.results.records import code_revision
+
 pytestmark = pytest.mark.integration
 SWEEPS: dict[str, dict[str, list[str]]] = {
     "values": {"checkpoint": ["a.ckpt"], "sampler.S": ["5", "10"], "sampler.eta": ["0.0", "0.5"], "n": ["7", "9"]},
@@ -34,6 +37,16 @@ def test_jobs_are_those_that_hydra_composes(name: str, monkeypatch: pytest.Monke
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         expected: list[dict[str, Any]] = [to_plain(compose("evaluate", job)) for job in each]
     assert jobs[0] == expected
+
+
+def test_the_commit_is_asked_before_a_job(run, monkeypatch, another_commit) -> None:
+    def train(spec, config):
+        another_commit()
+        assert code_revision() == "a" * 40
+        raise UserError("asked")
+
+    monkeypatch.setattr("ddim.training.run.train", train)
+    assert run("train", "experiment=digits").err == "error: asked\n"
 
 
 @pytest.mark.parametrize("word", ["n=abc", "first=null"])

@@ -122,14 +122,14 @@ import os, signal
 import _start
 class Job:
     pid = os.getpid()
-    ended = False
     def join(self):
-        Job.ended = True
+        pass
+Job.__module__ = "joblib.any"
 def sleep(_):
     Job.pid = 2**22 + 1  # larger than the number of any process
     {failure}
 _start.time.sleep = sleep
-_start.job_processes = lambda: [] if Job.ended else [Job()]
+_start.multiprocessing.active_children = lambda: [Job()]  # listed for ever, where joblib's thread has waited for it
 signal.signal(signal.SIGINT, _start.stop_at_once)
 os.kill(os.getpid(), signal.SIGINT)
 """

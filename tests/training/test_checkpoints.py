@@ -134,7 +134,8 @@ def test_what_a_run_keeps_is_kept_though_it_was_not(run, stated):
         del checkpoint[COUNTS][FILES]
         for path in (last, last.with_name("step_00000004.ckpt")):
             AtomicCheckpointIO().save_checkpoint(checkpoint, path)
-    run(trainer=trainer | {"max_steps": 7, "keep_every": 4}, checkpoint="last")
+    run(trainer=trainer | {"max_steps": 5, "keep_every": 4}, checkpoint="last")
+    run(trainer=trainer | {"max_steps": 7}, checkpoint="last")  # step 4 was among the newest when the call before ended
     assert steps(last.parent) == [4, 6, 7]
 
 

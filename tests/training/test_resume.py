@@ -1,6 +1,7 @@
 """A training is a function of its configuration: not of where it stopped, nor of how a batch was divided."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from ddim.checkpoints.model import RECIPE, read_checkpoint, read_model, save_mod
 from ddim.checkpoints.spec import KEY
 from ddim.config import build
 from ddim.errors import UserError
+from ddim.results.records import code_revision
 from ddim.results.runs import read_logs, step_of
 from ddim.training.ema import EMA
-from ddim.training.resume import FINGERPRINT, check_images
+from ddim.training.resume import FINGERPRINT, check_images, set_aside
 from ddim.training.run import train
 from ddim.training.spec import TrainSpec
 
@@ -209,6 +211,36 @@ def test_what_a_run_without_checkpoint_wrote_is_set_aside(run, after_loss, caplo
     assert [message for message in caplog.messages if "ended before its first checkpoint" in message] == [
         f"a run in {tmp_path / 'run'} ended before its first checkpoint; what it wrote is in {aside} now."
     ]
+
+
+def test_what_a_killed_call_left_is_set_aside_by_the_next(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "checkpoints"
+    names = ["csv/metrics.csv", "samples/1.png", "wandb_id.txt", "records.jsonl", "ema/1.safetensors"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    rename, done = Path.rename, []
+
+    def killed(path, target):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        set_aside(tmp_path, checkpoints)
+    monkeypatch.undo()
+    set_aside(tmp_path, checkpoints)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["without_checkpoint_1", "without_checkpoint_2"]
+    moved = [path.relative_to(aside) for aside in tmp_path.iterdir() for path in aside.rglob("*.*")]
+    assert sorted(path.as_posix() for path in moved) == sorted(names)
+
+
+def test_the_commit_is_asked_before_the_first_step(run, after_loss, another_commit):
+    after_loss(lambda *_: another_commit())
+    run()
+    assert code_revision() == "a" * 40
 
 
 def test_what_no_training_wrote_stays(run, tmp_path):
