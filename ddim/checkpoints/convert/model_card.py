@@ -65,6 +65,9 @@ The scheduler neither clips nor thresholds, and ends at alpha_bar = 1, as in the
 (T // steps)-th time, starting at 0: the official implementation's `uniform` rule if the number of steps divides T.
 The rule `quad`, used for the paper's CIFAR-10 numbers, does not exist in diffusers.
 
+If samples are blown out to black and white, as those of a network that was trained little, clip its prediction of x_0:
+`pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, clip_sample=True)`.
+
 ## Results
 
 {_results(results)}

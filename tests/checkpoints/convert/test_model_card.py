@@ -138,6 +138,10 @@ def test_the_example_in_the_card_runs(hf, model_file, tmp_path):
     example = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     names = {}
     exec(example.replace("PATH", str(out)).replace("steps=50", "steps=2"), names)
+    assert not names["pipeline"].scheduler.config.clip_sample
+    (clipped,) = re.findall(r"`(pipeline\.scheduler = .*)`", text)
+    exec(clipped, names)
+    assert names["pipeline"].scheduler.config.clip_sample
     assert [image.size for image in names["images"]] == [(8, 8)] * 4
     assert type(names["pipeline"]).__name__ == "DDIMPipeline"
 
