@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ddim.errors import UserError
 from ddim.io import check_regular_file, printable
 
 FINGERPRINT_FILES = 1000  # evenly spaced, which are hashed
+_ENVIRONMENTS: dict[Path, Any] = {}  # the databases that are open: lmdb opens none twice in a process
 _SPARE_PAGES = 16  # that were allocated last and never written, which an intact database may lack
 
 
@@ -45,11 +48,9 @@ class LSUNImages(LazyImages):
             )
         self.name, self.shape = name, (3, *size)
         self._folder = folder
-        self._environment: Any = None
-        with explain_damage(f"the LSUN database {folder}"), self._open().begin() as transaction:
+        with self._whole() as transaction:
             # an array, because worker processes would copy a list of millions of objects page by page
             self._keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)))
-        self.close()
         if len(self._keys) == 0:
             raise UserError(f"the LSUN database {folder} is empty; download it again.")
 
@@ -67,7 +68,7 @@ class LSUNImages(LazyImages):
         """Return the SHA-256 of name, shape, transform, all keys, and some files: all are too many to read."""
         digest = hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}|".encode())
         digest.update(self._keys.tobytes())
-        with explain_damage(f"the LSUN database {self._folder}"), self._open().begin(buffers=True) as transaction:
+        with self._whole() as transaction:
             for key in self._keys[:: -(-len(self) // FINGERPRINT_FILES)]:
                 digest.update(transaction.get(bytes(key)))
         return digest.hexdigest()
@@ -78,17 +79,23 @@ class LSUNImages(LazyImages):
         return hashlib.sha256(f"{self.name}|{len(self)}|{self.shape}|{self.transform}".encode()).hexdigest()
 
     def close(self) -> None:
-        """Close the database; reading an image opens it again."""
-        if self._environment is not None:
-            self._environment.close()
-        self._environment = None
+        """Close the database, for all that read it in this process; reading an image opens it again."""
+        if (environment := _ENVIRONMENTS.pop(self._folder.resolve(), None)) is not None:
+            environment.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the open database out: a worker process opens it itself."""
-        return {**self.__dict__, "_environment": None}
+    @contextmanager
+    def _whole(self) -> Iterator[Any]:
+        """A transaction that reads much; then the database is as open as before: forked workers open it themselves."""
+        was_open = self._folder.resolve() in _ENVIRONMENTS
+        try:
+            with explain_damage(f"the LSUN database {self._folder}"), self._open().begin() as transaction:
+                yield transaction
+        finally:
+            if not was_open:
+                self.close()
 
     def _open(self) -> Any:
-        if self._environment is None:
+        if (environment := _ENVIRONMENTS.get(self._folder.resolve())) is None:
             try:
                 import lmdb
             except ImportError as error:
@@ -99,5 +106,5 @@ class LSUNImages(LazyImages):
             if environment.info()["last_pgno"] - pages > _SPARE_PAGES:  # reading a missing page ends the process
                 environment.close()
                 raise UserError(f"the LSUN database {self._folder} is cut short; copy or download it again.")
-            self._environment = environment
-        return self._environment
+            _ENVIRONMENTS[self._folder.resolve()] = environment
+        return environment

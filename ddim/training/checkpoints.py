@@ -184,9 +184,15 @@ class Checkpoints(Checkpoint):
             self.save(trainer)
 
     def _set_best_aside(self, trainer: Trainer) -> None:
-        """Give another name to a best checkpoint that was ranked by numbers of other settings, the first time."""
+        """Give another name to a best checkpoint that was ranked by numbers of other settings, the first time.
+
+        If such a run has ended before it saved a step, the checkpoints know nothing of it: the best has its name again.
+        """
         best, before = self.folder / BEST, self.loaded.get("protocol")
         if None in (self.protocol, before) or before == self.protocol:
+            steps = self.best_steps[:1]
+            if trainer.is_global_zero and steps and not best.exists() and step_file(self.folder, *steps).exists():
+                _link(step_file(self.folder, *steps), best)
             return
         self.loaded = {}
         if trainer.is_global_zero and best.exists():

@@ -129,6 +129,8 @@ class OptimSpec:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"lr={self.lr} must be positive.")
+        if not all(0 <= beta < 1 for beta in self.betas) or self.eps < 0:
+            raise ValueError(f"betas={list(self.betas)} must be in [0, 1), and eps={self.eps} must not be negative.")
         if self.warmup < 0 or self.weight_decay < 0:
             raise ValueError("warmup and weight_decay must not be negative.")
         if self.grad_clip is not None and self.grad_clip <= 0:

@@ -61,9 +61,9 @@ def presets(monkeypatch):
 def model_file(path):
     """model_file(label, spec, ...): a model file with weights of that label."""
 
-    def model_file(label="ema", spec=PLAIN, step=790_000, origin=None, seed=0):
-        model = StoredModel(spec, gaussian_weights(spec.network_spec, seed), label, step, origin or {})
-        save_model(model, path)
+    def model_file(label="ema", spec=PLAIN, step=790_000, origin=None, seed=0, recipe=None):
+        state = gaussian_weights(spec.network_spec, seed)
+        save_model(StoredModel(spec, state, label, step, origin or {}, recipe=recipe or {}), path)
         return str(path)
 
     return model_file

@@ -32,6 +32,7 @@ from ddim.checkpoints.model import read_checkpoint
 from ddim.errors import UserError
 from ddim.io import is_safetensors
 from ddim.networks import UNet
+from ddim.training.checkpoints import AtomicCheckpointIO
 
 # Files that are loaded as they are, and files that are imported.
 LOADED, IMPORTED = ("training", "model file"), ("zip", "legacy", "official", "safetensors", "ours")
@@ -124,6 +125,20 @@ def test_flipped_bits_are_refused_or_harmless(tmp_path, contents, kind, suffix):
             path.write_bytes(damaged)
             refused += is_refused(path, kind)
     assert refused > least
+
+
+def test_no_checkpoint_with_damaged_weights_is_imported(tmp_path, contents):
+    """It states a checksum, without which a flipped bit of a weight would become a sound model file."""
+    path, damaged_path = tmp_path / "intact.ckpt", tmp_path / "damaged.ckpt"
+    path.write_bytes(contents["training"])
+    checkpoint = read_checkpoint(path)
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+    assert attempt(path, weights="online")[1] == ""
+    values = next(v for v in checkpoint["state_dict"].values() if v.numel() > 16).numpy().tobytes()
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(values) + 2] ^= 1
+    damaged_path.write_bytes(damaged)
+    assert "its checksum is wrong" in import_refusal(damaged_path, weights="online")
 
 
 def entry(start, stop, shape=(1,), dtype="F32"):

@@ -252,6 +252,19 @@ def test_the_fingerprint_of_lsun_is_that_of_its_content(lsun_root, change):
     assert (load_images(values).fingerprint() == before) == (change == "nothing")
 
 
+def test_lsun_is_read_by_several_at_once(lsun_root):
+    """As by two trainings of a sweep in one process; lmdb opens a database once."""
+    values = spec(name="lsun", size=[32, 32], channels=3, category="bedroom", root=str(lsun_root[0]))
+    first = load_images(values)
+    before = first[0], first.fingerprint()
+    second = load_images(values)
+    assert torch.equal(second[0], before[0])
+    assert second.fingerprint() == before[1]
+    second.close()
+    assert torch.equal(first[0], before[0])
+    first.close()
+
+
 def cut_short(database):
     with database.open("r+b") as file:
         file.truncate(database.stat().st_size // 2)

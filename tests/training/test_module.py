@@ -309,11 +309,15 @@ def test_bf16_mixed_keeps_weights_and_schedule_exact(run, make, logged, tmp_path
 
 
 @pytest.mark.parametrize(
-    "change", [{"lr": 0.0}, {"warmup": -1}, {"weight_decay": -0.1}, {"grad_clip": 0.0}, {"grad_clip": -1.0}]
+    ("key", "value"),
+    [
+        *(("lr", 0.0), ("warmup", -1), ("weight_decay", -0.1), ("grad_clip", 0.0), ("grad_clip", -1.0), ("eps", -1e-8)),
+        *(("betas", betas) for betas in ((0.9, 1.0), (-0.1, 0.999), (0.9, math.nan))),
+    ],
 )
-def test_wrong_optimiser_settings_are_refused(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
-        replace(OptimSpec(), **change)
+def test_wrong_optimiser_settings_are_refused(key, value):
+    with pytest.raises(ValueError, match=key):
+        replace(OptimSpec(), **{key: value})
 
 
 def test_adam_gets_every_setting(make):

@@ -42,7 +42,8 @@ def model_card(
     labels = {"ema": "EMA,", "online": "online (no EMA),", UNLABELLED: "EMA or online is not known,"}
     label = labels.get(model.weights, f"EMA ({model.weights}),")
     source = f", imported from `{model.origin['file']}`" if "file" in model.origin else ""
-    on = "a folder of images" if spec.data == FOLDER else spec.data
+    category = model.recipe.get("data.category")
+    on = "a folder of images" if spec.data == FOLDER else spec.data + (f" ({category})" if category else "")
     data = f" trained on {on}" if on else ""
     parameters = sum(value.numel() for value in model.state.values())
     noise = f"noise schedule {spec.schedule.name} with T={spec.schedule.T}"

@@ -17,6 +17,7 @@ from ddim.checkpoints.model import (
     decode_metadata,
     has_diffusers_names,
     is_training_checkpoint,
+    read_checkpoint,
     recipe_of,
     weight_sets,
 )
@@ -109,7 +110,7 @@ def _own_weights(state: Tensors, spec: ModelSpec, path: Path) -> Tensors:
 def _read_torch(path: Path) -> Source:
     content = read_torch(path, mmap=True)
     if is_training_checkpoint(content):
-        return _read_lightning(path, content)
+        return _read_lightning(path, read_checkpoint(path))  # again, with its checksum: torch does not check weights
     if isinstance(content, list | tuple):
         return _read_official(path, content)
     if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):

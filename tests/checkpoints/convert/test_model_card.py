@@ -77,6 +77,13 @@ def test_the_card_names_no_data_set_for_a_folder_of_images(model_file, tmp_path)
     assert "DDPM's U-Net trained on a folder of images: 1x8x8 images" in text
 
 
+def test_the_card_names_the_category_of_lsun(model_file, tmp_path):
+    spec = ModelSpec("unet", NETWORK, cosine_schedule(20), data="lsun")
+    path = model_file(spec=spec, recipe={"data.category": "bedroom"})
+    export_checkpoint(ExportSpec(path, str(tmp_path / "out")))
+    assert "DDPM's U-Net trained on lsun (bedroom): 1x8x8 images" in card_of(tmp_path / "out")[1]
+
+
 def test_the_front_matter_has_the_results_in_hub_format(model_file, tmp_path):
     out = tmp_path / 'the "best": 1'
     export_checkpoint(ExportSpec(model_file(), str(out), license="cc-by-nc-4.0"), lambda of: RESULTS)
