@@ -12,10 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ddim.checkpoints import LoadedModel
+from ddim.checkpoints.model import weights_hash
 from ddim.config import config_context
 from ddim.data.datasets import DataSpec
 from ddim.data.images import Images, normalize
-from ddim.diffusion.guidance import GuidanceSpec, guidance_suffix
+from ddim.diffusion.guidance import OWN, GuidanceSpec, guidance_suffix
 from ddim.diffusion.inversion import Inversion
 from ddim.diffusion.labels import asked_steps, row_label, title
 from ddim.diffusion.sampling import Model, State, last_state
@@ -131,6 +132,8 @@ class ReconstructSpec(JobSpec):
             "metric": {"name": "reconstruction", "scale": "mean squared error of a value in [0, 1]"},
             **condition_settings(model),
         }
+        if model.condition is not None and self.label == OWN:  # the same images may be given other labels
+            settings["reference"]["labels"] = weights_hash({"labels": model.condition.labels(range(n))})
         encoding, decoding = inversion_evaluations(model, self.how, self.sampler)
         counts = {"nfe_encoding": encoding, "nfe_decoding": decoding}
         metadata = {"paper": self.paper, "config": dataclasses.asdict(self), **counts}

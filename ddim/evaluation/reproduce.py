@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ddim.checkpoints import weights_hash
-from ddim.checkpoints.model import read_model
+from ddim.checkpoints.model import UNLABELLED, read_model
 from ddim.checkpoints.shipped import SHIPPED
 from ddim.config import FilePath, build
 from ddim.errors import UserError
@@ -175,7 +175,7 @@ def find_weights(spec: ReproduceSpec, record: Record) -> Path:
         if not path.is_file():
             continue
         try:
-            stored = read_model(path, weights)
+            stored = read_model(path, "ema" if weights == UNLABELLED else weights)
         except UserError as error:
             log.debug("%s", error)
             continue

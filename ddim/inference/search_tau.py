@@ -130,7 +130,7 @@ def write_tau(spec: SearchTauSpec) -> dict[str, Any]:
         "seed": spec.seed,
         "first": spec.first,
         "n": spec.n,
-        "bf16": compute.bf16,
+        **compute.precision,
         "candidates": list(candidates),
         "errors": errors,
         "revision": revision,

@@ -15,7 +15,7 @@ import yaml
 
 from ddim.config import FilePath, check_name, suggest
 from ddim.errors import UserError
-from ddim.results.protocol import differing_keys, is_distance, weights_label
+from ddim.results.protocol import completed, differing_keys, is_distance, measured_by, weights_label
 from ddim.results.records import RECORDS
 from ddim.results.runs import HELDOUT_LOSS, read_logs, step_of
 from ddim.results.runs import LOSS as LOGGED_LOSS
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 LOSS = "train_loss"  # the metric of trainings without an evaluation
 VALIDATION_LOSS = "val_loss"  # of held-out images; compared only where it is asked for, or is the only metric
 IGNORED = ("name", "output_dir", "checkpoint", "dry_run", "logger")  # keys and groups that decide no weights
-ROW_KEYS = ("weights", "sampler", "S", "spacing", "samples.seed")  # what tells the rows of one training from each other
+# What tells the rows of one training from each other.
+ROW_KEYS = ("weights", "sampler", "S", "spacing", "samples.seed", "reference", "samples.first", "samples.precision")
 NOT_A_NUMBER: tuple[type, ...] = (bool, type(None), str, list)
 Points = dict[int, float]  # step -> value
 Log = list[dict[str, str]]  # the rows that a call of a training logged
@@ -154,10 +155,13 @@ def read_run(folder: Path) -> Run | None:
     if (settings := _settings(folder)) is None:
         return None
     metrics: dict[str, dict[tuple[Any, ...], Points]] = {}
-    for record in evaluation_records(folder / RECORDS).read():
-        model, step = record["model"], record["model"]["step"]
-        row = weights_label(model), record["label"], record["S"], record["spacing"], record["seed"]
-        for metric, value in record["metrics"].items() if step is not None else ():
+    for record in map(completed, evaluation_records(folder / RECORDS).read()):
+        model = record["model"] or {"step": None}  # none of images that exist already
+        if (step := model["step"]) is None:
+            continue
+        sampled = (record[key] for key in ("label", "S", "spacing", "seed"))
+        row = weights_label(model), *sampled, *measured_by(record)
+        for metric, value in record["metrics"].items():
             metrics.setdefault(metric, {}).setdefault(row, {})[step] = value
     logs = list(read_logs(folder))
     if not metrics and (heldout := _heldout_losses(chain(*logs), settings)):

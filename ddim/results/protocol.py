@@ -35,6 +35,12 @@ def shared_protocol(record: Record) -> dict[str, Any]:
     return shared | {"last_time": record["sampler"]["last_time"], "offset": record["first"] % record["n"]}
 
 
+def measured_by(record: Record) -> tuple[str, int, str]:
+    """Return what numbers of one name, sampler and seed may differ in: their reference, first image and precision."""
+    reference = record["reference"]
+    return f"{reference['name']} ({reference['fingerprint'][:SHORT]})", record["first"], precision(record)
+
+
 def precision(record: Mapping[str, Any]) -> str:
     """Return in what a network was run: bfloat16, TF32 or float32."""
     return "bfloat16" if record["bf16"] else "TF32" if record.get("tf32") else "float32"
@@ -162,7 +168,9 @@ def distinct(values: Iterable[str | None]) -> str:
 
 def _reference(data: dict[str, Any], metric: dict[str, Any], full: bool) -> str:
     fingerprint = _named("fingerprint", _hash(data["fingerprint"], full))
-    count = "published statistics" if data["images"] is None else f"{data['images']:,} images"
+    if data["images"] is None:  # whose split the file does not state
+        return _join(data["name"], "published statistics", fingerprint)
+    count = f"{data['images']:,} images"
     return _join(data["name"], _named("split", metric.get("reference_split")), count, fingerprint)
 
 

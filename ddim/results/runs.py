@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ddim.io import check_regular_file, explain_read_errors
-from ddim.results.protocol import weights_label
+from ddim.results.protocol import completed, measured_by, weights_label
 from ddim.results.records import RECORDS, Record
 from ddim.results.schema import evaluation_records
 
@@ -77,16 +77,24 @@ def read_training(folder: Path) -> tuple[dict[str, Curve], tuple[int, ...]]:
             if len(logged) > 1 and logged[-1][name] == logged[-2][name]:
                 del logged[-1]  # Lightning logs the last values again where a run stops
             values.setdefault(name, {}).update((step_of(row), float(row[name])) for row in logged)
-    of_steps = [r for r in evaluation_records(folder / RECORDS).read() if r["model"]["step"] is not None]
-    samplers = [(r["label"], f"S={r['S']}", f"tau {r['spacing']}") for r in of_steps]
-    differing = [i for i in range(3) if len({sampler[i] for sampler in samplers}) > 1]
-    for record, sampler in zip(of_steps, samplers, strict=True):
-        step, names = record["model"]["step"], (weights_label(record["model"]), *(sampler[i] for i in differing))
+    records = map(completed, evaluation_records(folder / RECORDS).read())
+    of_steps = [r for r in records if r["model"] and r["model"]["step"] is not None]
+    settings = [_settings(record) for record in of_steps]
+    differing = [i for i, values in enumerate(zip(*settings, strict=True)) if len(set(values)) > 1]
+    for record, texts in zip(of_steps, settings, strict=True):
+        step, names = record["model"]["step"], (weights_label(record["model"]), *(texts[i] for i in differing))
         for metric, value in record["metrics"].items():
             if values.get(HELDOUT_LOSS, {}).get(step) != value:  # the record's val_loss is what was logged
                 values.setdefault(", ".join((metric, *names)), {})[step] = value
     curves = {name: tuple(sorted(points.items())) for name, points in values.items() if points}
     return curves, tuple(ends[:-1])
+
+
+def _settings(record: Record) -> tuple[str, ...]:
+    """Return what the curves of one metric and weights may differ in, in words."""
+    reference, first, precision = measured_by(record)
+    sampler = record["label"], f"S={record['S']}", f"tau {record['spacing']}", f"seed {record['seed']}"
+    return *sampler, f"against {reference}", f"from image {first:,}", precision
 
 
 def read_logs(folder: Path) -> Iterator[list[dict[str, str]]]:

@@ -101,6 +101,11 @@ class Table:
         return {row for row, r in records if r.get("condition", {}).get("label") is not None}
 
     @cached_property
+    def _inverted(self) -> set[str]:
+        """Rows of inversions that are not the paper's, whose records do not state theirs."""
+        return {row for (row, _), members in self.entries.items() if any("inversion" in r for r in members)}
+
+    @cached_property
     def rows(self) -> list[str]:
         """Row labels, see `row_order`."""
         return sorted({row for row, _ in self.entries}, key=row_order)
@@ -150,7 +155,8 @@ class Table:
 
     def paper_value(self, row: str, nfe: int) -> float | None:
         """Return the paper's value for an entry, None where there is none to compare with."""
-        return None if self.paper is None or row in self._labelled else self.paper.number(row, nfe)
+        other = row in self._labelled or row in self._inverted
+        return None if self.paper is None or other else self.paper.number(row, nfe)
 
     def difference(self, row: str, nfe: int) -> float | None:
         """Return our value minus the paper's, None where one of them is missing."""

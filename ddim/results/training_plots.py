@@ -59,12 +59,14 @@ def checkpoint_curves(table: Table) -> Curves | None:
     others = {name: [part for part in own if part not in common] for name, own in zip(of, parts, strict=True)}
     points: dict[str, list[tuple[float, float, float | None]]] = {}
     for row in table.rows:
-        name = max((name for name in checkpoints if row.endswith(f", {name}")), key=len)
+        sampled = re.sub(r", S=\d+$", "", row)  # which stands last, where NFE does not tell the rows apart
+        name = max((name for name in checkpoints if sampled.endswith(f", {name}")), key=len)
         if name not in of:  # of other weights than a post-hoc average
             continue
         for nfe in table.columns:
             if (value := table.value(row, nfe)) is not None:
-                line = ", ".join([row.removesuffix(f", {name}"), f"{table.column}={nfe}", *others[name]])
+                shown_row = sampled.removesuffix(f", {name}") + row.removeprefix(sampled)
+                line = ", ".join([shown_row, f"{table.column}={nfe}", *others[name]])
                 points.setdefault(line, []).append((of[name], value, table.spread(row, nfe)))
     if all(len(line) < 2 for line in points.values()):  # one checkpoint of each training
         return None

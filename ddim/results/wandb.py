@@ -142,10 +142,10 @@ class SweepLogger:
 
         protocol = {key: value for key, value in record.items() if key not in ("metrics", "grid", "config")}
         with self._run(title, "evaluate", [record], {"protocol": protocol}, record["key"]) as run:
-            seconds = {key: record[key] for key in ("seconds_sampling", "seconds_metrics")}
-            values: dict[str, Any] = {**record["metrics"], **seconds, "S": record["S"]}
-            if "grid" in record:
-                values["grid"] = wandb.Image(str(self.folder / record["grid"]), caption=title)
+            stated = ("seconds_sampling", "seconds_metrics", "S")
+            values: dict[str, Any] = record["metrics"] | {key: record[key] for key in stated if key in record}
+            if "grid" in record and (grid := self.folder / record["grid"]).is_file():
+                values["grid"] = wandb.Image(str(grid), caption=title)
             run.log(values)
 
     def log_report(self, paths: Sequence[Path]) -> None:

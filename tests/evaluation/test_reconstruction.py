@@ -62,7 +62,9 @@ def test_error_equals_encode_then_sample(spec: ReconstructSpec, model: LoadedMod
     assert evaluate(spec) == (json.loads(json.dumps(record)), False)
 
 
-def test_images_are_encoded_with_labels_of_their_own(spec: ReconstructSpec, conditional_checkpoint: Path) -> None:
+def test_images_are_encoded_with_labels_of_their_own(
+    spec: ReconstructSpec, conditional_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = dataclasses.replace(spec.data, labels="classes")
     spec = dataclasses.replace(spec, checkpoint=str(conditional_checkpoint), data=data, label="own", grid=0)
     model, digits = load_model(conditional_checkpoint), load_digits()
@@ -80,6 +82,9 @@ def test_images_are_encoded_with_labels_of_their_own(spec: ReconstructSpec, cond
     assert (guided["nfe_encoding"], guided["nfe_decoding"]) == (9, 8)
     assert guided["label"] == "η=0.0, own labels, w=1 in [1, 30] (up to twice the NFE)"
     assert [table.columns for table in build_tables([record, guided])] == [[5]]
+    with monkeypatch.context() as relabelled:
+        relabelled.setattr("ddim.inference.conditioning.labels_of", lambda images, _: tuple((images.labels + 1) % 10))
+        assert evaluate(spec)[0]["metrics"] != record["metrics"]
     with pytest.raises(UserError, match="digits has no labels"):
         evaluate(dataclasses.replace(spec, data=dataclasses.replace(data, labels=None)))
     with pytest.raises(UserError, match="one label for all images, not label=all"):

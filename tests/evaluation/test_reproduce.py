@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ddim.checkpoints import load_model
+from ddim.checkpoints import load_model, save_model, weights_hash
+from ddim.checkpoints.model import UNLABELLED, read_model
 from ddim.checkpoints.shipped import SHIPPED
 from ddim.data.datasets import DataSpec
 from ddim.errors import UserError
@@ -81,6 +82,17 @@ def test_weights_of_a_shipped_model_are_found(tmp_path: Path, monkeypatch: pytes
     model = {"weights_hash": load_model("digits").weights_hash, "weights": "ema", "step": 2000}
     record = {"model": model, "config": {"checkpoint": "digits"}}
     assert find_weights(ReproduceSpec(key="0" * 16, output_dir="outputs"), record) == SHIPPED["digits"]
+
+
+def test_weights_of_no_known_label_are_found(tmp_path: Path) -> None:
+    """As of an imported file of which it is not known whether it is an average."""
+    model = dataclasses.replace(read_model(SHIPPED["digits"]), weights=UNLABELLED)
+    model = dataclasses.replace(model, state={name: value + 1 for name, value in model.state.items()})
+    save_model(model, path := tmp_path / "model.safetensors")
+    of_record = {"weights_hash": weights_hash(model.state), "weights": UNLABELLED, "step": None}
+    record = {"model": of_record, "config": {"checkpoint": "elsewhere"}}
+    spec = ReproduceSpec(key="0" * 16, output_dir="outputs", folders=(str(tmp_path),))
+    assert find_weights(spec, record) == path
 
 
 def test_what_was_chosen_is_chosen_again(recorded: dict[str, Any]) -> None:

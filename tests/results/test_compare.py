@@ -15,6 +15,7 @@ from ddim.errors import UserError
 from ddim.results.compare import Run, compare, last_loss, read_run
 from ddim.results.compare_report import plot_settings, plot_steps, write_comparison
 from ddim.results.compare_text import as_csv, latex, markdown
+from ddim.results.runs import read_training
 from ddim.results.schema import evaluation_records
 
 FD = "fd_pixels_1k"
@@ -185,7 +186,13 @@ def test_each_set_of_weights_has_a_row(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "key", "named"),
-    [({"spacing": "uniform"}, "spacing", "uniform"), ({"seed": 7}, "samples.seed", "samples.seed=7")],
+    [
+        ({"spacing": "uniform"}, "spacing", "uniform"),
+        ({"seed": 7}, "samples.seed", "samples.seed=7"),
+        ({"reference__name": "cifar10-test"}, "reference", "cifar10-test (fedcba987654)"),
+        ({"first": 50_000}, "samples.first", "samples.first=50000"),
+        ({"bf16": True}, "samples.precision", "bfloat16"),
+    ],
 )
 def test_numbers_of_other_settings_have_a_row_of_their_own(
     tmp_path: Path, changes: dict[str, Any], key: str, named: str
@@ -200,6 +207,20 @@ def test_numbers_of_other_settings_have_a_row_of_their_own(
     ]
     assert comparison.keys == [key]
     assert comparison.rows[1].label == f"run, {named}"
+
+
+def test_records_of_other_kinds_are_compared_too(tmp_path: Path) -> None:
+    """Of scripts/metrics.py, which has no model, and of scripts/reconstruct.py, which has no seed."""
+    folder = write_run(tmp_path / "run", {10: 9.0})
+    images = {"kind": "images", "images": {"name": "x", "images": 50_000, "fingerprint": "0" * 16}}
+    other = {key: value for key, value in record("x", 20, 1.0).items() if key not in ("model", "sampler", "S", "seed")}
+    reconstruction = record("η=0.0", 20, 8.0, kind="reconstruction", metrics={FD: 8.0}, model__step=20)
+    del reconstruction["seed"]
+    for added in (other | images, reconstruction):
+        evaluation_records(folder / "records.jsonl").append(added)
+    assert {row.best for row in compare(runs(folder)).rows} == {(10, 9.0), (20, 8.0)}
+    curves, _ = read_training(folder)
+    assert {points for name, points in curves.items() if name.startswith(FD)} == {((10, 9.0),), ((20, 8.0),)}
 
 
 def test_a_training_that_diverged_is_last(tmp_path: Path) -> None:

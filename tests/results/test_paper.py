@@ -211,6 +211,10 @@ def test_reconstruction_errors_compare_with_table_2() -> None:
     [table] = build_tables([made])
     assert [line.texts for line in table.lines()] == [["0.00710"], ["0.0065"], ["+0.0006 (+9.2 %)"]]
     assert table.percent("η=0.0", 20) == pytest.approx(100 * 0.0006 / 0.0065, rel=1e-5)
+    # Another inversion, with other evaluations, has no number in the paper.
+    other = {"label": "η=0.0, diffusers' inversion (NFE 2 S)", "inversion": {"method": "diffusers"}, "key": "other"}
+    [table] = build_tables([made, made | other])
+    assert [table.paper_value(row, 20) for row in table.rows] == [0.0065, None]
 
 
 @pytest.mark.parametrize("spacing", ["linear", "uniform", "quad", "quad_or_full", "quadratic"])

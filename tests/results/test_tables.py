@@ -273,6 +273,11 @@ def test_protocol_is_described_completely() -> None:
     assert full["τ"] == "quad: S=10: 1, 101, 201, 301, 401, 501, 601, 701, 801, 901; full S=1000: each from 1 to 1000"
     assert short["τ"] == "quad: S=10: 1, 101, 201, 301, …, 801, 901; full S=1000: each from 1 to 1000"
     assert full["reference set"] == "cifar10-train, split train, 50,000 images, fingerprint fedcba9876543210"
+    published = record("η=0.0", 10, 1.0, reference__images=None)
+    [table] = build_tables([published])  # the file does not state its split
+    assert dict(table.describe_protocol(full=True))["reference set"] == (
+        "cifar10-train, published statistics, fingerprint fedcba9876543210"
+    )
     assert full["weights"] == "ema, hash 0123456789abcdef, step 800,000, trained on cifar10"
     assert full["extractor"] == "inception, layer 2048, resize TF1-style bilinear, weights aaaabbbbccccdddd"
     assert full["clip of x̂0"] == "none (η=0.0); x0_and_eps (σ̂ (clip x0_and_eps))"

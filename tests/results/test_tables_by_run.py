@@ -110,6 +110,18 @@ def test_a_metric_is_drawn_against_the_step() -> None:
     assert (axes.get_xlabel(), axes.get_yscale()) == ("optimiser step", "log")
 
 
+def test_rows_that_name_their_steps_are_drawn() -> None:
+    """As with guidance in an interval, where two numbers of steps may ask for as many evaluations."""
+    records = [
+        trained("a", 0.1, S + step, "η=0.0", model__step=step) | {"S": S, "nfe": 9} for S in (5, 6) for step in (7, 50)
+    ]
+    [table] = build_tables(records)
+    curves = checkpoint_curves(table)
+    assert curves is not None
+    lines = {f"η=0.0, S={S}, {table.column}=9": [(7, S + 7, None), (50, S + 50, None)] for S in (5, 6)}
+    assert curves.lines == lines
+
+
 def test_post_hoc_averages_are_drawn_against_their_length() -> None:
     records = [
         trained("a", length, value, model__step=step, model__weights=f"posthoc_{length}")

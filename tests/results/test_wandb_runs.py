@@ -120,6 +120,9 @@ def test_each_evaluation_is_a_run_if_asked_for(tmp_path: Path) -> None:
         assert run.config["protocol"]["metric"] == made["metric"]
     SweepLogger(spec, "tiny", tmp_path / "out").log_evaluation(records[0], "again")  # which has its run
     assert len(offline_runs(tmp_path / "out")) == 4
+    lean = {key: value for key, value in records[0].items() if not key.startswith("seconds_")}  # without its picture
+    SweepLogger(spec, "tiny", tmp_path / "out").log_evaluation(lean | {"grid": "gone.png", "key": "lean"}, "lean")
+    assert len(offline_runs(tmp_path / "out")) == 5
 
 
 @pytest.mark.usefixtures("started")
