@@ -110,7 +110,7 @@ def _checked(task: Callable[[dict[str, Any]], Any], config: DictConfig | dict[st
     from ddim.results.records import code_revision
 
     check_launch_variables()  # before Lightning, which reads them when it is imported
-    code_revision()  # kept for the records, before another commit is checked out
+    code_revision()  # asked now, for the records: at the first one another commit may be checked out
     with logging_redirect_tqdm():  # lines above a progress bar, not at its end
         try:
             return task(to_plain(config) if isinstance(config, DictConfig) else config)

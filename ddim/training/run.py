@@ -81,7 +81,7 @@ def train(spec: TrainSpec, config: Mapping[str, Any]) -> Trained:
             cannot go on.
         Interrupted: it received SIGINT (Ctrl-C), SIGTERM or SIGUSR1, and its state is saved.
     """
-    code_revision()  # of the code in memory, for its records: it may be another's that is checked out by the first
+    code_revision()  # asked now, for the records: at the first one another commit may be checked out
     model = spec.model_spec()
     _make_folder(spec.checkpoint_dir)
     with lock_folder(spec.folder):
