@@ -21,6 +21,7 @@ from small import NETWORK, SPEC, weights
 
 from ddim.checkpoints import load_model
 from ddim.networks import UNetSpec
+from ddim.training.checkpoints import AtomicCheckpointIO
 
 pytestmark = pytest.mark.integration
 Run = Callable[..., Any]
@@ -137,7 +138,8 @@ def test_the_stated_label_is_in_every_record(run: Run, flat: Path, tmp_path: Pat
 def test_the_printed_commands_work_for_any_path_and_label(run: Run, checkpoint: Path, tmp_path: Path) -> None:
     content = torch.load(checkpoint)
     ema = content["callbacks"]["EMA"]
-    torch.save(content | {"callbacks": {"EMA": ema | {"others": {"0.9": ema["shadow"]}}}}, tmp_path / "a.ckpt")
+    content |= {"callbacks": {"EMA": ema | {"others": {"0.9": ema["shadow"]}}}}
+    AtomicCheckpointIO().save_checkpoint(content, tmp_path / "a.ckpt")
     for label in ("ema", "ema_0.9", "online"):
         arguments = ("checkpoint=a.ckpt", "output_dir=my models", f"name=my {label}", f"weights={label}")
         outcome = run("import_checkpoint", *arguments)
