@@ -47,7 +47,7 @@ class LSUNImages(LazyImages):
                 "set's own script and unzip it there, or use data=folder."
             )
         self.name, self.shape = name, (3, *size)
-        self._folder = folder
+        self._folder, self._resolved = folder, folder.resolve()
         with self._whole() as transaction:
             # an array, because worker processes would copy a list of millions of objects page by page
             self._keys = np.array(list(transaction.cursor().iternext(keys=True, values=False)))
@@ -80,13 +80,13 @@ class LSUNImages(LazyImages):
 
     def close(self) -> None:
         """Close the database, for all that read it in this process; reading an image opens it again."""
-        if (environment := _ENVIRONMENTS.pop(self._folder.resolve(), None)) is not None:
+        if (environment := _ENVIRONMENTS.pop(self._resolved, None)) is not None:
             environment.close()
 
     @contextmanager
     def _whole(self) -> Iterator[Any]:
         """A transaction that reads much; then the database is as open as before: forked workers open it themselves."""
-        was_open = self._folder.resolve() in _ENVIRONMENTS
+        was_open = self._resolved in _ENVIRONMENTS
         try:
             with explain_damage(f"the LSUN database {self._folder}"), self._open().begin() as transaction:
                 yield transaction
@@ -95,7 +95,7 @@ class LSUNImages(LazyImages):
                 self.close()
 
     def _open(self) -> Any:
-        if (environment := _ENVIRONMENTS.get(self._folder.resolve())) is None:
+        if (environment := _ENVIRONMENTS.get(self._resolved)) is None:
             try:
                 import lmdb
             except ImportError as error:
@@ -106,5 +106,5 @@ class LSUNImages(LazyImages):
             if environment.info()["last_pgno"] - pages > _SPARE_PAGES:  # reading a missing page ends the process
                 environment.close()
                 raise UserError(f"the LSUN database {self._folder} is cut short; copy or download it again.")
-            _ENVIRONMENTS[self._folder.resolve()] = environment
+            _ENVIRONMENTS[self._resolved] = environment
         return environment

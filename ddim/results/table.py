@@ -3,7 +3,7 @@
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -97,13 +97,15 @@ class Table:
     @cached_property
     def _labelled(self) -> set[str]:
         """Rows of samples that were made with labels, which the paper's were not."""
-        records = ((row, r) for (row, _), members in self.entries.items() for r in members)
-        return {row for row, r in records if r.get("condition", {}).get("label") is not None}
+        return self._rows_of(lambda record: record.get("condition", {}).get("label") is not None)
 
     @cached_property
     def _inverted(self) -> set[str]:
         """Rows of inversions that are not the paper's, whose records do not state theirs."""
-        return {row for (row, _), members in self.entries.items() if any("inversion" in r for r in members)}
+        return self._rows_of(lambda record: "inversion" in record)
+
+    def _rows_of(self, holds: Callable[[Record], bool]) -> set[str]:
+        return {row for (row, _), members in self.entries.items() if any(map(holds, members))}
 
     @cached_property
     def rows(self) -> list[str]:

@@ -152,7 +152,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle the stop signals also in a process that Lightning started; set a best of other settings aside."""
-        self._set_best_aside(trainer)
+        self._rename_best(trainer)
         if trainer.global_step != self.ranked:  # else a validation was made up for, and is saved with the step
             self.saved = trainer.global_step
         if trainer.is_global_zero:
@@ -183,7 +183,7 @@ class Checkpoints(Checkpoint):
         if trainer.global_step != self.saved or not (self.folder / LAST).exists():
             self.save(trainer)
 
-    def _set_best_aside(self, trainer: Trainer) -> None:
+    def _rename_best(self, trainer: Trainer) -> None:
         """Give another name to a best checkpoint that was ranked by numbers of other settings, the first time.
 
         If such a run has ended before it saved a step, the checkpoints know nothing of it: the best has its name again.
@@ -202,7 +202,7 @@ class Checkpoints(Checkpoint):
 
     def save(self, trainer: Trainer) -> None:
         """Write the checkpoint of this step, point last.ckpt to it, and remove those that are not kept."""
-        self._set_best_aside(trainer)  # of a run that was finished already, which has not begun to train
+        self._rename_best(trainer)  # of a run that was finished already, which has not begun to train
         self.saved = trainer.global_step
         path = step_file(self.folder, self.saved)
         if self.files is None:  # of earlier code, which does not state them: others than these were kept for good

@@ -120,9 +120,7 @@ def test_written_statistics_take_the_place_of_the_folder(spec: MetricsSpec, tmp_
     precision = MetricSpec("digits_classifier", ("fd", "prc"))
     with pytest.raises(UserError, match="holds mean and covariance only, and prc needs the features"):
         evaluate(dataclasses.replace(spec, reference=str(out), metric=precision))
-    precision = dataclasses.replace(
-        precision, bf16=True
-    )  # refused beside a file too, but the file cannot do prc at all
+    precision = dataclasses.replace(precision, bf16=True)  # which is refused beside such a file too
     with pytest.raises(UserError, match="holds mean and covariance only, and prc needs the features"):
         evaluate(dataclasses.replace(spec, reference=str(out), metric=precision))
 

@@ -202,7 +202,7 @@ def test_times_are_compared_for_the_data_of_the_model(
     metric = dataclasses.replace(spec.metric, reference_npz=str(tmp_path / "statistics.npz"))
     data = DataSpec("cifar10", (32, 32), 3, root=str(tmp_path))
     dataclasses.replace(spec, data=data, metric=metric).prepare(session)
-    assert f"these are ('{expected}', 'digits_classifier', 'linear')" in caplog.messages
+    assert caplog.messages == [f"these are ('{expected}', 'digits_classifier', 'linear')"]
 
 
 @pytest.mark.parametrize(
